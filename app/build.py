@@ -1,0 +1,89 @@
+"""The Serve application: ``import_path: app.build:build``.
+
+The whole topology is in `build`.  (No ``from __future__ import annotations`` here: with it Serve would hand over
+the arguments unparsed.)
+"""
+
+import logging
+from typing import Any
+
+import ray
+from pydantic import ValidationError
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+from app.config import DeploymentConfig, PoolConfig, parse
+from app.errors import ConfigError
+from app.preflight import check
+
+logger = logging.getLogger("baton.build")
+
+UNBOUNDED = 1_000_000
+"""max_ongoing_requests of the pools: an engine's own scheduler queues, and Serve must not queue before it."""
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Frontend over decode and, unless the model is aggregated, prefill.  Raises ConfigError before any starts."""
+    from deployments.decode import DecodeWorker
+    from deployments.frontend import Frontend
+    from deployments.prefill import PrefillWorker
+
+    config = parse(args)
+    device = check(config, _gpus_per_node())
+    logger.info("device=%s model=%s", device, config.models[0].source)
+    model = config.models[0]
+    pools = {"decode": _pool(DecodeWorker, "decode", model.decode, device).bind(config, device)}
+    if model.prefill is not None:
+        pools["prefill"] = _pool(PrefillWorker, "prefill", model.prefill, device).bind(config, device)
+    frontend = serve.deployment(Frontend).options(
+        name="frontend",
+        max_ongoing_requests=config.frontend.max_ongoing_requests,
+        **_options(config.frontend, num_gpus=0),
+    )
+    return frontend.bind(config, **pools)
+
+
+def _gpus_per_node() -> list[int]:
+    return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def _pool(worker: type, name: str, pool: PoolConfig, device: str) -> Any:
+    default_gpus = pool.tensor_parallel_size if device == "cuda" else 0
+    return serve.deployment(worker).options(
+        name=name,
+        max_ongoing_requests=UNBOUNDED,
+        request_router_config=RequestRouterConfig(request_router_class="deployments.request_router.PoolRequestRouter"),
+        **_options(pool, num_gpus=default_gpus),
+    )
+
+
+def _options(deployment: DeploymentConfig, num_gpus: float) -> dict[str, Any]:
+    resources = deployment.resources
+    actor: dict[str, Any] = {
+        "num_cpus": resources.num_cpus,
+        "num_gpus": num_gpus if resources.num_gpus is None else resources.num_gpus,
+        "resources": resources.custom,
+        "runtime_env": {"env_vars": deployment.environment},
+    }
+    if resources.memory_bytes is not None:
+        actor["memory"] = resources.memory_bytes
+    scale: dict[str, Any] = {"num_replicas": deployment.replicas or 1}
+    if deployment.autoscaling is not None:
+        scale = {"autoscaling_config": _autoscaling(deployment.autoscaling)}
+    return {
+        "ray_actor_options": actor,
+        "health_check_period_s": deployment.health_check_period_s,
+        "health_check_timeout_s": deployment.health_check_timeout_s,
+        "graceful_shutdown_timeout_s": deployment.graceful_shutdown_timeout_s,
+        **scale,
+    }
+
+
+def _autoscaling(settings: dict[str, Any]) -> AutoscalingConfig:
+    try:
+        return AutoscalingConfig.model_validate(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(("autoscaling", *map(str, problem["loc"])))
+        raise ConfigError(field, problem["msg"]) from None

@@ -1,0 +1,67 @@
+"""The ``baton`` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.errors import BatonError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+ConfigPath = Annotated[Path, typer.Argument(help="A Serve config file.")]
+DEFAULT_CONFIG = Path("serve_config.yaml")
+
+
+@app.command()
+def run(
+    config: ConfigPath = DEFAULT_CONFIG,
+    host: Annotated[str | None, typer.Option(help="Instead of http_options.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Instead of http_options.port.")] = None,
+    dashboard: Annotated[bool, typer.Option(help="Ray's dashboard, if Ray is started here.")] = True,
+    verbose: Annotated[bool, typer.Option(help="Show the replicas' logs here.")] = False,
+) -> None:
+    """Start Ray and the application here and serve until Ctrl-C.  MODEL=... replaces the model."""
+    from app import launch
+
+    launch.run(config, host, port, dashboard, verbose)
+
+
+@app.command()
+def check(config: ConfigPath = DEFAULT_CONFIG) -> None:
+    """Say whether a configuration can work, without starting anything."""
+    from app import launch
+
+    document = launch.load_document(config)
+    device = launch.check_document(document, [launch.local_gpus()])
+    launch.check_engine_args(document)
+    typer.echo(f"{config}: ok; engines would run on {device}")
+
+
+@app.command()
+def verify(
+    url: Annotated[str, typer.Option(help="Where Baton serves.")] = "http://127.0.0.1:8000",
+    spoil: Annotated[bool, typer.Option(help="Give decode wrong KV: the check must then fail.")] = False,
+    tolerance: Annotated[float, typer.Option(help="Largest logprob difference that passes.")] = 0.02,
+    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+) -> None:
+    """Compare output under disaggregation with output without it, on the running application."""
+    from app.verify import verify as run_verify
+
+    if not run_verify(url, spoil=spoil, tolerance=tolerance, seed=seed):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command; an error that Baton raised on purpose is one line and exit code 2."""
+    try:
+        app()
+    except (BatonError, RuntimeError) as error:
+        typer.echo(f"baton: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

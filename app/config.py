@@ -1,0 +1,222 @@
+"""Every setting of Baton, in one tree, validated once and passed whole.
+
+The tree is the ``args`` of the Serve application in serve_config.yaml.  Serve's own settings (HTTP host and
+port, proxies, logging) stay where Serve documents them, beside ``applications`` in the same file.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from app.engines.registry import EngineName, owned_args
+from app.errors import ConfigError
+
+TINY_MODEL = "baton:tiny"
+"""The `source` of the small model that Baton makes itself."""
+
+
+class Settings(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Resources(Settings):
+    """What Ray reserves for one replica; see Ray's ``ray_actor_options``."""
+
+    num_cpus: float = Field(default=1.0, ge=0)
+    """CPU cores; also the number of threads (OMP_NUM_THREADS) of an engine on a CPU."""
+    num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs; by default tensor_parallel_size on CUDA and 0 on a CPU."""
+    memory_bytes: int | None = Field(default=None, gt=0)
+    custom: dict[str, float] = {}
+    """Ray custom resources, e.g. ``{prefill_node: 1}``, to keep a pool on its worker group."""
+
+
+class DeploymentConfig(Settings):
+    """What Serve needs to know of any of the deployments."""
+
+    replicas: int | None = Field(default=None, ge=1)
+    """A fixed number of replicas; 1 if neither this nor `autoscaling` is set."""
+    autoscaling: dict[str, Any] | None = None
+    """Serve's AutoscalingConfig, verbatim, instead of `replicas`."""
+    resources: Resources = Resources()
+    environment: dict[str, str] = {}
+    """Environment variables of the replicas' processes."""
+    health_check_period_s: float = Field(default=2.0, gt=0)
+    """Serve replaces a replica after three failed checks."""
+    health_check_timeout_s: float = Field(default=10.0, gt=0)
+    graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0)
+    """How long a replica that is being removed may go on with the requests that it has."""
+
+    @model_validator(mode="after")
+    def _one_way_to_scale(self) -> Self:
+        if self.replicas is not None and self.autoscaling is not None:
+            raise ValueError("set either replicas or autoscaling, not both")
+        return self
+
+
+class PoolConfig(DeploymentConfig):
+    """One pool of engines in one role."""
+
+    engine: EngineName = "vllm"
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that one replica's engine is spread over."""
+    engine_args: dict[str, Any] = {}
+    """Arguments of the engine (vLLM: AsyncEngineArgs), untouched, over those of the model."""
+
+    @model_validator(mode="after")
+    def _refuse_owned_args(self) -> Self:
+        _check_owned(self.engine, self.engine_args)
+        return self
+
+
+class ModelConfig(Settings):
+    """One model and the pools that serve it."""
+
+    name: str = Field(min_length=1)
+    """The name that clients put into ``model``."""
+    source: str = Field(min_length=1)
+    """A Hugging Face id, a folder, or ``baton:tiny`` for the small model that Baton makes."""
+    engine_args: dict[str, Any] = {}
+    """Engine arguments of both pools, e.g. max_model_len."""
+    server_args: dict[str, Any] = {}
+    """Options of vLLM's API server, e.g. ``tool_call_parser: hermes``, ``reasoning_parser``, ``chat_template``."""
+    prefill: PoolConfig | None = None
+    """Without it the decode pool serves alone (aggregated)."""
+    decode: PoolConfig
+
+    @field_validator("name")
+    @classmethod
+    def _printable_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w./:@-]+", name):
+            raise ValueError("letters, digits and . _ - / : @ only: it is part of URLs and metric labels")
+        return name
+
+    @model_validator(mode="after")
+    def _pools_fit_together(self) -> Self:
+        _check_owned(self.decode.engine, self.engine_args)
+        if self.prefill is not None and self.prefill.engine != self.decode.engine:
+            raise ValueError("prefill and decode must run the same engine: their KV layouts differ")
+        return self
+
+    @property
+    def is_disaggregated(self) -> bool:
+        return self.prefill is not None
+
+    def merged_engine_args(self, pool: PoolConfig) -> dict[str, Any]:
+        """The arguments that an engine of `pool` starts with."""
+        return {**self.engine_args, **pool.engine_args}
+
+
+class TransferConfig(Settings):
+    """How KV moves from prefill to decode."""
+
+    backends: list[str] = Field(default=["UCX"], min_length=1)
+    """NIXL plug-ins, in order of preference: UCX, LIBFABRIC, GDS, ..."""
+    required_transport: Literal["any", "rdma", "nvlink", "shm", "tcp"] = "any"
+    """What UCX must use; anything else is switched off, so that it fails rather than falls back in silence."""
+    port_min: int = Field(default=20000, ge=1024, le=65535)
+    port_max: int = Field(default=29999, ge=1024, le=65535)
+    """The side-channel ports that replicas on one node share out among themselves."""
+    lease_s: int = Field(default=30, ge=12)
+    """How long prefill keeps KV for a decode that has not asked for it; vLLM renews it every sixth of this."""
+
+    @model_validator(mode="after")
+    def _ports_in_order(self) -> Self:
+        if self.port_min > self.port_max:
+            raise ValueError(f"port_min {self.port_min} is above port_max {self.port_max}")
+        return self
+
+    @model_validator(mode="after")
+    def _transport_needs_ucx(self) -> Self:
+        if self.required_transport != "any" and self.backends != ["UCX"]:
+            raise ValueError("required_transport can be enforced with backends: [UCX] only")
+        return self
+
+
+class FrontendConfig(DeploymentConfig):
+    """The deployment that talks HTTP; it needs no GPU and loads no weights."""
+
+    max_ongoing_requests: int = Field(default=10_000, ge=1)
+    """Requests that one frontend replica holds before Serve's proxy makes new ones wait."""
+
+
+class LimitsConfig(Settings):
+    """Bounds on what one request may take."""
+
+    max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
+    """A larger HTTP body is refused with 413."""
+    ttft_timeout_s: float = Field(default=300.0, gt=0)
+    """From a request's arrival to its first token, queueing included; then 504."""
+    itl_timeout_s: float = Field(default=60.0, gt=0)
+    """Between two tokens; then the request fails."""
+    prefill_timeout_s: float = Field(default=60.0, gt=0)
+    """How long decode waits for a handoff before it prefills itself."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Decode replicas that a request may try before its first token."""
+
+
+class BatonConfig(Settings):
+    """The whole application."""
+
+    models: list[ModelConfig] = Field(min_length=1, max_length=1)
+    """The models; this version serves one per application."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the engines run; `auto` takes CUDA if the cluster has a GPU."""
+    transfer: TransferConfig | None = Field(default=None, validate_default=True)
+    """Needed as soon as a model has a prefill pool."""
+    frontend: FrontendConfig = FrontendConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("transfer")
+    @classmethod
+    def _disaggregation_needs_transfer(
+        cls, transfer: TransferConfig | None, info: ValidationInfo
+    ) -> TransferConfig | None:
+        for index, model in enumerate(info.data.get("models", [])):
+            if model.is_disaggregated and transfer is None:
+                raise ValueError(
+                    f"missing, but models.{index}.prefill is set, so KV has to be transferred: add it "
+                    "(`transfer: {}` takes the defaults) or remove the prefill pool"
+                )
+        return transfer
+
+
+def parse(args: dict[str, Any]) -> BatonConfig:
+    """The validated tree.  Raises ConfigError that names the first wrong field and says how many more there are."""
+    try:
+        return BatonConfig.model_validate(args)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        first = problems[0]
+        field = ".".join(str(part) for part in first["loc"]) or "args"
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(field, _explain(first) + more) from None
+
+
+def _explain(problem: Any) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "unknown key; see app/config.py for those that exist"
+    if problem["type"] == "missing":
+        return "missing"
+    return str(problem["msg"]).removeprefix("Value error, ") + (
+        f", got {problem['input']!r}" if isinstance(problem["input"], str | int | float) else ""
+    )
+
+
+def _check_owned(engine: EngineName, engine_args: dict[str, Any]) -> None:
+    for name, instead in owned_args(engine).items():
+        if name in engine_args:
+            raise ValueError(f"engine_args.{name} is set by Baton; use {instead}")

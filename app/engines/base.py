@@ -1,0 +1,84 @@
+"""The seam between Baton and an inference engine: token ids in, token deltas out.
+
+An adapter knows its engine and nothing of Ray; a deployment knows this protocol and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from app.messages import EngineStats, GenerateRequest, TokenDelta, TransferDescriptor
+
+Role = Literal["prefill", "decode"]
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an adapter needs to start one engine."""
+
+    role: Role
+    is_disaggregated: bool
+    """Whether KV crosses between a prefill and a decode pool; False for aggregated serving."""
+    replica_id: str
+    model_path: str
+    device: Literal["cpu", "cuda"]
+    tensor_parallel_size: int
+    engine_args: dict[str, Any]
+    kv_host: str
+    kv_port: int
+    """Where this engine answers other engines' questions about its KV layout (its own port on the node)."""
+    transfer_backends: list[str]
+    transfer_tls: str | None
+    """The UCX transports that KV may use (``UCX_TLS``); None lets UCX choose."""
+    transfer_lease_s: int
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of an engine once it is ready."""
+
+    engine: str
+    version: str
+    num_blocks: int
+    block_size_tokens: int
+    max_model_len: int
+
+
+class Engine(Protocol):
+    """One engine in one role.
+
+    Cancelling `prefill`, or closing the generator of `generate`, aborts the request and gives its KV back:
+    there is no other way to abort.
+    """
+
+    async def start(self) -> EngineInfo:
+        """Return when the engine can serve.  Raises what the engine raised; `stop` is safe afterwards."""
+
+    async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
+        """Compute the prompt's KV and return when decode may start to fetch it.
+
+        The caller owns the KV until decode has pulled it, `release` was called or the lease ran out.
+        Raises InvalidRequest, EngineDead or EngineFailed.
+        """
+
+    def generate(
+        self, request: GenerateRequest, descriptor: TransferDescriptor | None
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """Yield deltas until one carries a finish_reason; KV comes through `descriptor` or is computed here.
+
+        A transfer that fails is recomputed here, never served from incomplete KV.  The first delta carries the
+        report.  Raises InvalidRequest, EngineDead or EngineFailed.
+        """
+
+    async def release(self, descriptor: TransferDescriptor) -> None:
+        """Tell the prefill engine that nobody will pull this KV.  Called on a decode engine."""
+
+    async def stats(self) -> EngineStats:
+        """The present load."""
+
+    async def check_health(self) -> None:
+        """Raise EngineDead unless the engine's processes run."""
+
+    async def stop(self) -> None:
+        """End the engine's processes; safe to call twice and after a failed start."""

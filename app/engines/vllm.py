@@ -1,0 +1,364 @@
+"""vLLM behind the `Engine` protocol, on a GPU or a CPU.
+
+1. `start` sets the environment that vLLM reads, then starts vLLM's engine core in a process of its own.
+2. `_pump` takes each engine step's outputs and hands them to the requests that wait for them.
+3. `prefill` runs the prompt for one token with ``do_remote_decode``; vLLM's NixlConnector then keeps the blocks
+   under a lease and returns where they lie: the descriptor's `params`.
+4. `generate` on the decode side gives those `params` back to vLLM, which reads the blocks over NIXL and samples
+   the first token itself, so the token that prefill made is dropped.
+
+This talks to vLLM's engine-core client rather than to AsyncLLM: the frontend detokenizes, so AsyncLLM's second
+pass over every token would be work done twice, and only the core's outputs tell local from transferred tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from app.engines.base import EngineInfo, EngineSpec
+from app.engines.owner_watch import owner_environment
+from app.engines.ucx import UcxLog
+from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest
+from app.messages import EngineStats, GenerateRequest, Logprobs, PrefillReport, TokenDelta, TransferDescriptor
+
+logger = logging.getLogger("baton.engines.vllm")
+
+OWNED_ARGS = {
+    "kv_transfer_config": "the transfer section",
+    "kv_connector": "the transfer section",
+    "tensor_parallel_size": "the pool's tensor_parallel_size",
+    "data_parallel_size": "the pool's replicas",
+    "data_parallel_rank": "the pool's replicas",
+    "distributed_executor_backend": "Baton itself: one replica, one engine",
+    "model": "the model's source",
+    "served_model_name": "the model's name",
+    "host": "http_options of the Serve config",
+    "port": "http_options of the Serve config",
+}
+"""Engine arguments that Baton sets, with where the user sets them instead."""
+
+_ASK_FOR_HANDOFF = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+
+
+def cpu_defaults(device: str) -> dict[str, Any]:
+    """Engine arguments that differ on a CPU: compiling kernels costs minutes there and gains little."""
+    return {"enforce_eager": True, "dtype": "bfloat16"} if device == "cpu" else {}
+
+
+def build_engine_args(spec: EngineSpec) -> Any:
+    """vLLM's ``AsyncEngineArgs`` for `spec`.  Raises ConfigError for an argument that vLLM does not know."""
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    arguments = {**cpu_defaults(spec.device), **spec.engine_args}
+    transfer = None
+    if spec.is_disaggregated:
+        transfer = KVTransferConfig(
+            kv_connector="NixlConnector",
+            kv_role="kv_producer" if spec.role == "prefill" else "kv_consumer",
+            kv_buffer_device=spec.device,
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config={
+                "backends": spec.transfer_backends,
+                "kv_lease_duration": spec.transfer_lease_s,
+            },
+        )
+    try:
+        return AsyncEngineArgs(
+            model=spec.model_path,
+            tensor_parallel_size=spec.tensor_parallel_size,
+            kv_transfer_config=transfer,
+            **arguments,
+        )
+    except TypeError as error:
+        raise ConfigError("engine_args", f"vLLM refuses them: {error}") from error
+
+
+def to_sampling_params(sampling: dict[str, Any], kv_transfer_params: dict[str, Any] | None) -> Any:
+    """vLLM's SamplingParams for one sequence whose tokens are detokenized elsewhere."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+    fields = dict(sampling)
+    if structured := fields.get("structured_outputs"):
+        fields["structured_outputs"] = StructuredOutputsParams(**structured)
+    extra_args = dict(fields.pop("extra_args", None) or {})
+    if kv_transfer_params is not None:
+        extra_args["kv_transfer_params"] = kv_transfer_params
+    return SamplingParams(
+        **fields,
+        extra_args=extra_args or None,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+class VllmEngine:
+    """One vLLM engine core and the requests that run on it."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._ucx_log = UcxLog()
+        self._core: Any = None
+        self._input_processor: Any = None
+        self._outputs: dict[str, asyncio.Queue[Any]] = {}
+        self._pump_task: asyncio.Task[None] | None = None
+        self._death: EngineDead | None = None
+        self._scheduler_stats: Any = None
+        self._transfers: dict[str, float] = {}
+
+    async def start(self) -> EngineInfo:
+        os.environ.update(self._environment())
+        # Loading takes from seconds to many minutes: off the loop, which has to go on answering Serve.
+        await asyncio.to_thread(self._start_core)
+        self._pump_task = asyncio.create_task(self._pump(), name="vllm-pump")
+        import vllm
+
+        config = self._core.vllm_config
+        return EngineInfo(
+            engine="vllm",
+            version=vllm.__version__,
+            num_blocks=config.cache_config.num_gpu_blocks,
+            block_size_tokens=config.cache_config.block_size,
+            max_model_len=config.model_config.max_model_len,
+        )
+
+    def _environment(self) -> dict[str, str]:
+        spec = self._spec
+        environment = {
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": spec.kv_host,
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(spec.kv_port),
+            "VLLM_NO_USAGE_STATS": "1",
+            **self._ucx_log.environment(spec.transfer_tls),
+            **owner_environment(),
+        }
+        if spec.device == "cpu":
+            # Binding threads to cores makes every replica on a machine fight for the same ones.
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            # vLLM compiles a logprobs helper even when eager: 17 s for the first request that asks for them.
+            environment["TORCHDYNAMO_DISABLE"] = "1"
+        return environment
+
+    def _start_core(self) -> None:
+        from vllm.renderers import renderer_from_config
+        from vllm.v1.engine.core_client import EngineCoreClient
+        from vllm.v1.engine.input_processor import InputProcessor
+        from vllm.v1.executor import Executor
+
+        config = build_engine_args(self._spec).create_engine_config()
+        self._input_processor = InputProcessor(config, renderer_from_config(config))
+        self._core = EngineCoreClient.make_async_mp_client(
+            vllm_config=config, executor_class=Executor.get_class(config), log_stats=True
+        )
+
+    async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
+        params = to_sampling_params({"max_tokens": 1, "temperature": 0.0}, dict(_ASK_FOR_HANDOFF))
+        async with aclosing(self._run(request, params)) as outputs:
+            async for output in outputs:
+                if output.kv_transfer_params is not None:
+                    cached = output.prefill_stats.num_cached_tokens if output.prefill_stats else 0
+                    return self._describe(request, output.kv_transfer_params, cached)
+        raise EngineFailed("prefill ended without a transfer descriptor")
+
+    def _describe(self, request: GenerateRequest, params: dict[str, Any], cached_tokens: int) -> TransferDescriptor:
+        return TransferDescriptor(
+            engine="vllm",
+            replica_id=self._spec.replica_id,
+            prompt_tokens=len(request.prompt_token_ids),
+            cached_tokens=cached_tokens,
+            ready_at=time.time(),
+            lease_s=self._spec.transfer_lease_s,
+            params=params,
+        )
+
+    async def generate(
+        self, request: GenerateRequest, descriptor: TransferDescriptor | None
+    ) -> AsyncGenerator[TokenDelta, None]:
+        params = to_sampling_params(request.sampling, dict(descriptor.params) if descriptor else None)
+        is_first = True
+        async with aclosing(self._run(request, params)) as outputs:
+            async for output in outputs:
+                report = self._report(output, descriptor) if is_first else None
+                is_first = False
+                yield _to_delta(output, report)
+
+    def _report(self, output: Any, descriptor: TransferDescriptor | None) -> PrefillReport:
+        stats = output.prefill_stats
+        local = stats.num_local_cached_tokens if stats else 0
+        transferred = stats.num_external_cached_tokens if stats else 0
+        if descriptor is None or not transferred:
+            reason = "" if descriptor is None else "already_cached" if local else "transfer_failed"
+            return PrefillReport(
+                kind="local",
+                reason=reason,
+                prefill_replica=None,
+                decode_replica=self._spec.replica_id,
+                cached_tokens=local,
+                transferred_tokens=0,
+                transport="",
+            )
+        return PrefillReport(
+            kind="remote",
+            reason="",
+            prefill_replica=descriptor.replica_id,
+            decode_replica=self._spec.replica_id,
+            cached_tokens=max(descriptor.cached_tokens, local),
+            transferred_tokens=transferred,
+            transport=self._ucx_log.transport,
+        )
+
+    async def _run(self, request: GenerateRequest, params: Any) -> AsyncGenerator[Any, None]:
+        """The engine core's outputs for one request; leaving early aborts it."""
+        from vllm.exceptions import VLLMClientError
+
+        self._raise_if_dead()
+        prompt = {"type": "token", "prompt_token_ids": request.prompt_token_ids}
+        if request.cache_salt is not None:
+            prompt["cache_salt"] = request.cache_salt
+        try:
+            core_request = self._input_processor.process_inputs(
+                request.request_id, prompt, params, supported_tasks=("generate",), priority=request.priority
+            )
+        except (VLLMClientError, ValueError) as error:
+            raise InvalidRequest(str(error)) from error
+        core_request.reasoning_ended = request.reasoning_ended
+        core_request.reasoning_parser_kwargs = request.reasoning_parser_kwargs
+        self._input_processor.assign_request_id(core_request)
+        core_id = core_request.request_id
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._outputs[core_id] = queue
+        finished = False
+        try:
+            await self._core.add_request_async(core_request)
+            while not finished:
+                output = await queue.get()
+                if isinstance(output, EngineDead):
+                    finished = True
+                    raise output
+                finished = output.finished
+                if finished and str(output.finish_reason) == "error":
+                    raise EngineFailed("vLLM ended the request with an internal error")
+                yield output
+        finally:
+            del self._outputs[core_id]
+            if not finished and self._death is None:
+                await self._core.abort_requests_async([core_id])
+
+    async def _pump(self) -> None:
+        """Hand out the outputs of each engine step until the engine core dies."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            while True:
+                step = await self._core.get_output_async()
+                if step.scheduler_stats is not None:
+                    self._record(step.scheduler_stats)
+                for output in step.outputs:
+                    # An aborted request may still be in the step that was running.
+                    if queue := self._outputs.get(output.request_id):
+                        queue.put_nowait(output)
+        except EngineDeadError:
+            self._death = EngineDead()
+            for queue in self._outputs.values():
+                queue.put_nowait(self._death)
+
+    def _record(self, stats: Any) -> None:
+        self._scheduler_stats = stats
+        for name, values in (stats.kv_connector_stats or {}).items():
+            self._transfers[name] = self._transfers.get(name, 0) + sum(values)
+            if name == "transfer_duration":
+                self._transfers["num_transfers"] = self._transfers.get("num_transfers", 0) + len(values)
+
+    async def release(self, descriptor: TransferDescriptor) -> None:
+        self._raise_if_dead()
+        await self._core.add_request_async(_rejection(descriptor))
+
+    async def stats(self) -> EngineStats:
+        self._raise_if_dead()
+        num_blocks = self._core.vllm_config.cache_config.num_gpu_blocks
+        scheduler = self._scheduler_stats
+        moved = self._transfers
+        return EngineStats(
+            num_running=scheduler.num_running_reqs if scheduler else 0,
+            num_waiting=scheduler.num_waiting_reqs if scheduler else 0,
+            num_blocks=num_blocks,
+            num_used_blocks=round(scheduler.kv_cache_usage * num_blocks) if scheduler else 0,
+            num_transfers=int(moved.get("num_transfers", 0)),
+            num_failed_transfers=int(moved.get("num_failed_transfers", 0) + moved.get("num_failed_handshakes", 0)),
+            transferred_bytes=int(moved.get("bytes_transferred", 0)),
+            transfer_s=moved.get("transfer_duration", 0.0),
+            num_expired_handoffs=int(moved.get("num_kv_expired_reqs", 0)),
+            transport=self._ucx_log.transport,
+        )
+
+    async def check_health(self) -> None:
+        self._raise_if_dead()
+        if self._core is None or self._core.resources.engine_dead:
+            raise EngineDead
+
+    def _raise_if_dead(self) -> None:
+        if self._death is not None:
+            raise self._death
+
+    async def stop(self) -> None:
+        if self._pump_task is not None:
+            self._pump_task.cancel()
+            self._pump_task = None
+        if self._core is not None:
+            core, self._core = self._core, None
+            await asyncio.to_thread(core.shutdown, 2.0)
+
+
+def _rejection(descriptor: TransferDescriptor) -> Any:
+    """A request that the core aborts at once, so that its connector tells prefill to free the blocks.
+
+    What vLLM's ``AsyncLLM.notify_kv_transfer_request_rejected`` sends.
+    """
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    return EngineCoreRequest(
+        request_id=f"release-{descriptor.params['remote_request_id']}",
+        prompt_token_ids=[0],
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": dict(descriptor.params)}),
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        abort_immediately=True,
+    )
+
+
+def _to_delta(output: Any, report: PrefillReport | None) -> TokenDelta:
+    reason = str(output.finish_reason) if output.finish_reason is not None else None
+    prompt_logprobs = output.new_prompt_logprobs_tensors
+    return TokenDelta(
+        token_ids=output.new_token_ids,
+        finish_reason=reason,  # type: ignore[arg-type]
+        stop_reason=output.stop_reason,
+        logprobs=_to_logprobs(output.new_logprobs) if output.new_logprobs is not None else None,
+        prompt_logprobs=_to_logprobs(prompt_logprobs.tolists()) if prompt_logprobs is not None else None,
+        report=report,
+    )
+
+
+def _to_logprobs(lists: Any) -> Logprobs:
+    return Logprobs(
+        token_ids=lists.logprob_token_ids.tolist(),
+        logprobs=lists.logprobs.tolist(),
+        ranks=lists.sampled_token_ranks.tolist(),
+    )

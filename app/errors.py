@@ -1,0 +1,71 @@
+"""Every error that crosses a seam of Baton, in one tree.
+
+Each class passes all its fields to ``super().__init__`` so that it survives pickling between Serve
+deployments (tests/unit/test_errors.py pickles every one of them).
+"""
+
+from __future__ import annotations
+
+
+class BatonError(Exception):
+    """Base of all errors that Baton raises on purpose."""
+
+
+class ConfigError(BatonError):
+    """The configuration cannot work; raised before any engine starts.
+
+    ``field`` is the dotted path inside ``args`` of the Serve application, e.g. ``models.0.decode.replicas``.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(field, problem)
+        self.field = field
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}"
+
+
+class InvalidRequest(BatonError):
+    """The engine refuses the request itself: a retry elsewhere would fail the same way (HTTP 400)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class EngineDead(BatonError):
+    """The engine's processes are gone; Serve replaces the replica after its health check fails."""
+
+    def __init__(self, detail: str = "the engine process died") -> None:
+        super().__init__(detail)
+
+
+class EngineFailed(BatonError):
+    """The engine ended one request with an internal error while it goes on serving others."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+
+
+class ReplicaLost(BatonError):
+    """A decode replica went away, or no longer is the one that the caller meant."""
+
+    def __init__(self, replica_id: str, detail: str = "the replica is gone") -> None:
+        super().__init__(replica_id, detail)
+        self.replica_id = replica_id
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"replica {self.replica_id}: {self.detail}"
+
+
+class NoReplica(BatonError):
+    """A pool that the request needs has no ready replica (HTTP 503)."""
+
+    def __init__(self, pool: str) -> None:
+        super().__init__(pool)
+        self.pool = pool
+
+    def __str__(self) -> str:
+        return f"the {self.pool} pool has no ready replica"

@@ -1,0 +1,172 @@
+"""``baton run``: Ray, Serve and the application in one foreground process, with progress.
+
+What it starts is what ``serve run`` starts from the same file; it adds the check before, the progress during, the
+hints after and Serve flags that make streaming cheap (measured in docs/decisions/0003-serve-flags.md).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from app import preflight
+from app.config import BatonConfig, parse
+from app.errors import ConfigError
+from app.preflight import check
+
+SERVE_FLAGS = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+"""Environment of every Serve process, unless the user has set it otherwise."""
+
+
+def load_document(path: Path) -> dict[str, Any]:
+    """The Serve config file with the environment's MODEL put into it.  Raises ConfigError."""
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(str(path), error.strerror or "cannot be read") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), f"is not YAML: {error}") from error
+    if not isinstance(document, dict) or not document.get("applications"):
+        raise ConfigError(str(path), "has no `applications`: it must be a Serve config file")
+    if model := os.environ.get("MODEL"):
+        for application in document["applications"]:
+            application["args"]["models"][0].update(source=model, name=model)
+    return document
+
+
+def local_gpus() -> int:
+    """NVIDIA GPUs of this machine, without importing anything that would initialise them."""
+    folder = Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def check_document(document: dict[str, Any], gpus_per_node: list[int]) -> str:
+    """Check every application of a Serve config file and return the device.  Raises ConfigError."""
+    devices = [check(config, gpus_per_node) for config in _configs(document)]
+    return devices[0]
+
+
+def check_engine_args(document: dict[str, Any]) -> None:
+    """Ask the engines whether they know their arguments, which imports them.  Raises ConfigError."""
+    for config in _configs(document):
+        preflight.check_engine_args(config)
+
+
+def _configs(document: dict[str, Any]) -> list[BatonConfig]:
+    return [parse(application.get("args") or {}) for application in document["applications"]]
+
+
+def run(path: Path, host: str | None, port: int | None, dashboard: bool, verbose: bool) -> None:
+    """Serve until SIGINT or SIGTERM.  Raises ConfigError, or RuntimeError if the application does not come up."""
+    console = Console(stderr=True, highlight=False)
+    started_at = time.monotonic()
+    document = load_document(path)
+    device = check_document(document, [local_gpus()])
+    console.print(f"{path}: ok; engines run on {device}" + ("" if device == "cuda" else " (no GPU found)"))
+    http = {
+        **document.get("http_options", {}),
+        **({"host": host} if host else {}),
+        **({"port": port} if port else {}),
+    }
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with ThreadPoolExecutor(1) as pool:
+        # Asking vLLM takes seconds of imports: as long as Ray takes to start.
+        arguments_ok = pool.submit(check_engine_args, document)
+        start_cluster(http, document.get("proxy_location", "EveryNode"), dashboard, verbose)
+    try:
+        arguments_ok.result()
+        deploy(document, console, stop)
+        if not stop.is_set():
+            _say_ready(document, http, console, time.monotonic() - started_at)
+            stop.wait()
+        console.print("stopping")
+    finally:
+        stop_cluster()
+
+
+def start_cluster(http: dict[str, Any], proxy_location: str, dashboard: bool, verbose: bool) -> None:
+    """Start Ray here, or connect to the cluster that RAY_ADDRESS names, and Serve on it."""
+    for name, value in SERVE_FLAGS.items():
+        os.environ.setdefault(name, value)
+    import ray
+    from ray import serve
+
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=verbose)
+    else:
+        ray.init(address="local", include_dashboard=dashboard, log_to_driver=verbose)
+    serve.start(proxy_location=proxy_location, http_options=http)
+
+
+def stop_cluster() -> None:
+    """End Serve, and Ray if it was started here."""
+    import ray
+    from ray import serve
+
+    if ray.is_initialized():
+        serve.shutdown()
+        ray.shutdown()
+
+
+def deploy(document: dict[str, Any], console: Console, stop: threading.Event) -> None:
+    """Deploy the applications and return when they serve or `stop` is set.  Raises RuntimeError."""
+    from ray import serve
+
+    from app.build import build
+
+    targets = [
+        serve.RunTarget(
+            target=build(application["args"]),
+            name=application["name"],
+            route_prefix=application.get("route_prefix", "/"),
+        )
+        for application in document["applications"]
+    ]
+    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    _wait_until_running(console, stop)
+
+
+def _wait_until_running(console: Console, stop: threading.Event) -> None:
+    from ray import serve
+
+    began = time.monotonic()
+    said: dict[str, str] = {}
+    while not stop.wait(0.5):
+        applications = serve.status().applications
+        for application in applications.values():
+            for name, deployment in application.deployments.items():
+                state = " ".join(f"{count} {state.lower()}" for state, count in deployment.replica_states.items())
+                if state and said.get(name) != state:
+                    said[name] = state
+                    console.print(f"{time.monotonic() - began:5.0f} s  {name}: {state}")
+            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise RuntimeError(f"the application did not come up: {application.message}")
+        if all(application.status == "RUNNING" for application in applications.values()):
+            return
+
+
+def _say_ready(document: dict[str, Any], http: dict[str, Any], console: Console, seconds: float) -> None:
+    base = f"http://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"
+    model = document["applications"][0]["args"]["models"][0]["name"]
+    console.print(f"\n[bold]Baton serves {model} at {base}[/bold] (after {seconds:.0f} s).  Try:")
+    console.print(
+        f"""  curl {base}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
+  curl {base}/health      baton verify --url {base}
+API reference: {base}/docs      Ctrl-C stops it.""",
+        markup=False,
+    )

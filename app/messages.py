@@ -1,0 +1,128 @@
+"""The messages that cross deployments: plain data, no Ray, no engine types.
+
+A *handoff* is what prefill gives to decode; its content is a `TransferDescriptor`.  The KV tensors themselves
+never appear here: NIXL moves them between the engines.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+PrefillMode = Literal["auto", "local", "spoiled"]
+"""How one request wants its prompt prefilled: as Baton sees fit; by the decode replica; or remotely but from
+another prompt, so that decode gets KV that is wrong (the control run of ``baton verify``)."""
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate.
+
+    `sampling` holds the sampling parameters that differ from their defaults, under the names of vLLM's
+    ``SamplingParams`` (the superset that the OpenAI server produces); an adapter that lacks one must refuse it.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: dict[str, Any]
+    cache_salt: str | None = None
+    priority: int = 0
+    prefill_mode: PrefillMode = "auto"
+    reasoning_ended: bool | None = None
+    """Whether structured output binds from the first token on; None lets the engine's reasoning parser tell."""
+    reasoning_parser_kwargs: dict[str, Any] | None = None
+
+
+class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a prompt's KV lies on a prefill replica and until when.
+
+    `params` belongs to the engine that wrote it and is opaque to everybody else.  For vLLM its size grows with
+    one integer per KV block of the prompt and with nothing else.
+    """
+
+    engine: str
+    replica_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that prefill found in its prefix cache."""
+    ready_at: float
+    """Unix time in seconds when the KV became readable."""
+    lease_s: float
+    """Seconds after `ready_at` during which prefill keeps the KV for a decode that has not asked for it yet."""
+    params: dict[str, Any]
+
+    def has_expired(self, now: float) -> bool:
+        """Whether pulling now is unsafe: past half the lease prefill may free and reuse the blocks mid-read."""
+        return now - self.ready_at > self.lease_s / 2
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities of n positions with k candidates each.
+
+    `token_ids` and `logprobs` have shape [n, k]; the first candidate of a row is the token itself.  `ranks`
+    has shape [n]: the rank of that token in the vocabulary, 1 the most likely.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    ranks: list[int]
+
+
+class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
+    """How the prompt's KV came to be on the decode replica; sent once, with a sequence's first delta."""
+
+    kind: Literal["remote", "local"]
+    reason: str
+    prefill_replica: str | None
+    decode_replica: str
+    cached_tokens: int
+    """Prompt tokens that no engine had to compute for this request."""
+    transferred_tokens: int
+    """Prompt tokens whose KV was read from the prefill replica."""
+    transport: str
+    """What carried them, as UCX names its lanes, e.g. ``rma(cuda_ipc/cuda)``; empty where nothing moved."""
+
+
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
+    """What one engine step added to one sequence."""
+
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length", "abort", "repetition"] | None = None
+    stop_reason: int | str | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
+    report: PrefillReport | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One look at an engine's load and at what it moved since it started."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    """KV blocks that requests hold, those kept for a decode that has not pulled yet included."""
+    num_transfers: int = 0
+    num_failed_transfers: int = 0
+    transferred_bytes: int = 0
+    transfer_s: float = 0.0
+    num_expired_handoffs: int = 0
+    """Handoffs whose lease ran out before decode pulled them."""
+    transport: str = ""
+
+
+class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica tells once, when it is ready."""
+
+    replica_id: str
+    role: Literal["prefill", "decode"]
+    model: str
+    engine: str
+    engine_version: str
+    node_ip: str
+    pid: int
+    num_blocks: int
+    block_size_tokens: int
+    max_model_len: int
+    kv_address: str = ""
+    """host:port at which other engines ask this one for its KV layout."""

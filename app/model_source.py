@@ -1,0 +1,38 @@
+"""Where a model's files are: a folder, a Hugging Face id, or the tiny model that Baton makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from app.config import TINY_MODEL
+from app.errors import ConfigError
+
+
+def local_path(source: str) -> str:
+    """What an engine is given as its model; makes the tiny model on this node if it is asked for."""
+    if source == TINY_MODEL:
+        from app.tiny_model import ensure_tiny_model
+
+        return str(ensure_tiny_model())
+    return str(Path(source).expanduser()) if is_folder(source) else source
+
+
+def is_folder(source: str) -> bool:
+    """Whether `source` means a folder; anything else is an id of Hugging Face's hub."""
+    return source.startswith(("/", ".", "~")) or Path(source).is_dir()
+
+
+def check_source(field: str, source: str) -> None:
+    """Raise ConfigError if `source` is a folder that is not there or holds no model."""
+    if source == TINY_MODEL or not is_folder(source):
+        if source != TINY_MODEL and source.count("/") != 1:
+            raise ConfigError(
+                field,
+                f"{source!r} is neither a folder, nor a Hugging Face id (owner/name), nor {TINY_MODEL!r}",
+            )
+        return
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(field, f"the folder {source!r} does not exist")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(field, f"the folder {source!r} holds no config.json")

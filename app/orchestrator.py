@@ -1,0 +1,140 @@
+"""The order in which one sequence is served: place, prefill, decode, fail over.
+
+1. Pick a decode replica.
+2. Decide where the prompt is prefilled (app/routing/disaggregation.py).
+3. If remotely, pick a prefill replica and start it; what comes back at once is a handoff, not its content.
+4. Give request and handoff to the decode replica, which waits for the descriptor, pulls the KV and streams.
+   A prefill that fails leaves decode to prefill locally: the request succeeds and its report says why.
+5. A decode replica that dies before the first token is replaced by another one, with a new prefill: the first
+   one may have pulled the KV and thereby freed it on the prefill side, so its handoff cannot be used twice.
+   After the first token the sequence fails, since tokens that were sent cannot be taken back.
+
+Closing the generator at any moment cancels whatever runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
+from typing import Protocol
+
+from app.config import LimitsConfig
+from app.errors import EngineDead, NoReplica, ReplicaLost
+from app.messages import GenerateRequest, TokenDelta
+from app.routing.disaggregation import Placement, place_prefill, spoil
+from app.routing.load import LoadBalancer
+
+logger = logging.getLogger("baton.orchestrator")
+
+
+class Handoff(Protocol):
+    """A prefill under way, whose descriptor only the decode replica may look at."""
+
+    replica: str
+    """The prefill replica."""
+
+    def cancel(self) -> None:
+        """Stop the prefill if it still runs; safe at any time."""
+
+
+class PrefillPool(Protocol):
+    """The prefill replicas as the orchestrator sees them."""
+
+    def replicas(self) -> list[str]:
+        """Ids of those that are ready."""
+
+    async def start(self, request: GenerateRequest, replica: str) -> Handoff:
+        """Begin to prefill on `replica`.  Raises ReplicaLost if it is gone."""
+
+
+class DecodePool(Protocol):
+    """The decode replicas as the orchestrator sees them."""
+
+    def replicas(self) -> list[str]:
+        """Ids of those that are ready."""
+
+    def generate(
+        self, request: GenerateRequest, handoff: Handoff | None, placement: Placement, replica: str
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """Deltas from `replica`.  Raises ReplicaLost, EngineDead, EngineFailed or InvalidRequest."""
+
+
+class Orchestrator:
+    """Serves sequences on one model's pools."""
+
+    def __init__(self, prefill: PrefillPool | None, decode: DecodePool, limits: LimitsConfig) -> None:
+        self._prefill = prefill
+        self._decode = decode
+        self._limits = limits
+        self._prefill_load = LoadBalancer()
+        self._decode_load = LoadBalancer()
+
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Yield the sequence's deltas.
+
+        Raises NoReplica before the first delta if no decode replica could serve, ReplicaLost after it,
+        TimeoutError if a token took longer than the limits allow, and what `DecodePool.generate` raises.
+        """
+        tried: list[str] = []
+        for _ in range(self._limits.max_attempts):
+            replica = self._decode_load.pick(self._decode.replicas(), tried)
+            if replica is None:
+                break
+            tried.append(replica)
+            is_started = False
+            try:
+                with self._decode_load.track(replica):
+                    async with aclosing(self._attempt(request, replica)) as deltas:
+                        async for delta in deltas:
+                            is_started = True
+                            yield delta
+                return
+            except (ReplicaLost, EngineDead) as error:
+                self._decode_load.avoid(replica)
+                logger.warning("request_id=%s decode_replica=%s failed: %s", request.request_id, replica, error)
+                if is_started:
+                    raise ReplicaLost(replica, str(error)) from error
+        raise NoReplica("decode")
+
+    async def _attempt(self, request: GenerateRequest, replica: str) -> AsyncGenerator[TokenDelta, None]:
+        with ExitStack() as prefill_in_flight:
+            handoff, placement = await self._start_prefill(request, prefill_in_flight)
+            try:
+                decoding = self._decode.generate(request, handoff, placement, replica)
+                async with aclosing(decoding) as deltas, aclosing(self._in_time(deltas)) as timely:
+                    async for delta in timely:
+                        prefill_in_flight.close()
+                        if delta.report is not None and handoff is not None and delta.report.kind == "local":
+                            self._prefill_load.avoid(handoff.replica)
+                        yield delta
+            finally:
+                if handoff is not None:
+                    handoff.cancel()
+
+    async def _start_prefill(self, request: GenerateRequest, in_flight: ExitStack) -> tuple[Handoff | None, Placement]:
+        placement = place_prefill(request, has_prefill_pool=self._prefill is not None)
+        if self._prefill is None or placement.kind == "local":
+            return None, placement
+        replica = self._prefill_load.pick(self._prefill.replicas())
+        if replica is None:
+            return None, Placement("local", "no_prefill_replica")
+        try:
+            prefilled = spoil(request) if request.prefill_mode == "spoiled" else request
+            handoff = await self._prefill.start(prefilled, replica)
+        except ReplicaLost:
+            self._prefill_load.avoid(replica)
+            return None, Placement("local", "no_prefill_replica")
+        in_flight.enter_context(self._prefill_load.track(replica))
+        return handoff, placement
+
+    async def _in_time(self, deltas: AsyncGenerator[TokenDelta, None]) -> AsyncGenerator[TokenDelta, None]:
+        limit = self._limits.ttft_timeout_s
+        while True:
+            async with asyncio.timeout(limit):
+                delta = await anext(deltas, None)
+            if delta is None:
+                return
+            yield delta
+            limit = self._limits.itl_timeout_s

@@ -1,0 +1,37 @@
+"""Whether a request's prompt is prefilled on the prefill pool or on the decode replica itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from app.messages import GenerateRequest
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Where the prompt is prefilled and, if locally, why."""
+
+    kind: Literal["remote", "local"]
+    reason: str = ""
+
+
+def place_prefill(request: GenerateRequest, *, has_prefill_pool: bool) -> Placement:
+    """Remote wherever it can be.
+
+    ``prompt_logprobs`` come out of the forward pass over the prompt, which under disaggregation runs on the
+    other engine, so such a request is served without it rather than refused.
+    """
+    if not has_prefill_pool:
+        return Placement("local", "aggregated")
+    if request.prefill_mode == "local":
+        return Placement("local", "requested")
+    if request.sampling.get("prompt_logprobs") is not None:
+        return Placement("local", "prompt_logprobs")
+    return Placement("remote")
+
+
+def spoil(request: GenerateRequest) -> GenerateRequest:
+    """The same request with another prompt of the same length: its KV is wrong for the original."""
+    first, *rest = request.prompt_token_ids
+    return msgspec.structs.replace(request, prompt_token_ids=[*rest, first] if len(set(rest)) else [first + 1])

@@ -1,0 +1,198 @@
+"""``baton verify``: does disaggregation change the output?
+
+Each prompt is served three times by the running application, greedily: prefilled remotely, prefilled by the decode
+replica (aggregated serving on the same weights) and so once more, which measures the engine's own noise.  Every
+serving has a cache salt of its own, so that none can reuse another's KV.  With `spoil` the remote prefill computes
+another prompt's KV, and a comparison that still passes would prove nothing.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from typing import Any
+
+import httpx
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from app.errors import BatonError
+from app.messages import PrefillMode
+
+PROMPT_LENGTHS = (7, 64, 65, 500, 2000)
+SHARED_PREFIX_TOKENS = 500
+OUTPUT_TOKENS = 24
+ANSWER_TIMEOUT_S = 300.0
+WORDS = "The quick brown fox jumps over 13 lazy dogs; while (x < 42) { return f(x, y) + 'value'; } # Größe, 東京, Ωmega"
+"""Text whose tokens the random prompts are drawn from, whatever the model's vocabulary."""
+
+
+class VerifyError(BatonError):
+    """The comparison could not be made."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What one serving of a prompt produced; `token_ids` and `logprobs` have the same length."""
+
+    token_ids: list[str]
+    logprobs: list[float]
+
+    def max_difference(self, other: Answer) -> float:
+        """The largest logprob difference before the first token that differs; infinite if the first one does."""
+        differences = []
+        for ours, theirs, a, b in zip(self.token_ids, other.token_ids, self.logprobs, other.logprobs, strict=False):
+            if ours != theirs:
+                break
+            differences.append(abs(a - b))
+        return max(differences, default=float("inf"))
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One prompt's comparison."""
+
+    name: str
+    prompt_tokens: int
+    remote: Answer
+    local: Answer
+    noise: float
+
+    @property
+    def num_equal_tokens(self) -> int:
+        pairs = zip(self.remote.token_ids, self.local.token_ids, strict=False)
+        return next(
+            (n for n, (a, b) in enumerate(pairs) if a != b),
+            min(len(self.remote.token_ids), len(self.local.token_ids)),
+        )
+
+    def passes(self, tolerance: float) -> bool:
+        if self.remote.token_ids != self.local.token_ids:
+            return False
+        return self.remote.max_difference(self.local) <= max(tolerance, 2 * self.noise)
+
+
+class Transfers(msgspec.Struct, frozen=True):
+    """What the decode replicas have pulled so far."""
+
+    num: int
+    num_bytes: int
+    transports: list[str]
+
+
+class Endpoint:
+    """The application under test."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self._client = client
+        model = self._get("/v1/models")["data"][0]
+        self.model: str = model["id"]
+        self.max_model_len: int = model["max_model_len"]
+        self._vocabulary: list[int] = self._post("/tokenize", {"model": self.model, "prompt": WORDS})["tokens"]
+
+    def random_prompt(self, rng: random.Random, num_tokens: int) -> list[int]:
+        return rng.choices(self._vocabulary, k=num_tokens)
+
+    def serve(self, prompts: list[list[int]], mode: PrefillMode) -> Answer:
+        """The greedy answer to the last of `prompts`, all of which share one cache salt."""
+        salt = uuid.uuid4().hex
+        for prompt in prompts:
+            body = {
+                "model": self.model,
+                "prompt": prompt,
+                "max_tokens": OUTPUT_TOKENS,
+                "temperature": 0,
+                "ignore_eos": True,
+                "logprobs": 1,
+                "return_tokens_as_token_ids": True,
+                "cache_salt": salt,
+                "vllm_xargs": {"baton_prefill": mode},
+            }
+            logprobs = self._post("/v1/completions", body)["choices"][0]["logprobs"]
+        return Answer(logprobs["tokens"], logprobs["token_logprobs"])
+
+    def transfers(self) -> Transfers:
+        decode = [replica for replica in self._get("/stats")["replicas"] if replica["role"] == "decode"]
+        return Transfers(
+            sum(replica["num_transfers"] for replica in decode),
+            sum(replica["transferred_bytes"] for replica in decode),
+            sorted({replica["transport"] for replica in decode if replica["transport"]}),
+        )
+
+    def _get(self, path: str) -> Any:
+        return self._answer("GET", path)
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        return self._answer("POST", path, body)
+
+    def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        try:
+            response = self._client.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise VerifyError(f"{self._client.base_url} does not answer ({error}); is Baton running there?") from error
+        if response.status_code != 200:
+            raise VerifyError(f"{method} {path} answered {response.status_code}: {response.text[:300]}")
+        return response.json()
+
+
+def verify(url: str, *, spoil: bool, tolerance: float, seed: int) -> bool:
+    """Print the comparison as a table and return whether all of it passed.
+
+    Raises VerifyError if the application cannot be reached or did not transfer the KV of every prompt.
+    """
+    with httpx.Client(base_url=url, timeout=ANSWER_TIMEOUT_S) as client:
+        endpoint = Endpoint(client)
+        before = endpoint.transfers()
+        prompts = _prompts(endpoint, random.Random(seed))
+        cases = [_compare(endpoint, name, group, "spoiled" if spoil else "auto") for name, group in prompts]
+        after = endpoint.transfers()
+    num_remote = sum(len(group) for _, group in prompts)
+    _print(cases, tolerance, Console(highlight=False))
+    num, num_bytes = after.num - before.num, after.num_bytes - before.num_bytes
+    print(
+        f"KV of {num} of {num_remote} prompts moved: {num_bytes / 1e6:.1f} MB by {', '.join(after.transports) or 'nothing'}"
+    )
+    if num < num_remote:
+        raise VerifyError(f"only {num} of {num_remote} prompts were prefilled remotely: nothing was verified")
+    passed = all(case.passes(tolerance) for case in cases)
+    print("passed" if passed else "FAILED: output under disaggregation differs from aggregated output")
+    return passed
+
+
+def _prompts(endpoint: Endpoint, rng: random.Random) -> list[tuple[str, list[list[int]]]]:
+    """Named groups of prompts; the last of a group is compared."""
+    longest = endpoint.max_model_len - OUTPUT_TOKENS
+    groups = [
+        (f"{length} tokens", [endpoint.random_prompt(rng, length)]) for length in PROMPT_LENGTHS if length <= longest
+    ]
+    prefix = endpoint.random_prompt(rng, min(SHARED_PREFIX_TOKENS, longest // 2))
+    shared = [prefix + endpoint.random_prompt(rng, 64) for _ in range(3)]
+    return [
+        *groups,
+        (f"shared prefix of {len(prefix)}", shared),
+        ("the same prompt again", [shared[0], shared[0]]),
+    ]
+
+
+def _compare(endpoint: Endpoint, name: str, prompts: list[list[int]], mode: PrefillMode) -> Case:
+    remote = endpoint.serve(prompts, mode)
+    local, again = endpoint.serve(prompts, "local"), endpoint.serve(prompts, "local")
+    return Case(name, len(prompts[-1]), remote, local, noise=local.max_difference(again))
+
+
+def _print(cases: list[Case], tolerance: float, console: Console) -> None:
+    table = Table(title="disaggregated against aggregated, greedy")
+    for heading in ("prompt", "tokens", "equal output tokens", "max logprob difference", "noise", ""):
+        table.add_column(heading, justify="left" if heading in ("prompt", "") else "right")
+    for case in cases:
+        table.add_row(
+            case.name,
+            str(case.prompt_tokens),
+            f"{case.num_equal_tokens}/{len(case.local.token_ids)}",
+            f"{case.remote.max_difference(case.local):.2g}",
+            f"{case.noise:.2g}",
+            "ok" if case.passes(tolerance) else "DIFFERS",
+        )
+    console.print(table)

@@ -1,0 +1,141 @@
+"""What the prefill and the decode deployment share: one engine per replica, its start, health and end."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import ray
+from ray import serve
+
+from app.config import BatonConfig
+from app.engines.base import Engine, EngineInfo, EngineSpec, Role
+from app.engines.registry import create_engine
+from app.engines.ucx import TLS_BY_REQUIREMENT
+from app.errors import ConfigError, ReplicaLost
+from app.messages import EngineStats, ReplicaInfo
+from app.model_source import local_path
+from deployments.logs import adopt_serve_logging
+
+logger = logging.getLogger("baton.worker")
+
+
+class Worker:
+    """A Serve replica around an engine."""
+
+    role: Role
+
+    async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        adopt_serve_logging()
+        context = serve.get_replica_context()
+        self._config = config
+        self._model = config.models[0]
+        self._replica_id = context.replica_id.unique_id
+        self._node_ip = ray.util.get_node_ip_address()
+        transfer = config.transfer
+        self._port = reserve_port(transfer.port_min, transfer.port_max) if transfer else None
+        pool = self._model.prefill if self.role == "prefill" else self._model.decode
+        assert pool is not None
+        self._engine: Engine = create_engine(pool.engine, self._spec(device))
+        try:
+            self._info: EngineInfo = await self._engine.start()
+        except BaseException:
+            await self._engine.stop()
+            raise
+        logger.info("role=%s replica_id=%s engine=%s device=%s ready", self.role, self._replica_id, self._info, device)
+
+    def _spec(self, device: str) -> EngineSpec:
+        model, transfer = self._model, self._config.transfer
+        pool = model.prefill if self.role == "prefill" and model.prefill else model.decode
+        return EngineSpec(
+            role=self.role,
+            is_disaggregated=model.is_disaggregated,
+            replica_id=self._replica_id,
+            model_path=local_path(model.source),
+            device="cuda" if device == "cuda" else "cpu",
+            tensor_parallel_size=pool.tensor_parallel_size,
+            engine_args=model.merged_engine_args(pool),
+            kv_host=self._node_ip,
+            kv_port=self._port.number if self._port else 0,
+            transfer_backends=transfer.backends if transfer else [],
+            transfer_tls=TLS_BY_REQUIREMENT[transfer.required_transport] if transfer else None,
+            transfer_lease_s=transfer.lease_s if transfer else 0,
+        )
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Serve asks once, when the replica is ready, and tells every frontend."""
+        info = ReplicaInfo(
+            replica_id=self._replica_id,
+            role=self.role,
+            model=self._model.name,
+            engine=self._info.engine,
+            engine_version=self._info.version,
+            node_ip=self._node_ip,
+            pid=os.getpid(),
+            num_blocks=self._info.num_blocks,
+            block_size_tokens=self._info.block_size_tokens,
+            max_model_len=self._info.max_model_len,
+            kv_address=f"{self._node_ip}:{self._port.number}" if self._port else "",
+        )
+        fields: dict[str, Any] = msgspec.to_builtins(info)
+        return fields
+
+    def check_is_me(self, replica_id: str) -> None:
+        """Refuse a call that was meant for another replica."""
+        if replica_id != self._replica_id:
+            raise ReplicaLost(replica_id, f"the call reached {self._replica_id}")
+
+    async def stats(self, *, replica_id: str) -> EngineStats:
+        self.check_is_me(replica_id)
+        return await self._engine.stats()
+
+    async def check_health(self) -> None:
+        await self._engine.check_health()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            await self._engine.stop()
+
+
+class ReservedPort:
+    """A port that no other replica on this node takes while this object lives."""
+
+    def __init__(self, number: int, lock: IO[str]) -> None:
+        self.number = number
+        self._lock = lock
+
+
+def reserve_port(port_min: int, port_max: int) -> ReservedPort:
+    """Reserve the first free port of the range on this node, across replicas, applications and clusters.
+
+    An engine binds its port long after it was chosen, so a free port alone proves nothing: the lock on a file
+    named after the port does, and the kernel drops it with the process.  Raises ConfigError if all are taken.
+    """
+    folder = Path(tempfile.gettempdir()) / f"baton-ports-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for number in range(port_min, port_max + 1):
+        lock = open(folder / str(number), "w")  # noqa: SIM115  held open for as long as the port is
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        if _is_free(number):
+            return ReservedPort(number, lock)
+        lock.close()
+    raise ConfigError("transfer.port_max", f"no free port from {port_min} to {port_max} on this node")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
