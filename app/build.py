@@ -33,9 +33,9 @@ def build(args: dict[str, Any]) -> Application:
     device = check(config, _gpus_per_node())
     logger.info("device=%s model=%s", device, config.models[0].source)
     model = config.models[0]
-    pools = {"decode": _pool(DecodeWorker, "decode", model.decode, device).bind(config, device)}
+    pools = {"decode": build_pool(DecodeWorker, "decode", model.decode, device).bind(config, device)}
     if model.prefill is not None:
-        pools["prefill"] = _pool(PrefillWorker, "prefill", model.prefill, device).bind(config, device)
+        pools["prefill"] = build_pool(PrefillWorker, "prefill", model.prefill, device).bind(config, device)
     frontend = serve.deployment(Frontend).options(
         name="frontend",
         max_ongoing_requests=config.frontend.max_ongoing_requests,
@@ -48,7 +48,8 @@ def _gpus_per_node() -> list[int]:
     return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
-def _pool(worker: type, name: str, pool: PoolConfig, device: str) -> Any:
+def build_pool(worker: type, name: str, pool: PoolConfig, device: str) -> Any:
+    """The Serve deployment of one pool, not yet bound to its arguments."""
     default_gpus = pool.tensor_parallel_size if device == "cuda" else 0
     return serve.deployment(worker).options(
         name=name,

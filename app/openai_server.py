@@ -22,6 +22,7 @@ from app.errors import ConfigError
 from app.http_middleware import BodyLimit, ErrorBeforeStream
 from app.model_source import local_path
 from app.orchestrator import Orchestrator
+from app.vllm_compat import allow_several_greedy_sequences
 
 WITHOUT_MEANING = (
     "/scale_elastic_ep",
@@ -86,6 +87,7 @@ async def build_server(
 
     from app.disaggregated_engine import DisaggregatedEngine
 
+    allow_several_greedy_sequences()
     model = config.models[0]
     arguments = server_namespace(model)
     vllm_config = frontend_config(arguments)

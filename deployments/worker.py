@@ -30,6 +30,7 @@ class Worker:
     """A Serve replica around an engine."""
 
     role: Role
+    create_engine = staticmethod(create_engine)
 
     async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
         adopt_serve_logging()
@@ -42,7 +43,7 @@ class Worker:
         self._port = reserve_port(transfer.port_min, transfer.port_max) if transfer else None
         pool = self._model.prefill if self.role == "prefill" else self._model.decode
         assert pool is not None
-        self._engine: Engine = create_engine(pool.engine, self._spec(device))
+        self._engine: Engine = self.create_engine(pool.engine, self._spec(device))
         try:
             self._info: EngineInfo = await self._engine.start()
         except BaseException:

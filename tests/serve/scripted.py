@@ -1,0 +1,189 @@
+"""An engine that does what the request says, for tests of what happens between the deployments.
+
+It computes nothing: a sequence's tokens are those of its prompt, shifted by one.  The request's ``extra_args`` say
+what goes wrong; what happened is written down as files in ``engine_args["diary"]``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from app.config import BatonConfig, parse
+from app.engines.base import EngineInfo, EngineSpec
+from app.errors import EngineDead, EngineFailed
+from app.messages import EngineStats, GenerateRequest, PrefillReport, TokenDelta, TransferDescriptor
+from app.orchestrator import Orchestrator
+from deployments.decode import DecodeWorker
+from deployments.pools import RayDecodePool, RayPrefillPool
+from deployments.prefill import PrefillWorker
+
+
+class Diary:
+    """Events of all processes of a test, as files in one folder."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def write(self, event: str, request_id: str = "") -> None:
+        (self._folder / f"{event}--{request_id}--{os.getpid()}--{uuid.uuid4().hex}").touch()
+
+    def count(self, event: str, request_id: str = "") -> int:
+        return len(list(self._folder.glob(f"{event}--{request_id or '*'}--*")))
+
+    def pids(self, event: str) -> set[int]:
+        return {int(path.name.split("--")[2]) for path in self._folder.glob(f"{event}--*")}
+
+
+class TracedParams(dict[str, Any]):
+    """Descriptor parameters that write down which process unpickles them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle_traced, (dict(self),)
+
+
+def _unpickle_traced(fields: dict[str, Any]) -> TracedParams:
+    Diary(fields["diary"]).write("descriptor_unpickled")
+    return TracedParams(fields)
+
+
+class ScriptedEngine:
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._diary = Diary(spec.engine_args["diary"])
+        self._is_dead = False
+
+    async def start(self) -> EngineInfo:
+        return EngineInfo(engine="scripted", version="1", num_blocks=8, block_size_tokens=16, max_model_len=64)
+
+    async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
+        script = _script(request)
+        self._diary.write("prefill_started", request.request_id)
+        try:
+            if script.get("prefill") == "hang":
+                await asyncio.sleep(3600)
+            if script.get("prefill") == "fail":
+                raise EngineFailed("told to")
+            if script.get("prefill") == "die":
+                os._exit(1)
+        except asyncio.CancelledError:
+            self._diary.write("prefill_cancelled", request.request_id)
+            raise
+        self._diary.write("prefill_done", request.request_id)
+        return TransferDescriptor(
+            engine="scripted",
+            replica_id=self._spec.replica_id,
+            prompt_tokens=len(request.prompt_token_ids),
+            cached_tokens=0,
+            ready_at=0.0 if script.get("prefill") == "expired" else time.time(),
+            lease_s=30.0,
+            params=TracedParams(diary=self._spec.engine_args["diary"], prompt=request.prompt_token_ids),
+        )
+
+    async def generate(
+        self, request: GenerateRequest, descriptor: TransferDescriptor | None
+    ) -> AsyncGenerator[TokenDelta, None]:
+        script = _script(request)
+        self._diary.write("generate_started", request.request_id)
+        source = descriptor.params["prompt"] if descriptor else request.prompt_token_ids
+        report = PrefillReport(
+            kind="remote" if descriptor else "local",
+            reason="",
+            prefill_replica=descriptor.replica_id if descriptor else None,
+            decode_replica=self._spec.replica_id,
+            cached_tokens=0,
+            transferred_tokens=len(source) if descriptor else 0,
+            transport="scripted" if descriptor else "",
+        )
+        try:
+            for position, token in enumerate(source):
+                is_victim = script.get("decode_victim") in (None, self._spec.replica_id)
+                if position == script.get("decode_dies_at") and is_victim:
+                    os._exit(1)
+                if position == script.get("engine_dies_at") and is_victim:
+                    self._is_dead = True
+                    raise EngineDead
+                if position == script.get("decode_hangs_at"):
+                    await asyncio.sleep(3600)
+                is_last = position == len(source) - 1
+                yield TokenDelta(
+                    [token + 1], finish_reason="length" if is_last else None, report=report if not position else None
+                )
+                await asyncio.sleep(0)
+        except (asyncio.CancelledError, GeneratorExit):
+            self._diary.write("generate_cancelled", request.request_id)
+            raise
+
+    async def release(self, descriptor: TransferDescriptor) -> None:
+        self._diary.write("released")
+
+    async def stats(self) -> EngineStats:
+        return EngineStats()
+
+    async def check_health(self) -> None:
+        if self._is_dead:
+            raise EngineDead
+
+    async def stop(self) -> None:
+        self._diary.write("stopped")
+
+
+def _script(request: GenerateRequest) -> dict[str, Any]:
+    return dict(request.sampling.get("extra_args") or {})
+
+
+class ScriptedPrefill(PrefillWorker):
+    create_engine = staticmethod(lambda name, spec: ScriptedEngine(spec))
+
+
+class ScriptedDecode(DecodeWorker):
+    create_engine = staticmethod(lambda name, spec: ScriptedEngine(spec))
+
+
+class Caller:
+    """A frontend without HTTP: runs sequences through the real orchestrator and pools."""
+
+    async def __init__(self, config: BatonConfig, decode: Any, prefill: Any = None) -> None:
+        self._prefill = RayPrefillPool(prefill) if prefill is not None else None
+        self._decode = RayDecodePool(decode)
+        self._orchestrator = Orchestrator(self._prefill, self._decode, config.limits)
+        self._diary = Diary(config.models[0].engine_args["diary"])
+        self._diary.write("caller")
+
+    async def run(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+        async for delta in self._orchestrator.stream(request):
+            yield delta
+
+    async def replicas(self) -> dict[str, list[str]]:
+        return {
+            "prefill": self._prefill.replicas() if self._prefill else [],
+            "decode": self._decode.replicas(),
+        }
+
+
+def scripted_application(diary: Path, *, prefill: int, decode: int, **limits: Any) -> tuple[serve.Application, Diary]:
+    """Caller over `prefill` and `decode` replicas of scripted engines, and the diary that they all keep."""
+    from app.build import build_pool
+
+    model: dict[str, Any] = {
+        "name": "scripted",
+        "source": "owner/scripted",
+        "engine_args": {"diary": str(diary)},
+        "decode": {"replicas": decode, "resources": {"num_cpus": 0.1}, "health_check_period_s": 0.5},
+    }
+    if prefill:
+        model["prefill"] = {"replicas": prefill, "resources": {"num_cpus": 0.1}, "health_check_period_s": 0.5}
+    config = parse({"models": [model], "transfer": {}, "limits": limits})
+    built = config.models[0]
+    pools = {"decode": build_pool(ScriptedDecode, "decode", built.decode, "cpu").bind(config, "cpu")}
+    if built.prefill is not None:
+        pools["prefill"] = build_pool(ScriptedPrefill, "prefill", built.prefill, "cpu").bind(config, "cpu")
+    caller = serve.deployment(Caller).options(name="caller", max_ongoing_requests=100)
+    return caller.bind(config, **pools), Diary(str(diary))
