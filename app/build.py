@@ -15,7 +15,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from app.config import DeploymentConfig, PoolConfig, parse
 from app.errors import ConfigError
-from app.preflight import check
+from app.preflight import check, gpus_of_replica
 
 logger = logging.getLogger("baton.build")
 
@@ -39,7 +39,7 @@ def build(args: dict[str, Any]) -> Application:
     frontend = serve.deployment(Frontend).options(
         name="frontend",
         max_ongoing_requests=config.frontend.max_ongoing_requests,
-        **_options(config.frontend, num_gpus=0),
+        **_options(config.frontend, config.frontend.resources.num_gpus or 0),
     )
     return frontend.bind(config, **pools)
 
@@ -50,12 +50,11 @@ def _gpus_per_node() -> list[int]:
 
 def build_pool(worker: type, name: str, pool: PoolConfig, device: str) -> Any:
     """The Serve deployment of one pool, not yet bound to its arguments."""
-    default_gpus = pool.tensor_parallel_size if device == "cuda" else 0
     return serve.deployment(worker).options(
         name=name,
         max_ongoing_requests=UNBOUNDED,
         request_router_config=RequestRouterConfig(request_router_class="deployments.request_router.PoolRequestRouter"),
-        **_options(pool, num_gpus=default_gpus),
+        **_options(pool, gpus_of_replica(pool, device)),
     )
 
 
@@ -63,7 +62,7 @@ def _options(deployment: DeploymentConfig, num_gpus: float) -> dict[str, Any]:
     resources = deployment.resources
     actor: dict[str, Any] = {
         "num_cpus": resources.num_cpus,
-        "num_gpus": num_gpus if resources.num_gpus is None else resources.num_gpus,
+        "num_gpus": num_gpus,
         "resources": resources.custom,
         "runtime_env": {"env_vars": deployment.environment},
     }

@@ -22,12 +22,13 @@ from app.config import BatonConfig, parse
 from app.errors import ConfigError
 from app.preflight import check
 
-SERVE_FLAGS = {
+RAY_FLAGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few for two busy cores
 }
-"""Environment of every Serve process, unless the user has set it otherwise."""
+"""Environment of every Ray and Serve process, unless the user has set it otherwise."""
 
 
 def load_document(path: Path) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def run(path: Path, host: str | None, port: int | None, dashboard: bool, verbose
 
 def start_cluster(http: dict[str, Any], proxy_location: str, dashboard: bool, verbose: bool) -> None:
     """Start Ray here, or connect to the cluster that RAY_ADDRESS names, and Serve on it."""
-    for name, value in SERVE_FLAGS.items():
+    for name, value in RAY_FLAGS.items():
         os.environ.setdefault(name, value)
     import ray
     from ray import serve

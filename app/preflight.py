@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from app.config import BatonConfig
+from app.config import BatonConfig, PoolConfig
 from app.errors import ConfigError
 from app.model_source import check_source
 
@@ -23,23 +23,48 @@ def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
     """The device to use.  Raises ConfigError that names the field.
 
     `gpus_per_node` is what each node has now.  With ``device: cuda`` set and no GPU there yet, nodes are taken to
-    come later (Kubernetes scales them up from zero), so their size is not checked.
+    come later (Kubernetes scales them up from zero), so their number and size are not checked.
     """
     device = choose_device(config, gpus_per_node)
-    largest = max(gpus_per_node, default=0)
     for index, model in enumerate(config.models):
         check_source(f"models.{index}.source", model.source)
-        for role in ("prefill", "decode"):
-            pool = getattr(model, role)
-            if pool is None:
-                continue
-            field = f"models.{index}.{role}.tensor_parallel_size"
-            wanted = pool.tensor_parallel_size
-            if device == "cpu" and wanted > 1:
-                raise ConfigError(field, f"{wanted} GPUs are wanted, but the engines run on CPUs here; set it to 1")
-            if device == "cuda" and largest and wanted > largest:
-                raise ConfigError(field, f"{wanted} GPUs are wanted, but no node has more than {largest}")
+        pools = {"prefill": model.prefill, "decode": model.decode}
+        for role, pool in pools.items():
+            if pool is not None:
+                _check_size(f"models.{index}.{role}.tensor_parallel_size", pool, device, gpus_per_node)
+    if device == "cuda" and config.device == "auto":
+        _check_total(config, gpus_per_node)
     return device
+
+
+def gpus_of_replica(pool: PoolConfig, device: str) -> float:
+    """What Ray reserves for one replica of `pool`."""
+    if pool.resources.num_gpus is not None:
+        return pool.resources.num_gpus
+    return pool.tensor_parallel_size if device == "cuda" else 0
+
+
+def _check_size(field: str, pool: PoolConfig, device: Device, gpus_per_node: Sequence[int]) -> None:
+    wanted, largest = pool.tensor_parallel_size, max(gpus_per_node, default=0)
+    if device == "cpu" and wanted > 1:
+        raise ConfigError(field, f"{wanted} GPUs are wanted, but the engines run on CPUs here; set it to 1")
+    if device == "cuda" and largest and wanted > largest:
+        raise ConfigError(field, f"{wanted} GPUs are wanted, but no node has more than {largest}")
+
+
+def _check_total(config: BatonConfig, gpus_per_node: Sequence[int]) -> None:
+    """With the device found rather than configured, the GPUs that are there are all there will be."""
+    wanted = 0.0
+    for model in config.models:
+        for pool in filter(None, (model.prefill, model.decode)):
+            wanted += gpus_of_replica(pool, "cuda") * (pool.replicas or 1)
+    if wanted > sum(gpus_per_node):
+        raise ConfigError(
+            "models",
+            f"the pools want {wanted:g} GPUs, but there are {sum(gpus_per_node)}: lower `replicas`, remove the prefill "
+            "pool, let pools share a GPU (resources.num_gpus: 0.5 and engine_args.gpu_memory_utilization: 0.4), or "
+            "set `device: cuda` if more nodes will come",
+        )
 
 
 def check_engine_args(config: BatonConfig) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from app.launch import SERVE_FLAGS
+from app.launch import RAY_FLAGS
 
 # Read when ray.serve is imported, by this process and by everything that Ray starts from it.
-os.environ.update(SERVE_FLAGS)
+os.environ.update(RAY_FLAGS)
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

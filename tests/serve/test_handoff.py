@@ -100,9 +100,7 @@ async def test_descriptor_is_never_unpickled_in_the_frontend(app: Application) -
     ("script", "reason"),
     [("fail", "prefill_failed"), ("hang", "prefill_timeout"), ("expired", "descriptor_expired")],
 )
-async def test_decode_prefills_itself_when_prefill_does_not_deliver(
-    app: Application, script: str, reason: str
-) -> None:
+async def test_decode_prefills_itself_when_prefill_does_not_deliver(app: Application, script: str, reason: str) -> None:
     deltas = await app.run(f"prefill-{script}", prefill=script)
     assert tokens_of(deltas) == TOKENS
     assert deltas[0].report is not None

@@ -1,0 +1,256 @@
+"""What is measured: for each target, the commands that start it.
+
+====================  =====================================================================================
+`vllm`                plain vLLM's own server, one aggregated engine
+`baton-aggregated`    Baton with a decode pool only
+`proxy`               a prefill and a decode server of plain vLLM behind app/bench/proxy.py: the floor for P/D
+`baton`               Baton with one prefill and one decode replica
+`ray-llm`             Ray Serve LLM's own P/D application, in a Python environment of its own
+====================  =====================================================================================
+
+All of them get the engine arguments of the same Serve config file and the same environment.  On CUDA each engine
+gets a GPU of its own, so there the P/D targets have twice the hardware of the aggregated ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from app.config import ModelConfig, parse
+from app.engines.owner_watch import owner_environment
+from app.engines.vllm import cpu_defaults
+from app.errors import BatonError
+from app.model_source import local_path
+
+HOST = "127.0.0.1"
+
+CPU_ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+"""What Baton sets for its own engines on a CPU."""
+
+SAME_PRIORITY = {"RAY_worker_niceness": "0"}
+"""Ray starts workers at nice 15: on a few cores they would yield to the load's client, and plain vLLM would not."""
+
+
+class NotMeasurable(BatonError):
+    """A target that cannot be measured here."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """What all targets have in common."""
+
+    document: dict[str, Any]
+    """The Serve config file that Baton starts from."""
+    device: str
+    ray_llm_python: Path | None
+
+    @property
+    def model(self) -> ModelConfig:
+        return parse(self.document["applications"][0]["args"]).models[0]
+
+    @property
+    def model_path(self) -> str:
+        return local_path(self.model.source)
+
+    @property
+    def engine_args(self) -> dict[str, Any]:
+        """Of every engine; those of one pool only would not be the same for an aggregated engine."""
+        return {**cpu_defaults(self.device), **self.model.engine_args}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of every process.  The engines of a benchmark that is killed die with it (app/engines/owner_watch.py)."""
+        on_cpu = CPU_ENVIRONMENT if self.device == "cpu" else {}
+        of_pool = self.model.decode.environment
+        return {**on_cpu, **of_pool, **SAME_PRIORITY, "VLLM_NO_USAGE_STATS": "1", **owner_environment()}
+
+
+class Command(msgspec.Struct, frozen=True):
+    """One process to start."""
+
+    role: str
+    argv: list[str]
+    environment: dict[str, str]
+    """Over that of the benchmark."""
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """How to start one target and where it then answers."""
+
+    commands: list[Command]
+    port: int
+    ready_path: str = "/health"
+    """Answers 200 once the target can serve."""
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+
+def plan_target(name: str, setup: Setup, folder: Path) -> Plan:
+    """The plan for a target; configuration files go into `folder`.  Raises NotMeasurable."""
+    return TARGETS[name](setup, folder)
+
+
+def free_port() -> int:
+    """A TCP port that nobody used a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _plan_vllm(setup: Setup, folder: Path) -> Plan:
+    server, port = _vllm_server(setup, "server", gpu=0)
+    return Plan([server], port)
+
+
+def _plan_proxy(setup: Setup, folder: Path) -> Plan:
+    prefill, prefill_port = _vllm_server(setup, "prefill server", gpu=0, kv_role="kv_producer")
+    decode, decode_port = _vllm_server(setup, "decode server", gpu=1, kv_role="kv_consumer")
+    port = free_port()
+    urls = [f"http://{HOST}:{prefill_port}", f"http://{HOST}:{decode_port}"]
+    proxy = Command("proxy", [sys.executable, "-m", "app.bench.proxy", str(port), *urls], {})
+    return Plan([prefill, decode, proxy], port)
+
+
+def _vllm_server(setup: Setup, role: str, gpu: int, kv_role: str | None = None) -> tuple[Command, int]:
+    # Not `vllm serve`: vllm-cpu's command line does not start, for it looks for a package named vllm.
+    port = free_port()
+    options = {**setup.engine_args, "model": setup.model_path, "served_model_name": setup.model.name}
+    environment = dict(setup.environment)
+    if setup.device == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    if kv_role is not None:
+        options["kv_transfer_config"] = kv_transfer_config(setup.device, kv_role)
+        environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] = HOST
+        environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
+    return Command(role, server + to_flags(options), environment), port
+
+
+def kv_transfer_config(device: str, kv_role: str) -> dict[str, Any]:
+    """vLLM's KVTransferConfig, as Baton's engines have it."""
+    return {
+        "kv_connector": "NixlConnector",
+        "kv_role": kv_role,
+        "kv_buffer_device": device,
+        "kv_load_failure_policy": "recompute",
+    }
+
+
+def to_flags(options: dict[str, Any]) -> list[str]:
+    """Engine arguments as the options of vLLM's command line."""
+    flags = []
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            flags += [f"--{option}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    return flags
+
+
+def _plan_baton(setup: Setup, folder: Path) -> Plan:
+    return _baton(setup, folder / "baton.yaml", baton_document(setup.document, is_disaggregated=True))
+
+
+def _plan_baton_aggregated(setup: Setup, folder: Path) -> Plan:
+    document = baton_document(setup.document, is_disaggregated=False)
+    return _baton(setup, folder / "baton-aggregated.yaml", document)
+
+
+def _baton(setup: Setup, path: Path, document: dict[str, Any]) -> Plan:
+    port = free_port()
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    run = [sys.executable, "-m", "app.cli", "run", str(path), "--host", HOST, "--port", str(port)]
+    return Plan([Command("baton run", run, setup.environment)], port)
+
+
+def baton_document(document: dict[str, Any], *, is_disaggregated: bool) -> dict[str, Any]:
+    """A copy of a Serve config with its first application and one replica of each deployment.
+
+    Raises NotMeasurable for a disaggregated one if the file has no prefill pool.
+    """
+    derived = copy.deepcopy(document)
+    derived["applications"] = derived["applications"][:1]
+    args = derived["applications"][0]["args"]
+    model = args["models"][0]
+    if not is_disaggregated:
+        model.pop("prefill", None)
+    elif "prefill" not in model:
+        raise NotMeasurable("the Serve config has no prefill pool")
+    deployments = [args.setdefault("frontend", {}), *(model[pool] for pool in ("prefill", "decode") if pool in model)]
+    for deployment in deployments:
+        deployment.pop("autoscaling", None)
+        deployment["replicas"] = 1
+    return derived
+
+
+def _plan_ray_llm(setup: Setup, folder: Path) -> Plan:
+    python = setup.ray_llm_python
+    if python is None:
+        raise NotMeasurable("no --ray-llm-python; scripts/ray_llm_env.sh makes its environment")
+    if not os.access(python, os.X_OK):
+        raise NotMeasurable(f"--ray-llm-python: {python} is no program")
+    port = free_port()
+    path = folder / "ray-llm.yaml"
+    path.write_text(yaml.safe_dump(ray_llm_document(setup, port), sort_keys=False))
+    # `local`: a Ray of its own, even where the machine already runs one.
+    serve = [str(python), "-m", "ray.serve.scripts", "run", "--address", "local", str(path)]
+    # Its OpenAI routes exist once the application runs; its /health would need a replica as well.
+    return Plan([Command("serve run", serve, setup.environment)], port, ready_path="/v1/models")
+
+
+def ray_llm_document(setup: Setup, port: int) -> dict[str, Any]:
+    """The Serve config of Ray Serve LLM's P/D application: its defaults, with the engine arguments of the rest."""
+    on_cpu = {
+        "accelerator_config": {"kind": "cpu"},
+        # Ray reserves; vLLM does not care.  Else the application would want more cores than a small machine has.
+        "placement_group_config": {"bundles": [{"CPU": 0.5}]},
+    }
+
+    def llm_config(kv_role: str) -> dict[str, Any]:
+        transfer = kv_transfer_config(setup.device, kv_role)
+        return {
+            "model_loading_config": {"model_id": setup.model.name, "model_source": setup.model_path},
+            "engine_kwargs": {**setup.engine_args, "kv_transfer_config": transfer},
+            "experimental_configs": {"NIXL_SIDE_CHANNEL_PORT_BASE": free_port()},
+            **(on_cpu if setup.device == "cpu" else {}),
+        }
+
+    application = {
+        "name": "ray-llm",
+        "route_prefix": "/",
+        "import_path": "ray.serve.llm:build_pd_openai_app",
+        "args": {
+            "prefill_config": llm_config("kv_producer"),
+            "decode_config": llm_config("kv_consumer"),
+            "ingress_deployment_config": {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.5}},
+        },
+    }
+    return {"http_options": {"host": HOST, "port": port}, "applications": [application]}
+
+
+TARGETS: dict[str, Callable[[Setup, Path], Plan]] = {
+    "vllm": _plan_vllm,
+    "baton-aggregated": _plan_baton_aggregated,
+    "proxy": _plan_proxy,
+    "baton": _plan_baton,
+    "ray-llm": _plan_ray_llm,
+}

@@ -1,0 +1,244 @@
+"""What a client sees of the default application, with prefill and decode really apart."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import wait_until
+from tests.engines.conftest import Baton
+
+pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(600)]
+
+PROMPTS = ["The quick brown fox", "Once upon a time in a land", "def main(args): return", "In the beginning was"]
+SCHEMA = {
+    "type": "object",
+    "properties": {"size": {"type": "integer", "maximum": 9, "minimum": 0}, "ok": {"type": "boolean"}},
+    "required": ["size", "ok"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "measure", "description": "m", "parameters": SCHEMA, "strict": True}}
+
+
+def test_kv_really_moves(baton: Baton) -> None:
+    before, remote = baton.stats("decode"), baton.count_prefills("remote")
+    baton.complete(random.Random(1).choices(range(300, 2000), k=640))
+    after = baton.stats("decode")
+    assert baton.count_prefills("remote") == remote + 1
+    assert after["num_transfers"] > before["num_transfers"]
+    # The tiny model: 4 layers x (K and V) x 2 heads x 64 x 2 bytes = 2 KiB a token.
+    assert after["transferred_bytes"] - before["transferred_bytes"] == 640 * 2048
+    assert after["transport"].startswith(("intra-node", "inter-node"))
+
+
+def test_chat_streamed_equals_chat_whole(baton: Baton) -> None:
+    request: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}],
+        "temperature": 0,
+        "max_tokens": 24,
+    }
+    whole = baton.openai.chat.completions.create(**request)
+    chunks = list(baton.openai.chat.completions.create(**request, stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 24
+
+
+def test_every_prompt_of_a_list_is_answered_from_its_own_kv(baton: Baton) -> None:
+    options: dict[str, Any] = {"n": 3, "max_tokens": 24, "extra_body": {"min_tokens": 20}}
+    together = [choice.text for choice in baton.complete(PROMPTS, **options).choices]
+    one_by_one = [baton.complete(prompt, max_tokens=24).choices[0].text for prompt in PROMPTS]
+    assert len(set(one_by_one)) == len(PROMPTS)
+    assert together == [text for text in one_by_one for _ in range(3)]
+
+
+def test_min_tokens_binds_decode(baton: Baton) -> None:
+    stopped = baton.complete(PROMPTS[0], max_tokens=40, extra_body={"stop_token_ids": list(range(2048))})
+    held = baton.complete(
+        PROMPTS[0], max_tokens=40, extra_body={"stop_token_ids": list(range(0, 2048, 2)), "min_tokens": 20}
+    )
+    assert stopped.usage.completion_tokens == 1
+    assert 20 <= held.usage.completion_tokens <= 40
+
+
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "logprobs": {"logprobs": 4},
+    "seed": {"temperature": 1.0, "seed": 7},
+    "top_p top_k min_p": {
+        "temperature": 0.8,
+        "seed": 7,
+        "top_p": 0.9,
+        "extra_body": {"top_k": 40, "min_p": 0.01},
+    },
+    "penalties": {"presence_penalty": 1.5, "frequency_penalty": 0.5, "extra_body": {"repetition_penalty": 1.3}},
+    "logit_bias": {"logit_bias": {"700": 8, "701": 8}},
+    "stop": {"stop": [" 5", "th", "e"]},
+    "stop_token_ids": {"extra_body": {"stop_token_ids": list(range(300, 400))}},
+    "ignore_eos": {"extra_body": {"ignore_eos": True}},
+    "bad_words": {"extra_body": {"bad_words": [" ject", "ing"]}},
+    "n": {"n": 2, "temperature": 1.0, "seed": 3},
+    "json": {"extra_body": {"structured_outputs": {"json": SCHEMA}}},
+    "regex": {"extra_body": {"structured_outputs": {"regex": "[a-f]{4}-[0-9]{3}"}}},
+    "choice": {"extra_body": {"structured_outputs": {"choice": ["left", "right"]}}},
+    "grammar": {"extra_body": {"structured_outputs": {"grammar": 'root ::= ("ab" | "cd")+ "."'}}},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_sampling_is_the_same_with_and_without_disaggregation(baton: Baton, name: str) -> None:
+    def serve(mode: str) -> Any:
+        fields = {**SAMPLINGS[name]}
+        body = {**fields.pop("extra_body", {}), "cache_salt": f"{name}-{mode}", "vllm_xargs": {"baton_prefill": mode}}
+        answer = baton.complete(PROMPTS[1], max_tokens=32, extra_body=body, **fields)
+        return [(c.text, c.finish_reason, c.logprobs and c.logprobs.token_logprobs) for c in answer.choices]
+
+    remote = baton.count_prefills("remote")
+    disaggregated = serve("auto")
+    assert baton.count_prefills("remote") > remote
+    aggregated = serve("local")
+    assert disaggregated == aggregated
+    if name != "greedy":
+        SAMPLINGS_SEEN.add(json.dumps(disaggregated))
+
+
+SAMPLINGS_SEEN: set[str] = set()
+
+
+def test_sampling_parameters_have_an_effect() -> None:
+    """Or the test above compares equal answers to parameters that nobody reads."""
+    assert len(SAMPLINGS_SEEN) >= len(SAMPLINGS) - 3  # ignore_eos, bad_words and logprobs may leave the text alone
+
+
+def test_structured_output_obeys_its_schema(baton: Baton) -> None:
+    answer = baton.openai.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "How big?"}],
+        max_tokens=200,
+        response_format={"type": "json_schema", "json_schema": {"name": "size", "schema": SCHEMA}},
+    )
+    assert set(json.loads(answer.choices[0].message.content or "")) == {"size", "ok"}
+
+
+def test_tool_call(baton: Baton) -> None:
+    answer = baton.openai.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Measure it"}],
+        max_tokens=200,
+        tools=[TOOL],  # type: ignore[list-item]
+        tool_choice="required",
+    )
+    call = (answer.choices[0].message.tool_calls or [])[0]
+    assert call.type == "function"
+    assert call.function.name == "measure"
+    assert set(json.loads(call.function.arguments)) == {"size", "ok"}
+
+
+def test_prompt_logprobs_are_served_without_disaggregation(baton: Baton) -> None:
+    before = baton.count_prefills("local", "prompt_logprobs")
+    answer = baton.complete([400, 500, 600, 700], extra_body={"prompt_logprobs": 1})
+    rows = answer.choices[0].prompt_logprobs
+    assert rows[0] is None
+    assert [str(token) in row for token, row in zip((500, 600, 700), rows[1:], strict=True)] == [True] * 3
+    assert baton.count_prefills("local", "prompt_logprobs") == before + 1
+
+
+def test_usage_reports_cached_tokens(baton: Baton) -> None:
+    prompt = random.Random(2).choices(range(300, 2000), k=512)
+    first, second = baton.complete(prompt), baton.complete(prompt)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert second.usage.prompt_tokens_details.cached_tokens >= 480
+
+
+def test_other_apis(baton: Baton) -> None:
+    assert baton.openai.responses.create(model="tiny", input="Hello", max_output_tokens=8).output_text
+    message = baton.post("/v1/messages", max_tokens=8, messages=[{"role": "user", "content": "Hello"}]).json()
+    assert message["usage"]["output_tokens"] == 8
+    tokens = baton.post("/tokenize", prompt="Hello world").json()["tokens"]
+    assert baton.post("/detokenize", tokens=tokens).json()["prompt"] == "Hello world"
+    assert [model.id for model in baton.openai.models.list()] == ["tiny"]
+    assert baton.http.get("/version").json()["version"]
+    assert baton.http.get("/docs").status_code == 200
+    assert "baton_time_to_first_token_seconds_bucket" in baton.http.get("/metrics").text
+
+
+def test_health_names_every_endpoint(baton: Baton) -> None:
+    report = baton.health()
+    assert report["status"] == "healthy"
+    assert {endpoint["role"] for endpoint in report["endpoints"]} == {"prefill", "decode"}
+    addresses = {endpoint["kv_address"] for endpoint in report["endpoints"]}
+    assert len(addresses) == 2, "two replicas share a side channel"
+
+
+LONG = random.Random(3).choices(range(300, 2000), k=3500)
+
+
+def test_a_client_that_goes_away_during_prefill_leaves_nothing_behind(baton: Baton) -> None:
+    wait_until(baton.is_idle, 40, "idle before")
+    with pytest.raises(httpx.ReadTimeout):
+        baton.http.post("/v1/completions", json={"model": "tiny", "prompt": LONG}, timeout=0.15)
+    wait_until(baton.is_idle, 1.5, "both engines idle and without blocks")
+
+
+@pytest.mark.parametrize("after_chunks", [1, 5])
+def test_a_client_that_goes_away_during_decode_leaves_nothing_behind(baton: Baton, after_chunks: int) -> None:
+    wait_until(baton.is_idle, 40, "idle before")
+    body = {"model": "tiny", "prompt": LONG[after_chunks:], "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with baton.http.stream("POST", "/v1/completions", json=body) as response:
+        chunks = (line for line in response.iter_lines() if line.startswith("data: {"))
+        received = [next(chunks) for _ in range(after_chunks)]
+    assert len(received) == after_chunks
+    wait_until(baton.is_idle, 1.5, "both engines idle and without blocks")
+
+
+BAD: dict[str, tuple[dict[str, Any], int, str]] = {
+    "unknown model": ({"model": "other"}, 404, "other"),
+    "too long a prompt": ({"prompt": [5] * 5000}, 400, "4096"),
+    "too long a prompt, streamed": ({"prompt": [5] * 5000, "stream": True}, 400, "4096"),
+    "negative max_tokens": ({"max_tokens": -3}, 400, "max_tokens"),
+    "wrong type": ({"temperature": "hot"}, 400, "temperature"),
+    "bad JSON schema": ({"structured_outputs": {"json": {"type": "nonsense"}}}, 400, "nonsense"),
+    "bad JSON schema, streamed": (
+        {"structured_outputs": {"json": {"type": "nonsense"}}, "stream": True},
+        400,
+        "nonsense",
+    ),
+    "bad regex": ({"structured_outputs": {"regex": "(((("}}, 400, "regex"),
+    "token id out of the vocabulary": ({"prompt": [999999]}, 400, "999999"),
+    "kv_transfer_params": ({"kv_transfer_params": {"do_remote_prefill": True}}, 400, "kv_transfer_params"),
+    "kv_transfer_params, streamed": (
+        {"kv_transfer_params": {"do_remote_decode": True}, "stream": True},
+        400,
+        "kv_transfer_params",
+    ),
+    "kv_transfer_params by the back door": ({"vllm_xargs": {"kv_transfer_params": "x"}}, 400, "kv_transfer_params"),
+    "unknown prefill mode": ({"vllm_xargs": {"baton_prefill": "x"}}, 400, "baton_prefill"),
+    "spoiled without a salt": ({"vllm_xargs": {"baton_prefill": "spoiled"}}, 400, "cache_salt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_and_harms_nothing(baton: Baton, name: str) -> None:
+    fields, status, named = BAD[name]
+    good = {"prompt": "Hello", "max_tokens": 4}
+    response = baton.post("/v1/completions", **{**good, **fields})
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["code"] == status
+    assert named in json.dumps(error)
+    assert "Traceback" not in response.text
+    assert baton.post("/v1/completions", **good).status_code == 200
+
+
+def test_malformed_and_huge_bodies(baton: Baton) -> None:
+    headers = {"content-type": "application/json"}
+    assert baton.http.post("/v1/completions", content="{nope", headers=headers).status_code == 400
+    huge = b'{"model": "tiny", "prompt": "' + b"x" * 50_000_000 + b'"}'
+    assert baton.http.post("/v1/completions", content=huge, headers=headers).status_code == 413
+    assert baton.post("/v1/completions", prompt="Hello", max_tokens=4).status_code == 200
