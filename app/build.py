@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from app.config import DeploymentConfig, PoolConfig, parse
+from app.config import BatonConfig, DeploymentConfig, PoolConfig, parse
 from app.errors import ConfigError
 from app.preflight import check, gpus_of_replica
 
@@ -30,6 +30,7 @@ def build(args: dict[str, Any]) -> Application:
     from deployments.prefill import PrefillWorker
 
     config = parse(args)
+    check_autoscaling(config)
     device = check(config, _gpus_per_node())
     logger.info("device=%s model=%s", device, config.models[0].source)
     model = config.models[0]
@@ -70,7 +71,7 @@ def _options(deployment: DeploymentConfig, num_gpus: float) -> dict[str, Any]:
         actor["memory"] = resources.memory_bytes
     scale: dict[str, Any] = {"num_replicas": deployment.replicas or 1}
     if deployment.autoscaling is not None:
-        scale = {"autoscaling_config": _autoscaling(deployment.autoscaling)}
+        scale = {"autoscaling_config": deployment.autoscaling}
     return {
         "ray_actor_options": actor,
         "health_check_period_s": deployment.health_check_period_s,
@@ -80,10 +81,17 @@ def _options(deployment: DeploymentConfig, num_gpus: float) -> dict[str, Any]:
     }
 
 
-def _autoscaling(settings: dict[str, Any]) -> AutoscalingConfig:
-    try:
-        return AutoscalingConfig.model_validate(settings)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(("autoscaling", *map(str, problem["loc"])))
-        raise ConfigError(field, problem["msg"]) from None
+def check_autoscaling(config: BatonConfig) -> None:
+    """Ask Serve whether it accepts the autoscaling settings.  Raises ConfigError."""
+    deployments: dict[str, DeploymentConfig | None] = {"frontend": config.frontend}
+    for index, model in enumerate(config.models):
+        deployments |= {f"models.{index}.prefill": model.prefill, f"models.{index}.decode": model.decode}
+    for field, deployment in deployments.items():
+        if deployment is None or deployment.autoscaling is None:
+            continue
+        try:
+            AutoscalingConfig.model_validate(deployment.autoscaling)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = ".".join((field, "autoscaling", *map(str, problem["loc"])))
+            raise ConfigError(name, problem["msg"]) from None

@@ -34,9 +34,7 @@ def check(config: ConfigPath = DEFAULT_CONFIG) -> None:
     """Say whether a configuration can work, without starting anything."""
     from app import launch
 
-    document = launch.load_document(config)
-    device = launch.check_document(document, [launch.local_gpus()])
-    launch.check_engine_args(document)
+    device = launch.check_thoroughly(launch.load_document(config))
     typer.echo(f"{config}: ok; engines would run on {device}")
 
 

@@ -30,34 +30,33 @@ class BodyLimit:
             await self._refuse(scope, receive, send)
             return
         received = 0
-        is_answering = False
+        is_answering = is_refused = False
 
         async def counting_receive() -> Message:
-            nonlocal received
+            nonlocal received, is_refused
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_body_bytes and not is_answering:
-                raise _TooLarge
-            return message
+            if received > self._max_body_bytes and not is_answering and not is_refused:
+                is_refused = True
+                await self._refuse(scope, receive, send)
+            return {"type": "http.disconnect"} if is_refused else message
 
         async def noting_send(message: Message) -> None:
             nonlocal is_answering
             is_answering = True
-            await send(message)
+            if not is_refused:
+                await send(message)
 
         try:
             await self._app(scope, counting_receive, noting_send)
-        except _TooLarge:
-            await self._refuse(scope, receive, send)
+        except Exception:
+            if not is_refused:
+                raise
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         message = f"The request body is larger than {self._max_body_bytes} bytes."
         response = JSONResponse(error_body(message, "BadRequestError", 413), status_code=413)
         await response(scope, receive, send)
-
-
-class _TooLarge(BaseException):
-    """Not an Exception, so that no handler on the way answers it with a 500."""
 
 
 class ErrorBeforeStream:
@@ -83,7 +82,7 @@ class ErrorBeforeStream:
                 return
             if held is not None and message["type"] == "http.response.body":
                 start, held = held, None
-                if (error := _first_error(message["body"])) is not None:
+                if (error := _first_error(message.get("body", b""))) is not None:
                     is_replaced = True
                     await JSONResponse(error, status_code=error["error"]["code"])(scope, receive, send)
                     return
@@ -101,7 +100,10 @@ def _first_error(body: bytes) -> dict[str, Any] | None:
     """The error in a stream's first bytes, if that is what they are."""
     for line in body.split(b"\n"):
         if line.startswith(b"data: {"):
-            event = json.loads(line.removeprefix(b"data: "))
+            try:
+                event = json.loads(line.removeprefix(b"data: "))
+            except ValueError:  # not all of the event, or none of ours
+                return None
             error = event.get("error")
             if isinstance(error, dict) and isinstance(error.get("code"), int) and 400 <= error["code"] < 600:
                 return {"error": error}

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 
-from app import preflight
 from app.config import BatonConfig, parse
 from app.errors import ConfigError
-from app.preflight import check
+from app.preflight import check, check_with_vllm
 
 RAY_FLAGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -34,17 +34,23 @@ RAY_FLAGS = {
 def load_document(path: Path) -> dict[str, Any]:
     """The Serve config file with the environment's MODEL put into it.  Raises ConfigError."""
     try:
-        document = yaml.safe_load(path.read_text())
+        document: Any = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(str(path), error.strerror or "cannot be read") from error
     except yaml.YAMLError as error:
-        raise ConfigError(str(path), f"is not YAML: {error}") from error
-    if not isinstance(document, dict) or not document.get("applications"):
+        raise ConfigError(str(path), f"is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), "is not text") from error
+    applications = document.get("applications") if isinstance(document, dict) else None
+    if not applications:
         raise ConfigError(str(path), "has no `applications`: it must be a Serve config file")
+    if not isinstance(applications, list) or not all(isinstance(application, dict) for application in applications):
+        raise ConfigError(str(path), "`applications` is not a list of mappings")
     if model := os.environ.get("MODEL"):
         for application in document["applications"]:
+            parse(application.get("args") or {})
             application["args"]["models"][0].update(source=model, name=model)
-    return document
+    return dict(document)
 
 
 def local_gpus() -> int:
@@ -53,16 +59,21 @@ def local_gpus() -> int:
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
-def check_document(document: dict[str, Any], gpus_per_node: list[int]) -> str:
-    """Check every application of a Serve config file and return the device.  Raises ConfigError."""
-    devices = [check(config, gpus_per_node) for config in _configs(document)]
+def check_document(document: dict[str, Any]) -> str:
+    """Check what can be checked in an instant and return the device.  Raises ConfigError."""
+    devices = [check(config, [local_gpus()]) for config in _configs(document)]
     return devices[0]
 
 
-def check_engine_args(document: dict[str, Any]) -> None:
-    """Ask the engines whether they know their arguments, which imports them.  Raises ConfigError."""
+def check_thoroughly(document: dict[str, Any]) -> str:
+    """Also ask Serve and vLLM, which takes seconds, and return the device.  Raises ConfigError."""
+    from app.build import check_autoscaling
+
+    device = check_document(document)
     for config in _configs(document):
-        preflight.check_engine_args(config)
+        check_autoscaling(config)
+        check_with_vllm(config, check(config, [local_gpus()]))
+    return device
 
 
 def _configs(document: dict[str, Any]) -> list[BatonConfig]:
@@ -74,7 +85,7 @@ def run(path: Path, host: str | None, port: int | None, dashboard: bool, verbose
     console = Console(stderr=True, highlight=False)
     started_at = time.monotonic()
     document = load_document(path)
-    device = check_document(document, [local_gpus()])
+    device = check_document(document)
     console.print(f"{path}: ok; engines run on {device}" + ("" if device == "cuda" else " (no GPU found)"))
     http = {
         **document.get("http_options", {}),
@@ -84,12 +95,18 @@ def run(path: Path, host: str | None, port: int | None, dashboard: bool, verbose
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with ThreadPoolExecutor(1) as pool:
-        # Asking vLLM takes seconds of imports: as long as Ray takes to start.
-        arguments_ok = pool.submit(check_engine_args, document)
-        start_cluster(http, document.get("proxy_location", "EveryNode"), dashboard, verbose)
+    # Asking vLLM takes as long as Ray takes to start, and must not touch this process's environment.
+    thorough = subprocess.Popen(
+        [sys.executable, "-m", "app.cli", "check", str(path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    start_cluster(http, document.get("proxy_location", "EveryNode"), dashboard, verbose)
     try:
-        arguments_ok.result()
+        _, problem = thorough.communicate()
+        if thorough.returncode:
+            raise RuntimeError(problem.strip().splitlines()[-1].removeprefix("baton: "))
         deploy(document, console, stop)
         if not stop.is_set():
             _say_ready(document, http, console, time.monotonic() - started_at)

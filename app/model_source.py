@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from app.config import TINY_MODEL
@@ -31,7 +32,7 @@ def check_source(field: str, source: str) -> None:
                 f"{source!r} is neither a folder, nor a Hugging Face id (owner/name), nor {TINY_MODEL!r}",
             )
         return
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
     if not folder.is_dir():
         raise ConfigError(field, f"the folder {source!r} does not exist")
     if not (folder / "config.json").is_file():

@@ -41,6 +41,7 @@ StatsReport = Callable[[], Awaitable[dict[str, Any]]]
 def server_namespace(model: ModelConfig) -> argparse.Namespace:
     """The arguments of vLLM's server.  Raises ConfigError for one that it does not know or accept."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser())
@@ -57,6 +58,7 @@ def server_namespace(model: ModelConfig) -> argparse.Namespace:
             setattr(arguments, name, value)
     try:
         validate_parsed_serve_args(arguments)
+        validate_api_server_args(arguments)
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError("models.0.server_args", f"vLLM's server refuses them: {error}") from error
     return arguments

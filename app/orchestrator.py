@@ -22,7 +22,7 @@ from typing import Protocol
 
 from app.config import LimitsConfig
 from app.errors import EngineDead, NoReplica, ReplicaLost
-from app.messages import GenerateRequest, TokenDelta
+from app.messages import GenerateRequest, PrefillReport, TokenDelta
 from app.routing.disaggregation import Placement, place_prefill, spoil
 from app.routing.load import LoadBalancer
 
@@ -78,6 +78,7 @@ class Orchestrator:
         TimeoutError if a token took longer than the limits allow, and what `DecodePool.generate` raises.
         """
         tried: list[str] = []
+        first_due = asyncio.get_running_loop().time() + self._limits.ttft_timeout_s
         for _ in range(self._limits.max_attempts):
             replica = self._decode_load.pick(self._decode.replicas(), tried)
             if replica is None:
@@ -86,7 +87,7 @@ class Orchestrator:
             is_started = False
             try:
                 with self._decode_load.track(replica):
-                    async with aclosing(self._attempt(request, replica)) as deltas:
+                    async with aclosing(self._attempt(request, replica, first_due)) as deltas:
                         async for delta in deltas:
                             is_started = True
                             yield delta
@@ -98,15 +99,18 @@ class Orchestrator:
                     raise ReplicaLost(replica, str(error)) from error
         raise NoReplica("decode")
 
-    async def _attempt(self, request: GenerateRequest, replica: str) -> AsyncGenerator[TokenDelta, None]:
+    async def _attempt(
+        self, request: GenerateRequest, replica: str, first_due: float
+    ) -> AsyncGenerator[TokenDelta, None]:
         with ExitStack() as prefill_in_flight:
-            handoff, placement = await self._start_prefill(request, prefill_in_flight)
+            async with asyncio.timeout_at(first_due):
+                handoff, placement = await self._start_prefill(request, prefill_in_flight)
             try:
                 decoding = self._decode.generate(request, handoff, placement, replica)
-                async with aclosing(decoding) as deltas, aclosing(self._in_time(deltas)) as timely:
+                async with aclosing(decoding) as deltas, aclosing(self._in_time(deltas, first_due)) as timely:
                     async for delta in timely:
                         prefill_in_flight.close()
-                        if delta.report is not None and handoff is not None and delta.report.kind == "local":
+                        if handoff is not None and _has_failed(delta.report):
                             self._prefill_load.avoid(handoff.replica)
                         yield delta
             finally:
@@ -120,21 +124,29 @@ class Orchestrator:
         replica = self._prefill_load.pick(self._prefill.replicas())
         if replica is None:
             return None, Placement("local", "no_prefill_replica")
+        in_flight.enter_context(self._prefill_load.track(replica))
         try:
             prefilled = spoil(request) if request.prefill_mode == "spoiled" else request
             handoff = await self._prefill.start(prefilled, replica)
         except ReplicaLost:
+            in_flight.close()
             self._prefill_load.avoid(replica)
             return None, Placement("local", "no_prefill_replica")
-        in_flight.enter_context(self._prefill_load.track(replica))
         return handoff, placement
 
-    async def _in_time(self, deltas: AsyncGenerator[TokenDelta, None]) -> AsyncGenerator[TokenDelta, None]:
-        limit = self._limits.ttft_timeout_s
+    async def _in_time(
+        self, deltas: AsyncGenerator[TokenDelta, None], first_due: float
+    ) -> AsyncGenerator[TokenDelta, None]:
+        loop, due = asyncio.get_running_loop(), first_due
         while True:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout_at(due):
                 delta = await anext(deltas, None)
             if delta is None:
                 return
             yield delta
-            limit = self._limits.itl_timeout_s
+            due = loop.time() + self._limits.itl_timeout_s
+
+
+def _has_failed(report: PrefillReport | None) -> bool:
+    """Whether decode had to prefill although it had a handoff; a prompt that it had cached is no failure."""
+    return report is not None and report.kind == "local" and report.reason != "already_cached"

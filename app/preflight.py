@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from app.config import BatonConfig, PoolConfig
+from app.config import BatonConfig, ModelConfig, PoolConfig
+from app.engines.base import EngineSpec, Role
 from app.errors import ConfigError
-from app.model_source import check_source
+from app.model_source import check_source, local_path
 
 Device = Literal["cpu", "cuda"]
 
@@ -67,21 +68,63 @@ def _check_total(config: BatonConfig, gpus_per_node: Sequence[int]) -> None:
         )
 
 
-def check_engine_args(config: BatonConfig) -> None:
-    """Ask vLLM whether it knows the arguments for its engines and its server.  Raises ConfigError."""
+def check_with_vllm(config: BatonConfig, device: Device) -> None:
+    """Have vLLM make the configuration of each engine and of its server, without starting them.
+
+    Takes seconds, and vLLM changes this process's environment on the way: call it in a process of its own.
+    Engines are checked where they would run only, since vLLM asks for the device.  Raises ConfigError.
+    """
     import dataclasses
 
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    from app.openai_server import server_namespace
-
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for index, model in enumerate(config.models):
-        sections = {"engine_args": model.engine_args, "decode.engine_args": model.decode.engine_args}
+        arguments = {"engine_args": model.engine_args, "decode.engine_args": model.decode.engine_args}
         if model.prefill is not None:
-            sections["prefill.engine_args"] = model.prefill.engine_args
-        for section, arguments in sections.items():
-            for name in arguments:
+            arguments["prefill.engine_args"] = model.prefill.engine_args
+        for section, names in arguments.items():
+            for name in names:
                 if name not in known:
                     raise ConfigError(f"models.{index}.{section}.{name}", "vLLM knows no such engine argument")
-        server_namespace(model)
+        _check_server(index, model)
+        for role, pool in (("prefill", model.prefill), ("decode", model.decode)):
+            if pool is not None:
+                _check_engine(f"models.{index}.{role}", model, pool, device)
+
+
+def _check_server(index: int, model: ModelConfig) -> None:
+    from app.openai_server import frontend_config, server_namespace
+
+    arguments = server_namespace(model)
+    try:
+        frontend_config(arguments)
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"models.{index}", f"vLLM refuses it: {_in_one_line(error)}") from error
+
+
+def _check_engine(field: str, model: ModelConfig, pool: PoolConfig, device: Device) -> None:
+    from vllm.platforms import current_platform
+
+    from app.engines.vllm import build_engine_args
+
+    if current_platform.device_type != device:
+        return
+    role: Role = "prefill" if field.endswith("prefill") else "decode"
+    spec = EngineSpec(
+        role=role,
+        is_disaggregated=model.is_disaggregated,
+        replica_id="",
+        model_path=local_path(model.source),
+        device=device,
+        tensor_parallel_size=pool.tensor_parallel_size,
+        engine_args=model.merged_engine_args(pool),
+    )
+    try:
+        build_engine_args(spec).create_engine_config()
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"{field}.engine_args", f"vLLM refuses them: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

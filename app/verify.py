@@ -27,6 +27,8 @@ PROMPT_LENGTHS = (7, 64, 65, 500, 2000)
 SHARED_PREFIX_TOKENS = 500
 OUTPUT_TOKENS = 24
 ANSWER_TIMEOUT_S = 300.0
+LARGEST_NOISE = 0.25
+"""With more logprob noise than this the engine's own prefix cache changes its output: nothing can be compared."""
 WORDS = "The quick brown fox jumps over 13 lazy dogs; while (x < 42) { return f(x, y) + 'value'; } # Größe, 東京, Ωmega"
 """Text whose tokens the random prompts are drawn from, whatever the model's vocabulary."""
 
@@ -51,7 +53,8 @@ class Answer(msgspec.Struct, frozen=True):
     def num_equal(self, other: Answer) -> int:
         """How many leading tokens are the same."""
         pairs = zip(self.token_ids, other.token_ids, strict=False)
-        return next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), len(self.token_ids))
+        shorter = min(len(self.token_ids), len(other.token_ids))
+        return next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), shorter)
 
     def max_difference(self, other: Answer) -> float:
         """The largest logprob difference before the first token that differs; infinite if the first one does."""
@@ -70,6 +73,8 @@ class Case(msgspec.Struct, frozen=True):
     noise: float
 
     def passes(self, tolerance: float) -> bool:
+        if self.noise > LARGEST_NOISE:
+            return False
         allowed = max(tolerance, 2 * self.noise)
         num_equal = self.remote.num_equal(self.local)
         if num_equal < len(self.local.token_ids) and self.local.margins[num_equal] > allowed:
@@ -139,7 +144,10 @@ class Endpoint:
             raise VerifyError(f"{self._client.base_url} does not answer ({error}); is Baton running there?") from error
         if response.status_code != 200:
             raise VerifyError(f"{method} {path} answered {response.status_code}: {response.text[:300]}")
-        return response.json()
+        try:
+            return response.json()
+        except ValueError as error:
+            raise VerifyError(f"{method} {path} answered no JSON; is it Baton that runs there?") from error
 
 
 def verify(url: str, *, spoil: bool, tolerance: float, seed: int) -> bool:
@@ -147,7 +155,11 @@ def verify(url: str, *, spoil: bool, tolerance: float, seed: int) -> bool:
 
     Raises VerifyError if the application cannot be reached or did not transfer the KV of every prompt.
     """
-    with httpx.Client(base_url=url, timeout=ANSWER_TIMEOUT_S) as client:
+    try:
+        new_client = httpx.Client(base_url=url, timeout=ANSWER_TIMEOUT_S)
+    except httpx.InvalidURL as error:
+        raise VerifyError(f"{url} is no URL: {error}") from error
+    with new_client as client:
         endpoint = Endpoint(client)
         before = endpoint.transfers()
         prompts = _prompts(endpoint, random.Random(seed))
@@ -171,7 +183,7 @@ def _prompts(endpoint: Endpoint, rng: random.Random) -> list[tuple[str, list[lis
     groups = [
         (f"{length} tokens", [endpoint.random_prompt(rng, length)]) for length in PROMPT_LENGTHS if length <= longest
     ]
-    prefix = endpoint.random_prompt(rng, min(SHARED_PREFIX_TOKENS, longest // 2))
+    prefix = endpoint.random_prompt(rng, max(1, min(SHARED_PREFIX_TOKENS, longest - 64)))
     shared = [prefix + endpoint.random_prompt(rng, 64) for _ in range(3)]
     return [
         *groups,

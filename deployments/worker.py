@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import socket
-import tempfile
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import ray
@@ -18,9 +14,10 @@ from app.config import BatonConfig
 from app.engines.base import Engine, EngineInfo, EngineSpec, Role
 from app.engines.registry import create_engine
 from app.engines.ucx import TLS_BY_REQUIREMENT
-from app.errors import ConfigError, ReplicaLost
+from app.errors import ReplicaLost
 from app.messages import EngineStats, ReplicaInfo
 from app.model_source import local_path
+from app.ports import reserve_port
 from deployments.logs import adopt_serve_logging
 
 logger = logging.getLogger("baton.worker")
@@ -102,41 +99,3 @@ class Worker:
     async def __del__(self) -> None:
         if hasattr(self, "_engine"):
             await self._engine.stop()
-
-
-class ReservedPort:
-    """A port that no other replica on this node takes while this object lives."""
-
-    def __init__(self, number: int, lock: IO[str]) -> None:
-        self.number = number
-        self._lock = lock
-
-
-def reserve_port(port_min: int, port_max: int) -> ReservedPort:
-    """Reserve the first free port of the range on this node, across replicas, applications and clusters.
-
-    An engine binds its port long after it was chosen, so a free port alone proves nothing: the lock on a file
-    named after the port does, and the kernel drops it with the process.  Raises ConfigError if all are taken.
-    """
-    folder = Path(tempfile.gettempdir()) / f"baton-ports-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    for number in range(port_min, port_max + 1):
-        lock = open(folder / str(number), "w")  # noqa: SIM115  held open for as long as the port is
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            continue
-        if _is_free(number):
-            return ReservedPort(number, lock)
-        lock.close()
-    raise ConfigError("transfer.port_max", f"no free port from {port_min} to {port_max} on this node")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True

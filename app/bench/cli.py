@@ -40,7 +40,7 @@ def bench(
     names = _names("targets", targets, TARGETS)
     levels = [_positive("concurrency", word) for word in concurrency.split(",")]
     document = launch.load_document(config)
-    setup = Setup(document, launch.check_document(document, [launch.local_gpus()]), ray_llm_python)
+    setup = Setup(document, launch.check_document(document), ray_llm_python)
     report = Report(
         command=shlex.join(["baton", *sys.argv[1:]]),
         date=datetime.now(UTC).isoformat(timespec="seconds"),

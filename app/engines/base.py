@@ -26,13 +26,13 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["cpu", "cuda"]
     tensor_parallel_size: int
     engine_args: dict[str, Any]
-    kv_host: str
-    kv_port: int
+    kv_host: str = ""
+    kv_port: int = 0
     """Where this engine answers other engines' questions about its KV layout (its own port on the node)."""
-    transfer_backends: list[str]
-    transfer_tls: str | None
+    transfer_backends: list[str] = []
+    transfer_tls: str | None = None
     """The UCX transports that KV may use (``UCX_TLS``); None lets UCX choose."""
-    transfer_lease_s: int
+    transfer_lease_s: int = 30
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,4 +34,7 @@ def place_prefill(request: GenerateRequest, *, has_prefill_pool: bool) -> Placem
 def spoil(request: GenerateRequest) -> GenerateRequest:
     """The same request with another prompt of the same length: its KV is wrong for the original."""
     first, *rest = request.prompt_token_ids
-    return msgspec.structs.replace(request, prompt_token_ids=[*rest, first] if len(set(rest)) else [first + 1])
+    spoiled = [*rest, first]
+    if spoiled == request.prompt_token_ids:  # one token, however often: take a neighbour that exists
+        spoiled = [first - 1 if first else 1] * len(spoiled)
+    return msgspec.structs.replace(request, prompt_token_ids=spoiled)

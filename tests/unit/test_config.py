@@ -1,0 +1,168 @@
+"""The configuration: what is refused, which field the error names and how it helps."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from app.config import parse
+from app.engines.registry import owned_args
+from app.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[2]
+REMOVED = object()
+MINIMAL: dict[str, Any] = {
+    "models": [{"name": "tiny", "source": "baton:tiny", "prefill": {}, "decode": {}}],
+    "transfer": {},
+}
+MODEL = MINIMAL["models"][0]
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """MINIMAL with what lies at `path` replaced, added or, for REMOVED, gone."""
+    args = copy.deepcopy(MINIMAL)
+    *parents, last = path.split(".")
+    section: Any = args
+    for name in parents:
+        section = section[int(name)] if isinstance(section, list) else section.setdefault(name, {})
+    if value is REMOVED:
+        del section[last]
+    else:
+        section[last] = value
+    return args
+
+
+def test_the_default_application_is_valid_and_disaggregated():
+    document = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
+    for application in document["applications"]:
+        assert all(model.is_disaggregated for model in parse(application["args"]).models)
+
+
+def test_a_minimal_configuration_is_valid():
+    assert parse(MINIMAL).models[0].is_disaggregated
+
+
+def test_without_a_prefill_pool_no_transfer_section_is_needed():
+    args = changed("models.0.prefill", REMOVED)
+    del args["transfer"]
+    assert not parse(args).models[0].is_disaggregated
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model",
+        "models.0.quantization",
+        "models.0.decode.replica",
+        "models.0.prefill.resources.cpus",
+        "transfer.backend",
+        "frontend.engine_args",
+        "limits.ttft_timeout",
+    ],
+)
+def test_an_unknown_key_is_refused_by_its_path(path: str):
+    with pytest.raises(ConfigError, match="unknown key") as caught:
+        parse(changed(path, 1))
+    assert caught.value.field == path
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field", "words"),
+    [
+        # numbers that cannot work
+        ("models.0.decode.replicas", 0, None, "greater than or equal to 1, got 0"),
+        ("models.0.prefill.tensor_parallel_size", 0, None, "got 0"),
+        ("models.0.decode.resources.num_cpus", -1, None, "got -1"),
+        ("transfer.lease_s", 11, None, "greater than or equal to 12, got 11"),
+        ("transfer.port_min", 80, None, "got 80"),
+        ("transfer.port_max", 65536, None, "got 65536"),
+        ("limits.ttft_timeout_s", 0, None, "greater than 0, got 0"),
+        ("limits.max_attempts", 0, None, "got 0"),
+        # wrong types
+        ("models", "tiny", None, "list"),
+        ("models.0.decode", "yes", None, "dictionary"),
+        ("models.0.decode.replicas", "two", None, "got 'two'"),
+        ("models.0.decode.environment", {"OMP_NUM_THREADS": 4}, "models.0.decode.environment.OMP_NUM_THREADS", "got 4"),
+        ("models.0.engine_args", ["max_model_len=4096"], None, "dictionary"),
+        ("transfer.backends", "UCX", None, "list"),
+        # names that do not exist
+        ("models.0.decode.engine", "sglang", None, "'vllm'"),
+        ("transfer.required_transport", "roce", None, "'rdma'"),
+        ("device", "tpu", None, "'cuda'"),
+        # what is missing
+        ("models", REMOVED, None, "missing"),
+        ("models.0.decode", REMOVED, None, "missing"),
+        ("models.0.source", REMOVED, None, "missing"),
+        ("models.0.source", "", None, "at least 1 character"),
+        ("models", [], None, "at least 1 item"),
+        ("transfer.backends", [], None, "at least 1 item"),
+        # sections that contradict each other
+        ("models", [MODEL, MODEL], None, "at most 1 item"),
+        ("models.0.decode", {"replicas": 2, "autoscaling": {"max_replicas": 4}}, None, "not both"),
+        ("frontend", {"replicas": 2, "autoscaling": {}}, None, "not both"),
+        ("transfer", REMOVED, None, "models.0.prefill is set"),
+        ("transfer", None, None, "`transfer: {}` takes the defaults"),
+        ("transfer", {"port_min": 20001, "port_max": 20000}, None, "port_min 20001 is above port_max 20000"),
+        ("transfer", {"required_transport": "rdma", "backends": ["LIBFABRIC"]}, None, r"backends: \[UCX\]"),
+        ("transfer", {"required_transport": "tcp", "backends": ["UCX", "GDS"]}, None, r"backends: \[UCX\]"),
+        # names that do not fit into URLs and labels
+        ("models.0.name", "my model", None, "got 'my model'"),
+        ("models.0.name", "tiny\n", None, "URLs and metric labels"),
+        ("models.0.name", "", None, "at least 1 character"),
+    ],
+)
+def test_a_broken_configuration_is_refused_by_its_field(path: str, value: Any, field: str | None, words: str):
+    with pytest.raises(ConfigError, match=words) as caught:
+        parse(changed(path, value))
+    assert caught.value.field == (field or path)
+
+
+@pytest.mark.parametrize("args", [None, [], "models"])
+def test_args_that_are_no_mapping_are_refused(args: Any):
+    with pytest.raises(ConfigError) as caught:
+        parse(args)
+    assert caught.value.field == "args"
+
+
+def test_the_error_says_how_many_more_there_are():
+    args = changed("models.0.decode", {"replicas": 0, "nodes": 1, "gpus": 1})
+    with pytest.raises(ConfigError, match=r"got 0 \(and 2 more\)$"):
+        parse(args)
+
+
+@pytest.mark.parametrize("path", ["models.0", "models.0.prefill", "models.0.decode"])
+@pytest.mark.parametrize(("name", "instead"), owned_args("vllm").items())
+def test_an_engine_argument_that_baton_sets_is_refused_with_where_to_set_it(path: str, name: str, instead: str):
+    with pytest.raises(ConfigError) as caught:
+        parse(changed(f"{path}.engine_args", {name: 1}))
+    assert caught.value.field == path
+    assert f"engine_args.{name} " in caught.value.problem
+    assert instead in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        (lambda config: config, "device"),
+        (lambda config: config.models[0], "name"),
+        (lambda config: config.models[0].decode, "replicas"),
+        (lambda config: config.models[0].decode.resources, "num_cpus"),
+        (lambda config: config.transfer, "lease_s"),
+        (lambda config: config.limits, "max_attempts"),
+    ],
+)
+def test_a_setting_cannot_be_changed_after_validation(section: Any, name: str):
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(section(parse(MINIMAL)), name, getattr(section(parse(MINIMAL)), name))
+
+
+def test_a_pools_engine_arguments_win_over_the_models():
+    args = changed("models.0.engine_args", {"max_model_len": 4096, "block_size": 32})
+    args["models"][0]["decode"] = {"engine_args": {"block_size": 64, "max_num_seqs": 8}}
+    model = parse(args).models[0]
+    assert model.prefill is not None
+    assert model.merged_engine_args(model.decode) == {"max_model_len": 4096, "block_size": 64, "max_num_seqs": 8}
+    assert model.merged_engine_args(model.prefill) == {"max_model_len": 4096, "block_size": 32}

@@ -1,0 +1,93 @@
+"""The messages survive the two encodings that they cross deployments in: msgpack and pickle."""
+
+import math
+import pickle
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.messages import GenerateRequest, Logprobs, PrefillReport, TokenDelta, TransferDescriptor
+from deployments.pools import DeltaBatch
+
+counts = st.integers(0, 2**40)
+token_ids = st.integers(0, 2**31)
+words = st.text(max_size=20)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
+)
+logprobs = st.builds(
+    Logprobs,
+    st.lists(st.lists(token_ids, max_size=3), max_size=3),
+    st.lists(st.lists(st.floats(max_value=0), max_size=3), max_size=3),
+    st.lists(counts, max_size=3),
+)
+reports = st.builds(
+    PrefillReport, st.sampled_from(["remote", "local"]), words, st.none() | words, words, counts, counts, words
+)
+deltas = st.builds(
+    TokenDelta,
+    st.lists(token_ids, max_size=5),
+    st.sampled_from([None, "stop", "length", "abort", "repetition"]),
+    st.none() | token_ids | words,
+    st.none() | logprobs,
+    st.none() | logprobs,
+    st.none() | reports,
+)
+descriptors = st.builds(
+    TransferDescriptor,
+    engine=words,
+    replica_id=words,
+    prompt_tokens=counts,
+    cached_tokens=counts,
+    ready_at=st.floats(0, 1e10),
+    lease_s=st.floats(0, 1e4),
+    params=st.dictionaries(words, plain, max_size=4),
+)
+requests = st.builds(
+    GenerateRequest,
+    request_id=words,
+    prompt_token_ids=st.lists(token_ids, max_size=5),
+    sampling=st.dictionaries(words, plain, max_size=4),
+    cache_salt=st.none() | words,
+    priority=st.integers(-100, 100),
+    prefill_mode=st.sampled_from(["auto", "local", "spoiled"]),
+    reasoning_ended=st.none() | st.booleans(),
+    reasoning_parser_kwargs=st.none() | st.dictionaries(words, plain, max_size=2),
+)
+descriptor = TransferDescriptor(
+    engine="vllm", replica_id="p", prompt_tokens=3, cached_tokens=0, ready_at=1000.0, lease_s=30.0, params={}
+)
+
+
+@given(st.lists(st.tuples(words, deltas), max_size=3))
+@settings(max_examples=50)
+def test_a_batch_of_deltas_survives_msgpack(batch: DeltaBatch):
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=DeltaBatch) == batch
+
+
+@given(descriptors)
+def test_a_transfer_descriptor_survives_pickling(descriptor: TransferDescriptor):
+    assert pickle.loads(pickle.dumps(descriptor)) == descriptor
+
+
+@given(requests)
+def test_a_request_survives_pickling(request: GenerateRequest):
+    assert pickle.loads(pickle.dumps(request)) == request
+
+
+@pytest.mark.parametrize(
+    ("now", "expired"),
+    [
+        (999.0, False),  # the clock of the decode node is behind
+        (1000.0, False),
+        (1015.0, False),
+        (math.nextafter(1015.0, math.inf), True),
+        (1030.0, True),
+    ],
+)
+def test_a_descriptor_expires_after_half_its_lease(now: float, expired: bool):
+    assert descriptor.has_expired(now) is expired

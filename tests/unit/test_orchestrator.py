@@ -1,0 +1,352 @@
+"""The order in which a sequence is served, and how every ending unwinds it."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, NamedTuple
+
+import pytest
+
+from app.config import LimitsConfig
+from app.errors import EngineDead, EngineFailed, InvalidRequest, NoReplica, ReplicaLost
+from app.messages import GenerateRequest, PrefillMode, PrefillReport, TokenDelta
+from app.orchestrator import Handoff, Orchestrator
+from app.routing.disaggregation import Placement
+
+HANG = "hang"
+PROMPT = [1, 2, 3]
+FIRST = TokenDelta([10])
+LAST = TokenDelta([11], finish_reason="stop")
+LOST = ReplicaLost("d", "killed")
+DEADLINE_S = 5.0
+
+Script = list[TokenDelta | Exception | str]
+
+
+def request(prefill_mode: PrefillMode = "auto") -> GenerateRequest:
+    return GenerateRequest(request_id="r", prompt_token_ids=PROMPT, sampling={}, prefill_mode=prefill_mode)
+
+
+def first_delta(kind: Any, reason: str) -> TokenDelta:
+    report = PrefillReport(kind, reason, None, "d", cached_tokens=0, transferred_tokens=0, transport="")
+    return TokenDelta([10], report=report)
+
+
+class FakeHandoff:
+    def __init__(self, replica: str) -> None:
+        self.replica = replica
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class FakePrefill:
+    """Starts prefills at once, or loses its replicas, or never gets to it."""
+
+    def __init__(self, *replicas: str, fails: Exception | None = None, hangs: bool = False) -> None:
+        self.ready = list(replicas)
+        self.fails = fails
+        self.picked: list[str] = []
+        self.prompts: list[list[int]] = []
+        self.handoffs: list[FakeHandoff] = []
+        self.may_start = asyncio.Event()
+        self.num_called = asyncio.Semaphore(0)
+        self.is_cancelled = False
+        if not hangs:
+            self.may_start.set()
+
+    def replicas(self) -> list[str]:
+        return self.ready
+
+    async def start(self, request: GenerateRequest, replica: str) -> FakeHandoff:
+        self.picked.append(replica)
+        self.prompts.append(request.prompt_token_ids)
+        self.num_called.release()
+        try:
+            await self.may_start.wait()
+        except asyncio.CancelledError:
+            self.is_cancelled = True
+            raise
+        if self.fails is not None:
+            raise self.fails
+        self.handoffs.append(FakeHandoff(replica))
+        return self.handoffs[-1]
+
+
+class Call(NamedTuple):
+    request: GenerateRequest
+    handoff: Handoff | None
+    placement: Placement
+    replica: str
+
+
+class FakeDecode:
+    """Follows a script for each call in turn, the last one for all further calls."""
+
+    def __init__(self, replicas: list[str], *scripts: Script) -> None:
+        self.ready = replicas
+        self.scripts = scripts
+        self.calls: list[Call] = []
+        self.num_open = 0
+        self.is_hanging = asyncio.Event()
+
+    def replicas(self) -> list[str]:
+        return self.ready
+
+    async def generate(
+        self, request: GenerateRequest, handoff: Handoff | None, placement: Placement, replica: str
+    ) -> AsyncGenerator[TokenDelta, None]:
+        script = self.scripts[min(len(self.calls), len(self.scripts) - 1)]
+        self.calls.append(Call(request, handoff, placement, replica))
+        self.num_open += 1
+        try:
+            for step in script:
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, TokenDelta):
+                    yield step
+                else:
+                    self.is_hanging.set()
+                    await asyncio.Event().wait()
+        finally:
+            self.num_open -= 1
+
+
+def orchestrator(prefill: FakePrefill | None, decode: FakeDecode, **limits: Any) -> Orchestrator:
+    return Orchestrator(prefill, decode, LimitsConfig(**limits))
+
+
+async def served(
+    orchestrator: Orchestrator, prefill_mode: PrefillMode = "auto", into: list[TokenDelta] | None = None
+) -> list[TokenDelta]:
+    received = [] if into is None else into
+    async with asyncio.timeout(DEADLINE_S), aclosing(orchestrator.stream(request(prefill_mode))) as deltas:
+        async for delta in deltas:
+            received.append(delta)
+    return received
+
+
+# Placement
+
+
+async def test_decode_gets_the_handoff_of_the_prefill_that_was_started():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [FIRST, LAST])
+    assert await served(orchestrator(prefill, decode)) == [FIRST, LAST]
+    assert prefill.prompts == [PROMPT]
+    assert decode.calls == [Call(request(), prefill.handoffs[0], Placement("remote"), "d")]
+
+
+async def test_without_a_prefill_pool_decode_serves_alone():
+    decode = FakeDecode(["d"], [LAST])
+    assert await served(orchestrator(None, decode)) == [LAST]
+    assert decode.calls == [Call(request(), None, Placement("local", "aggregated"), "d")]
+
+
+async def test_a_request_that_asks_for_local_prefill_starts_no_other():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
+    await served(orchestrator(prefill, decode), "local")
+    assert prefill.picked == []
+    assert decode.calls[0].placement == Placement("local", "requested")
+
+
+@pytest.mark.parametrize(
+    ("replicas", "fails"), [([], None), (["p"], ReplicaLost("p"))], ids=["no replica", "a lost replica"]
+)
+async def test_decode_prefills_itself_when_no_prefill_replica_can(replicas: list[str], fails: Exception | None):
+    decode = FakeDecode(["d"], [LAST])
+    assert await served(orchestrator(FakePrefill(*replicas, fails=fails), decode)) == [LAST]
+    assert decode.calls[0].handoff is None
+    assert decode.calls[0].placement == Placement("local", "no_prefill_replica")
+
+
+async def test_a_prefill_replica_that_was_lost_is_avoided():
+    prefill = FakePrefill("p0", "p1", fails=ReplicaLost("p"))
+    server = orchestrator(prefill, FakeDecode(["d"], [LAST]))
+    await served(server)
+    prefill.fails = None
+    for _ in range(10):
+        await served(server)
+    assert set(prefill.picked[1:]) == {"p0", "p1"} - {prefill.picked[0]}
+
+
+async def test_a_prefill_replica_whose_handoff_did_not_work_is_avoided():
+    prefill = FakePrefill("p0", "p1")
+    decode = FakeDecode(["d"], [first_delta("local", "prefill_failed"), LAST], [first_delta("remote", ""), LAST])
+    server = orchestrator(prefill, decode)
+    for _ in range(11):
+        await served(server)
+    assert set(prefill.picked[1:]) == {"p0", "p1"} - {prefill.picked[0]}
+
+
+async def test_a_prefill_replica_is_not_blamed_when_decode_had_the_prompt_cached():
+    prefill = FakePrefill("p0", "p1")
+    server = orchestrator(prefill, FakeDecode(["d"], [first_delta("local", "already_cached"), LAST]))
+    for _ in range(4):
+        await served(server)
+    assert not any(server._prefill_load.is_avoided(replica) for replica in prefill.ready)
+
+
+async def test_a_spoiled_request_prefills_another_prompt_than_it_decodes():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
+    await served(orchestrator(prefill, decode), "spoiled")
+    assert prefill.prompts[0] != PROMPT
+    assert decode.calls[0].request.prompt_token_ids == PROMPT
+
+
+async def test_requests_spread_over_the_prefill_replicas_even_while_those_still_start():
+    prefill = FakePrefill(*(f"p{number}" for number in range(10)), hangs=True)
+    server = orchestrator(prefill, FakeDecode(["d"], [LAST]))
+    tasks = [asyncio.create_task(served(server)) for _ in prefill.ready]
+    for _ in tasks:
+        await prefill.num_called.acquire()
+    prefill.may_start.set()
+    await asyncio.gather(*tasks)
+    assert sorted(prefill.picked) == sorted(prefill.ready)
+
+
+# Failover
+
+
+@pytest.mark.parametrize("error", [LOST, EngineDead()], ids=["replica lost", "engine dead"])
+async def test_before_the_first_token_another_replica_decodes_with_a_prefill_of_its_own(error: Exception):
+    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], [error], [FIRST, LAST])
+    assert await served(orchestrator(prefill, decode)) == [FIRST, LAST]
+    first, second = decode.calls
+    assert {first.replica, second.replica} == {"d0", "d1"}
+    assert [first.handoff, second.handoff] == prefill.handoffs
+    assert len(prefill.handoffs) == 2
+    assert prefill.handoffs[0].is_cancelled
+
+
+async def test_after_the_first_token_the_sequence_fails_and_nothing_is_tried_again():
+    decode = FakeDecode(["d0", "d1"], [FIRST, LOST])
+    received: list[TokenDelta] = []
+    with pytest.raises(ReplicaLost, match="killed") as caught:
+        await served(orchestrator(FakePrefill("p"), decode), into=received)
+    assert received == [FIRST]
+    assert len(decode.calls) == 1
+    assert caught.value.replica_id == decode.calls[0].replica
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("no"), EngineFailed("no")])
+async def test_an_error_of_the_request_itself_is_not_tried_again(error: Exception):
+    decode = FakeDecode(["d0", "d1"], [error])
+    with pytest.raises(type(error)):
+        await served(orchestrator(FakePrefill("p"), decode))
+    assert len(decode.calls) == 1
+
+
+async def test_no_replica_is_left_once_each_was_tried():
+    decode = FakeDecode(["d0", "d1"], [LOST])
+    with pytest.raises(NoReplica, match="decode"):
+        await served(orchestrator(FakePrefill("p"), decode))
+    assert sorted(call.replica for call in decode.calls) == ["d0", "d1"]
+
+
+async def test_without_a_decode_replica_no_prefill_is_started():
+    prefill = FakePrefill("p")
+    with pytest.raises(NoReplica, match="decode"):
+        await served(orchestrator(prefill, FakeDecode([], [LAST])))
+    assert prefill.picked == []
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2, 3])
+async def test_no_more_replicas_are_tried_than_allowed(max_attempts: int):
+    decode = FakeDecode([f"d{number}" for number in range(5)], [LOST])
+    with pytest.raises(NoReplica):
+        await served(orchestrator(FakePrefill("p"), decode, max_attempts=max_attempts))
+    assert len(decode.calls) == max_attempts
+
+
+async def test_a_decode_replica_that_was_lost_is_avoided():
+    decode = FakeDecode(["d0", "d1"], [LOST], [LAST])
+    server = orchestrator(None, decode)
+    for _ in range(10):
+        await served(server)
+    assert {call.replica for call in decode.calls[1:]} == {"d0", "d1"} - {decode.calls[0].replica}
+
+
+# Endings
+
+
+async def test_closing_after_the_first_token_ends_decode_and_cancels_the_handoff():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [FIRST, LAST])
+    async with aclosing(orchestrator(prefill, decode).stream(request())) as deltas:
+        await anext(deltas)
+        assert decode.num_open == 1
+    assert decode.num_open == 0
+    assert prefill.handoffs[0].is_cancelled
+
+
+async def test_cancelling_before_the_first_token_ends_decode_and_cancels_the_handoff():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [HANG])
+    task = asyncio.create_task(served(orchestrator(prefill, decode)))
+    await decode.is_hanging.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert decode.num_open == 0
+    assert prefill.handoffs[0].is_cancelled
+
+
+async def test_cancelling_while_the_prefill_is_being_started_cancels_the_start():
+    prefill, decode = FakePrefill("p", hangs=True), FakeDecode(["d"], [LAST])
+    task = asyncio.create_task(served(orchestrator(prefill, decode)))
+    await prefill.num_called.acquire()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert prefill.is_cancelled
+    assert decode.calls == []
+
+
+@pytest.mark.parametrize(
+    ("script", "limits"),
+    [
+        ([HANG], {"ttft_timeout_s": 0.01}),
+        ([FIRST, HANG], {"itl_timeout_s": 0.01}),
+    ],
+    ids=["first token", "next token"],
+)
+async def test_a_token_that_does_not_come_in_time_ends_the_sequence(script: Script, limits: dict[str, float]):
+    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], script)
+    task = asyncio.create_task(served(orchestrator(prefill, decode, **limits)))
+    await asyncio.wait([task], timeout=DEADLINE_S / 2)  # well before the deadline of `served`
+    assert task.done()
+    assert isinstance(task.exception(), TimeoutError)
+    assert len(decode.calls) == 1
+    assert decode.num_open == 0
+    assert prefill.handoffs[0].is_cancelled
+
+
+async def test_a_prefill_that_does_not_start_counts_against_the_time_to_the_first_token():
+    prefill = FakePrefill("p", hangs=True)
+    task = asyncio.create_task(served(orchestrator(prefill, FakeDecode(["d"], [LAST]), ttft_timeout_s=0.01)))
+    await asyncio.wait([task], timeout=0.5)
+    is_in_time = task.done()
+    task.cancel()
+    await asyncio.wait([task])
+    assert is_in_time
+    assert isinstance(task.exception(), TimeoutError)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [[FIRST, LAST], [LOST], [FIRST, LOST], [EngineFailed("no")], [HANG], [FIRST, HANG]],
+    ids=["served", "lost", "lost later", "failed", "first token late", "next token late"],
+)
+async def test_every_ending_takes_its_load_off_the_replicas(script: Script):
+    decode = FakeDecode(["d0", "d1"], script)
+    server = orchestrator(FakePrefill("p"), decode, ttft_timeout_s=0.02, itl_timeout_s=0.02)
+    await asyncio.gather(*(served(server) for _ in range(4)), return_exceptions=True)
+    assert len(decode.calls) >= 4
+    assert (server._prefill_load._in_flight, server._decode_load._in_flight) == (Counter(), Counter())
+
+
+async def test_the_prefill_replica_is_relieved_at_the_first_token_and_the_decode_replica_at_the_last():
+    server = orchestrator(FakePrefill("p"), FakeDecode(["d"], [FIRST, LAST]))
+    async with aclosing(server.stream(request())) as deltas:
+        await anext(deltas)
+        assert (server._prefill_load._in_flight, server._decode_load._in_flight) == (Counter(), Counter(d=1))
