@@ -94,4 +94,4 @@ def check_autoscaling(config: BatonConfig) -> None:
         except ValidationError as error:
             problem = error.errors()[0]
             name = ".".join((field, "autoscaling", *map(str, problem["loc"])))
-            raise ConfigError(name, problem["msg"]) from None
+            raise ConfigError(name, problem["msg"].removeprefix("Value error, ")) from None

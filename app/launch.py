@@ -7,6 +7,7 @@ hints after and Serve flags that make streaming cheap (measured in docs/decision
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,12 +21,14 @@ from rich.console import Console
 
 from app.config import BatonConfig, parse
 from app.errors import ConfigError
+from app.model_source import is_folder
 from app.preflight import check, check_with_vllm
 
 RAY_FLAGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_worker_niceness": "0",  # Ray's own choice is 15: on a busy machine serving would come last
     "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few for two busy cores
 }
 """Environment of every Ray and Serve process, unless the user has set it otherwise."""
@@ -49,8 +52,13 @@ def load_document(path: Path) -> dict[str, Any]:
     if model := os.environ.get("MODEL"):
         for application in document["applications"]:
             parse(application.get("args") or {})
-            application["args"]["models"][0].update(source=model, name=model)
+            application["args"]["models"][0].update(source=model, name=served_name(model))
     return dict(document)
+
+
+def served_name(source: str) -> str:
+    """What clients call a model that only its source is known of: its id, or its folder's name."""
+    return re.sub(r"[^\w.@:-]+", "-", Path(source).resolve().name) if is_folder(source) else source
 
 
 def local_gpus() -> int:

@@ -46,11 +46,11 @@ def bench(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
         versions=installed_versions(),
+        ray_llm_versions=installed_versions(ray_llm_python) if ray_llm_python else {},
         device=setup.device,
         baseline=_names("baseline", baseline, names)[0] if baseline else names[0],
     )
-    # So that the servers are ended in order on a plain kill as they are on Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _exit_in_order)
     folder = Path(tempfile.mkdtemp(prefix="baton-bench-"))
     console = Console(stderr=True)
     try:
@@ -66,6 +66,12 @@ def bench(
         shutil.rmtree(folder)
     if not report.measurements:
         raise typer.Exit(1)
+
+
+def _exit_in_order(*_: object) -> None:
+    """End the servers on a plain kill as on Ctrl-C; a second signal (`timeout` sends two) must not cut that short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _names(option: str, text: str, known: Collection[str]) -> list[str]:

@@ -9,6 +9,7 @@ It knows one prefill and one decode server, routes nothing, survives nothing.
 from __future__ import annotations
 
 import sys
+from collections.abc import AsyncIterator
 
 import aiohttp
 from aiohttp import web
@@ -48,28 +49,17 @@ class Proxy:
                 await response.write(chunk)
         return response
 
-    async def health(self, request: web.Request) -> web.Response:
-        """200 as soon as both servers are up."""
-        try:
-            for url in (self._prefill_url, self._decode_url):
-                async with request.app[SESSION].get(f"{url}/health") as answer:
-                    answer.raise_for_status()
-        except aiohttp.ClientError as error:
-            return web.Response(status=503, text=str(error))
-        return web.Response(text="ok")
-
 
 def make_app(prefill_url: str, decode_url: str) -> web.Application:
-    """The ASGI-less application: /v1/completions and /health."""
+    """The application: /v1/completions and nothing else."""
     proxy = Proxy(prefill_url, decode_url)
     app = web.Application(client_max_size=64 * 1024 * 1024)
     app.cleanup_ctx.append(_session)
     app.router.add_post("/v1/completions", proxy.complete)
-    app.router.add_get("/health", proxy.health)
     return app
 
 
-async def _session(app: web.Application):  # type: ignore[no-untyped-def]
+async def _session(app: web.Application) -> AsyncIterator[None]:
     no_limits = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=no_limits[0], timeout=no_limits[1]) as session:
         app[SESSION] = session

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -67,6 +68,8 @@ class Report(msgspec.Struct):
     date: str
     machine: Machine
     versions: dict[str, str]
+    ray_llm_versions: dict[str, str]
+    """Those in Ray Serve LLM's environment; empty if it was not given."""
     device: str
     baseline: str
     measurements: list[Measurement] = []
@@ -180,8 +183,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print(
         f"\n{report.date}, {machine.num_cores} cores of {machine.cpu}, {machine.memory_gib:.0f} GiB, "
         f"{machine.kernel}, engines on {report.device}\n"
-        + ", ".join(f"{name} {version}" for name, version in report.versions.items())
-        + f"\n{report.command}\n",
+        f"{_listed(report.versions)}\nray-llm: {_listed(report.ray_llm_versions)}\n{report.command}\n",
         soft_wrap=True,
     )
     tables = [load_table(summarize(report.measurements, report.baseline), report.baseline)]
@@ -193,6 +195,10 @@ def print_report(report: Report, console: Console) -> None:
             console.print()
     for gap in report.missing:
         console.print(f"not measured: {gap.target} (repetition {gap.repetition + 1}): {gap.reason}", soft_wrap=True)
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "-"
 
 
 def to_json(report: Report) -> bytes:
@@ -215,12 +221,13 @@ def describe_machine() -> Machine:
     )
 
 
-def installed_versions() -> dict[str, str]:
-    """Of the packages that matter here, those that are installed, and Python."""
-    versions = {"python": platform.python_version()}
+def installed_versions(python: Path | None = None) -> dict[str, str]:
+    """Of the packages that matter here, those that are installed beside this Python or the one at `python`."""
+    folders = (
+        sys.path if python is None else [str(path) for path in python.parents[1].glob("lib/python*/site-packages")]
+    )
+    versions: dict[str, str] = {}
     for name in VERSIONS_OF:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+        for distribution in metadata.distributions(name=name, path=folders):
+            versions.setdefault(name, distribution.version)
     return versions

@@ -93,7 +93,7 @@ class Runner:
         logs.mkdir()
         plan = plan_target(target, self._setup, logs)
         began = time.monotonic()
-        with running(plan, logs) as servers:
+        with running(plan, self._setup.model.name, logs) as servers:
             ready_after_s = time.monotonic() - began
             self._say(f"    ready after {ready_after_s:.0f} s")
             self._load(plan, servers, WARM_UP)

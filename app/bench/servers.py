@@ -58,11 +58,11 @@ class Servers:
 
 
 @contextmanager
-def running(plan: Plan, logs: Path) -> Iterator[Servers]:
+def running(plan: Plan, model: str, logs: Path) -> Iterator[Servers]:
     """The target, serving.  Raises NotMeasurable if it does not come up; ends all of it in any case."""
     servers = Servers([_start(command, logs) for command in plan.commands])
     try:
-        _wait_until_ready(plan, servers)
+        _wait_until_ready(plan, model, servers)
         yield servers
     finally:
         servers.stop()
@@ -83,15 +83,17 @@ def _start(command: Command, logs: Path) -> tuple[Command, subprocess.Popen[byte
     return command, process, log
 
 
-def _wait_until_ready(plan: Plan, servers: Servers) -> None:
+def _wait_until_ready(plan: Plan, model: str, servers: Servers) -> None:
+    """Return once a completion succeeds: Ray Serve LLM answers everything else long before it can serve."""
+    request = {"model": model, "prompt": "Ready?", "max_tokens": 1}
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         servers.check_alive()
         try:
-            if httpx.get(plan.base_url + plan.ready_path, timeout=5.0).status_code == 200:
+            if httpx.post(f"{plan.base_url}/v1/completions", json=request, timeout=10.0).is_success:
                 return
         except httpx.TransportError:
-            pass  # not listening yet
+            pass  # not listening yet, or holding the request until it can serve
         time.sleep(0.5)
     raise NotMeasurable(f"not ready within {START_TIMEOUT_S:.0f} s")
 

@@ -95,8 +95,6 @@ class Plan(msgspec.Struct, frozen=True):
 
     commands: list[Command]
     port: int
-    ready_path: str = "/health"
-    """Answers 200 once the target can serve."""
 
     @property
     def base_url(self) -> str:
@@ -213,8 +211,7 @@ def _plan_ray_llm(setup: Setup, folder: Path) -> Plan:
     path.write_text(yaml.safe_dump(ray_llm_document(setup, port), sort_keys=False))
     # `local`: a Ray of its own, even where the machine already runs one.
     serve = [str(python), "-m", "ray.serve.scripts", "run", "--address", "local", str(path)]
-    # Its OpenAI routes exist once the application runs; its /health would need a replica as well.
-    return Plan([Command("serve run", serve, setup.environment)], port, ready_path="/v1/models")
+    return Plan([Command("serve run", serve, setup.environment)], port)
 
 
 def ray_llm_document(setup: Setup, port: int) -> dict[str, Any]:
@@ -222,7 +219,7 @@ def ray_llm_document(setup: Setup, port: int) -> dict[str, Any]:
     on_cpu = {
         "accelerator_config": {"kind": "cpu"},
         # Ray reserves; vLLM does not care.  Else the application would want more cores than a small machine has.
-        "placement_group_config": {"bundles": [{"CPU": 0.5}]},
+        "placement_group_config": {"bundles": [{"CPU": 0.4}]},
     }
 
     def llm_config(kv_role: str) -> dict[str, Any]:
@@ -231,6 +228,7 @@ def ray_llm_document(setup: Setup, port: int) -> dict[str, Any]:
             "model_loading_config": {"model_id": setup.model.name, "model_source": setup.model_path},
             "engine_kwargs": {**setup.engine_args, "kv_transfer_config": transfer},
             "experimental_configs": {"NIXL_SIDE_CHANNEL_PORT_BASE": free_port()},
+            "deployment_config": {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}},
             **(on_cpu if setup.device == "cpu" else {}),
         }
 
@@ -241,7 +239,7 @@ def ray_llm_document(setup: Setup, port: int) -> dict[str, Any]:
         "args": {
             "prefill_config": llm_config("kv_producer"),
             "decode_config": llm_config("kv_consumer"),
-            "ingress_deployment_config": {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.5}},
+            "ingress_deployment_config": {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}},
         },
     }
     return {"http_options": {"host": HOST, "port": port}, "applications": [application]}

@@ -7,10 +7,13 @@ NIXL has no call that tells the chosen transport, and UCX falls back to TCP with
 
 from __future__ import annotations
 
+import logging
 import os
 import pty
 import re
 import threading
+
+logger = logging.getLogger("baton.ucx")
 
 TLS_BY_REQUIREMENT: dict[str, str | None] = {
     "any": None,
@@ -38,6 +41,7 @@ class UcxLog:
     def __init__(self) -> None:
         self._reader, self._writer = pty.openpty()
         self._transport = ""
+        self._lanes: set[str] = set()
         threading.Thread(target=self._read, name="ucx-log", daemon=True).start()
 
     def environment(self, tls: str | None) -> dict[str, str]:
@@ -56,4 +60,6 @@ class UcxLog:
         with open(self._reader, errors="replace") as log:
             for line in log:
                 if match := _PEER_LINE.search(line.rstrip()):
+                    logger.info("UCX connects %s by %s", match["reach"], match["lanes"])
+                    self._lanes.update(match["lanes"].split())
                     self._transport = f"{match['reach']} {' '.join(match['lanes'].split())}"
