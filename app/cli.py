@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from app.bench.cli import bench
 from app.errors import BatonError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -50,6 +51,9 @@ def verify(
 
     if not run_verify(url, spoil=spoil, tolerance=tolerance, seed=seed):
         raise typer.Exit(1)
+
+
+app.command()(bench)
 
 
 def main() -> None:

@@ -126,7 +126,8 @@ class TransferConfig(Settings):
     backends: list[str] = Field(default=["UCX"], min_length=1)
     """NIXL plug-ins, in order of preference: UCX, LIBFABRIC, GDS, ..."""
     required_transport: Literal["any", "rdma", "nvlink", "shm", "tcp"] = "any"
-    """What UCX must use; anything else is switched off, so that it fails rather than falls back in silence."""
+    """What UCX must use.  Where its log shows that it uses none of that, KV is no longer transferred: decode
+    prefills, and each log line and metric says ``transport_refused``."""
     port_min: int = Field(default=20000, ge=1024, le=65535)
     port_max: int = Field(default=29999, ge=1024, le=65535)
     """The side-channel ports that replicas on one node share out among themselves."""

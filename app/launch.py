@@ -195,4 +195,5 @@ def _say_ready(document: dict[str, Any], http: dict[str, Any], console: Console,
   curl {base}/health      baton verify --url {base}
 API reference: {base}/docs      Ctrl-C stops it.""",
         markup=False,
+        soft_wrap=True,  # or a terminal's width would break the commands
     )

@@ -13,7 +13,6 @@ from ray import serve
 from app.config import BatonConfig
 from app.engines.base import Engine, EngineInfo, EngineSpec, Role
 from app.engines.registry import create_engine
-from app.engines.ucx import TLS_BY_REQUIREMENT
 from app.errors import ReplicaLost
 from app.messages import EngineStats, ReplicaInfo
 from app.model_source import local_path
@@ -62,7 +61,7 @@ class Worker:
             kv_host=self._node_ip,
             kv_port=self._port.number if self._port else 0,
             transfer_backends=transfer.backends if transfer else [],
-            transfer_tls=TLS_BY_REQUIREMENT[transfer.required_transport] if transfer else None,
+            required_transport=transfer.required_transport if transfer else "any",
             transfer_lease_s=transfer.lease_s if transfer else 0,
         )
 

@@ -27,6 +27,7 @@ import msgspec
 import yaml
 
 from app.config import ModelConfig, parse
+from app.engines import cpu_waits
 from app.engines.owner_watch import owner_environment
 from app.engines.vllm import cpu_defaults
 from app.errors import BatonError
@@ -38,8 +39,9 @@ CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+    **cpu_waits.ENVIRONMENT,
 }
-"""What Baton sets for its own engines on a CPU."""
+"""What Baton sets for its own engines on a CPU; the peers that run in Baton's environment get it too."""
 
 SAME_PRIORITY = {"RAY_worker_niceness": "0"}
 """Ray starts workers at nice 15: on a few cores they would yield to the load's client, and plain vLLM would not."""

@@ -30,8 +30,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_port: int = 0
     """Where this engine answers other engines' questions about its KV layout (its own port on the node)."""
     transfer_backends: list[str] = []
-    transfer_tls: str | None = None
-    """The UCX transports that KV may use (``UCX_TLS``); None lets UCX choose."""
+    required_transport: str = "any"
+    """What KV must move by, as ``transfer.required_transport`` names it."""
     transfer_lease_s: int = 30
 
 

@@ -15,18 +15,24 @@ import threading
 
 logger = logging.getLogger("baton.ucx")
 
+LANES_BY_REQUIREMENT: dict[str, tuple[str, ...]] = {
+    "any": (),
+    "rdma": ("rc", "dc", "ud", "srd"),
+    "nvlink": ("cuda_ipc",),
+    "shm": ("cma", "sysv", "posix", "xpmem", "knem"),
+    "tcp": ("tcp",),
+}
+"""Beginnings of UCX's lane names that satisfy each value of ``transfer.required_transport`` (``srd`` is EFA's)."""
+
 TLS_BY_REQUIREMENT: dict[str, str | None] = {
     "any": None,
-    # `sm` (shared memory) is needed beside RDMA and NVLink for connections within one process and for control.
-    "rdma": "rc,dc,ud,srd,sm,self,cuda_copy,cuda_ipc,gdr_copy",
-    "nvlink": "cuda_ipc,cuda_copy,sm,self",
-    "shm": "sm,self",
+    "rdma": "rc,dc,ud,srd,cuda_copy,cuda_ipc,gdr_copy,tcp,self",
+    "nvlink": "cuda_ipc,cuda_copy,tcp,self",
+    "shm": "sm,tcp,self",
     "tcp": "tcp,self",
 }
-"""``UCX_TLS`` for each value of ``transfer.required_transport``: what is not listed cannot be fallen back to.
-
-Names as in UCX's documentation of UCX_TLS; ``srd`` is EFA's transport.
-"""
+"""``UCX_TLS`` for each of them.  NIXL's UCX backend does not start without ``tcp``, over which it finds its peers, so
+leaving the others out is not enough: `UcxLog.falls_short` tells whether what was required is really there."""
 
 _PEER_LINE = re.compile(r"(?P<reach>intra-node|inter-node) cfg#\d+ (?P<lanes>.+)$")
 
@@ -44,12 +50,17 @@ class UcxLog:
         self._lanes: set[str] = set()
         threading.Thread(target=self._read, name="ucx-log", daemon=True).start()
 
-    def environment(self, tls: str | None) -> dict[str, str]:
+    def environment(self, required_transport: str) -> dict[str, str]:
         """Variables that an engine's processes must start with."""
         environment = {"UCX_LOG_LEVEL": "info", "UCX_LOG_FILE": os.ttyname(self._writer)}
-        if tls is not None:
-            environment["UCX_TLS"] = tls
-        return environment
+        tls = TLS_BY_REQUIREMENT[required_transport]
+        return environment if tls is None else {**environment, "UCX_TLS": tls}
+
+    def falls_short(self, required_transport: str) -> bool:
+        """Whether a peer was reached, and by nothing that satisfies `required_transport`."""
+        wanted = LANES_BY_REQUIREMENT[required_transport]
+        names = re.findall(r"(\w+)/", " ".join(self._lanes))
+        return bool(wanted) and bool(names) and not any(name.startswith(wanted) for name in names)
 
     @property
     def transport(self) -> str:

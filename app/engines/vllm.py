@@ -21,6 +21,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from app.engines import cpu_waits
 from app.engines.base import EngineInfo, EngineSpec
 from app.engines.owner_watch import owner_environment
 from app.engines.ucx import UcxLog
@@ -141,7 +142,7 @@ class VllmEngine:
             "VLLM_NIXL_SIDE_CHANNEL_HOST": spec.kv_host,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(spec.kv_port),
             "VLLM_NO_USAGE_STATS": "1",
-            **self._ucx_log.environment(spec.transfer_tls),
+            **self._ucx_log.environment(spec.required_transport),
             **owner_environment(),
         }
         if spec.device == "cpu":
@@ -149,6 +150,7 @@ class VllmEngine:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             # vLLM compiles a logprobs helper even when eager: 17 s for the first request that asks for them.
             environment["TORCHDYNAMO_DISABLE"] = "1"
+            environment.update(cpu_waits.ENVIRONMENT)
         return environment
 
     def _start_core(self) -> None:
@@ -186,20 +188,31 @@ class VllmEngine:
     async def generate(
         self, request: GenerateRequest, descriptor: TransferDescriptor | None
     ) -> AsyncGenerator[TokenDelta, None]:
+        is_refused = descriptor is not None and self._ucx_log.falls_short(self._spec.required_transport)
+        if descriptor is not None and is_refused:
+            logger.error(
+                "KV would move by %s, which is not the required %s: prefilling here instead",
+                self._ucx_log.transport,
+                self._spec.required_transport,
+            )
+            await self.release(descriptor)
+            descriptor = None
         params = to_sampling_params(request.sampling, dict(descriptor.params) if descriptor else None)
         is_first = True
         async with aclosing(self._run(request, params)) as outputs:
             async for output in outputs:
-                report = self._report(output, descriptor) if is_first else None
+                report = self._report(output, descriptor, is_refused) if is_first else None
                 is_first = False
                 yield _to_delta(output, report)
 
-    def _report(self, output: Any, descriptor: TransferDescriptor | None) -> PrefillReport:
+    def _report(self, output: Any, descriptor: TransferDescriptor | None, is_refused: bool) -> PrefillReport:
         stats = output.prefill_stats
         local = stats.num_local_cached_tokens if stats else 0
         transferred = stats.num_external_cached_tokens if stats else 0
         if descriptor is None or not transferred:
-            reason = "" if descriptor is None else "already_cached" if local else "transfer_failed"
+            reason = "transport_refused" if is_refused else ""
+            if descriptor is not None:
+                reason = "already_cached" if local else "transfer_failed"
             return PrefillReport(
                 kind="local",
                 reason=reason,

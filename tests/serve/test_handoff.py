@@ -105,6 +105,8 @@ async def test_decode_prefills_itself_when_prefill_does_not_deliver(app: Applica
     assert tokens_of(deltas) == TOKENS
     assert deltas[0].report is not None
     assert (deltas[0].report.kind, deltas[0].report.reason) == ("local", reason)
+    if script == "hang":
+        wait_until(lambda: app.diary.count("prefill_cancelled", "prefill-hang"), 2, "the useless prefill cancelled")
 
 
 async def test_kv_of_an_expired_handoff_is_released(app: Application) -> None:

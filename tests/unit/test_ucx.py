@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from app.config import TransferConfig
-from app.engines.ucx import TLS_BY_REQUIREMENT, UcxLog
+from app.engines.ucx import LANES_BY_REQUIREMENT, TLS_BY_REQUIREMENT, UcxLog
 from tests.conftest import wait_until
 
 PREFIX = "[1763683200.123456] [host:4711 :0] ucp_worker.c:1888 UCX  INFO      ucp_context_0"
@@ -26,7 +26,7 @@ def write(log: UcxLog) -> Callable[..., None]:
     """Write lines as an engine's process does: into the file that the environment names."""
 
     def write(*lines: str) -> None:
-        with open(log.environment(None)["UCX_LOG_FILE"], "w") as file:
+        with open(log.environment("any")["UCX_LOG_FILE"], "w") as file:
             file.writelines(lines)
 
     return write
@@ -36,9 +36,15 @@ def test_every_transport_that_can_be_required_has_its_list():
     assert set(TLS_BY_REQUIREMENT) == set(get_args(TransferConfig.model_fields["required_transport"].annotation))
 
 
-@pytest.mark.parametrize("name", ["rdma", "nvlink", "shm"])
-def test_a_transport_that_is_required_leaves_no_way_to_fall_back_to_tcp(name: str):
-    assert "tcp" not in (TLS_BY_REQUIREMENT[name] or "tcp").split(",")
+@pytest.mark.parametrize(
+    ("line", "satisfied"),
+    [(INTRA, {"any", "nvlink", "tcp"}), (INTER, {"any", "rdma"}), (SELF, set(LANES_BY_REQUIREMENT))],
+)
+def test_falling_back_is_noticed(log: UcxLog, write: Callable[..., None], line: str, satisfied: set[str]):
+    write(line)
+    if line != SELF:
+        wait_until(lambda: log.transport, 5, "a transport", every_s=0.01)
+    assert {name for name in LANES_BY_REQUIREMENT if not log.falls_short(name)} == satisfied
 
 
 def test_no_transport_is_known_before_a_peer_is(log: UcxLog):
@@ -64,8 +70,8 @@ def test_other_lines_change_nothing_however_many_there_are(log: UcxLog, write: C
     assert log.transport == "intra-node rma(cuda_ipc/cuda) am(tcp/lo)"
 
 
-@pytest.mark.parametrize(("tls", "expected"), [(None, {}), ("tcp,self", {"UCX_TLS": "tcp,self"})])
-def test_only_a_required_transport_restricts_ucx(log: UcxLog, tls: str | None, expected: dict[str, str]):
-    environment = log.environment(tls)
+@pytest.mark.parametrize(("required", "expected"), [("any", {}), ("tcp", {"UCX_TLS": "tcp,self"})])
+def test_only_a_required_transport_restricts_ucx(log: UcxLog, required: str, expected: dict[str, str]):
+    environment = log.environment(required)
     assert {name: value for name, value in environment.items() if name == "UCX_TLS"} == expected
     assert environment["UCX_LOG_LEVEL"] == "info"
