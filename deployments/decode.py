@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 from ray import ObjectRef
+from ray.exceptions import TaskCancelledError
 
 from app.config import BatonConfig
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
@@ -23,6 +24,9 @@ from deployments.pools import DeltaBatch, spawn_detached
 from deployments.worker import Worker
 
 logger = logging.getLogger("baton.decode")
+
+CANCELLATION_GRACE_S = 1.0
+"""How far the cancellations of a request's two legs may lie apart."""
 
 
 class _Outbox:
@@ -94,6 +98,10 @@ class DecodeWorker(Worker):
         except TimeoutError:
             self._release_later(ref)
             reason = "prefill_timeout"
+        except TaskCancelledError:
+            # Whoever cancelled prefill is about to cancel this call too: do not start work in between.
+            await asyncio.sleep(CANCELLATION_GRACE_S)
+            reason = "prefill_cancelled"
         except Exception as error:  # noqa: BLE001  whatever ended prefill, decode can do its work
             logger.warning("request_id=%s prefill failed: %r", request.request_id, error)
             reason = "prefill_failed"

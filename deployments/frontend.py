@@ -16,6 +16,7 @@ from app.errors import BatonError
 from app.openai_server import build_server
 from app.orchestrator import Orchestrator
 from deployments.logs import adopt_serve_logging
+from deployments.membership import Membership
 from deployments.pools import RayDecodePool, RayPrefillPool
 
 
@@ -35,11 +36,15 @@ class Frontend:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
 
-    def _health(self) -> dict[str, Any]:
-        """Healthy, degraded (no prefill replica: decode prefills, slower) or unhealthy (nothing can decode)."""
+    def _memberships(self) -> dict[str, Membership]:
         pools = {"decode": self._decode.membership}
         if self._prefill is not None:
             pools["prefill"] = self._prefill.membership
+        return pools
+
+    def _health(self) -> dict[str, Any]:
+        """Healthy, degraded (no prefill replica: decode prefills, slower) or unhealthy (nothing can decode)."""
+        pools = self._memberships()
         status = "healthy" if all(pool.ids() for pool in pools.values()) else "degraded"
         endpoints = [
             {"status": "ready", **metadata} for pool in pools.values() for metadata in pool.metadata().values()
@@ -53,9 +58,7 @@ class Frontend:
 
     async def _stats(self) -> dict[str, Any]:
         """Every ready replica's load, asked for now."""
-        pools = {"decode": self._decode.membership}
-        if self._prefill is not None:
-            pools["prefill"] = self._prefill.membership
+        pools = self._memberships()
         asked = [(role, replica) for role, pool in pools.items() for replica in pool.ids()]
         answers = await asyncio.gather(*(self._ask(role, replica) for role, replica in asked))
         return {"replicas": answers}

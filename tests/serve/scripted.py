@@ -108,6 +108,8 @@ class ScriptedEngine:
                 if position == script.get("decode_dies_at") and is_victim:
                     os._exit(1)
                 if position == script.get("engine_dies_at") and is_victim:
+                    while not self._diary.count("tokens_received", request.request_id):  # noqa: ASYNC110  another process writes it
+                        await asyncio.sleep(0.01)
                     self._is_dead = True
                     raise EngineDead
                 if position == script.get("decode_hangs_at"):
