@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from app.engines.base import Role
 from app.engines.registry import EngineName, owned_args
 from app.errors import ConfigError
 
@@ -114,6 +115,10 @@ class ModelConfig(Settings):
     @property
     def is_disaggregated(self) -> bool:
         return self.prefill is not None
+
+    def pool(self, role: Role) -> PoolConfig | None:
+        """The pool of a role; None for prefill if the model is aggregated."""
+        return self.prefill if role == "prefill" else self.decode
 
     def merged_engine_args(self, pool: PoolConfig) -> dict[str, Any]:
         """The arguments that an engine of `pool` starts with."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from app.config import BatonConfig, ModelConfig, PoolConfig
 from app.engines.base import EngineSpec, Role
@@ -88,9 +88,8 @@ def check_with_vllm(config: BatonConfig, device: Device) -> None:
                 if name not in known:
                     raise ConfigError(f"models.{index}.{section}.{name}", "vLLM knows no such engine argument")
         _check_server(index, model)
-        for role, pool in (("prefill", model.prefill), ("decode", model.decode)):
-            if pool is not None:
-                _check_engine(f"models.{index}.{role}", model, pool, device)
+        for role in get_args(Role):
+            _check_engine(f"models.{index}.{role}", model, role, device)
 
 
 def _check_server(index: int, model: ModelConfig) -> None:
@@ -103,14 +102,14 @@ def _check_server(index: int, model: ModelConfig) -> None:
         raise ConfigError(f"models.{index}", f"vLLM refuses it: {_in_one_line(error)}") from error
 
 
-def _check_engine(field: str, model: ModelConfig, pool: PoolConfig, device: Device) -> None:
+def _check_engine(field: str, model: ModelConfig, role: Role, device: Device) -> None:
     from vllm.platforms import current_platform
 
     from app.engines.vllm import build_engine_args
 
-    if current_platform.device_type != device:
+    pool = model.pool(role)
+    if pool is None or current_platform.device_type != device:
         return
-    role: Role = "prefill" if field.endswith("prefill") else "decode"
     spec = EngineSpec(
         role=role,
         is_disaggregated=model.is_disaggregated,

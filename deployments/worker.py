@@ -10,7 +10,7 @@ import msgspec
 import ray
 from ray import serve
 
-from app.config import BatonConfig
+from app.config import BatonConfig, PoolConfig
 from app.engines.base import Engine, EngineInfo, EngineSpec, Role
 from app.engines.registry import create_engine
 from app.errors import ReplicaLost
@@ -37,9 +37,9 @@ class Worker:
         self._node_ip = ray.util.get_node_ip_address()
         transfer = config.transfer
         self._port = reserve_port(transfer.port_min, transfer.port_max) if transfer else None
-        pool = self._model.prefill if self.role == "prefill" else self._model.decode
+        pool = self._model.pool(self.role)
         assert pool is not None
-        self._engine: Engine = self.create_engine(pool.engine, self._spec(device))
+        self._engine: Engine = self.create_engine(pool.engine, self._spec(pool, device))
         try:
             self._info: EngineInfo = await self._engine.start()
         except BaseException:
@@ -47,9 +47,8 @@ class Worker:
             raise
         logger.info("role=%s replica_id=%s engine=%s device=%s ready", self.role, self._replica_id, self._info, device)
 
-    def _spec(self, device: str) -> EngineSpec:
+    def _spec(self, pool: PoolConfig, device: str) -> EngineSpec:
         model, transfer = self._model, self._config.transfer
-        pool = model.prefill if self.role == "prefill" and model.prefill else model.decode
         return EngineSpec(
             role=self.role,
             is_disaggregated=model.is_disaggregated,

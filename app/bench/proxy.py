@@ -14,14 +14,8 @@ from collections.abc import AsyncIterator
 import aiohttp
 from aiohttp import web
 
-ASK_FOR_HANDOFF = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
+from app.engines.vllm import ASK_FOR_HANDOFF
+
 SESSION = web.AppKey("session", aiohttp.ClientSession)
 
 

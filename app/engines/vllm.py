@@ -44,7 +44,7 @@ OWNED_ARGS = {
 }
 """Engine arguments that Baton sets, with where the user sets them instead."""
 
-_ASK_FOR_HANDOFF = {
+ASK_FOR_HANDOFF = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
     "remote_engine_id": None,
@@ -52,6 +52,7 @@ _ASK_FOR_HANDOFF = {
     "remote_host": None,
     "remote_port": None,
 }
+"""``kv_transfer_params`` with which a prefill engine keeps the prompt's KV and says where it lies."""
 
 
 def cpu_defaults(device: str) -> dict[str, Any]:
@@ -166,7 +167,7 @@ class VllmEngine:
         )
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
-        params = to_sampling_params({"max_tokens": 1, "temperature": 0.0}, dict(_ASK_FOR_HANDOFF))
+        params = to_sampling_params({"max_tokens": 1, "temperature": 0.0}, dict(ASK_FOR_HANDOFF))
         async with aclosing(self._run(request, params)) as outputs:
             async for output in outputs:
                 if output.kv_transfer_params is not None:
