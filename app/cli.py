@@ -56,6 +56,37 @@ def verify(
 app.command()(bench)
 
 
+@app.command()
+def profile(
+    output: Annotated[Path, typer.Argument(help="The YAML file to write.")],
+    about: Annotated[str, typer.Option(help="Engine, version, machine: the endpoint does not tell.")] = "an engine",
+    url: Annotated[str, typer.Option(help="Where any OpenAI server answers.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="By default the server's first one.")] = None,
+    max_prompt: Annotated[int, typer.Option(min=128, help="Longest prompt; no more than one step takes.")] = 2048,
+    max_batch: Annotated[int, typer.Option(min=1, help="Streams at a time, at most.")] = 32,
+    repeat: Annotated[int, typer.Option(min=1, help="Each time is the median of so many.")] = 5,
+    kv_bytes_per_token: Annotated[int, typer.Option(min=1, help="Not measured; by default a Llama-8B's.")] = 131072,
+    transfer_base_ms: Annotated[float, typer.Option(min=0, help="Not measured: what any transfer takes.")] = 5.0,
+    transfer_gb_per_s: Annotated[float, typer.Option(min=1e-3, help="Not measured: the link's speed.")] = 25.0,
+) -> None:
+    """Measure how long the engine of a running server takes, and write a profile for the sim engine."""
+    from app.engines.sim_profile import TransferTimes
+    from app.profile import profile as run_profile
+
+    transfer = TransferTimes(base_s=transfer_base_ms / 1e3, bytes_per_s=transfer_gb_per_s * 1e9)
+    run_profile(
+        url,
+        model,
+        output,
+        max_prompt=max_prompt,
+        max_batch=max_batch,
+        repeat=repeat,
+        transfer=transfer,
+        kv_bytes_per_token=kv_bytes_per_token,
+        about=about,
+    )
+
+
 def main() -> None:
     """Run the command; an error that Baton raised on purpose is one line and exit code 2."""
     try:

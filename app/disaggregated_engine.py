@@ -1,7 +1,7 @@
 """vLLM's `EngineClient`, served by Baton's pools instead of an engine in this process.
 
 vLLM's API server calls `generate` with a rendered prompt.  Here the prompt becomes token ids and plain sampling
-fields, `Orchestrator.stream` has them served, and the token deltas that come back go through vLLM's own output
+fields, `Orchestrator.run` has them served, and the token deltas that come back go through vLLM's own output
 processor: detokenization, stop strings, logprobs and the merging of ``n`` sequences are vLLM's.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import aclosing
 from copy import copy
 from http import HTTPStatus
 from typing import Any, NoReturn, cast, get_args
@@ -98,6 +97,9 @@ class DisaggregatedEngine(EngineClient):
         request = self.input_processor.process_inputs(
             request_id, prompt, sampling_params, supported_tasks=("generate",), priority=priority
         )
+        assert request.sampling_params is not None
+        # Resolved for this process, which has no engine; the engine resolves it for itself.
+        request.sampling_params.watermarking = sampling_params.watermarking
         request.reasoning_ended = reasoning_ended
         request.reasoning_parser_kwargs = reasoning_parser_kwargs
         self.input_processor.assign_request_id(request)
@@ -127,16 +129,28 @@ class DisaggregatedEngine(EngineClient):
         """Feed one sequence's deltas to the output processor, and its error, if any, to the caller's queue."""
         assert request.prompt_token_ids is not None
         record = SequenceRecord(self._model_name, request.request_id, len(request.prompt_token_ids))
-        end = "cancelled"
+        task = asyncio.current_task()
+        assert task is not None
+        end = ""
+
+        def emit(delta: TokenDelta) -> None:
+            nonlocal end
+            record.on_delta(delta)
+            try:
+                processed = self._output_processor.process_outputs([_to_core_output(request, delta)])
+            except Exception as error:
+                end = type(error).__name__
+                logger.exception("request_id=%s failed", request.request_id)
+                queue.put(GenerationError())
+                task.cancel()
+                return
+            if processed.reqs_to_abort:  # a stop string, which only this side knows
+                end = "stop"
+                task.cancel()
+            end = end or delta.finish_reason or ""
+
         try:
-            async with aclosing(self._orchestrator.stream(_to_generate_request(request, prefill_mode))) as deltas:
-                async for delta in deltas:
-                    record.on_delta(delta)
-                    processed = self._output_processor.process_outputs([_to_core_output(request, delta)])
-                    if processed.reqs_to_abort:
-                        end = "stop"
-                        return
-                    end = delta.finish_reason or end
+            await self._orchestrator.run(_to_generate_request(request, prefill_mode), emit)
         except (BatonError, TimeoutError) as error:
             end = type(error).__name__
             queue.put(_to_vllm_error(error))
@@ -146,7 +160,7 @@ class DisaggregatedEngine(EngineClient):
             queue.put(GenerationError())
             raise
         finally:
-            record.on_end(end)
+            record.on_end(end or "cancelled")
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Nothing to do: a request is aborted by closing its generator."""

@@ -22,12 +22,17 @@ from rich.console import Console
 from app.config import BatonConfig, parse
 from app.errors import ConfigError
 from app.model_source import is_folder
+from app.ports import free_port
 from app.preflight import check, check_with_vllm
 
 RAY_FLAGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # HTTP goes through HAProxy to the frontends, instead of through a Python proxy and a call for each chunk.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a Python process would read a line for each request; /metrics has them
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 s are for load balancers outside the cluster
     "RAY_worker_niceness": "0",  # Ray's own choice is 15: on a busy machine serving would come last
     "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few for two busy cores
 }
@@ -124,9 +129,15 @@ def run(path: Path, host: str | None, port: int | None, dashboard: bool, verbose
         stop_cluster()
 
 
+def ray_environment() -> dict[str, str]:
+    """RAY_FLAGS, and ports of its own for what would else listen on a fixed one."""
+    ports = {name: str(free_port()) for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")}
+    return {**RAY_FLAGS, **ports}
+
+
 def start_cluster(http: dict[str, Any], proxy_location: str, dashboard: bool, verbose: bool) -> None:
     """Start Ray here, or connect to the cluster that RAY_ADDRESS names, and Serve on it."""
-    for name, value in RAY_FLAGS.items():
+    for name, value in ray_environment().items():
         os.environ.setdefault(name, value)
     import ray
     from ray import serve

@@ -84,7 +84,7 @@ class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
-    """What one engine step added to one sequence."""
+    """What one engine step added to one sequence, or several steps if the frontend was behind."""
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length", "abort", "repetition"] | None = None
@@ -92,6 +92,28 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
     report: PrefillReport | None = None
+
+
+def merge_deltas(first: TokenDelta, second: TokenDelta) -> TokenDelta:
+    """What two successive deltas of a sequence add together."""
+    return TokenDelta(
+        token_ids=first.token_ids + second.token_ids,
+        finish_reason=second.finish_reason,
+        stop_reason=second.stop_reason,
+        logprobs=_merge_logprobs(first.logprobs, second.logprobs),
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
+        report=first.report or second.report,
+    )
+
+
+def _merge_logprobs(first: Logprobs | None, second: Logprobs | None) -> Logprobs | None:
+    if first is None or second is None:
+        return first or second
+    return Logprobs(
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+        ranks=first.ranks + second.ranks,
+    )
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,3 +148,30 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     kv_address: str = ""
     """host:port at which other engines ask this one for its KV layout."""
+
+
+class BlockStored(msgspec.Struct, frozen=True, tag=True):
+    """Full KV blocks that an engine's prefix cache holds from now on: a chain, each the next one's parent.
+
+    The three events have the shape that vLLM and SGLang publish.  Block hashes mean something to the engine that
+    made them only; `token_ids` holds the blocks' tokens one after the other.
+    """
+
+    block_hashes: list[int]
+    parent_block_hash: int | None
+    """The block before the first of them; None at the beginning of a prompt."""
+    token_ids: list[int]
+    block_size: int
+
+
+class BlockRemoved(msgspec.Struct, frozen=True, tag=True):
+    """Blocks that the prefix cache no longer holds."""
+
+    block_hashes: list[int]
+
+
+class AllBlocksCleared(msgspec.Struct, frozen=True, tag=True):
+    """Whatever events said before: the prefix cache is to be taken as empty."""
+
+
+KvEvent = BlockStored | BlockRemoved | AllBlocksCleared

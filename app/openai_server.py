@@ -50,7 +50,7 @@ def server_namespace(model: ModelConfig) -> argparse.Namespace:
     )
     arguments.disable_log_stats = True
     arguments.enable_prompt_tokens_details = True  # usage reports cached tokens
-    decode_args = {**cpu_defaults("cpu"), **model.merged_engine_args(model.decode)}
+    decode_args = {**cpu_defaults("cpu"), **_args_of_server(model)}
     for section, fields in (("engine_args", decode_args), ("server_args", model.server_args)):
         for name, value in fields.items():
             if not hasattr(arguments, name):
@@ -62,6 +62,14 @@ def server_namespace(model: ModelConfig) -> argparse.Namespace:
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError("models.0.server_args", f"vLLM's server refuses them: {error}") from error
     return arguments
+
+
+def _args_of_server(model: ModelConfig) -> dict[str, Any]:
+    """What vLLM's server has to know of the engines' arguments; most of another engine's mean nothing to it."""
+    engine_args = model.merged_engine_args(model.decode)
+    if model.decode.engine == "vllm":
+        return engine_args
+    return {name: value for name, value in engine_args.items() if name == "max_model_len" and value is not None}
 
 
 def frontend_config(arguments: argparse.Namespace) -> Any:

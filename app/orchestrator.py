@@ -9,7 +9,7 @@
    one may have pulled the KV and thereby freed it on the prefill side, so its handoff cannot be used twice.
    After the first token the sequence fails, since tokens that were sent cannot be taken back.
 
-Closing the generator at any moment cancels whatever runs.
+Cancelling it at any moment cancels whatever runs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, asynccontextmanager
 from typing import Protocol
 
 from app.config import LimitsConfig
+from app.engines.base import Emit
 from app.errors import EngineDead, NoReplica, ReplicaLost
 from app.messages import GenerateRequest, PrefillReport, TokenDelta
 from app.routing.disaggregation import Placement, place_prefill, spoil
@@ -55,10 +56,10 @@ class DecodePool(Protocol):
     def replicas(self) -> list[str]:
         """Ids of those that are ready."""
 
-    def generate(
-        self, request: GenerateRequest, handoff: Handoff | None, placement: Placement, replica: str
-    ) -> AsyncGenerator[TokenDelta, None]:
-        """Deltas from `replica`.  Raises ReplicaLost, EngineDead, EngineFailed or InvalidRequest."""
+    async def generate(
+        self, request: GenerateRequest, handoff: Handoff | None, placement: Placement, replica: str, emit: Emit
+    ) -> None:
+        """Run the sequence on `replica` to its end.  Raises ReplicaLost, EngineDead, EngineFailed or InvalidRequest."""
 
 
 class Orchestrator:
@@ -71,48 +72,43 @@ class Orchestrator:
         self._prefill_load = LoadBalancer()
         self._decode_load = LoadBalancer()
 
-    async def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Yield the sequence's deltas.
+    async def run(self, request: GenerateRequest, emit: Emit) -> None:
+        """Serve the sequence, giving `emit` its deltas.
 
         Raises NoReplica before the first delta if no decode replica could serve, ReplicaLost after it,
         TimeoutError if a token took longer than the limits allow, and what `DecodePool.generate` raises.
         """
         tried: list[str] = []
-        first_due = asyncio.get_running_loop().time() + self._limits.ttft_timeout_s
-        for _ in range(self._limits.max_attempts):
-            replica = self._decode_load.pick(self._decode.replicas(), tried)
-            if replica is None:
-                break
-            tried.append(replica)
-            is_started = False
-            try:
-                with self._decode_load.track(replica):
-                    async with aclosing(self._attempt(request, replica, first_due)) as deltas:
-                        async for delta in deltas:
-                            is_started = True
-                            yield delta
-                return
-            except (ReplicaLost, EngineDead) as error:
-                self._decode_load.avoid(replica)
-                logger.warning("request_id=%s decode_replica=%s failed: %s", request.request_id, replica, error)
-                if is_started:
-                    raise ReplicaLost(replica, str(error)) from error
+        progress = Progress(emit, self._limits)
+        async with progress.in_time():
+            for _ in range(self._limits.max_attempts):
+                replica = self._decode_load.pick(self._decode.replicas(), tried)
+                if replica is None:
+                    break
+                tried.append(replica)
+                try:
+                    with self._decode_load.track(replica):
+                        await self._attempt(request, replica, progress)
+                    return
+                except (ReplicaLost, EngineDead) as error:
+                    self._decode_load.avoid(replica)
+                    logger.warning("request_id=%s decode_replica=%s failed: %s", request.request_id, replica, error)
+                    if progress.has_started:
+                        raise ReplicaLost(replica, str(error)) from error
         raise NoReplica("decode")
 
-    async def _attempt(
-        self, request: GenerateRequest, replica: str, first_due: float
-    ) -> AsyncGenerator[TokenDelta, None]:
+    async def _attempt(self, request: GenerateRequest, replica: str, progress: Progress) -> None:
         with ExitStack() as prefill_in_flight:
-            async with asyncio.timeout_at(first_due):
-                handoff, placement = await self._start_prefill(request, prefill_in_flight)
+            handoff, placement = await self._start_prefill(request, prefill_in_flight)
+
+            def on_first(delta: TokenDelta) -> None:
+                prefill_in_flight.close()
+                if handoff is not None and _has_failed(delta.report):
+                    self._prefill_load.avoid(handoff.replica)
+
+            progress.on_first = on_first
             try:
-                decoding = self._decode.generate(request, handoff, placement, replica)
-                async with aclosing(decoding) as deltas, aclosing(self._in_time(deltas, first_due)) as timely:
-                    async for delta in timely:
-                        prefill_in_flight.close()
-                        if handoff is not None and _has_failed(delta.report):
-                            self._prefill_load.avoid(handoff.replica)
-                        yield delta
+                await self._decode.generate(request, handoff, placement, replica, progress.take)
             finally:
                 if handoff is not None:
                     handoff.cancel()
@@ -134,17 +130,46 @@ class Orchestrator:
             return None, Placement("local", "no_prefill_replica")
         return handoff, placement
 
-    async def _in_time(
-        self, deltas: AsyncGenerator[TokenDelta, None], first_due: float
-    ) -> AsyncGenerator[TokenDelta, None]:
-        loop, due = asyncio.get_running_loop(), first_due
-        while True:
-            async with asyncio.timeout_at(due):
-                delta = await anext(deltas, None)
-            if delta is None:
-                return
-            yield delta
-            due = loop.time() + self._limits.itl_timeout_s
+
+class Progress:
+    """How far a sequence has come, and by when it must have come further."""
+
+    def __init__(self, emit: Emit, limits: LimitsConfig) -> None:
+        self.has_started = False
+        self.on_first: Emit = lambda delta: None
+        self._emit = emit
+        self._loop = asyncio.get_running_loop()
+        self._patience_s = limits.itl_timeout_s
+        self._due = self._loop.time() + limits.ttft_timeout_s
+        self._timer = self._loop.call_at(self._due, lambda: None)
+        self._timeout = asyncio.timeout(None)
+
+    def take(self, delta: TokenDelta) -> None:
+        """Pass a delta on."""
+        self._due = self._loop.time() + self._patience_s
+        if not self.has_started:
+            self.has_started = True
+            self._watch()  # the timer was set for the first token
+            self.on_first(delta)
+        self._emit(delta)
+
+    @asynccontextmanager
+    async def in_time(self) -> AsyncGenerator[None, None]:
+        """Raises TimeoutError inside and out of the block once a delta is overdue."""
+        async with asyncio.timeout(None) as self._timeout:
+            self._watch()
+            try:
+                yield
+            finally:
+                self._timer.cancel()
+
+    def _watch(self) -> None:
+        # Looks again when a delta may be overdue: moving a timer with every delta would cost more than the delta.
+        self._timer.cancel()
+        if self._loop.time() < self._due:
+            self._timer = self._loop.call_at(self._due, self._watch)
+        else:
+            self._timeout.reschedule(self._due)
 
 
 def _has_failed(report: PrefillReport | None) -> bool:

@@ -33,6 +33,8 @@ def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
         for role, pool in pools.items():
             if pool is not None:
                 _check_size(f"models.{index}.{role}.tensor_parallel_size", pool, device, gpus_per_node)
+                if pool.engine == "sim":
+                    _check_sim(f"models.{index}", role, model, pool)
     if device == "cuda" and config.device == "auto":
         _check_total(config, gpus_per_node)
     return device
@@ -42,10 +44,14 @@ def gpus_of_replica(pool: PoolConfig, device: str) -> float:
     """What Ray reserves for one replica of `pool`."""
     if pool.resources.num_gpus is not None:
         return pool.resources.num_gpus
+    if pool.engine == "sim":
+        return 0
     return pool.tensor_parallel_size if device == "cuda" else 0
 
 
 def _check_size(field: str, pool: PoolConfig, device: Device, gpus_per_node: Sequence[int]) -> None:
+    if pool.engine == "sim":
+        return
     wanted, largest = pool.tensor_parallel_size, max(gpus_per_node, default=0)
     if device == "cpu" and wanted > 1:
         raise ConfigError(field, f"{wanted} GPUs are wanted, but the engines run on CPUs here; set it to 1")
@@ -68,6 +74,17 @@ def _check_total(config: BatonConfig, gpus_per_node: Sequence[int]) -> None:
         )
 
 
+def _check_sim(field: str, role: str, model: ModelConfig, pool: PoolConfig) -> None:
+    from app.engines.sim import parse_args
+
+    try:
+        parse_args(model.merged_engine_args(pool))
+    except ConfigError as error:
+        name = error.field.split(".")[1] if "." in error.field else ""
+        section = f"{role}." if name in pool.engine_args else ""
+        raise ConfigError(f"{field}.{section}{error.field}", error.problem) from None
+
+
 def check_with_vllm(config: BatonConfig, device: Device) -> None:
     """Have vLLM make the configuration of each engine and of its server, without starting them.
 
@@ -80,16 +97,21 @@ def check_with_vllm(config: BatonConfig, device: Device) -> None:
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for index, model in enumerate(config.models):
-        arguments = {"engine_args": model.engine_args, "decode.engine_args": model.decode.engine_args}
-        if model.prefill is not None:
-            arguments["prefill.engine_args"] = model.prefill.engine_args
-        for section, names in arguments.items():
-            for name in names:
-                if name not in known:
-                    raise ConfigError(f"models.{index}.{section}.{name}", "vLLM knows no such engine argument")
+        if model.decode.engine == "vllm":
+            _check_names(index, model, known)
         _check_server(index, model)
         for role in get_args(Role):
             _check_engine(f"models.{index}.{role}", model, role, device)
+
+
+def _check_names(index: int, model: ModelConfig, known: set[str]) -> None:
+    arguments = {"engine_args": model.engine_args, "decode.engine_args": model.decode.engine_args}
+    if model.prefill is not None:
+        arguments["prefill.engine_args"] = model.prefill.engine_args
+    for section, names in arguments.items():
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"models.{index}.{section}.{name}", "vLLM knows no such engine argument")
 
 
 def _check_server(index: int, model: ModelConfig) -> None:
@@ -108,7 +130,7 @@ def _check_engine(field: str, model: ModelConfig, role: Role, device: Device) ->
     from app.engines.vllm import build_engine_args
 
     pool = model.pool(role)
-    if pool is None or current_platform.device_type != device:
+    if pool is None or pool.engine != "vllm" or current_platform.device_type != device:
         return
     spec = EngineSpec(
         role=role,

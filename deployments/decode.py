@@ -1,7 +1,7 @@
-"""The decode deployment: requests with references to their KV in, token deltas out.
+"""The decode deployment: sequences in, token deltas out.
 
-``submit`` runs one sequence; its deltas leave through ``deltas``, the stream of the frontend that submitted it.
-A frontend whose stream ends is gone, and its sequences end with it.
+Both travel on the frontends' channels (app/channel.py).  Only the reference to a transfer descriptor comes by Ray,
+in `attach`: Ray follows references in its own calls and nowhere else.
 """
 
 from __future__ import annotations
@@ -10,43 +10,18 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
 from ray import ObjectRef
-from ray.exceptions import TaskCancelledError
 
+from app.channel import ChannelServer, Link, Submit
 from app.config import BatonConfig
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
-from deployments.pools import DeltaBatch, spawn_detached
+from deployments.pools import spawn_detached
 from deployments.worker import Worker
 
 logger = logging.getLogger("baton.decode")
-
-CANCELLATION_GRACE_S = 1.0
-"""How far the cancellations of a request's two legs may lie apart."""
-
-
-class _Outbox:
-    """Deltas that wait for one frontend to take them."""
-
-    def __init__(self) -> None:
-        self._waiting: DeltaBatch = []
-        self._has_some = asyncio.Event()
-        self.running: set[asyncio.Task[Any]] = set()
-
-    def put(self, request_id: str, delta: TokenDelta) -> None:
-        self._waiting.append((request_id, delta))
-        self._has_some.set()
-
-    async def take(self) -> DeltaBatch:
-        """Everything that waits, as soon as there is something."""
-        await self._has_some.wait()
-        self._has_some.clear()
-        batch, self._waiting = self._waiting, []
-        return batch
 
 
 class DecodeWorker(Worker):
@@ -55,62 +30,77 @@ class DecodeWorker(Worker):
     role = "decode"
 
     async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._outboxes: defaultdict[str, _Outbox] = defaultdict(_Outbox)
-        self._encoder = msgspec.msgpack.Encoder()
+        self._handoffs: defaultdict[str, dict[int, asyncio.Future[ObjectRef]]] = defaultdict(dict)
         self._releases: set[asyncio.Task[Any]] = set()
         await super().__init__(config, device)
+        self._server = ChannelServer(self._replica_id, self._run)
+        self._server.on_close = self._forget
+        self._channel_address = await self._server.start(self._node_ip)
 
-    async def submit(
-        self,
-        request: GenerateRequest,
-        refs: list[ObjectRef],
-        local_reason: str,
-        *,
-        frontend_id: str,
-        replica_id: str,
-    ) -> None:
-        """Run one sequence to its end.
+    async def _run(self, link: Link, call: Submit) -> None:
+        """Run one sequence to its end."""
+        number, request = call.number, call.request
+        descriptor, reason = None, call.local_reason
+        if call.has_handoff:
+            descriptor, reason = await self._receive(link, number, request)
 
-        `refs` holds the reference to the transfer descriptor, or nothing if decode shall prefill, in which case
-        `local_reason` says why.
-        """
-        self.check_is_me(replica_id)
-        outbox = self._outboxes[frontend_id]
-        task = asyncio.current_task()
-        assert task is not None
-        outbox.running.add(task)
-        try:
-            descriptor, reason = await self._receive(request, refs[0]) if refs else (None, local_reason)
-            async with aclosing(self._engine.generate(request, descriptor)) as deltas:
-                async for delta in deltas:
-                    outbox.put(request.request_id, _with_reason(delta, reason))
-        finally:
-            outbox.running.discard(task)
+        def emit(delta: TokenDelta) -> None:
+            link.put(number, delta if delta.report is None else _with_reason(delta, reason))
 
-    async def _receive(self, request: GenerateRequest, ref: ObjectRef) -> tuple[TransferDescriptor | None, str]:
+        await self._engine.generate(request, descriptor, emit)
+
+    async def _receive(
+        self, link: Link, number: int, request: GenerateRequest
+    ) -> tuple[TransferDescriptor | None, str]:
         """The descriptor once prefill has it, or None and why decode has to prefill itself."""
+        arrival = self._arrival(link.id, number)
         try:
             async with asyncio.timeout(self._config.limits.prefill_timeout_s):
-                descriptor: TransferDescriptor = await ref
+                descriptor: TransferDescriptor = await (await asyncio.shield(arrival))
         except asyncio.CancelledError:
-            self._release_later(ref)
+            self._abandon(arrival)
             raise
         except TimeoutError:
-            self._release_later(ref)
+            self._abandon(arrival)
             reason = "prefill_timeout"
-        except TaskCancelledError:
-            # Whoever cancelled prefill is about to cancel this call too: do not start work in between.
-            await asyncio.sleep(CANCELLATION_GRACE_S)
-            reason = "prefill_cancelled"
         except Exception as error:  # noqa: BLE001  whatever ended prefill, decode can do its work
             logger.warning("request_id=%s prefill failed: %r", request.request_id, error)
             reason = "prefill_failed"
         else:
             if not descriptor.has_expired(time.time()):
                 return descriptor, ""
-            self._release_later(ref)
+            self._abandon(arrival)
             reason = "descriptor_expired"
+        finally:
+            del self._handoffs[link.id][number]
         return None, reason
+
+    def _arrival(self, link_id: str, number: int) -> asyncio.Future[ObjectRef]:
+        """What `attach` fulfils for a sequence, whichever of the two comes first."""
+        return self._handoffs[link_id].setdefault(number, asyncio.get_running_loop().create_future())
+
+    async def attach(self, link_id: str, number: int, refs: list[ObjectRef], *, replica_id: str) -> None:
+        """Give sequence `number` of a channel the reference to its transfer descriptor.
+
+        `refs` holds that one reference: as an argument of its own Ray would resolve it before the call runs.
+        """
+        self.check_is_me(replica_id)
+        link = self._server.links.get(link_id)
+        is_over = link is None or (number <= link.last_number and number not in self._handoffs[link_id])
+        if is_over:
+            self._release_later(refs[0])
+        else:
+            self._arrival(link_id, number).set_result(refs[0])
+
+    def _forget(self, link: Link) -> None:
+        """Give up what was attached to sequences that a closed channel never submitted."""
+        for number, arrival in self._handoffs.pop(link.id, {}).items():
+            if not link.is_running(number):
+                self._abandon(arrival)
+
+    def _abandon(self, arrival: asyncio.Future[ObjectRef]) -> None:
+        if arrival.done():
+            self._release_later(arrival.result())
 
     def _release_later(self, ref: ObjectRef) -> None:
         task = spawn_detached(self._release(ref), name="release-handoff")
@@ -126,17 +116,19 @@ class DecodeWorker(Worker):
             return
         await self._engine.release(descriptor)
 
-    async def deltas(self, frontend_id: str, *, replica_id: str) -> AsyncGenerator[bytes, None]:
-        """Each item is a msgpack-encoded DeltaBatch; merges what a slow frontend has not taken yet."""
-        self.check_is_me(replica_id)
-        outbox = self._outboxes[frontend_id]
-        try:
-            while True:
-                yield self._encoder.encode(await outbox.take())
-        finally:
-            del self._outboxes[frontend_id]
-            for task in outbox.running:
-                task.cancel()
+    def record_replica_metadata(self) -> dict[str, Any]:
+        return {**super().record_replica_metadata(), "channel": self._channel_address}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve does not see the sequences on the channels; see deployments/autoscaling.py."""
+        return {"sequences": float(self._server.num_sequences())}
+
+    async def __del__(self) -> None:
+        """Serve calls this once no frontend chooses this replica any more, and kills it when its patience ends."""
+        if hasattr(self, "_server"):
+            await self._server.drain()
+            await self._server.stop()
+        await super().__del__()
 
 
 def _with_reason(delta: TokenDelta, reason: str) -> TokenDelta:

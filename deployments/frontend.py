@@ -47,7 +47,7 @@ class Frontend:
         pools = self._memberships()
         status = "healthy" if all(pool.ids() for pool in pools.values()) else "degraded"
         endpoints = [
-            {"status": "ready", **metadata} for pool in pools.values() for metadata in pool.metadata().values()
+            {"status": "ready", **metadata["info"]} for pool in pools.values() for metadata in pool.metadata().values()
         ]
         return {
             "status": status if self._decode.replicas() else "unhealthy",

@@ -1,9 +1,7 @@
 """The prefill and decode pools as a frontend calls them: the Ray half of app/orchestrator.py.
 
-A decode call is two things.  ``submit`` carries the request and the *reference* to its transfer descriptor, runs
-as long as the sequence does and ends with its error, if any; cancelling it aborts the sequence.  The tokens come
-on one long-lived stream for each pair of frontend and decode replica (`_Channel`), whose items carry every
-sequence's new tokens at once, so that Ray's cost is per engine step and not per token.
+A sequence travels on the channel to its decode replica (app/channel.py), both ways.  If it has been handed to
+prefill, Ray brings the *reference* to its transfer descriptor after it (``attach``).
 """
 
 from __future__ import annotations
@@ -11,28 +9,26 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import uuid
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from functools import partial
 from typing import Any
 
-import msgspec
 from ray import ObjectRef
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from app.errors import BatonError, EngineFailed, ReplicaLost
-from app.messages import GenerateRequest, TokenDelta
+from app.channel import Channel, Sequence
+from app.engines.base import Emit
+from app.errors import BatonError, ReplicaLost
+from app.messages import GenerateRequest
 from app.orchestrator import Handoff
 from app.routing.disaggregation import Placement
 from deployments.membership import membership_of
 
 logger = logging.getLogger("baton.pools")
 
-DeltaBatch = list[tuple[str, TokenDelta]]
-"""One item of a channel: request ids and what they got."""
-
-_decoder = msgspec.msgpack.Decoder(DeltaBatch)
+RECONNECT_S = 0.5
+"""Between attempts to reach a replica that Serve still counts as ready."""
 
 
 def spawn_detached(coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
@@ -75,117 +71,101 @@ class RayPrefillPool:
 
 
 class RayDecodePool:
-    """The decode replicas."""
+    """The decode replicas, each with a channel to it."""
 
     def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        self._submit = handle.options(method_name="submit", _by_reference=True)
-        self._frontend_id = uuid.uuid4().hex
-        self._channels: dict[str, _Channel] = {}
+        self._attach = handle.options(method_name="attach", _by_reference=True)
+        self._channels: dict[str, asyncio.Task[Channel]] = {}
+        self._lost: set[str] = set()
+        self._attaching: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
         self.membership = membership_of(handle.deployment_id)
-        loop = asyncio.get_running_loop()
-        self.membership.on_change = partial(loop.call_soon_threadsafe, self._close_idle_channels)
+        self.membership.on_change = partial(self._loop.call_soon_threadsafe, self._follow_membership)
 
     def replicas(self) -> list[str]:
-        return self.membership.ids()
+        """Those that Serve knows as ready, less those that cannot be reached: Serve takes seconds to notice."""
+        return [replica for replica in self.membership.ids() if replica not in self._lost]
 
     async def generate(
-        self, request: GenerateRequest, handoff: Handoff | None, placement: Placement, replica: str
-    ) -> AsyncGenerator[TokenDelta, None]:
-        channel = self._channel(replica)
-        deltas = channel.register(request.request_id)
-        # Nested in a list: as an argument of its own Ray would resolve the reference before the call runs, and
-        # a failed prefill would fail the call instead of making decode prefill locally.
-        refs = [handoff.ref] if isinstance(handoff, RayHandoff) else []
-        response = self._submit.remote(
-            request, refs, placement.reason, frontend_id=self._frontend_id, replica_id=replica
-        )
-        outcome = asyncio.create_task(_report_failure(response, replica, deltas), name="decode-submit")
-        is_finished = False
+        self, request: GenerateRequest, handoff: Handoff | None, placement: Placement, replica: str, emit: Emit
+    ) -> None:
+        channel = await self._channel(replica)
+        sequence = channel.submit(request, emit, has_handoff=handoff is not None, local_reason=placement.reason)
         try:
-            while not is_finished:
-                delta = await deltas.get()
-                if isinstance(delta, BatonError):
-                    is_finished = True
-                    raise delta
-                is_finished = delta.finish_reason is not None
-                yield delta
+            if isinstance(handoff, RayHandoff):
+                task = spawn_detached(self._hand_over(handoff.ref, channel, sequence, replica), name="attach")
+                self._attaching.add(task)
+                task.add_done_callback(self._attaching.discard)
+            await sequence.ended
         finally:
-            channel.unregister(request.request_id)
-            if not is_finished:
-                response.cancel()
-            outcome.cancel()
-            self._close_idle_channels()
+            channel.finish(sequence)
+            if replica not in self.membership.ids():
+                self._let_go(replica)
 
-    def _channel(self, replica: str) -> _Channel:
-        channel = self._channels.get(replica)
-        if channel is None or channel.is_closed:
-            stream = self._handle.options(method_name="deltas", stream=True, _by_reference=False)
-            channel = self._channels[replica] = _Channel(stream, self._frontend_id, replica)
-        return channel
-
-    def _close_idle_channels(self) -> None:
-        """Let go of replicas that Serve is removing, which wait for their streams to end."""
-        ready = set(self.membership.ids())
-        for replica, channel in list(self._channels.items()):
-            if channel.is_closed or (replica not in ready and channel.is_idle):
-                channel.close()
-                del self._channels[replica]
-
-
-class _Channel:
-    """The stream of one decode replica's tokens to this frontend."""
-
-    def __init__(self, stream: Any, frontend_id: str, replica: str) -> None:
-        self._replica = replica
-        self._queues: dict[str, asyncio.Queue[TokenDelta | BatonError]] = {}
-        self.is_closed = False
-        self._task = spawn_detached(self._receive(stream, frontend_id), name=f"deltas-{replica}")
-
-    @property
-    def is_idle(self) -> bool:
-        return not self._queues
-
-    def register(self, request_id: str) -> asyncio.Queue[TokenDelta | BatonError]:
-        queue: asyncio.Queue[TokenDelta | BatonError] = asyncio.Queue()
-        self._queues[request_id] = queue
-        return queue
-
-    def unregister(self, request_id: str) -> None:
-        self._queues.pop(request_id, None)
-
-    def close(self) -> None:
-        self._task.cancel()
-
-    async def _receive(self, stream: Any, frontend_id: str) -> None:
-        response = stream.remote(frontend_id, replica_id=self._replica)
-        detail = "its stream ended"
+    async def _hand_over(self, ref: ObjectRef, channel: Channel, sequence: Sequence, replica: str) -> None:
+        """Goes on if the request is cancelled: decode then has the prefilled KV released."""
         try:
-            async for item in response:
-                for request_id, delta in _decoder.decode(item):
-                    if queue := self._queues.get(request_id):
-                        queue.put_nowait(delta)
+            await self._attach.remote(channel.link_id, sequence.number, [ref], replica_id=replica)
+        except (BatonError, RayError, RayServeException) as error:
+            logger.warning("decode_replica=%s attach failed: %r", replica, error)
+            sequence.fail(ReplicaLost(replica, type(error).__name__))
+
+    async def _channel(self, replica: str) -> Channel:
+        """The channel to a replica.  Raises ReplicaLost."""
+        connecting = self._channels.get(replica)
+        if connecting is None or replica in self._lost:
+            raise ReplicaLost(replica)
+        try:
+            return await asyncio.shield(connecting)
         except asyncio.CancelledError:
-            response.cancel()
+            if connecting.cancelled():  # Serve removed the replica meanwhile; the request itself goes on
+                raise ReplicaLost(replica) from None
             raise
-        except Exception as error:  # noqa: BLE001  Serve, Ray and gRPC each have their own; all mean the same here
-            detail = type(error).__name__
-            logger.warning("decode_replica=%s stream broke: %r", self._replica, error)
-        finally:
-            self.is_closed = True
-            for queue in self._queues.values():
-                queue.put_nowait(ReplicaLost(self._replica, detail))
 
+    def _follow_membership(self) -> None:
+        """Connect to new replicas before the first request does, and let go of those that Serve removes."""
+        for replica in self.membership.ids():
+            if replica not in self._channels:
+                self._channels[replica] = spawn_detached(self._connect(replica), name=f"connect-{replica}")
+        for replica in set(self._channels) - set(self.membership.ids()):
+            self._let_go(replica)
 
-async def _report_failure(response: Any, replica: str, deltas: asyncio.Queue[TokenDelta | BatonError]) -> None:
-    """Put what ended a ``submit`` early into its queue; a sequence that ended well has said so itself."""
-    try:
-        await response
-    except BatonError as error:
-        deltas.put_nowait(error)
-    except (RayError, RayServeException) as error:
-        logger.warning("decode_replica=%s submit failed: %r", replica, error)
-        deltas.put_nowait(ReplicaLost(replica, type(error).__name__))
-    except Exception as error:
-        logger.exception("decode_replica=%s submit failed", replica)
-        deltas.put_nowait(EngineFailed(type(error).__name__))
+    async def _connect(self, replica: str) -> Channel:
+        """Connect, be it late.  Raises ReplicaLost once Serve has removed the replica."""
+        while (metadata := self.membership.metadata().get(replica)) is not None:
+            try:
+                channel = await Channel.connect(replica, metadata["channel"])
+            except ReplicaLost as error:
+                logger.warning("%s", error)
+                self._lost.add(replica)
+                await asyncio.sleep(RECONNECT_S)
+            else:
+                self._lost.discard(replica)
+                channel.on_close = partial(self._on_close, replica, channel)
+                return channel
+        raise ReplicaLost(replica)
+
+    def _on_close(self, replica: str, channel: Channel) -> None:
+        task = self._channels.get(replica)
+        if task is None or not task.done() or task.result() is not channel:
+            return
+        self._lost.add(replica)
+        self._channels[replica] = spawn_detached(self._reconnect(replica), name=f"reconnect-{replica}")
+
+    async def _reconnect(self, replica: str) -> Channel:
+        await asyncio.sleep(RECONNECT_S)
+        return await self._connect(replica)
+
+    def _let_go(self, replica: str) -> None:
+        """Close the channel to a replica that Serve removes, once no sequence uses it."""
+        task = self._channels.get(replica)
+        if task is None:
+            return
+        is_connected = task.done() and not task.cancelled() and task.exception() is None
+        if is_connected and not task.result().is_idle:
+            return
+        del self._channels[replica]
+        self._lost.discard(replica)
+        task.cancel()
+        if is_connected:
+            task.result().close()

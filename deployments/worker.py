@@ -79,8 +79,7 @@ class Worker:
             max_model_len=self._info.max_model_len,
             kv_address=f"{self._node_ip}:{self._port.number}" if self._port else "",
         )
-        fields: dict[str, Any] = msgspec.to_builtins(info)
-        return fields
+        return {"info": msgspec.to_builtins(info)}
 
     def check_is_me(self, replica_id: str) -> None:
         """Refuse a call that was meant for another replica."""

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from app.bench.targets import free_port
-from app.launch import RAY_FLAGS
+from app.launch import ray_environment
+from app.ports import free_port
 
 # Read when ray.serve is imported, by this process and by everything that Ray starts from it.
-os.environ.update(RAY_FLAGS)
+os.environ.update(ray_environment())
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

@@ -5,7 +5,7 @@ An adapter knows its engine and nothing of Ray; a deployment knows this protocol
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -13,6 +13,9 @@ import msgspec
 from app.messages import EngineStats, GenerateRequest, TokenDelta, TransferDescriptor
 
 Role = Literal["prefill", "decode"]
+
+Emit = Callable[[TokenDelta], None]
+"""Takes one sequence's delta of one engine step.  Called on the event loop, never blocks, never raises."""
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,8 +51,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Engine(Protocol):
     """One engine in one role.
 
-    Cancelling `prefill`, or closing the generator of `generate`, aborts the request and gives its KV back:
-    there is no other way to abort.
+    Cancelling `prefill` or `generate` aborts the request and gives its KV back: there is no other way to abort.
     """
 
     async def start(self) -> EngineInfo:
@@ -62,13 +64,13 @@ class Engine(Protocol):
         Raises InvalidRequest, EngineDead or EngineFailed.
         """
 
-    def generate(
-        self, request: GenerateRequest, descriptor: TransferDescriptor | None
-    ) -> AsyncGenerator[TokenDelta, None]:
-        """Yield deltas until one carries a finish_reason; KV comes through `descriptor` or is computed here.
+    async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
+        """Run one sequence to its end; KV comes through `descriptor` or is computed here.
 
-        A transfer that fails is recomputed here, never served from incomplete KV.  The first delta carries the
-        report.  Raises InvalidRequest, EngineDead or EngineFailed.
+        `emit` gets each delta in the same turn of the event loop as the other sequences of its engine step, so
+        that what a step produced can travel together.  The first delta carries the report, the last a
+        finish_reason.  A transfer that fails is recomputed here, never served from incomplete KV.  Raises
+        InvalidRequest, EngineDead or EngineFailed.
         """
 
     async def release(self, descriptor: TransferDescriptor) -> None:

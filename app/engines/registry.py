@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from app.engines.base import Engine, EngineSpec
 
-EngineName = Literal["vllm"]
+EngineName = Literal["vllm", "sim"]
 
 
 def owned_args(engine: EngineName) -> dict[str, str]:
     """The engine's arguments that Baton sets, with where the user sets them instead."""
-    from app.engines import vllm
+    from app.engines import sim, vllm
 
-    return {"vllm": vllm.OWNED_ARGS}[engine]
+    return {"vllm": vllm.OWNED_ARGS, "sim": sim.OWNED_ARGS}[engine]
 
 
 def create_engine(engine: EngineName, spec: EngineSpec) -> Engine:
     """An engine that is not started yet."""
-    from app.engines import vllm
+    from app.engines import sim, vllm
 
-    return {"vllm": vllm.VllmEngine}[engine](spec)
+    engines: dict[EngineName, Callable[[EngineSpec], Engine]] = {"vllm": vllm.VllmEngine, "sim": sim.SimEngine}
+    return engines[engine](spec)

@@ -1,7 +1,7 @@
 """vLLM behind the `Engine` protocol, on a GPU or a CPU.
 
 1. `start` sets the environment that vLLM reads, then starts vLLM's engine core in a process of its own.
-2. `_pump` takes each engine step's outputs and hands them to the requests that wait for them.
+2. `_pump` takes each engine step's outputs and hands them to the requests that they belong to.
 3. `prefill` runs the prompt for one token with ``do_remote_decode``; vLLM's NixlConnector then keeps the blocks
    under a lease and returns where they lie: the descriptor's `params`.
 4. `generate` on the decode side gives those `params` back to vLLM, which reads the blocks over NIXL and samples
@@ -17,12 +17,13 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from app.engines import cpu_waits
-from app.engines.base import EngineInfo, EngineSpec
+from app.engines.base import Emit, EngineInfo, EngineSpec
 from app.engines.owner_watch import owner_environment
 from app.engines.ucx import UcxLog
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest
@@ -107,6 +108,17 @@ def to_sampling_params(sampling: dict[str, Any], kv_transfer_params: dict[str, A
     )
 
 
+class _Running(msgspec.Struct):
+    """A request that the engine core works on."""
+
+    on_output: Callable[[Any], None]
+    ended: asyncio.Future[None]
+
+    def fail(self, error: BaseException) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error)
+
+
 class VllmEngine:
     """One vLLM engine core and the requests that run on it."""
 
@@ -115,7 +127,7 @@ class VllmEngine:
         self._ucx_log = UcxLog()
         self._core: Any = None
         self._input_processor: Any = None
-        self._outputs: dict[str, asyncio.Queue[Any]] = {}
+        self._running: dict[str, _Running] = {}
         self._pump_task: asyncio.Task[None] | None = None
         self._death: EngineDead | None = None
         self._scheduler_stats: Any = None
@@ -168,12 +180,13 @@ class VllmEngine:
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
         params = to_sampling_params({"max_tokens": 1, "temperature": 0.0}, dict(ASK_FOR_HANDOFF))
-        async with aclosing(self._run(request, params)) as outputs:
-            async for output in outputs:
-                if output.kv_transfer_params is not None:
-                    cached = output.prefill_stats.num_cached_tokens if output.prefill_stats else 0
-                    return self._describe(request, output.kv_transfer_params, cached)
-        raise EngineFailed("prefill ended without a transfer descriptor")
+        outputs: list[Any] = []
+        await self._run(request, params, outputs.append)
+        last = outputs[-1]
+        if last.kv_transfer_params is None:
+            raise EngineFailed("prefill ended without a transfer descriptor")
+        cached = last.prefill_stats.num_cached_tokens if last.prefill_stats else 0
+        return self._describe(request, last.kv_transfer_params, cached)
 
     def _describe(self, request: GenerateRequest, params: dict[str, Any], cached_tokens: int) -> TransferDescriptor:
         return TransferDescriptor(
@@ -186,9 +199,7 @@ class VllmEngine:
             params=params,
         )
 
-    async def generate(
-        self, request: GenerateRequest, descriptor: TransferDescriptor | None
-    ) -> AsyncGenerator[TokenDelta, None]:
+    async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
         is_refused = descriptor is not None and self._ucx_log.falls_short(self._spec.required_transport)
         if descriptor is not None and is_refused:
             logger.error(
@@ -200,11 +211,14 @@ class VllmEngine:
             descriptor = None
         params = to_sampling_params(request.sampling, dict(descriptor.params) if descriptor else None)
         is_first = True
-        async with aclosing(self._run(request, params)) as outputs:
-            async for output in outputs:
-                report = self._report(output, descriptor, is_refused) if is_first else None
-                is_first = False
-                yield _to_delta(output, report)
+
+        def on_output(output: Any) -> None:
+            nonlocal is_first
+            report = self._report(output, descriptor, is_refused) if is_first else None
+            is_first = False
+            emit(_to_delta(output, report))
+
+        await self._run(request, params, on_output)
 
     def _report(self, output: Any, descriptor: TransferDescriptor | None, is_refused: bool) -> PrefillReport:
         stats = output.prefill_stats
@@ -233,8 +247,8 @@ class VllmEngine:
             transport=self._ucx_log.transport,
         )
 
-    async def _run(self, request: GenerateRequest, params: Any) -> AsyncGenerator[Any, None]:
-        """The engine core's outputs for one request; leaving early aborts it."""
+    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Any], None]) -> None:
+        """Run one request in the engine core; cancelling aborts it."""
         from vllm.exceptions import VLLMClientError
 
         self._raise_if_dead()
@@ -251,23 +265,15 @@ class VllmEngine:
         core_request.reasoning_parser_kwargs = request.reasoning_parser_kwargs
         self._input_processor.assign_request_id(core_request)
         core_id = core_request.request_id
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._outputs[core_id] = queue
-        finished = False
+        running = _Running(on_output, asyncio.get_running_loop().create_future())
+        self._running[core_id] = running
         try:
             await self._core.add_request_async(core_request)
-            while not finished:
-                output = await queue.get()
-                if isinstance(output, EngineDead):
-                    finished = True
-                    raise output
-                finished = output.finished
-                if finished and str(output.finish_reason) == "error":
-                    raise EngineFailed("vLLM ended the request with an internal error")
-                yield output
+            await running.ended
         finally:
-            del self._outputs[core_id]
-            if not finished and self._death is None:
+            del self._running[core_id]
+            # Cancelled: the future is too.  Where the core has ended the request there is nothing to abort.
+            if (not running.ended.done() or running.ended.cancelled()) and self._death is None:
                 await self._core.abort_requests_async([core_id])
 
     async def _pump(self) -> None:
@@ -281,12 +287,12 @@ class VllmEngine:
                     self._record(step.scheduler_stats)
                 for output in step.outputs:
                     # An aborted request may still be in the step that was running.
-                    if queue := self._outputs.get(output.request_id):
-                        queue.put_nowait(output)
+                    if running := self._running.get(output.request_id):
+                        _hand_out(output, running)
         except EngineDeadError:
             self._death = EngineDead()
-            for queue in self._outputs.values():
-                queue.put_nowait(self._death)
+            for running in self._running.values():
+                running.fail(self._death)
 
     def _record(self, stats: Any) -> None:
         self._scheduler_stats = stats
@@ -333,6 +339,17 @@ class VllmEngine:
         if self._core is not None:
             core, self._core = self._core, None
             await asyncio.to_thread(core.shutdown, 2.0)
+
+
+def _hand_out(output: Any, running: _Running) -> None:
+    if running.ended.done():  # cancelled, but its task has not run yet
+        return
+    if str(output.finish_reason) == "error":
+        running.fail(EngineFailed("vLLM ended the request with an internal error"))
+        return
+    running.on_output(output)
+    if output.finished:
+        running.ended.set_result(None)
 
 
 def _rejection(descriptor: TransferDescriptor) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from functools import cache
 
 from app.messages import PrefillReport, TokenDelta
 from app.observability import metrics
@@ -16,6 +18,7 @@ class SequenceRecord:
 
     def __init__(self, model: str, request_id: str, prompt_tokens: int) -> None:
         self._model = model
+        self._observe_gap = _gap_observer(model)
         self._request_id = request_id
         self._prompt_tokens = prompt_tokens
         self._output_tokens = 0
@@ -28,7 +31,7 @@ class SequenceRecord:
         if self._ttft_s is None:
             self._ttft_s = now - self._started_at
         else:
-            metrics.INTER_TOKEN_LATENCY.labels(self._model).observe(now - self._last_at)
+            self._observe_gap(now - self._last_at)
         self._last_at = now
         self._output_tokens += len(delta.token_ids)
         self._report = delta.report or self._report
@@ -56,6 +59,13 @@ class SequenceRecord:
             (time.monotonic() - self._started_at) * 1e3,
             _describe(report),
         )
+
+
+@cache
+def _gap_observer(model: str) -> Callable[[float], None]:
+    """Looked up once: finding a metric by its labels costs as much as handling a token."""
+    observe: Callable[[float], None] = metrics.INTER_TOKEN_LATENCY.labels(model).observe
+    return observe
 
 
 def _describe(report: PrefillReport | None) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from ray import serve
 
 from app.config import BatonConfig, parse
-from app.engines.base import EngineInfo, EngineSpec
+from app.engines.base import Emit, EngineInfo, EngineSpec
 from app.errors import EngineDead, EngineFailed
 from app.messages import EngineStats, GenerateRequest, PrefillReport, TokenDelta, TransferDescriptor
 from app.orchestrator import Orchestrator
@@ -61,6 +61,7 @@ class ScriptedEngine:
         self._is_dead = False
 
     async def start(self) -> EngineInfo:
+        self._diary.write("started")
         return EngineInfo(engine="scripted", version="1", num_blocks=8, block_size_tokens=16, max_model_len=64)
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
@@ -87,9 +88,7 @@ class ScriptedEngine:
             params=TracedParams(diary=self._spec.engine_args["diary"], prompt=request.prompt_token_ids),
         )
 
-    async def generate(
-        self, request: GenerateRequest, descriptor: TransferDescriptor | None
-    ) -> AsyncGenerator[TokenDelta, None]:
+    async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
         script = _script(request)
         self._diary.write("generate_started", request.request_id)
         source = descriptor.params["prompt"] if descriptor else request.prompt_token_ids
@@ -114,12 +113,14 @@ class ScriptedEngine:
                     raise EngineDead
                 if position == script.get("decode_hangs_at"):
                     await asyncio.sleep(3600)
+                if position == script.get("decode_waits_at"):
+                    while not self._diary.count(script["event"]):  # noqa: ASYNC110  another process writes it
+                        await asyncio.sleep(0.01)
                 is_last = position == len(source) - 1
-                yield TokenDelta(
-                    [token + 1], finish_reason="length" if is_last else None, report=report if not position else None
-                )
+                reason = "length" if is_last else None
+                emit(TokenDelta([token + 1], finish_reason=reason, report=report if not position else None))
                 await asyncio.sleep(0)
-        except (asyncio.CancelledError, GeneratorExit):
+        except asyncio.CancelledError:
             self._diary.write("generate_cancelled", request.request_id)
             raise
 
@@ -148,6 +149,10 @@ class ScriptedPrefill(PrefillWorker):
 class ScriptedDecode(DecodeWorker):
     create_engine = staticmethod(lambda name, spec: ScriptedEngine(spec))
 
+    async def __del__(self) -> None:
+        self._engine._diary.write("removed")  # type: ignore[attr-defined]
+        await super().__del__()
+
 
 class Caller:
     """A frontend without HTTP: runs sequences through the real orchestrator and pools."""
@@ -160,8 +165,15 @@ class Caller:
         self._diary.write("caller")
 
     async def run(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
-        async for delta in self._orchestrator.stream(request):
-            yield delta
+        deltas: asyncio.Queue[TokenDelta | None] = asyncio.Queue()
+        task = asyncio.create_task(self._orchestrator.run(request, deltas.put_nowait))
+        task.add_done_callback(lambda _: deltas.put_nowait(None))
+        try:
+            while (delta := await deltas.get()) is not None:
+                yield delta
+            await task
+        finally:
+            task.cancel()
 
     async def replicas(self) -> dict[str, list[str]]:
         return {
@@ -170,22 +182,28 @@ class Caller:
         }
 
 
-def scripted_application(diary: Path, *, prefill: int, decode: int, **limits: Any) -> tuple[serve.Application, Diary]:
+def scripted_application(
+    diary: Path, *, prefill: int, decode: int, autoscaling: dict[str, Any] | None = None, **limits: Any
+) -> tuple[serve.Application, Diary]:
     """Caller over `prefill` and `decode` replicas of scripted engines, and the diary that they all keep."""
-    from app.build import build_pool
+    from app.build import build_pool, without_scale
 
     model: dict[str, Any] = {
         "name": "scripted",
         "source": "owner/scripted",
         "engine_args": {"diary": str(diary)},
-        "decode": {"replicas": decode, "resources": {"num_cpus": 0.1}, "health_check_period_s": 0.5},
+        "decode": {
+            **({"autoscaling": autoscaling} if autoscaling else {"replicas": decode}),
+            "resources": {"num_cpus": 0.1},
+            "health_check_period_s": 0.5,
+        },
     }
     if prefill:
         model["prefill"] = {"replicas": prefill, "resources": {"num_cpus": 0.1}, "health_check_period_s": 0.5}
     config = parse({"models": [model], "transfer": {}, "limits": limits})
-    built = config.models[0]
-    pools = {"decode": build_pool(ScriptedDecode, "decode", built.decode, "cpu").bind(config, "cpu")}
+    built, given = config.models[0], without_scale(config)
+    pools = {"decode": build_pool(ScriptedDecode, "decode", built.decode, "cpu").bind(given, "cpu")}
     if built.prefill is not None:
-        pools["prefill"] = build_pool(ScriptedPrefill, "prefill", built.prefill, "cpu").bind(config, "cpu")
+        pools["prefill"] = build_pool(ScriptedPrefill, "prefill", built.prefill, "cpu").bind(given, "cpu")
     caller = serve.deployment(Caller).options(name="caller", max_ongoing_requests=100)
-    return caller.bind(config, **pools), Diary(str(diary))
+    return caller.bind(given, **pools), Diary(str(diary))

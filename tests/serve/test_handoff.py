@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +209,45 @@ async def test_without_a_decode_replica_the_error_says_so(serve_url: str, tmp_pa
         assert tokens_of(deltas) == TOKENS
         assert deltas[0].report is not None
         assert deltas[0].report.reason == "aggregated"
+
+
+async def _has_counted(diary: Diary, event: str, count: int) -> bool:
+    return diary.count(event) == count
+
+
+async def start_waiting(app: Application, count: int, event: str) -> list[asyncio.Task[list[TokenDelta]]]:
+    """Sequences that stop after two tokens until the diary has the event."""
+    tasks = [asyncio.create_task(app.run(f"{event}-{n}", decode_waits_at=2, event=event)) for n in range(count)]
+
+    async def have_started() -> bool:
+        return all(app.diary.count("generate_started", f"{event}-{n}") for n in range(count))
+
+    await eventually(have_started, 20, "all sequences started")
+    return tasks
+
+
+async def test_a_decode_pool_scales_by_its_sequences_and_loses_none(serve_url: str, tmp_path: Path) -> None:
+    autoscaling = {
+        "min_replicas": 1,
+        "max_replicas": 3,
+        "target_ongoing_requests": 2,
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": 0.5,
+        "metrics_interval_s": 0.2,
+        "look_back_period_s": 0.5,
+    }
+    for app in running("scales", tmp_path, prefill=0, decode=1, autoscaling=autoscaling):
+        await app.wait_for(decode=1)
+        early = await start_waiting(app, 6, "first")
+        await app.wait_for(decode=3)
+        late = await start_waiting(app, 2, "second")
+        app.diary.write("first")
+        assert [tokens_of(deltas) for deltas in await asyncio.gather(*early)] == [TOKENS] * 6
+        # Two sequences are left, on the two new replicas: at least one of those goes while it has one.
+        await app.wait_for(decode=1)
+        removed: Callable[[], Awaitable[bool]] = partial(_has_counted, app.diary, "removed", 2)
+        await eventually(removed, 20, "Serve ended two replicas")
+        app.diary.write("second")
+        results = await asyncio.gather(*late)
+        assert [tokens_of(deltas) for deltas in results] == [TOKENS] * 2
+        assert len({deltas[0].report.decode_replica for deltas in results if deltas[0].report}) == 2

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.messages import GenerateRequest, Logprobs, PrefillReport, TokenDelta, TransferDescriptor
-from deployments.pools import DeltaBatch
+from app.messages import GenerateRequest, Logprobs, PrefillReport, TokenDelta, TransferDescriptor, merge_deltas
 
 counts = st.integers(0, 2**40)
 token_ids = st.integers(0, 2**31)
@@ -63,10 +62,30 @@ descriptor = TransferDescriptor(
 )
 
 
-@given(st.lists(st.tuples(words, deltas), max_size=3))
+@given(deltas)
 @settings(max_examples=50)
-def test_a_batch_of_deltas_survives_msgpack(batch: DeltaBatch):
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=DeltaBatch) == batch
+def test_a_delta_survives_msgpack(delta: TokenDelta):
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(delta), type=TokenDelta) == delta
+
+
+@given(requests)
+@settings(max_examples=50)
+def test_a_request_survives_msgpack(request: GenerateRequest):
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=GenerateRequest) == request
+
+
+def test_keys_that_are_numbers_survive_msgpack():
+    request = GenerateRequest(request_id="r", prompt_token_ids=[1], sampling={"logit_bias": {5: -100.0}})
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=GenerateRequest) == request
+
+
+def test_two_deltas_become_what_both_say():
+    report = PrefillReport("local", "aggregated", None, "d", 0, 0, "")
+    first = TokenDelta([1, 2], logprobs=Logprobs([[1], [2]], [[-0.1], [-0.2]], [1, 2]), report=report)
+    last = TokenDelta([3], "stop", 3, logprobs=Logprobs([[3]], [[-0.3]], [3]))
+    assert merge_deltas(first, last) == TokenDelta(
+        [1, 2, 3], "stop", 3, Logprobs([[1], [2], [3]], [[-0.1], [-0.2], [-0.3]], [1, 2, 3]), None, report
+    )
 
 
 @given(descriptors)

@@ -2,13 +2,12 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any, NamedTuple
 
 import pytest
 
 from app.config import LimitsConfig
+from app.engines.base import Emit
 from app.errors import EngineDead, EngineFailed, InvalidRequest, NoReplica, ReplicaLost
 from app.messages import GenerateRequest, PrefillMode, PrefillReport, TokenDelta
 from app.orchestrator import Handoff, Orchestrator
@@ -96,8 +95,8 @@ class FakeDecode:
         return self.ready
 
     async def generate(
-        self, request: GenerateRequest, handoff: Handoff | None, placement: Placement, replica: str
-    ) -> AsyncGenerator[TokenDelta, None]:
+        self, request: GenerateRequest, handoff: Handoff | None, placement: Placement, replica: str, emit: Emit
+    ) -> None:
         script = self.scripts[min(len(self.calls), len(self.scripts) - 1)]
         self.calls.append(Call(request, handoff, placement, replica))
         self.num_open += 1
@@ -106,7 +105,8 @@ class FakeDecode:
                 if isinstance(step, Exception):
                     raise step
                 if isinstance(step, TokenDelta):
-                    yield step
+                    emit(step)
+                    await asyncio.sleep(0)
                 else:
                     self.is_hanging.set()
                     await asyncio.Event().wait()
@@ -122,9 +122,8 @@ async def served(
     orchestrator: Orchestrator, prefill_mode: PrefillMode = "auto", into: list[TokenDelta] | None = None
 ) -> list[TokenDelta]:
     received = [] if into is None else into
-    async with asyncio.timeout(DEADLINE_S), aclosing(orchestrator.stream(request(prefill_mode))) as deltas:
-        async for delta in deltas:
-            received.append(delta)
+    async with asyncio.timeout(DEADLINE_S):
+        await orchestrator.run(request(prefill_mode), received.append)
     return received
 
 
@@ -271,17 +270,9 @@ async def test_a_decode_replica_that_was_lost_is_avoided():
 # Endings
 
 
-async def test_closing_after_the_first_token_ends_decode_and_cancels_the_handoff():
-    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [FIRST, LAST])
-    async with aclosing(orchestrator(prefill, decode).stream(request())) as deltas:
-        await anext(deltas)
-        assert decode.num_open == 1
-    assert decode.num_open == 0
-    assert prefill.handoffs[0].is_cancelled
-
-
-async def test_cancelling_before_the_first_token_ends_decode_and_cancels_the_handoff():
-    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [HANG])
+@pytest.mark.parametrize("script", [[HANG], [FIRST, HANG]], ids=["before the first token", "after it"])
+async def test_cancelling_ends_decode_and_cancels_the_handoff(script: Script):
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], script)
     task = asyncio.create_task(served(orchestrator(prefill, decode)))
     await decode.is_hanging.wait()
     task.cancel()
@@ -347,6 +338,21 @@ async def test_every_ending_takes_its_load_off_the_replicas(script: Script):
 
 async def test_the_prefill_replica_is_relieved_at_the_first_token_and_the_decode_replica_at_the_last():
     server = orchestrator(FakePrefill("p"), FakeDecode(["d"], [FIRST, LAST]))
-    async with aclosing(server.stream(request())) as deltas:
-        await anext(deltas)
-        assert (server._prefill_load._in_flight, server._decode_load._in_flight) == (Counter(), Counter(d=1))
+    loads: list[tuple[Counter[str], Counter[str]]] = []
+
+    def emit(delta: TokenDelta) -> None:
+        loads.append((server._prefill_load._in_flight.copy(), server._decode_load._in_flight.copy()))
+
+    await server.run(request(), emit)
+    assert loads == [(Counter(), Counter(d=1))] * 2
+
+
+async def test_tokens_that_come_in_time_never_end_a_sequence_however_long_it_takes():
+    class Slow(FakeDecode):
+        async def generate(self, *arguments: Any) -> None:
+            for _ in range(10):
+                await asyncio.sleep(0.02)
+                arguments[-1](FIRST)
+
+    received = await served(orchestrator(None, Slow(["d"]), ttft_timeout_s=0.1, itl_timeout_s=0.1))
+    assert received == [FIRST] * 10
