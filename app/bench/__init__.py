@@ -1,1 +1,1 @@
-"""``baton bench``: Baton against plain vLLM and against Ray Serve LLM, under the same load on the same machine."""
+"""``baton bench``: load on OpenAI endpoints that already run, alone or side by side."""

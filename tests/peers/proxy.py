@@ -3,7 +3,7 @@
 One completion: prefill for one token, then decode with the transfer parameters that came back, streamed through.
 It knows one prefill and one decode server, routes nothing, survives nothing.
 
-``python -m app.bench.proxy PORT PREFILL_URL DECODE_URL``
+``python -m tests.peers.proxy PORT PREFILL_URL DECODE_URL``
 """
 
 from __future__ import annotations

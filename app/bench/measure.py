@@ -1,0 +1,164 @@
+"""The order in which endpoints are measured.
+
+1. Each endpoint is warmed up with a small load of the same kind, whose prompts never come again.
+2. In each repetition every level once, on all endpoints right after one another, in turn forwards and backwards: what
+   drifts on the machine meanwhile hits them alike.
+3. At a level all endpoints get the same prompts at the same moments; no prompt comes twice to the same endpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from app.bench.endpoint import Endpoint
+from app.bench.load import LoadClient, LoadFailed
+from app.bench.processes import cpu_between, read_tree
+from app.bench.report import Level, Measurement, Missing, Report
+from app.bench.workload import Load, LoadSpec, Request, at_speed, fitting
+from app.errors import ConfigError
+
+WARM_UP = Level(concurrency=4)
+WARM_UP_REQUESTS = 8
+REQUESTS_PER_STREAM = 4
+"""At least; with fewer, most of a closed loop would be its ends, where not all streams are busy."""
+OPEN_LOOP_S = 10.0
+"""At least so long; of a shorter time few arrivals are left once the first requests have ended."""
+
+
+class Workload(msgspec.Struct, frozen=True):
+    """What every level has in common: a load to draw, or a trace."""
+
+    title: str
+    drawn: LoadSpec = LoadSpec(concurrency=None, num_requests=1)
+    """Its concurrency, rate and seed are those of the level; it has at least so many requests."""
+    trace: list[Request] = []
+    """Replayed instead of drawing, if there is any."""
+
+    def load(self, level: Level, seed: str) -> Load:
+        """The load at a level; another seed makes other prompts."""
+        if self.trace:
+            return Load(at_speed(self.trace, level.speed or 1.0), level.concurrency or None, seed)
+        least = round(level.rate * OPEN_LOOP_S) if level.rate else REQUESTS_PER_STREAM * level.concurrency
+        return msgspec.structs.replace(
+            self.drawn,
+            concurrency=level.concurrency or None,
+            rate=level.rate,
+            num_requests=max(self.drawn.num_requests, least),
+            seed=seed,
+        ).load()
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """One load on one endpoint."""
+
+    repetition: int
+    level: Level
+    endpoint: Endpoint
+    load: Load
+
+
+class Benchmark:
+    """Fills a report; a load that fails is noted there and does not end the benchmark."""
+
+    def __init__(self, client: LoadClient, report: Report, workload: Workload, console: Console) -> None:
+        """`report.endpoints` is what is measured."""
+        self._client = client
+        self._report = report
+        self._workload = workload
+        self._console = console
+
+    def run(self, levels: Sequence[Level], repetitions: int) -> None:
+        """Measure all levels, `repetitions` times; once only.
+
+        Raises ConfigError if no request fits a model or a tokenizer cannot be loaded, LoadFailed if an endpoint
+        does not even answer the warm-up.
+        """
+        turns = list(self._turns(levels, repetitions))
+        with self._console.status("starting the load's client (it imports vLLM, some 10 s)"):
+            self._start_client()
+        for endpoint in self._report.endpoints:
+            with self._console.status(f"warming up {endpoint.name}"):
+                self._client.send(endpoint.url, endpoint.model, endpoint.tokenizer, self._warm_up())
+        with _progress(self._console) as progress:
+            bar = progress.add_task("", total=sum(len(turn.load.requests) for turn in turns))
+            for turn in turns:
+                progress.update(bar, description=f"{turn.endpoint.name}, {turn.level}")
+                self._measure(turn, progress, bar)
+
+    def _turns(self, levels: Sequence[Level], repetitions: int) -> Iterator[Turn]:
+        for number in range(repetitions * len(levels)):
+            repetition, index = divmod(number, len(levels))
+            drawn = self._workload.load(levels[index], f"{self._report.seed}/{number + 1}")
+            load = self._fitting(drawn)
+            self._report.num_requests += len(drawn.requests)
+            self._report.num_left_out += len(drawn.requests) - len(load.requests)
+            endpoints = self._report.endpoints
+            for endpoint in endpoints if (repetition + index) % 2 == 0 else reversed(endpoints):
+                yield Turn(repetition, levels[index], endpoint, load)
+
+    def _fitting(self, load: Load) -> Load:
+        """The load less what some endpoint's model is too short for."""
+        known = [endpoint.max_model_tokens for endpoint in self._report.endpoints if endpoint.max_model_tokens]
+        max_tokens = min(known, default=None)
+        requests = fitting(load.requests, max_tokens)
+        if not requests:
+            option = "--trace" if self._workload.trace else "--input"
+            raise ConfigError(option, f"no request fits the {max_tokens} tokens that the model takes")
+        return msgspec.structs.replace(load, requests=requests)
+
+    def _warm_up(self) -> Load:
+        load = self._fitting(self._workload.load(WARM_UP, f"{self._report.seed}/0"))
+        first = [msgspec.structs.replace(request, at_s=0.0) for request in load.requests[:WARM_UP_REQUESTS]]
+        return msgspec.structs.replace(load, requests=first)
+
+    def _start_client(self) -> None:
+        self._client.start()
+        for endpoint in self._report.endpoints:
+            try:
+                self._client.check_tokenizer(endpoint.tokenizer)
+            except LoadFailed as problem:
+                raise ConfigError("--tokenizer", f"{endpoint.tokenizer!r} cannot be loaded: {problem}") from None
+
+    def _measure(self, turn: Turn, progress: Progress, bar: TaskID) -> None:
+        ended = int(progress.tasks[bar].completed)
+        try:
+            measurement = self._send(turn, lambda done: progress.update(bar, completed=ended + done))
+        except LoadFailed as problem:
+            self._report.missing.append(Missing(turn.endpoint.name, turn.repetition, f"{turn.level}: {problem}"))
+            line = f"{turn.endpoint.name}, {turn.level}: {problem}"
+        else:
+            self._report.measurements.append(measurement)
+            line = _in_short(measurement)
+        progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        progress.update(bar, completed=ended + len(turn.load.requests))
+
+    def _send(self, turn: Turn, on_progress: Callable[[int], None]) -> Measurement:
+        endpoint, level = turn.endpoint, turn.level
+        before = read_tree(*endpoint.pids)
+        result = self._client.send(
+            endpoint.url, endpoint.model, endpoint.tokenizer, turn.load, self._report.limits_ms, on_progress
+        )
+        cpu_s = cpu_between(before, read_tree(*endpoint.pids))
+        per_request = cpu_s / result.num_completed if endpoint.pids else None
+        return Measurement(
+            endpoint.name, turn.repetition, level.concurrency, result, per_request, level.rate, level.speed
+        )
+
+
+def _in_short(measurement: Measurement) -> str:
+    result = measurement.result
+    failed = f", {result.num_failed} failed" if result.num_failed else ""
+    return (
+        f"{measurement.target}, {measurement.level}: TTFT {result.ttft_ms:.0f} ms, TPOT {result.tpot_ms:.1f} ms, "
+        f"{result.requests_per_s:.2f} requests/s{failed}"
+    )
+
+
+def _progress(console: Console) -> Progress:
+    """Drawn twice a second: it runs on the cores that serve."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("requests"))
+    return Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=2)
