@@ -1,0 +1,96 @@
+"""The whole application over sim engines: HTTP in, channels and handoffs between, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from tests.conftest import wait_until
+
+pytestmark = pytest.mark.serve
+
+TOKENS = list(range(300, 400))
+
+
+def arguments(**engine_args: Any) -> dict[str, Any]:
+    pool = {"engine": "sim", "resources": {"num_cpus": 0.1}}
+    return {
+        "models": [
+            {
+                "name": "tiny",
+                "source": "baton:tiny",
+                "engine_args": {"max_model_len": 2048, "num_blocks": 512, **engine_args},
+                "prefill": pool,
+                "decode": {**pool, "replicas": 2},
+            }
+        ],
+        "transfer": {},
+        "frontend": {"replicas": 2, "resources": {"num_cpus": 0.1}},
+    }
+
+
+@pytest.fixture(scope="module")
+def url(serve_url: str) -> Iterator[str]:
+    from app.build import build
+
+    # 5 ms a step: slow enough to leave in the middle of an answer.
+    serve.run(build(arguments(profile="h200-llama-8b", speed_up=1.0)), name="sim", route_prefix="/")
+    wait_until(lambda: httpx.get(f"{serve_url}/health").json()["status"] == "healthy", 30, "both pools ready")
+    yield serve_url
+    serve.delete("sim")
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "prompt": TOKENS, "max_tokens": 20, "ignore_eos": True, "temperature": 0, **fields}
+
+
+def used_blocks(url: str) -> int:
+    replicas = httpx.get(f"{url}/stats").json()["replicas"]
+    assert len(replicas) == 3
+    return sum(replica["num_used_blocks"] for replica in replicas)
+
+
+def test_an_answer_is_the_same_streamed_and_whole_and_from_either_replica(url: str) -> None:
+    whole = [httpx.post(f"{url}/v1/completions", json=completion()).json()["choices"][0]["text"] for _ in range(4)]
+    with httpx.stream("POST", f"{url}/v1/completions", json=completion(stream=True)) as response:
+        events = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: {")]
+    streamed = "".join(json.loads(event)["choices"][0]["text"] for event in events)
+    assert {*whole, streamed} == {whole[0]}
+    assert whole[0]
+
+
+def test_tokens_come_one_by_one_to_a_client_that_keeps_up(url: str) -> None:
+    with httpx.stream("POST", f"{url}/v1/completions", json=completion(stream=True, max_tokens=30)) as response:
+        events = [line for line in response.iter_lines() if line.startswith("data: {")]
+    assert len(events) == 30
+
+
+def test_kv_moves_and_all_blocks_return(url: str) -> None:
+    httpx.post(f"{url}/v1/completions", json=completion(prompt=[n + 1 for n in TOKENS])).raise_for_status()
+    decode = [r for r in httpx.get(f"{url}/stats").json()["replicas"] if r["role"] == "decode"]
+    assert sum(replica["num_transfers"] for replica in decode) >= 1
+    wait_until(lambda: used_blocks(url) == 0, 5, "blocks returned")
+
+
+def test_blocks_return_when_the_client_leaves(url: str) -> None:
+    with httpx.stream("POST", f"{url}/v1/completions", json=completion(stream=True, max_tokens=1500)) as response:
+        lines = response.iter_lines()  # kept: when it goes, httpx ends the request
+        next(lines)
+        assert used_blocks(url) > 0
+    wait_until(lambda: used_blocks(url) == 0, 5, "blocks returned")
+
+
+def test_what_the_engine_cannot_do_is_a_400_that_names_it(url: str) -> None:
+    answer = httpx.post(f"{url}/v1/completions", json=completion(logit_bias={"5": 1.0}))
+    assert answer.status_code == 400
+    assert "logit_bias" in answer.json()["error"]["message"]
+
+
+def test_health_does_not_tell_how_to_reach_a_replica(url: str) -> None:
+    """Who has a channel's token can read everybody's tokens."""
+    assert "token" not in httpx.get(f"{url}/health").text.replace("block_size_tokens", "")
