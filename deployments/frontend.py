@@ -15,9 +15,9 @@ from app.config import BatonConfig
 from app.errors import BatonError
 from app.openai_server import build_server
 from app.orchestrator import Orchestrator
-from deployments.logs import adopt_serve_logging
 from deployments.membership import Membership
 from deployments.pools import RayDecodePool, RayPrefillPool
+from deployments.process import adopt_serve_logging, freeze_heap
 
 
 @serve.ingress()
@@ -32,6 +32,7 @@ class Frontend:
         self._prefill = RayPrefillPool(prefill) if prefill is not None else None
         orchestrator = Orchestrator(self._prefill, self._decode, config.limits)
         self._app = await build_server(config, orchestrator, self._health, self._stats)
+        freeze_heap()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app

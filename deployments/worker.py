@@ -17,7 +17,7 @@ from app.errors import ReplicaLost
 from app.messages import EngineStats, ReplicaInfo
 from app.model_source import local_path
 from app.ports import reserve_port
-from deployments.logs import adopt_serve_logging
+from deployments.process import adopt_serve_logging, freeze_heap
 
 logger = logging.getLogger("baton.worker")
 
@@ -45,6 +45,7 @@ class Worker:
         except BaseException:
             await self._engine.stop()
             raise
+        freeze_heap()
         logger.info("role=%s replica_id=%s engine=%s device=%s ready", self.role, self._replica_id, self._info, device)
 
     def _spec(self, pool: PoolConfig, device: str) -> EngineSpec:
