@@ -38,7 +38,9 @@ class PeersReport(Report, kw_only=True):
 def environment_versions(environments: Path | None) -> dict[str, dict[str, str]]:
     """The versions in those of the environments that are there."""
     found: dict[str, dict[str, str]] = {}
-    for peer, (_, packages) in ENVIRONMENTS.items() if environments else ():
+    if environments is None:
+        return found
+    for peer, (_, packages) in ENVIRONMENTS.items():
         folders = [str(path) for path in (environments / peer).glob("lib/python*/site-packages")]
         versions = {d.name: d.version for name in packages for d in metadata.distributions(name=name, path=folders)}
         if versions:
@@ -76,7 +78,8 @@ def _control_plane_row(report: PeersReport, target: str, levels: list[int]) -> l
     cpu_ms = {c: _median([(m.cpu_s_per_request or 0.0) * 1000 for m in found]) for c, found in by_level.items()}
     last = levels[-1]
     per_request = _median([m.result.output_tokens / m.result.num_completed for m in by_level[last]])
-    per_core = per_request / cpu_ms[last] * 1000 if per_request is not None and cpu_ms[last] else None
+    last_ms = cpu_ms[last]
+    per_core = per_request / last_ms * 1000 if per_request is not None and last_ms else None
     memory = [f.memory for f in report.footprints if f.target == target]
     return [
         target,
