@@ -112,9 +112,9 @@ class RayDecodePool:
 
     async def _channel(self, replica: str) -> Channel:
         """The channel to a replica.  Raises ReplicaLost."""
-        connecting = self._channels.get(replica)
-        if connecting is None or replica in self._lost:
+        if replica in self._lost:
             raise ReplicaLost(replica)
+        connecting = self._connecting(replica)
         try:
             return await asyncio.shield(connecting)
         except asyncio.CancelledError:
@@ -122,11 +122,15 @@ class RayDecodePool:
                 raise ReplicaLost(replica) from None
             raise
 
+    def _connecting(self, replica: str) -> asyncio.Task[Channel]:
+        if replica not in self._channels:
+            self._channels[replica] = spawn_detached(self._connect(replica), name=f"connect-{replica}")
+        return self._channels[replica]
+
     def _follow_membership(self) -> None:
         """Connect to new replicas before the first request does, and let go of those that Serve removes."""
         for replica in self.membership.ids():
-            if replica not in self._channels:
-                self._channels[replica] = spawn_detached(self._connect(replica), name=f"connect-{replica}")
+            self._connecting(replica)
         for replica in set(self._channels) - set(self.membership.ids()):
             self._let_go(replica)
 
