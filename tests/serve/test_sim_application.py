@@ -39,9 +39,10 @@ def url(serve_url: str) -> Iterator[str]:
     from app.build import build
 
     # 5 ms a step: slow enough to leave in the middle of an answer.
-    serve.run(build(arguments(profile="h200-llama-8b", speed_up=1.0)), name="sim", route_prefix="/")
-    wait_until(lambda: httpx.get(f"{serve_url}/health").json()["status"] == "healthy", 30, "both pools ready")
-    yield serve_url
+    serve.run(build(arguments(profile="h200-llama-8b", speed_up=1.0)), name="sim", route_prefix="/sim")
+    url = f"{serve_url}/sim"
+    wait_until(lambda: httpx.get(f"{url}/health").json()["status"] == "healthy", 30, "both pools ready")
+    yield url
     serve.delete("sim")
 
 
