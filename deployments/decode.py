@@ -45,7 +45,7 @@ class DecodeWorker(Worker):
             descriptor, reason = await self._receive(link, number, request)
 
         def emit(delta: TokenDelta) -> None:
-            link.put(number, delta if delta.report is None else _with_reason(delta, reason))
+            link.put(number, _with_reason(delta, reason))
 
         await self._engine.generate(request, descriptor, emit)
 
@@ -72,7 +72,8 @@ class DecodeWorker(Worker):
             self._abandon(arrival)
             reason = "descriptor_expired"
         finally:
-            del self._handoffs[link.id][number]
+            # A channel that closed has taken all of its own along.
+            self._handoffs.get(link.id, {}).pop(number, None)
         return None, reason
 
     def _arrival(self, link_id: str, number: int) -> asyncio.Future[ObjectRef]:

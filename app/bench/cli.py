@@ -199,7 +199,7 @@ def _run(
     report: Report, workload: Workload, levels: list[Level], repetitions: int, json: Path | None, picture: Path | None
 ) -> None:
     """Measure, then print and write what was found: also by a benchmark that is interrupted."""
-    signal.signal(signal.SIGTERM, _exit_in_order)
+    signal.signal(signal.SIGTERM, exit_in_order)
     console = Console(stderr=True)
     with (
         tempfile.TemporaryDirectory(prefix="baton-bench-") as folder,
@@ -209,22 +209,23 @@ def _run(
             Benchmark(client, report, workload, console).run(levels, repetitions)
         finally:
             if report.measurements:
-                _write(report, json, picture)
+                print_report(report, Console(width=TABLE_WIDTH))
+                write_files(report, json, picture)
             else:
                 console.print("nothing was measured")
     if not report.measurements:
         raise typer.Exit(1)
 
 
-def _write(report: Report, json: Path | None, picture: Path | None) -> None:
-    print_report(report, Console(width=TABLE_WIDTH))
+def write_files(report: Report, json: Path | None, picture: Path | None) -> None:
+    """Write what `--json` and `--picture` ask for; without a measurement there is nothing to draw."""
     if json is not None:
         json.write_bytes(to_json(report))
-    if picture is not None:
+    if picture is not None and report.measurements:
         pictures.draw(report, picture)
 
 
-def _exit_in_order(*_: object) -> None:
-    """End the client on a plain kill as on Ctrl-C; a second signal (`timeout` sends two) must not cut that short."""
+def exit_in_order(*_: object) -> None:
+    """End in order on a plain kill as on Ctrl-C; a second signal (`timeout` sends two) must not cut that short."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + signal.SIGTERM)

@@ -235,7 +235,7 @@ def load_table(rows: list[Row], baseline: str) -> Table:
         ratios, title = {}, "Under load: medians over n repetitions"
     rates = ["req/s", "goodput", "tok/s", "failed", "tok/chunk", "CPU ms/req", "tok/s/core", "client cores"]
     columns = [_axis(rows), "target", *rates, *(f"{name} ratio" for name in ratios), "n"]
-    table = _table(columns, title)
+    table = markdown_table(columns, title)
     for row in rows:
         result = row.result
         table.add_row(
@@ -252,7 +252,7 @@ def load_table(rows: list[Row], baseline: str) -> Table:
 def latency_table(rows: list[Row]) -> Table:
     """The four latencies in ms."""
     columns = [word for name in LATENCIES for word in (f"{name.upper()} p50", "p90", "p99", "mean")]
-    table = _table([_axis(rows), "target", *columns], title="Latency: ms as the client sees them")
+    table = markdown_table([_axis(rows), "target", *columns], title="Latency: ms as the client sees them")
     for row in rows:
         fields = [f"{name}{which}_ms" for name in LATENCIES for which in ("", "_p90", "_p99", "_mean")]
         values = (getattr(row.result, field) for field in fields)
@@ -271,7 +271,7 @@ def tail_table(rows: list[Row], baseline: str) -> Table:
             "CPU": "cpu_ratio",
         },
     }
-    table = _table([_axis(rows), "target", *ratios], title=f"More ratios to {baseline}")
+    table = markdown_table([_axis(rows), "target", *ratios], title=f"More ratios to {baseline}")
     for row in rows:
         if row.target != baseline:
             cells = (_text(getattr(row, field), 2) for field in ratios.values())
@@ -290,7 +290,7 @@ def _text(value: float | None, digits: int, factor: float = 1.0) -> str:
 
 def footprint_table(footprints: list[Footprint]) -> Table:
     """What a target costs before it does anything."""
-    table = _table(["target", "ready after s", "idle cores", "processes", "MiB"], title="At rest (medians)")
+    table = markdown_table(["target", "ready after s", "idle cores", "processes", "MiB"], title="At rest (medians)")
     for target in dict.fromkeys(footprint.target for footprint in footprints):
         mine = [footprint for footprint in footprints if footprint.target == target]
         table.add_row(
@@ -305,13 +305,14 @@ def footprint_table(footprints: list[Footprint]) -> Table:
 
 def memory_table(footprint: Footprint) -> Table:
     """The memory (PSS) of one target at rest by role."""
-    table = _table(["role", "processes", "MiB"], title=f"Memory of {footprint.target} at rest (PSS)")
+    table = markdown_table(["role", "processes", "MiB"], title=f"Memory of {footprint.target} at rest (PSS)")
     for role in footprint.memory:
         table.add_row(role.role, str(role.num_processes), f"{role.pss_bytes / MIB:.0f}")
     return table
 
 
-def _table(columns: list[str], title: str) -> Table:
+def markdown_table(columns: list[str], title: str) -> Table:
+    """An empty table that prints as Markdown; numbers are right-aligned."""
     table = Table(box=box.MARKDOWN, title=title, title_justify="left", title_style="bold")
     for column in columns:
         table.add_column(column, justify="left" if column in ("target", "role") else "right", no_wrap=True)

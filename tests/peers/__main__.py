@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 
 from app import launch
-from app.bench.report import TABLE_WIDTH, describe_machine, installed_versions, to_json
+from app.bench.cli import exit_in_order, write_files
+from app.bench.report import TABLE_WIDTH, describe_machine, installed_versions
 from app.errors import ConfigError
 from tests.peers.report import PeersReport, environment_versions, print_all
 from tests.peers.runner import WARM_UP, Runner, Schedule
@@ -71,36 +72,21 @@ def measure(
         suite=suite,
         environments=environment_versions(setup.environments),
     )
-    signal.signal(signal.SIGTERM, _exit_in_order)
+    signal.signal(signal.SIGTERM, exit_in_order)
     folder = Path(tempfile.mkdtemp(prefix="baton-peers-"))
     console = Console(stderr=True)
     try:
         Runner(setup, schedule, report, folder, console).run()
     finally:
         # Also what an interrupted benchmark has measured so far.
-        _write(report, json, picture)
+        print_all(report, Console(width=TABLE_WIDTH))
+        write_files(report, json, picture)
     if report.missing:
         console.print(f"logs: {folder}", highlight=False, soft_wrap=True)
     else:
         shutil.rmtree(folder)
     if not report.measurements:
         raise typer.Exit(1)
-
-
-def _write(report: PeersReport, json: Path | None, picture: Path | None) -> None:
-    print_all(report, Console(width=TABLE_WIDTH))
-    if json is not None:
-        json.write_bytes(to_json(report))
-    if picture is not None and report.measurements:
-        from app.bench.picture import draw
-
-        draw(report, picture)
-
-
-def _exit_in_order(*_: object) -> None:
-    """End the servers on a plain kill as on Ctrl-C; a second signal (`timeout` sends two) must not cut that short."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(128 + signal.SIGTERM)
 
 
 def _names(option: str, text: str, known: Collection[str]) -> list[str]:

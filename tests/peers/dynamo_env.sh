@@ -2,10 +2,7 @@
 # Makes the virtual environment DIR with NVIDIA Dynamo's frontend, router and mocker.
 #   tests/peers/dynamo_env.sh DIR
 set -euo pipefail
-[[ $# -eq 1 ]] || { echo "usage: $0 DIR" >&2; exit 2; }
-directory=$(realpath -m "$1")
-cd "$(dirname "$0")/../.."
-[[ -x .venv/bin/uv ]] || { echo "$0: run 'make setup' first: this takes uv and Python from .venv" >&2; exit 1; }
+. "$(dirname "$0")/venv.sh" # makes it, at $directory
 
 overrides=$(mktemp)
 trap 'rm -f "$overrides"' EXIT
@@ -13,6 +10,5 @@ trap 'rm -f "$overrides"' EXIT
 # performance model and the planner import it. And 1.6.1 wants a newer certifi than some indexes have.
 printf '%s\n' 'aisimulate ; sys_platform == "never"' 'certifi>=2026' >"$overrides"
 
-scripts/uv.sh venv --quiet --allow-existing --python .venv/bin/python "$directory"
 scripts/uv.sh pip install --python "$directory/bin/python" --override "$overrides" \
     'ai-dynamo==1.6.1' 'ai-dynamo-runtime==1.6.1' 'transformers==5.23.0'

