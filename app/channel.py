@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost
+from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed, ReplicaLost
 from app.messages import GenerateRequest, TokenDelta, merge_deltas
 
 logger = logging.getLogger("baton.channel")
@@ -86,7 +86,9 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     failures: list[tuple[int, Failure]]
 
 
-_ERRORS: dict[str, type[BatonError]] = {kind.__name__: kind for kind in (InvalidRequest, EngineDead, EngineFailed)}
+_ERRORS: dict[str, type[BatonError]] = {
+    kind.__name__: kind for kind in (InvalidRequest, EngineDead, EngineFailed, PrefillFailed)
+}
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_hello = msgspec.msgpack.Decoder(Hello).decode

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from app.bench.cli import bench
+from app.bench.prefix_cache import bench_cache
 from app.errors import BatonError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -24,7 +25,7 @@ def run(
     dashboard: Annotated[bool, typer.Option(help="Ray's dashboard, if Ray is started here.")] = True,
     verbose: Annotated[bool, typer.Option(help="Show the replicas' logs here.")] = False,
 ) -> None:
-    """Start Ray and the application here and serve until Ctrl-C.  MODEL=... replaces the model."""
+    """Start Ray and the application here and serve until Ctrl-C.  MODEL=... replaces the only model."""
     from app import launch
 
     launch.run(config, host, port, dashboard, verbose)
@@ -40,20 +41,36 @@ def check(config: ConfigPath = DEFAULT_CONFIG) -> None:
 
 
 @app.command()
+def environments(config: ConfigPath = DEFAULT_CONFIG) -> None:
+    """Print what a configuration needs besides .venv, one name a line, for scripts/setup.sh."""
+    from app import launch
+
+    for name in launch.environments(launch.load_document(config)):
+        typer.echo(name)
+
+
+@app.command()
 def verify(
     url: Annotated[str, typer.Option(help="Where Baton serves.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="By default the first that is disaggregated.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="An aggregated model there of the same weights, to compare with.")
+    ] = None,
     spoil: Annotated[bool, typer.Option(help="Give decode wrong KV: the check must then fail.")] = False,
-    tolerance: Annotated[float, typer.Option(help="Logprob difference that always passes.")] = 0.03,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Logprob difference that always passes; by default 0.03, or 0.2 by prefill.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
 ) -> None:
     """Compare output under disaggregation with output without it, on the running application."""
     from app.verify import verify as run_verify
 
-    if not run_verify(url, spoil=spoil, tolerance=tolerance, seed=seed):
+    if not run_verify(url, model=model, reference=reference, spoil=spoil, tolerance=tolerance, seed=seed):
         raise typer.Exit(1)
 
 
 app.command()(bench)
+app.command()(bench_cache)
 
 
 @app.command()

@@ -22,9 +22,10 @@ from pydantic import (
 from app.engines.base import Role
 from app.engines.registry import EngineName, owned_args
 from app.errors import ConfigError
+from app.tiny_model import Size
 
-TINY_MODEL = "baton:tiny"
-"""The `source` of the small model that Baton makes itself."""
+MADE_MODELS: dict[str, Size] = {"baton:tiny": "tiny", "baton:small": "small"}
+"""The `source` of each model that Baton makes itself (app/tiny_model.py)."""
 
 
 class Settings(BaseModel):
@@ -76,6 +77,10 @@ class PoolConfig(DeploymentConfig):
     """GPUs that one replica's engine is spread over."""
     engine_args: dict[str, Any] = {}
     """Arguments of the engine (vLLM: AsyncEngineArgs), untouched, over those of the model."""
+    python: str | None = Field(default=None, min_length=1)
+    """The Python interpreter that the replicas run in, where the engine's environment is another one than that of
+    Ray's workers; a relative path counts from the repository's root.  By default ``.venv-sglang/bin/python`` for
+    SGLang if that is there, else the workers' own (on Kubernetes the worker group's image is the environment)."""
 
     @model_validator(mode="after")
     def _refuse_owned_args(self) -> Self:
@@ -89,7 +94,7 @@ class ModelConfig(Settings):
     name: str = Field(min_length=1)
     """The name that clients put into ``model``."""
     source: str = Field(min_length=1)
-    """A Hugging Face id, a folder, or ``baton:tiny`` for the small model that Baton makes."""
+    """A Hugging Face id, a folder, or ``baton:tiny`` or ``baton:small`` for a model that Baton makes."""
     engine_args: dict[str, Any] = {}
     """Engine arguments of both pools, e.g. max_model_len."""
     server_args: dict[str, Any] = {}
@@ -115,6 +120,15 @@ class ModelConfig(Settings):
     @property
     def is_disaggregated(self) -> bool:
         return self.prefill is not None
+
+    @property
+    def engine(self) -> EngineName:
+        """The engine of its pools."""
+        return self.decode.engine
+
+    def deployment_name(self, role: Role) -> str:
+        """The Serve deployment of a pool; other models that come and go leave it as it is."""
+        return f"{role}-{re.sub(r'[^A-Za-z0-9._-]', '-', self.name)}"
 
     def pool(self, role: Role) -> PoolConfig | None:
         """The pool of a role; None for prefill if the model is aggregated."""
@@ -177,14 +191,29 @@ class LimitsConfig(Settings):
 class BatonConfig(Settings):
     """The whole application."""
 
-    models: list[ModelConfig] = Field(min_length=1, max_length=1)
-    """The models; this version serves one per application."""
+    models: list[ModelConfig] = Field(min_length=1)
+    """The models, each with pools of its own behind the one endpoint; their names differ."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the engines run; `auto` takes CUDA if the cluster has a GPU."""
     transfer: TransferConfig | None = Field(default=None, validate_default=True)
     """Needed as soon as a model has a prefill pool."""
     frontend: FrontendConfig = FrontendConfig()
     limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("models")
+    @classmethod
+    def _models_differ(cls, models: list[ModelConfig]) -> list[ModelConfig]:
+        seen: dict[str, int] = {}
+        for index, model in enumerate(models):
+            other = seen.setdefault(model.deployment_name("decode"), index)
+            if other != index:
+                # Not a ValueError: the error is to name the field inside the list.
+                raise ConfigError(
+                    f"models.{index}.name",
+                    f"{model.name!r} and models.{other}.name {models[other].name!r} would be the same deployment "
+                    f"({model.deployment_name('decode')}): rename one",
+                )
+        return models
 
     @field_validator("transfer")
     @classmethod

@@ -48,6 +48,13 @@ class EngineFailed(BatonError):
         super().__init__(detail)
 
 
+class PrefillFailed(BatonError):
+    """A prompt's KV did not come from prefill, and this decode engine cannot compute it: another prefill may."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+
+
 class ReplicaLost(BatonError):
     """A decode replica went away, or no longer is the one that the caller meant."""
 

@@ -9,9 +9,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-def error_body(message: str, kind: str, code: int) -> dict[str, Any]:
+def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's API shapes it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class BodyLimit:

@@ -19,11 +19,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from app import haproxy
 from app.config import BatonConfig, parse
 from app.errors import ConfigError
 from app.model_source import is_folder
 from app.ports import free_port
-from app.preflight import check, check_with_vllm
+from app.preflight import check, check_interpreters, check_with_vllm
 
 RAY_FLAGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -57,9 +58,17 @@ def load_document(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), "`applications` is not a list of mappings")
     if model := os.environ.get("MODEL"):
         for application in document["applications"]:
-            parse(application.get("args") or {})
-            application["args"]["models"][0].update(source=model, name=served_name(model))
+            _replace_model(application, model)
     return dict(document)
+
+
+def _replace_model(application: dict[str, Any], source: str) -> None:
+    models = parse(application.get("args") or {}).models
+    if len(models) > 1:
+        raise ConfigError(
+            "models", f"MODEL={source} replaces the model of a configuration that has one, and here are {len(models)}"
+        )
+    application["args"]["models"][0].update(source=source, name=served_name(source))
 
 
 def served_name(source: str) -> str:
@@ -75,8 +84,18 @@ def local_gpus() -> int:
 
 def check_document(document: dict[str, Any]) -> str:
     """Check what can be checked in an instant and return the device.  Raises ConfigError."""
-    devices = [check(config, [local_gpus()]) for config in _configs(document)]
+    configs = _configs(document)
+    devices = [check(config, [local_gpus()]) for config in configs]
+    if "RAY_ADDRESS" not in os.environ:  # else the engines run on that cluster
+        for config in configs:
+            check_interpreters(config)
     return devices[0]
+
+
+def environments(document: dict[str, Any]) -> list[str]:
+    """The environments, besides Ray's own, that pools run in; ``scripts/setup.sh NAME`` makes one."""
+    engines = {model.engine for config in _configs(document) for model in config.models}
+    return sorted(engines & {"sglang"})
 
 
 def check_thoroughly(document: dict[str, Any]) -> str:
@@ -131,9 +150,9 @@ def run(path: Path, host: str | None, port: int | None, dashboard: bool, verbose
 
 
 def ray_environment() -> dict[str, str]:
-    """RAY_FLAGS, and ports of its own for what would else listen on a fixed one."""
+    """RAY_FLAGS, Baton's HAProxy, and ports of its own for what would else listen on a fixed one."""
     ports = {name: str(free_port()) for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")}
-    return {**RAY_FLAGS, **ports}
+    return {**RAY_FLAGS, "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy.command(), **ports}
 
 
 def start_cluster(http: dict[str, Any], proxy_location: str, dashboard: bool, verbose: bool) -> None:
@@ -199,11 +218,11 @@ def _wait_until_running(console: Console, stop: threading.Event) -> None:
 
 def _say_ready(document: dict[str, Any], http: dict[str, Any], console: Console, seconds: float) -> None:
     base = f"http://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"
-    model = document["applications"][0]["args"]["models"][0]["name"]
-    console.print(f"\n[bold]Baton serves {model} at {base}[/bold] (after {seconds:.0f} s).  Try:")
+    models = [model.name for config in _configs(document) for model in config.models]
+    console.print(f"\n[bold]Baton serves {', '.join(models)} at {base}[/bold] (after {seconds:.0f} s).  Try:")
     console.print(
         f"""  curl {base}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
+    -d '{{"model": "{models[0]}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
   curl {base}/health      baton verify --url {base}
 API reference: {base}/docs      Ctrl-C stops it.""",
         markup=False,

@@ -56,11 +56,15 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
         return now - self.ready_at > self.lease_s / 2
 
 
+UNKNOWN_RANK = 0
+"""The rank of a token where the engine does not tell it."""
+
+
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log probabilities of n positions with k candidates each.
 
     `token_ids` and `logprobs` have shape [n, k]; the first candidate of a row is the token itself.  `ranks`
-    has shape [n]: the rank of that token in the vocabulary, 1 the most likely.
+    has shape [n]: the rank of that token in the vocabulary, 1 the most likely, or UNKNOWN_RANK.
     """
 
     token_ids: list[list[int]]

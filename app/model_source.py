@@ -1,20 +1,19 @@
-"""Where a model's files are: a folder, a Hugging Face id, or the tiny model that Baton makes."""
+"""Where a model's files are: a folder, a Hugging Face id, or a model that Baton makes."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from app.config import TINY_MODEL
+from app.config import MADE_MODELS
 from app.errors import ConfigError
+from app.tiny_model import ensure_tiny_model
 
 
 def local_path(source: str) -> str:
-    """What an engine is given as its model; makes the tiny model on this node if it is asked for."""
-    if source == TINY_MODEL:
-        from app.tiny_model import ensure_tiny_model
-
-        return str(ensure_tiny_model())
+    """What an engine is given as its model; makes Baton's own on this node if it is asked for."""
+    if source in MADE_MODELS:
+        return str(ensure_tiny_model(size=MADE_MODELS[source]))
     return str(Path(source).expanduser()) if is_folder(source) else source
 
 
@@ -25,11 +24,11 @@ def is_folder(source: str) -> bool:
 
 def check_source(field: str, source: str) -> None:
     """Raise ConfigError if `source` is a folder that is not there or holds no model."""
-    if source == TINY_MODEL or not is_folder(source):
-        if source != TINY_MODEL and source.count("/") != 1:
+    if source in MADE_MODELS or not is_folder(source):
+        if source not in MADE_MODELS and source.count("/") != 1:
             raise ConfigError(
                 field,
-                f"{source!r} is neither a folder, nor a Hugging Face id (owner/name), nor {TINY_MODEL!r}",
+                f"{source!r} is neither a folder, nor a Hugging Face id (owner/name), nor {' nor '.join(MADE_MODELS)}",
             )
         return
     folder = Path(os.path.expanduser(source))  # Path's own raises where there is no such user

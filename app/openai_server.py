@@ -1,13 +1,14 @@
 """vLLM's own OpenAI and Anthropic server over the disaggregated engine, with what Baton adds to it.
 
-Baton adds: /health and /stats over the pools, a bound on the body's size, and an HTTP error status where a stream
-would otherwise begin with 200 and an error event.
+Each model has a server application of its own, as vLLM's serves one.  Baton adds: the choice between them, /health
+and /stats over the pools, /v1/models over all models, a bound on the body's size, and an HTTP error status where a
+stream would otherwise begin with 200 and an error event.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,9 +21,15 @@ from app.config import BatonConfig, ModelConfig
 from app.engines.vllm import cpu_defaults
 from app.errors import ConfigError
 from app.http_middleware import BodyLimit, ErrorBeforeStream
+from app.model_dispatch import ModelDispatch
 from app.model_source import local_path
 from app.orchestrator import Orchestrator
-from app.vllm_compat import allow_several_greedy_sequences
+from app.vllm_compat import (
+    allow_several_greedy_sequences,
+    count_tool_calls_by_model,
+    let_cancellation_through,
+    share_http_metrics,
+)
 
 WITHOUT_MEANING = (
     "/scale_elastic_ep",
@@ -34,12 +41,18 @@ WITHOUT_MEANING = (
 )
 """Routes of vLLM's server that speak of an engine in the same process."""
 
+NAMES_AT_THE_SERVER = {
+    "sglang": {"context_length": "max_model_len", "trust_remote_code": "trust_remote_code"},
+    "sim": {"max_model_len": "max_model_len"},
+}
+"""Which arguments of an engine that is not vLLM's the server has to know, and what vLLM calls them."""
+
 HealthReport = Callable[[], dict[str, Any]]
 StatsReport = Callable[[], Awaitable[dict[str, Any]]]
 
 
-def server_namespace(model: ModelConfig) -> argparse.Namespace:
-    """The arguments of vLLM's server.  Raises ConfigError for one that it does not know or accept."""
+def server_namespace(model: ModelConfig, index: int) -> argparse.Namespace:
+    """The arguments of vLLM's server for model number `index`.  Raises ConfigError for one that it refuses."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -54,22 +67,23 @@ def server_namespace(model: ModelConfig) -> argparse.Namespace:
     for section, fields in (("engine_args", decode_args), ("server_args", model.server_args)):
         for name, value in fields.items():
             if not hasattr(arguments, name):
-                raise ConfigError(f"models.0.{section}.{name}", "vLLM's server knows no such argument")
+                raise ConfigError(f"models.{index}.{section}.{name}", "vLLM's server knows no such argument")
             setattr(arguments, name, value)
     try:
         validate_parsed_serve_args(arguments)
         validate_api_server_args(arguments)
     except (TypeError, ValueError, KeyError) as error:
-        raise ConfigError("models.0.server_args", f"vLLM's server refuses them: {error}") from error
+        raise ConfigError(f"models.{index}.server_args", f"vLLM's server refuses them: {error}") from error
     return arguments
 
 
 def _args_of_server(model: ModelConfig) -> dict[str, Any]:
-    """What vLLM's server has to know of the engines' arguments; most of another engine's mean nothing to it."""
+    """What vLLM's server has to know of the engines' arguments."""
     engine_args = model.merged_engine_args(model.decode)
-    if model.decode.engine == "vllm":
+    if model.engine == "vllm":
         return engine_args
-    return {name: value for name, value in engine_args.items() if name == "max_model_len" and value is not None}
+    names = NAMES_AT_THE_SERVER[model.engine]
+    return {names[name]: value for name, value in engine_args.items() if name in names and value is not None}
 
 
 def frontend_config(arguments: argparse.Namespace) -> Any:
@@ -89,28 +103,42 @@ def frontend_config(arguments: argparse.Namespace) -> Any:
 
 
 async def build_server(
-    config: BatonConfig, orchestrator: Orchestrator, health: HealthReport, stats: StatsReport
+    config: BatonConfig, orchestrators: Sequence[Orchestrator], health: HealthReport, stats: StatsReport
 ) -> ASGIApp:
-    """The ASGI application of one model."""
+    """The ASGI application of all models; there is an orchestrator for each of `config.models`."""
+    allow_several_greedy_sequences()
+    let_cancellation_through()
+    if len(config.models) > 1:
+        count_tool_calls_by_model()
+        share_http_metrics()
+    apps = {
+        model.name: await _build_app(index, model, orchestrator)
+        for index, (model, orchestrator) in enumerate(zip(config.models, orchestrators, strict=True))
+    }
+    for app in apps.values():
+        app.router.routes[:0] = _baton_routes(list(apps.values()), health, stats)
+    served: ASGIApp = ModelDispatch(dict(apps)) if len(apps) > 1 else apps[config.models[0].name]
+    # Around the applications and not inside them: vLLM has already closed its list of middlewares.
+    return BodyLimit(ErrorBeforeStream(served), config.limits.max_body_bytes)
+
+
+async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator) -> FastAPI:
+    """vLLM's server of one model, less what speaks of an engine in its process."""
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 
     from app.disaggregated_engine import DisaggregatedEngine
 
-    allow_several_greedy_sequences()
-    model = config.models[0]
-    arguments = server_namespace(model)
+    arguments = server_namespace(model, index)
     vllm_config = frontend_config(arguments)
     engine = DisaggregatedEngine(vllm_config, model.name, orchestrator)
     app: FastAPI = build_app(arguments, ("generate",), vllm_config.model_config)
     await init_app_state(engine, app.state, arguments, ("generate",))
     _remove_routes(app, (*WITHOUT_MEANING, "/health"))
-    app.router.routes[:0] = _baton_routes(health, stats)
-    # Around the application and not inside it: vLLM has already closed its list of middlewares.
-    return BodyLimit(ErrorBeforeStream(app), config.limits.max_body_bytes)
+    return app
 
 
-def _baton_routes(health: HealthReport, stats: StatsReport) -> list[BaseRoute]:
+def _baton_routes(apps: Sequence[FastAPI], health: HealthReport, stats: StatsReport) -> list[BaseRoute]:
     async def get_health(_: Request) -> JSONResponse:
         report = health()
         return JSONResponse(report, status_code=503 if report["status"] == "unhealthy" else 200)
@@ -118,7 +146,16 @@ def _baton_routes(health: HealthReport, stats: StatsReport) -> list[BaseRoute]:
     async def get_stats(_: Request) -> JSONResponse:
         return JSONResponse(await stats())
 
-    return [Route("/health", get_health), Route("/stats", get_stats)]
+    async def get_models(_: Request) -> JSONResponse:
+        """vLLM's list for each of the applications, with what Baton knows of their models."""
+        cards: list[dict[str, Any]] = []
+        for app, model in zip(apps, health()["models"], strict=True):
+            listed = await app.state.openai_serving_models.show_available_models()
+            added = {name: model[name] for name in ("engine", "mode", "state")}
+            cards += [{**card, **added} for card in listed.model_dump()["data"]]
+        return JSONResponse({"object": "list", "data": cards})
+
+    return [Route("/health", get_health), Route("/stats", get_stats), Route("/v1/models", get_models)]
 
 
 def _remove_routes(app: FastAPI, paths: tuple[str, ...]) -> None:

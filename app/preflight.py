@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 from app.config import BatonConfig, ModelConfig, PoolConfig
@@ -11,6 +14,9 @@ from app.errors import ConfigError
 from app.model_source import check_source, local_path
 
 Device = Literal["cpu", "cuda"]
+
+REPOSITORY = Path(__file__).parents[1]
+SGLANG_PYTHON = ".venv-sglang/bin/python"
 
 
 def choose_device(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
@@ -35,6 +41,7 @@ def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
                 _check_size(f"models.{index}.{role}.tensor_parallel_size", pool, device, gpus_per_node)
                 if pool.engine == "sim":
                     _check_sim(f"models.{index}", role, model, pool)
+        _check_reasoning(f"models.{index}", model)
     if device == "cuda" and config.device == "auto":
         _check_total(config, gpus_per_node)
     return device
@@ -47,6 +54,50 @@ def gpus_of_replica(pool: PoolConfig, device: str) -> float:
     if pool.engine == "sim":
         return 0
     return pool.tensor_parallel_size if device == "cuda" else 0
+
+
+def python_of_replica(pool: PoolConfig) -> str | None:
+    """The interpreter that replicas of `pool` run in; None for the one that Ray's workers have."""
+    if pool.python is not None:
+        return str(REPOSITORY / pool.python)
+    default = REPOSITORY / SGLANG_PYTHON
+    return str(default) if pool.engine == "sglang" and default.is_file() else None
+
+
+def check_interpreters(config: BatonConfig) -> None:
+    """That this machine has the pools' interpreters.  Raises ConfigError.
+
+    For where the engines run on this machine: a cluster elsewhere may have what its driver has not, and vice versa.
+    """
+    for index, model in enumerate(config.models):
+        for role in get_args(Role):
+            if (pool := model.pool(role)) is not None:
+                _check_interpreter(f"models.{index}.{role}.python", pool)
+
+
+def _check_interpreter(field: str, pool: PoolConfig) -> None:
+    python = python_of_replica(pool)
+    if python is None:
+        if pool.engine != "sglang" or importlib.util.find_spec("sglang") is not None:
+            return
+        problem = f"{SGLANG_PYTHON} does not exist, and this environment has no SGLang"
+    elif Path(python).is_file() and os.access(python, os.X_OK):
+        return
+    else:
+        problem = f"{pool.python or SGLANG_PYTHON} does not exist or cannot be run"
+    raise ConfigError(field, problem + ("; `bash scripts/setup.sh sglang` makes it" if pool.engine == "sglang" else ""))
+
+
+def _check_reasoning(field: str, model: ModelConfig) -> None:
+    """Only SGLang's engine itself can hold back a grammar until reasoning ends; vLLM's is told by the frontend."""
+    if model.engine != "sglang" or not model.server_args.get("reasoning_parser"):
+        return
+    if not model.merged_engine_args(model.decode).get("reasoning_parser"):
+        raise ConfigError(
+            f"{field}.engine_args.reasoning_parser",
+            f"missing, but {field}.server_args.reasoning_parser is set: structured output would not wait for the end "
+            "of reasoning",
+        )
 
 
 def _check_size(field: str, pool: PoolConfig, device: Device, gpus_per_node: Sequence[int]) -> None:
@@ -117,7 +168,7 @@ def _check_names(index: int, model: ModelConfig, known: set[str]) -> None:
 def _check_server(index: int, model: ModelConfig) -> None:
     from app.openai_server import frontend_config, server_namespace
 
-    arguments = server_namespace(model)
+    arguments = server_namespace(model, index)
     try:
         frontend_config(arguments)
     except (ValueError, TypeError, OSError) as error:

@@ -1,10 +1,13 @@
-"""A tiny language model that runs in real engines without a GPU and without a download.
+"""Tiny language models that run in real engines without a GPU and without a download.
 
 It has the shape of a Qwen3 (4 million bfloat16 parameters, 8 MB), random weights, a byte-level BPE tokenizer
 of 2048 tokens, and a ChatML template with tools in the form of Hermes and Qwen. Its text is noise, but noise
 that depends on the whole prompt: an engine that loses, swaps or misplaces KV gives other tokens.
 
-``python -m app.tiny_model [DIR]`` makes it and prints its path.
+The *small* model is the same with 50 million parameters: a prompt takes seconds on a CPU instead of milliseconds, so
+that what a cache saves is not lost in what a request costs anyway.
+
+``python -m app.tiny_model [DIR]`` makes the tiny one and prints its path.
 """
 
 import hashlib
@@ -12,7 +15,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 CORPUS = Path(__file__).with_name("tiny_corpus.txt")
 
@@ -23,6 +26,15 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Not special, as in Qwen3: they stay in the text, where the tool call and reasoning parsers look for them.
 MARKUP_TOKENS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
 PAD_ID, EOS_ID = 0, 2
+
+Size = Literal["tiny", "small"]
+SHAPES: dict[Size, dict[str, int]] = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "small": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 4},
+}
+"""Both have 2 key and value heads of 64, so a layer's KV is 512 bytes a token.  The small one is wide for its few
+heads, as large models are: most of a prompt's work is matrices, which a cached prefix saves, and not attention, of
+which SGLang's torch backend repeats the prefix's part."""
 
 CHAT_TEMPLATE = """\
 {%- set system = messages[0].content if messages and messages[0].role == "system" else "" %}
@@ -54,8 +66,8 @@ CHAT_TEMPLATE = """\
 """
 
 
-def ensure_tiny_model(directory: Path | None = None) -> Path:
-    """Return the tiny model's folder, ``<directory>/tiny-<hash of the recipe>``; make it if it is missing.
+def ensure_tiny_model(directory: Path | None = None, size: Size = "tiny") -> Path:
+    """Return the model's folder, ``<directory>/<size>-<hash of the recipe>``; make it if it is missing.
 
     ``directory`` defaults to ``$BATON_HOME``, else ``~/.cache/baton``. The same versions of torch,
     transformers and tokenizers make the same bytes. Any number of processes may call this at once: each
@@ -66,14 +78,14 @@ def ensure_tiny_model(directory: Path | None = None) -> Path:
     where the folder cannot be written.
     """
     parent = directory or Path(os.environ.get("BATON_HOME") or Path.home() / ".cache" / "baton")
-    target = parent.absolute() / f"tiny-{_recipe_hash()}"
+    target = parent.absolute() / f"{size}-{_recipe_hash()}"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tiny-", dir=target.parent) as scratch:
         built = Path(scratch) / "model"
         _save_tokenizer(built)
-        _save_model(built)
+        _save_model(built, size)
         try:
             built.rename(target)
         except OSError:
@@ -118,8 +130,8 @@ def _save_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _save_model(folder: Path) -> None:
-    """Make and save the model: 4 layers between embeddings [2048, 256] and a head [2048, 256] of its own.
+def _save_model(folder: Path, size: Size) -> None:
+    """Make and save the model; the tiny one: 4 layers between embeddings [2048, 256] and a head [2048, 256] of its own.
 
     A layer has query [256, 256] (4 heads of 64), key and value [128, 256] (2 heads) and an MLP of width 768.
 
@@ -132,10 +144,7 @@ def _save_model(folder: Path) -> None:
 
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        **SHAPES[size],
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=MAX_LENGTH,

@@ -1,7 +1,10 @@
 """``baton verify``: does disaggregation change the output?
 
 Each prompt is served by the running application, greedily: prefilled remotely and prefilled by the decode replica
-(aggregated serving on the same weights).  Under disaggregation decode computes the last prompt token by itself from
+(aggregated serving on the same weights), or served by an aggregated model of the same application, if `reference`
+names one.  Without one, an engine whose decode replicas cannot prefill (SGLang) is compared with its prefill replicas:
+prompt and answer so far are prefilled again for each token, so that no token depends on KV that was moved.  Under
+disaggregation decode computes the last prompt token by itself from
 KV that it did not make, as it does after a hit in its own prefix cache; in low precision that alone changes logprobs
 a little.  So the engine's own noise is the difference between aggregated serving with and without such a hit.  A
 token may differ only where noise can flip it: where the two best candidates are closer than what passes as equal.
@@ -20,6 +23,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from app.engines.registry import can_decode_prefill
 from app.errors import BatonError
 from app.messages import PrefillMode
 
@@ -27,6 +31,11 @@ PROMPT_LENGTHS = (7, 64, 65, 500, 2000)
 SHARED_PREFIX_TOKENS = 500
 OUTPUT_TOKENS = 24
 ANSWER_TIMEOUT_S = 300.0
+TOLERANCE = 0.03
+"""Logprob difference that passes, whatever the noise."""
+TOLERANCE_OF_PREFILL = 0.2
+"""The same where prefill alone is the reference: it computes by other kernels than decode, in bfloat16 with differences
+up to 0.06 here (tiny model, SGLang on a CPU).  KV that is wrong differs in the first tokens, by more than 1."""
 LARGEST_NOISE = 0.25
 """With more logprob noise than this the engine's own prefix cache changes its output: nothing can be compared."""
 WORDS = "The quick brown fox jumps over 13 lazy dogs; while (x < 42) { return f(x, y) + 'value'; } # Größe, 東京, Ωmega"
@@ -93,38 +102,82 @@ class Transfers(msgspec.Struct, frozen=True):
 class Endpoint:
     """The application under test."""
 
-    def __init__(self, client: httpx.Client) -> None:
+    def __init__(self, client: httpx.Client, model: str | None = None, reference: str | None = None) -> None:
         self._client = client
-        model = self._get("/v1/models")["data"][0]
-        self.model: str = model["id"]
-        self.max_model_len: int = model["max_model_len"]
+        card = self._find(model, "disaggregated")
+        self.model: str = card["id"]
+        self.reference: str | None = self._find(reference, "aggregated")["id"] if reference else None
+        self.max_model_len: int = card["max_model_len"]
+        self.can_decode_prefill = can_decode_prefill(card["engine"])
+        self.num_remote_requests = 0
         self._vocabulary: list[int] = self._post("/tokenize", {"model": self.model, "prompt": WORDS})["tokens"]
+
+    def _find(self, name: str | None, mode: str) -> Any:
+        """What the server says of the model called `name`, or of its first one in `mode`."""
+        cards = self._get("/v1/models")["data"]
+        for card in cards:
+            if card.get("mode") == mode and card["id"] == (name or card["id"]):
+                return card
+        served = ", ".join(f"{card['id']} ({card.get('mode')})" for card in cards)
+        raise VerifyError(f"{self._client.base_url} serves no {mode} model {name or ''}, but {served}")
 
     def random_prompt(self, rng: random.Random, num_tokens: int) -> list[int]:
         return rng.choices(self._vocabulary, k=num_tokens)
 
+    @property
+    def tolerance(self) -> float:
+        """The logprob difference that passes if the caller does not say."""
+        return TOLERANCE if self.reference or self.can_decode_prefill else TOLERANCE_OF_PREFILL
+
     def serve(self, prompts: list[list[int]], mode: PrefillMode) -> Answer:
         """The greedy answer to the last of `prompts`, all of which share one cache salt."""
         salt = uuid.uuid4().hex
-        for prompt in prompts:
-            body = {
-                "model": self.model,
-                "prompt": prompt,
-                "max_tokens": OUTPUT_TOKENS,
-                "temperature": 0,
-                "ignore_eos": True,
-                "logprobs": 2,
-                "return_tokens_as_token_ids": True,
-                "cache_salt": salt,
-                "vllm_xargs": {"baton_prefill": mode},
-            }
-            logprobs = self._post("/v1/completions", body)["choices"][0]["logprobs"]
+        answers = [self._complete(prompt, mode, salt, OUTPUT_TOKENS) for prompt in prompts]
+        return answers[-1]
+
+    def serve_without_transfer(self, prompts: list[list[int]], *, after_hit: bool) -> Answer:
+        """The answer to the last of `prompts` from KV that was not moved, with or `after_hit` of a prefix cache."""
+        if self.reference is None and not self.can_decode_prefill:
+            return self._serve_by_prefill(prompts[-1], share_prefixes=after_hit)
+        return self.serve([*prompts, prompts[-1]] if after_hit else prompts, "local")
+
+    def _serve_by_prefill(self, prompt: list[int], *, share_prefixes: bool) -> Answer:
+        """The greedy answer, each token of which a prefill replica computed from all tokens before it."""
+        salt = uuid.uuid4().hex
+        whole = Answer([], [], [])
+        for _ in range(OUTPUT_TOKENS):
+            so_far = prompt + [int(token.removeprefix("token_id:")) for token in whole.token_ids]
+            salt = salt if share_prefixes else uuid.uuid4().hex
+            next_one = self._complete(so_far, "auto", salt, 1)
+            whole = Answer(
+                whole.token_ids + next_one.token_ids,
+                whole.logprobs + next_one.logprobs,
+                whole.margins + next_one.margins,
+            )
+        return whole
+
+    def _complete(self, prompt: list[int], mode: PrefillMode, salt: str, max_tokens: int) -> Answer:
+        is_reference = mode == "local" and self.reference is not None
+        self.num_remote_requests += mode != "local"
+        body = {
+            "model": self.reference if is_reference else self.model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 2,
+            "return_tokens_as_token_ids": True,
+            "cache_salt": salt,
+            "vllm_xargs": {"baton_prefill": mode},
+        }
+        logprobs = self._post("/v1/completions", body)["choices"][0]["logprobs"]
         best = [sorted(candidates.values(), reverse=True) for candidates in logprobs["top_logprobs"]]
         margins = [first - second for first, second, *_ in best]
         return Answer(logprobs["tokens"], logprobs["token_logprobs"], margins)
 
     def transfers(self) -> Transfers:
-        decode = [replica for replica in self._get("/stats")["replicas"] if replica["role"] == "decode"]
+        replicas = self._get("/stats")["replicas"]
+        decode = [replica for replica in replicas if replica["role"] == "decode" and replica["model"] == self.model]
         return Transfers(
             sum(replica["num_transfers"] for replica in decode),
             sum(replica["transferred_bytes"] for replica in decode),
@@ -150,8 +203,18 @@ class Endpoint:
             raise VerifyError(f"{method} {path} answered no JSON; is it Baton that runs there?") from error
 
 
-def verify(url: str, *, spoil: bool, tolerance: float, seed: int) -> bool:
-    """Print the comparison as a table and return whether all of it passed.
+def verify(
+    url: str,
+    *,
+    model: str | None = None,
+    reference: str | None = None,
+    spoil: bool,
+    tolerance: float | None = None,
+    seed: int,
+) -> bool:
+    """Print the comparison of `model` (the first disaggregated one) as a table and return whether all of it passed.
+
+    `reference` is an aggregated model of the same application, with the same weights and engine.
 
     Raises VerifyError if the application cannot be reached or did not transfer the KV of every prompt.
     """
@@ -160,12 +223,13 @@ def verify(url: str, *, spoil: bool, tolerance: float, seed: int) -> bool:
     except httpx.InvalidURL as error:
         raise VerifyError(f"{url} is no URL: {error}") from error
     with new_client as client:
-        endpoint = Endpoint(client)
+        endpoint = Endpoint(client, model, reference)
         before = endpoint.transfers()
         prompts = _prompts(endpoint, random.Random(seed))
         cases = [_compare(endpoint, name, group, "spoiled" if spoil else "auto") for name, group in prompts]
         after = endpoint.transfers()
-    num_remote = sum(len(group) for _, group in prompts)
+    num_remote = endpoint.num_remote_requests
+    tolerance = endpoint.tolerance if tolerance is None else tolerance
     _print(cases, tolerance, Console(highlight=False))
     num, num_bytes = after.num - before.num, after.num_bytes - before.num_bytes
     by = ", ".join(after.transports) or "nothing"
@@ -194,8 +258,8 @@ def _prompts(endpoint: Endpoint, rng: random.Random) -> list[tuple[str, list[lis
 
 def _compare(endpoint: Endpoint, name: str, prompts: list[list[int]], mode: PrefillMode) -> Case:
     remote = endpoint.serve(prompts, mode)
-    local = endpoint.serve(prompts, "local")
-    after_hit = endpoint.serve([*prompts, prompts[-1]], "local")
+    local = endpoint.serve_without_transfer(prompts, after_hit=False)
+    after_hit = endpoint.serve_without_transfer(prompts, after_hit=True)
     return Case(name, len(prompts[-1]), remote, local, noise=local.max_difference(after_hit))
 
 

@@ -17,6 +17,8 @@ from ray import ObjectRef
 
 from app.channel import ChannelServer, Link, Submit
 from app.config import BatonConfig
+from app.engines.registry import can_decode_prefill
+from app.errors import InvalidRequest
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
 from deployments.pools import spawn_detached
 from deployments.worker import Worker
@@ -63,7 +65,9 @@ class DecodeWorker(Worker):
         except TimeoutError:
             self._abandon(arrival)
             reason = "prefill_timeout"
-        except Exception as error:  # noqa: BLE001  whatever ended prefill, decode can do its work
+        except Exception as error:
+            if isinstance(error, InvalidRequest) and not can_decode_prefill(self._model.decode.engine):
+                raise InvalidRequest(error.message) from error
             logger.warning("request_id=%s prefill failed: %r", request.request_id, error)
             reason = "prefill_failed"
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -39,13 +39,10 @@ def spawn_detached(coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Ta
 class RayHandoff:
     """A prefill under way: the reference to its descriptor, which this process never resolves."""
 
-    def __init__(self, replica: str, response: Any, ref: ObjectRef) -> None:
+    def __init__(self, replica: str, ref: ObjectRef, abandon: Callable[[], None]) -> None:
         self.replica = replica
         self.ref = ref
-        self._response = response
-
-    def cancel(self) -> None:
-        self._response.cancel()
+        self.cancel = abandon
 
 
 class RayPrefillPool:
@@ -53,21 +50,37 @@ class RayPrefillPool:
 
     def __init__(self, handle: Any) -> None:
         self._prefill = handle.options(method_name="prefill", _by_reference=True)
+        self._abandon = handle.options(method_name="abandon", _by_reference=True)
+        self._abandoning: set[asyncio.Task[None]] = set()
         self.membership = membership_of(handle.deployment_id)
 
     def replicas(self) -> list[str]:
         return self.membership.ids()
 
     async def start(self, request: GenerateRequest, replica: str) -> RayHandoff:
-        response = self._prefill.remote(request, replica_id=replica)
+        # Outside the HTTP request: with it Serve would cancel the call, and the descriptor might be lost (`abandon`).
+        response = contextvars.Context().run(self._prefill.remote, request, replica_id=replica)
+        abandon = partial(self._abandon_later, request.request_id, replica)
         try:
             ref = await response._to_object_ref()
         except asyncio.CancelledError:
-            response.cancel()
+            abandon()
             raise
         except (RayError, RayServeException) as error:
             raise ReplicaLost(replica, type(error).__name__) from error
-        return RayHandoff(replica, response, ref)
+        return RayHandoff(replica, ref, abandon)
+
+    def _abandon_later(self, request_id: str, replica: str) -> None:
+        """Goes on if the request is cancelled."""
+        task = spawn_detached(self._abandon_now(request_id, replica), name="abandon-prefill")
+        self._abandoning.add(task)
+        task.add_done_callback(self._abandoning.discard)
+
+    async def _abandon_now(self, request_id: str, replica: str) -> None:
+        try:
+            await self._abandon.remote(request_id, replica_id=replica)
+        except (BatonError, RayError, RayServeException) as error:  # gone, and its prefills with it
+            logger.info("prefill_replica=%s cannot abandon: %r", replica, error)
 
 
 class RayDecodePool:

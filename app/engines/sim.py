@@ -300,6 +300,9 @@ class SimEngine:
             },
         )
 
+    async def abandon(self, request_id: str) -> None:
+        """Nothing: `prefill` returns when all is done, and then only `release` helps."""
+
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
         try:
             sequence = self._to_sequence(request, request.sampling, is_pulled=descriptor is not None)

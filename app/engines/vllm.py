@@ -199,6 +199,9 @@ class VllmEngine:
             params=params,
         )
 
+    async def abandon(self, request_id: str) -> None:
+        """Nothing: `prefill` returns when all is done, and then only `release` helps."""
+
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
         is_refused = descriptor is not None and self._ucx_log.falls_short(self._spec.required_transport)
         if descriptor is not None and is_refused:

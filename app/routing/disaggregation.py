@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from app.errors import InvalidRequest
 from app.messages import GenerateRequest
 
 
@@ -16,14 +17,18 @@ class Placement(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
-def place_prefill(request: GenerateRequest, *, has_prefill_pool: bool) -> Placement:
-    """Remote wherever it can be.
+def place_prefill(request: GenerateRequest, *, has_prefill_pool: bool, can_decode_prefill: bool) -> Placement:
+    """Remote wherever it can be.  Raises InvalidRequest for a local prefill that the engine is not capable of.
 
     ``prompt_logprobs`` come out of the forward pass over the prompt, which under disaggregation runs on the
     other engine, so such a request is served without it rather than refused.
     """
     if not has_prefill_pool:
         return Placement("local", "aggregated")
+    if not can_decode_prefill:
+        if request.prefill_mode == "local":
+            raise InvalidRequest("baton_prefill: this model's decode engine cannot prefill, so it cannot be local")
+        return Placement("remote")
     if request.prefill_mode == "local":
         return Placement("local", "requested")
     if request.sampling.get("prompt_logprobs") is not None:

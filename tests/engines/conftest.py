@@ -1,4 +1,7 @@
-"""The default application with real vLLM engines and real NIXL, started once for all tests here."""
+"""One application with every engine, started once: the contract is the same for all of them.
+
+Real vLLM and real SGLang engines with real NIXL, prefill and decode apart, SGLang aggregated beside them, and sim.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,19 @@ from ray import serve
 
 from tests.conftest import REPOSITORY, wait_until
 
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 300.0
+CONFIG = REPOSITORY / "cluster" / "local" / "two-engines.yaml"
+SGLANG_AGGREGATED = "tiny-sglang-aggregated"
+SIM = "tiny-sim"
 
 
 class Baton:
-    """The running application, seen over HTTP."""
+    """One disaggregated model of the running application, seen over HTTP."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, model: str, engine: str) -> None:
         self.url = url
+        self.model = model
+        self.engine = engine
         self.http = httpx.Client(base_url=url, timeout=120)
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
@@ -30,23 +38,42 @@ class Baton:
         self.http.close()
         self.openai.close()
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """The tiny model: 4 layers x (K and V) x 2 heads x 64 x 2 bytes; sim has its profile's."""
+        return 131072 if self.engine == "sim" else 2048
+
     def complete(self, prompt: Any, **fields: Any) -> Any:
         """A text completion, greedy unless said otherwise."""
-        fields = {"temperature": 0, "max_tokens": 16, **fields}
-        return self.openai.completions.create(model="tiny", prompt=prompt, **fields)
+        fields = {"temperature": 0, "max_tokens": 16, "model": self.model, **fields}
+        return self.openai.completions.create(prompt=prompt, **fields)
+
+    def complete_without_transfer(self, prompt: Any, *, salt: str, **fields: Any) -> Any:
+        """The same completion from an engine that prefilled the prompt itself."""
+        body: dict[str, Any] = {**fields.pop("extra_body", {}), "cache_salt": salt}
+        if self.engine == "sglang":  # whose decode engine cannot prefill
+            return self.complete(prompt, model=SGLANG_AGGREGATED, extra_body=body, **fields)
+        return self.complete(prompt, extra_body={**body, "vllm_xargs": {"baton_prefill": "local"}}, **fields)
 
     def post(self, path: str, **fields: Any) -> httpx.Response:
-        return self.http.post(path, json={"model": "tiny", **fields})
+        return self.http.post(path, json={"model": self.model, **fields})
 
     def health(self) -> dict[str, Any]:
-        report: dict[str, Any] = self.http.get("/health").json()
-        return report
+        """What /health says of this model."""
+        models = {model["name"]: model for model in self.http.get("/health").json()["models"]}
+        found: dict[str, Any] = models[self.model]
+        return found
+
+    def endpoints(self) -> list[dict[str, Any]]:
+        report = self.http.get("/health").json()
+        return [endpoint for endpoint in report["endpoints"] if endpoint["model"] == self.model]
 
     def stats(self, role: str) -> dict[str, Any]:
         """Of the only replica of a role."""
-        replicas = [r for r in self.http.get("/stats").json()["replicas"] if r["role"] == role]
-        assert len(replicas) == 1, replicas
-        return replicas[0]
+        replicas = self.http.get("/stats").json()["replicas"]
+        found: list[dict[str, Any]] = [r for r in replicas if r["role"] == role and r["model"] == self.model]
+        assert len(found) == 1, found
+        return found[0]
 
     def is_idle(self) -> bool:
         """Whether no engine runs a request or holds a KV block."""
@@ -55,35 +82,92 @@ class Baton:
 
     def count_prefills(self, kind: str, reason: str = "") -> float:
         """How many prompts were prefilled so since the frontend started."""
-        labels = f'kind="{kind}",model="tiny",reason="{reason}"'
+        labels = f'kind="{kind}",model="{self.model}",reason="{reason}"'
         for line in self.http.get("/metrics").text.splitlines():
             if line.startswith(f"baton_prefills_total{{{labels}}}"):
                 return float(line.split()[-1])
         return 0.0
 
     def replica_process(self, role: str) -> psutil.Process:
-        pids = [endpoint["pid"] for endpoint in self.health()["endpoints"] if endpoint["role"] == role]
+        pids = [endpoint["pid"] for endpoint in self.endpoints() if endpoint["role"] == role]
         assert len(pids) == 1, pids
         return psutil.Process(pids[0])
 
     def wait_until_healthy(self) -> None:
-        wait_until(lambda: self.http.get("/health").json()["status"] == "healthy", START_TIMEOUT_S, "healthy")
+        wait_until(lambda: self.health()["state"] == "ready", START_TIMEOUT_S, f"{self.model} ready")
 
 
 def engine_processes(replica: psutil.Process) -> list[psutil.Process]:
-    """The engine core and its workers, which are the replica's descendants."""
-    return [process for process in replica.children(recursive=True) if "VLLM" in " ".join(process.cmdline())]
+    """The engine core or the scheduler and what works for it: the replica's descendants."""
+    return [process for process in replica.children(recursive=True) if is_of_engine(process)]
+
+
+def is_of_engine(process: psutil.Process) -> bool:
+    title = " ".join(process.cmdline())
+    return "VLLM" in title or "sglang" in title
 
 
 @pytest.fixture(scope="session")
-def baton(serve_url: str) -> Iterator[Baton]:
+def application(serve_url: str) -> Iterator[str]:
+    """The URL of the application of all models."""
     from app.build import build
 
     os.environ.pop("MODEL", None)
-    document = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
-    serve.run(build(document["applications"][0]["args"]), name="baton", route_prefix="/")
-    running = Baton(serve_url)
-    running.wait_until_healthy()
-    yield running
-    running.close()
+    arguments = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]
+    split = next(model for model in arguments["models"] if model["name"] == "tiny-sglang")
+    arguments["models"].append({**split, "name": SGLANG_AGGREGATED, "prefill": None})
+    pool = {"engine": "sim", "resources": {"num_cpus": 0.1}}
+    options = {"max_model_len": 4096, "profile": "h200-llama-8b", "num_blocks": 2048}
+    server = split["server_args"]
+    arguments["models"].append(
+        {
+            "name": SIM,
+            "source": "baton:tiny",
+            "engine_args": options,
+            "server_args": server,
+            "prefill": pool,
+            "decode": pool,
+        }
+    )
+    serve.run(build(arguments), name="baton", route_prefix="/")
+    wait_until(
+        lambda: httpx.get(f"{serve_url}/health").json()["status"] == "healthy", START_TIMEOUT_S, "all models ready"
+    )
+    yield serve_url
     serve.delete("baton")
+
+
+def running(url: str, model: str, engine: str) -> Iterator[Baton]:
+    baton = Baton(url, model, engine)
+    baton.wait_until_healthy()
+    yield baton
+    baton.close()
+
+
+@pytest.fixture(scope="session")
+def vllm(application: str) -> Iterator[Baton]:
+    yield from running(application, "tiny", "vllm")
+
+
+@pytest.fixture(scope="session")
+def sglang(application: str) -> Iterator[Baton]:
+    yield from running(application, "tiny-sglang", "sglang")
+
+
+@pytest.fixture(scope="session")
+def sim(application: str) -> Iterator[Baton]:
+    yield from running(application, SIM, "sim")
+
+
+@pytest.fixture(scope="session", params=["vllm", "sglang"])
+def real(request: pytest.FixtureRequest) -> Baton:
+    """Each engine that computes."""
+    baton: Baton = request.getfixturevalue(request.param)
+    return baton
+
+
+@pytest.fixture(scope="session", params=["vllm", "sglang", "sim"])
+def baton(request: pytest.FixtureRequest) -> Baton:
+    """Each engine."""
+    found: Baton = request.getfixturevalue(request.param)
+    return found

@@ -11,34 +11,46 @@ from ray import serve
 
 from app.messages import GenerateRequest, TransferDescriptor
 from app.verify import verify
-from tests.engines.conftest import Baton
+from tests.engines.conftest import SGLANG_AGGREGATED, Baton
 
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(600)]
 
 
+REFERENCES = {"sglang": SGLANG_AGGREGATED}
+"""Whose decode engine cannot prefill is compared with an aggregated model."""
+
+
 def test_verify_passes(baton: Baton) -> None:
-    assert verify(baton.url, spoil=False, tolerance=0.03, seed=1)
+    tolerance = 0.03 if baton.engine == "vllm" else 0.001
+    reference = REFERENCES.get(baton.engine)
+    assert verify(baton.url, model=baton.model, reference=reference, spoil=False, tolerance=tolerance, seed=1)
 
 
 def test_verify_fails_on_wrong_kv(baton: Baton) -> None:
-    assert not verify(baton.url, spoil=True, tolerance=0.03, seed=1)
+    assert not verify(baton.url, model=baton.model, reference=REFERENCES.get(baton.engine), spoil=True, seed=1)
 
 
-async def test_descriptor_is_small(baton: Baton) -> None:
-    handle = serve.get_deployment_handle("prefill", "baton")
+def test_verify_needs_no_reference_where_prefill_can_be_one(sglang: Baton) -> None:
+    assert verify(sglang.url, model=sglang.model, spoil=False, seed=2)
+    assert not verify(sglang.url, model=sglang.model, spoil=True, seed=2)
+
+
+async def test_descriptor_is_small(real: Baton) -> None:
+    handle = serve.get_deployment_handle(f"prefill-{real.model}", "baton")
     handle._init(_run_router_in_separate_loop=True)
     request = GenerateRequest(request_id="size", prompt_token_ids=[7] * 4095, sampling={})
-    replica = baton.stats("prefill")["replica_id"]
+    replica = real.stats("prefill")["replica_id"]
     descriptor: TransferDescriptor = await handle.prefill.remote(request, replica_id=replica)
+    await handle.abandon.remote("size", replica_id=replica)
     assert descriptor.prompt_tokens == 4095
     assert len(pickle.dumps(descriptor)) < 4096
 
 
-def test_kv_never_enters_the_object_store(baton: Baton) -> None:
-    before, moved = created_bytes(), baton.stats("decode")["transferred_bytes"]
+def test_kv_never_enters_the_object_store(real: Baton) -> None:
+    before, moved = created_bytes(), real.stats("decode")["transferred_bytes"]
     for seed in range(5):
-        baton.complete(random.Random(100 + seed).choices(range(300, 2000), k=2048), max_tokens=4)
-    moved = baton.stats("decode")["transferred_bytes"] - moved
+        real.complete(random.Random(100 + seed).choices(range(300, 2000), k=2048), max_tokens=4)
+    moved = real.stats("decode")["transferred_bytes"] - moved
     assert moved == 5 * 2048 * 2048
     assert created_bytes() - before < moved / 100
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
 import pytest
 
+from app.verify import verify
 from tests.conftest import wait_until
-from tests.engines.conftest import START_TIMEOUT_S, Baton, engine_processes
+from tests.engines.conftest import SGLANG_AGGREGATED, START_TIMEOUT_S, Baton, engine_processes
 
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -47,35 +50,68 @@ class Load:
             worker.result(timeout=60)
 
 
-def test_prefill_engine_killed_under_load_fails_no_request(baton: Baton) -> None:
-    baton.wait_until_healthy()
-    replica = baton.replica_process("prefill")
-    with Load(baton) as load:
+def test_prefill_engine_killed_under_load_fails_no_request(vllm: Baton) -> None:
+    vllm.wait_until_healthy()
+    replica = vllm.replica_process("prefill")
+    with Load(vllm) as load:
         wait_until(lambda: load.num_done >= 4, 60, "load")
         for process in engine_processes(replica):
             process.kill()
-        wait_until(lambda: baton.count_prefills("local", "prefill_failed") > 0, 30, "local prefill")
+        wait_until(lambda: vllm.count_prefills("local", "prefill_failed") > 0, 30, "local prefill")
         wait_until(lambda: not replica.is_running(), 60, "Serve gave the replica up")
-        baton.wait_until_healthy()
-        remote = baton.count_prefills("remote")
-        wait_until(lambda: baton.count_prefills("remote") > remote, START_TIMEOUT_S, "remote prefill again")
+        vllm.wait_until_healthy()
+        remote = vllm.count_prefills("remote")
+        wait_until(lambda: vllm.count_prefills("remote") > remote, START_TIMEOUT_S, "remote prefill again")
     load.check()
 
 
-def test_killed_decode_replica_takes_its_engine_along_and_comes_back(baton: Baton) -> None:
-    baton.wait_until_healthy()
-    replica = baton.replica_process("decode")
+def test_sglang_without_its_prefill_engine_says_so_and_harms_no_other_model(sglang: Baton, vllm: Baton) -> None:
+    """Decode cannot prefill, so the model is down; it is said at once, and nothing of it is left when it is back."""
+    sglang.wait_until_healthy()
+    vllm.wait_until_healthy()
+    replica = sglang.replica_process("prefill")
+    long = random.Random(9).choices(range(300, 2000), k=3500)
+    with ThreadPoolExecutor(4) as pool, Load(vllm) as load:
+        under_way = [pool.submit(sglang.post, "/v1/completions", prompt=[n, *long], max_tokens=8) for n in range(4)]
+        wait_until(lambda: not sglang.is_idle(), 30, "requests under way", every_s=0.01)
+        for process in engine_processes(replica):
+            process.kill()
+        began = time.monotonic()
+        answers = [future.result() for future in under_way]
+        assert {answer.status_code for answer in answers} <= {200, 502, 503}
+        assert 503 in {answer.status_code for answer in answers}
+        assert time.monotonic() - began < 15, "noticed within seconds"
+        wait_until(lambda: sglang.health()["state"] == "unavailable", 15, "said by /health")
+        assert vllm.health()["state"] == "ready"
+        assert sglang.http.get("/health").json()["status"] == "degraded"
+        done = load.num_done
+        wait_until(lambda: load.num_done > done + 4, 60, "the other model goes on")
+        sglang.wait_until_healthy()
+    load.check()
+    wait_until(sglang.is_idle, 30, "nothing left of the requests that failed")
+    answer = sglang.complete(long, max_tokens=8, logprobs=0)
+    reference = sglang.complete_without_transfer(long, salt="after", max_tokens=8, logprobs=0)
+    assert answer.choices[0].logprobs.token_logprobs == reference.choices[0].logprobs.token_logprobs
+
+
+def test_killed_decode_replica_takes_its_engine_along_and_comes_back(real: Baton) -> None:
+    real.wait_until_healthy()
+    replica = real.replica_process("decode")
     engine = engine_processes(replica)
     assert engine
     replica.kill()
     _, alive = psutil.wait_procs(engine, timeout=10)
     assert not alive, "an engine outlives its replica"
-    wait_until(lambda: baton.http.get("/health").status_code == 503, 30, "unhealthy without decode")
-    refused = baton.post("/v1/completions", prompt="Hello", max_tokens=4)
+    wait_until(lambda: real.health()["state"] == "unavailable", 30, "unavailable without decode")
+    refused = real.post("/v1/completions", prompt="Hello", max_tokens=4)
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == 503
-    baton.wait_until_healthy()
-    assert baton.post("/v1/completions", prompt="Hello", max_tokens=4).status_code == 200
-    before = baton.count_prefills("remote")
-    baton.complete("Hello again")
-    assert baton.count_prefills("remote") > before
+    real.wait_until_healthy()
+    assert real.post("/v1/completions", prompt="Hello", max_tokens=4).status_code == 200
+    before = real.count_prefills("remote")
+    real.complete("Hello again")
+    assert real.count_prefills("remote") > before
+
+
+def test_verify_passes_after_restarts(sglang: Baton) -> None:
+    assert verify(sglang.url, model=sglang.model, reference=SGLANG_AGGREGATED, spoil=False, tolerance=0.001, seed=3)

@@ -17,13 +17,12 @@ from typing import Any
 from ray import serve
 
 from app.config import BatonConfig, parse
-from app.engines.base import Emit, EngineInfo, EngineSpec
+from app.engines.base import Emit, EngineInfo, EngineSpec, Role
 from app.errors import EngineDead, EngineFailed
 from app.messages import EngineStats, GenerateRequest, PrefillReport, TokenDelta, TransferDescriptor
-from app.orchestrator import Orchestrator
 from deployments.decode import DecodeWorker
-from deployments.pools import RayDecodePool, RayPrefillPool
 from deployments.prefill import PrefillWorker
+from deployments.served_model import ServedModel
 
 
 class Diary:
@@ -87,6 +86,9 @@ class ScriptedEngine:
             lease_s=30.0,
             params=TracedParams(diary=self._spec.engine_args["diary"], prompt=request.prompt_token_ids),
         )
+
+    async def abandon(self, request_id: str) -> None:
+        self._diary.write("abandoned", request_id)
 
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
         script = _script(request)
@@ -157,16 +159,14 @@ class ScriptedDecode(DecodeWorker):
 class Caller:
     """A frontend without HTTP: runs sequences through the real orchestrator and pools."""
 
-    async def __init__(self, config: BatonConfig, decode: Any, prefill: Any = None) -> None:
-        self._prefill = RayPrefillPool(prefill) if prefill is not None else None
-        self._decode = RayDecodePool(decode)
-        self._orchestrator = Orchestrator(self._prefill, self._decode, config.limits)
+    async def __init__(self, config: BatonConfig, pools: dict[Role, Any]) -> None:
+        self._model = ServedModel(config.models[0], pools, config.limits)
         self._diary = Diary(config.models[0].engine_args["diary"])
         self._diary.write("caller")
 
     async def run(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         deltas: asyncio.Queue[TokenDelta | None] = asyncio.Queue()
-        task = asyncio.create_task(self._orchestrator.run(request, deltas.put_nowait))
+        task = asyncio.create_task(self._model.orchestrator.run(request, deltas.put_nowait))
         task.add_done_callback(lambda _: deltas.put_nowait(None))
         try:
             while (delta := await deltas.get()) is not None:
@@ -177,8 +177,8 @@ class Caller:
 
     async def replicas(self) -> dict[str, list[str]]:
         return {
-            "prefill": self._prefill.replicas() if self._prefill else [],
-            "decode": self._decode.replicas(),
+            "prefill": self._model.prefill.replicas() if self._model.prefill else [],
+            "decode": self._model.decode.replicas(),
         }
 
 
@@ -186,7 +186,7 @@ def scripted_application(
     diary: Path, *, prefill: int, decode: int, autoscaling: dict[str, Any] | None = None, **limits: Any
 ) -> tuple[serve.Application, Diary]:
     """Caller over `prefill` and `decode` replicas of scripted engines, and the diary that they all keep."""
-    from app.build import build_pool, without_scale
+    from app.build import build_pool
 
     model: dict[str, Any] = {
         "name": "scripted",
@@ -201,9 +201,8 @@ def scripted_application(
     if prefill:
         model["prefill"] = {"replicas": prefill, "resources": {"num_cpus": 0.1}, "health_check_period_s": 0.5}
     config = parse({"models": [model], "transfer": {}, "limits": limits})
-    built, given = config.models[0], without_scale(config)
-    pools = {"decode": build_pool(ScriptedDecode, "decode", built.decode, "cpu").bind(given, "cpu")}
-    if built.prefill is not None:
-        pools["prefill"] = build_pool(ScriptedPrefill, "prefill", built.prefill, "cpu").bind(given, "cpu")
+    built = config.models[0]
+    workers: dict[Role, type] = {"decode": ScriptedDecode, "prefill": ScriptedPrefill}
+    pools = {role: build_pool(work, role, config, built, "cpu") for role, work in workers.items() if built.pool(role)}
     caller = serve.deployment(Caller).options(name="caller", max_ongoing_requests=100)
-    return caller.bind(given, **pools), Diary(str(diary))
+    return caller.bind(config, pools), Diary(str(diary))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,6 +85,19 @@ def test_blocks_return_when_the_client_leaves(url: str) -> None:
         next(lines)
         assert used_blocks(url) > 0
     wait_until(lambda: used_blocks(url) == 0, 5, "blocks returned")
+
+
+def test_blocks_return_when_a_client_leaves_that_waits_for_the_whole_answer(url: str) -> None:
+    """Headers and body in packets of their own, as Python's clients send them; see app/haproxy.py."""
+    host, port, path = httpx.URL(url).host, httpx.URL(url).port, httpx.URL(url).path
+    body = json.dumps(completion(max_tokens=1500)).encode()
+    head = f"POST {path}/v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    for _ in range(10):
+        with socket.create_connection((host, port or 80)) as client:
+            client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
+            client.sendall(body)
+            wait_until(lambda: used_blocks(url) > 0, 5, "the request runs")
+        wait_until(lambda: used_blocks(url) == 0, 2, "blocks returned", every_s=0.02)
 
 
 def test_what_the_engine_cannot_do_is_a_400_that_names_it(url: str) -> None:

@@ -1,6 +1,7 @@
 """The ``baton`` command: what is wrong is one line that names the field, and exit code 2."""
 
 import copy
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from app.cli import main
+from app.launch import _say_ready, check_document, load_document
 
 REPOSITORY = Path(__file__).parents[2]
 VALID: dict[str, Any] = {
@@ -126,7 +129,84 @@ def test_model_in_the_environment_needs_a_configuration_with_a_model(
     assert "models" in said
 
 
-@pytest.mark.parametrize("command", ["run", "check", "verify"])
+def several_models() -> str:
+    document = copy.deepcopy(VALID)
+    models = document["applications"][0]["args"]["models"]
+    models.append({"name": "other", "source": "baton:tiny", "decode": {}})
+    return yaml.safe_dump(document)
+
+
+def test_model_in_the_environment_needs_a_configuration_with_one_model(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "config.yaml"
+    path.write_text(several_models())
+    monkeypatch.setenv("MODEL", "baton:tiny")
+    code, said = run("check", str(path))
+    assert code == 2
+    assert (
+        said == "baton: models: MODEL=baton:tiny replaces the model of a configuration that has one, and here are 2\n"
+    )
+
+
+def test_all_models_are_named_when_they_serve():
+    said = io.StringIO()
+    _say_ready(yaml.safe_load(several_models()), {"port": 8123}, Console(file=said, width=200), 5.0)
+    assert "Baton serves tiny, other at http://127.0.0.1:8123" in said.getvalue()
+    assert '"model": "tiny"' in said.getvalue()
+
+
+# baton environments
+
+
+def environments(path: Path, *names: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *names, "-m", "app.cli", "environments", str(path)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(("engine", "printed"), [("vllm", ""), ("sim", ""), ("sglang", "sglang\n")])
+def test_environments_names_what_the_engines_need(tmp_path: Path, engine: str, printed: str):
+    document = yaml.safe_load(several_models())
+    document["applications"][0]["args"]["models"][1]["decode"]["engine"] = engine
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    done = environments(path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
+
+
+def test_environments_imports_neither_ray_nor_an_engine(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text(model_with(prefill={"engine": "sglang"}, decode={"engine": "sglang"}))
+    done = environments(path, "-X", "importtime")
+    assert done.stdout == "sglang\n"
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "app.launch" in imported
+    assert not imported & {"ray", "torch", "transformers", "vllm", "sglang"}
+
+
+def test_environments_refuses_a_broken_configuration(run: Any, tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text(model_with(decode={"engines": "sglang"}))
+    code, said = run("environments", str(path))
+    assert code == 2
+    assert said == "baton: models.0.decode.engines: unknown key; see app/config.py for those that exist\n"
+
+
+def test_check_wants_the_python_of_sglang_unless_another_cluster_has_it(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "config.yaml"
+    pool = {"engine": "sglang", "python": "/there/is/no/python"}
+    path.write_text(model_with(prefill=pool, decode=pool))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, said = run("check", str(path))
+    assert code == 2
+    assert said.startswith("baton: models.0.prefill.python: /there/is/no/python does not exist")
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere")
+    check_document(load_document(path))
+
+
+@pytest.mark.parametrize("command", ["run", "check", "environments", "verify"])
 def test_an_unknown_option_is_refused(run: Any, command: str):
     code, said = run(command, "--no-such-option")
     assert code == 2

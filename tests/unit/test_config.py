@@ -21,6 +21,10 @@ MINIMAL: dict[str, Any] = {
 MODEL = MINIMAL["models"][0]
 
 
+def named(name: str) -> dict[str, Any]:
+    return {**MODEL, "name": name}
+
+
 def changed(path: str, value: Any) -> dict[str, Any]:
     """MINIMAL with what lies at `path` replaced, added or, for REMOVED, gone."""
     args = copy.deepcopy(MINIMAL)
@@ -43,6 +47,25 @@ def test_the_default_application_is_valid_and_disaggregated():
 
 def test_a_minimal_configuration_is_valid():
     assert parse(MINIMAL).models[0].is_disaggregated
+
+
+def test_any_number_of_models_with_engines_of_their_own_is_valid():
+    engines: list[dict[str, Any]] = [{"engine": engine} for engine in ("vllm", "sglang", "sim")]
+    models = [{"name": f"org/{pool['engine']}", "source": "baton:tiny", "decode": pool} for pool in engines]
+    parsed = parse({"models": models}).models
+    assert [model.engine for model in parsed] == ["vllm", "sglang", "sim"]
+    assert [model.deployment_name("decode") for model in parsed] == [
+        "decode-org-vllm",
+        "decode-org-sglang",
+        "decode-org-sim",
+    ]
+
+
+def test_transfer_is_missing_if_any_model_has_a_prefill_pool():
+    aggregated = {"name": "other", "source": "baton:tiny", "decode": {}}
+    with pytest.raises(ConfigError, match=r"models\.1\.prefill is set") as caught:
+        parse({"models": [aggregated, MODEL]})
+    assert caught.value.field == "transfer"
 
 
 def test_without_a_prefill_pool_no_transfer_section_is_needed():
@@ -89,7 +112,7 @@ def test_an_unknown_key_is_refused_by_its_path(path: str):
         ("models.0.engine_args", ["max_model_len=4096"], None, "dictionary"),
         ("transfer.backends", "UCX", None, "list"),
         # names that do not exist
-        ("models.0.decode.engine", "sglang", None, "'vllm'"),
+        ("models.0.decode.engine", "triton", None, "'vllm', 'sglang' or 'sim'"),
         ("transfer.required_transport", "roce", None, "'rdma'"),
         ("device", "tpu", None, "'cuda'"),
         # what is missing
@@ -100,7 +123,9 @@ def test_an_unknown_key_is_refused_by_its_path(path: str):
         ("models", [], None, "at least 1 item"),
         ("transfer.backends", [], None, "at least 1 item"),
         # sections that contradict each other
-        ("models", [MODEL, MODEL], None, "at most 1 item"),
+        ("models", [MODEL, MODEL], "models.1.name", r"'tiny' and models.0.name 'tiny' would be the same deployment"),
+        ("models", [MODEL, named("b/c"), named("b-c")], "models.2.name", r"models.1.name 'b/c' .* \(decode-b-c\)"),
+        ("models.0.decode.python", "", None, "at least 1 character"),
         ("models.0.decode", {"replicas": 2, "autoscaling": {"max_replicas": 4}}, None, "not both"),
         ("frontend", {"replicas": 2, "autoscaling": {}}, None, "not both"),
         ("transfer", REMOVED, None, "models.0.prefill is set"),

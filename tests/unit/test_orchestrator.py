@@ -5,10 +5,12 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from app.config import LimitsConfig
 from app.engines.base import Emit
-from app.errors import EngineDead, EngineFailed, InvalidRequest, NoReplica, ReplicaLost
+from app.errors import EngineDead, EngineFailed, InvalidRequest, NoReplica, PrefillFailed, ReplicaLost
 from app.messages import GenerateRequest, PrefillMode, PrefillReport, TokenDelta
 from app.orchestrator import Handoff, Orchestrator
 from app.routing.disaggregation import Placement
@@ -18,6 +20,7 @@ PROMPT = [1, 2, 3]
 FIRST = TokenDelta([10])
 LAST = TokenDelta([11], finish_reason="stop")
 LOST = ReplicaLost("d", "killed")
+NO_KV = PrefillFailed("the prefill engine died")
 DEADLINE_S = 5.0
 
 Script = list[TokenDelta | Exception | str]
@@ -30,6 +33,10 @@ def request(prefill_mode: PrefillMode = "auto") -> GenerateRequest:
 def first_delta(kind: Any, reason: str) -> TokenDelta:
     report = PrefillReport(kind, reason, None, "d", cached_tokens=0, transferred_tokens=0, transport="")
     return TokenDelta([10], report=report)
+
+
+REMOTE = first_delta("remote", "")
+"""A first token for which decode has got the KV."""
 
 
 class FakeHandoff:
@@ -49,6 +56,7 @@ class FakePrefill:
         self.fails = fails
         self.picked: list[str] = []
         self.prompts: list[list[int]] = []
+        self.request_ids: list[str] = []
         self.handoffs: list[FakeHandoff] = []
         self.may_start = asyncio.Event()
         self.num_called = asyncio.Semaphore(0)
@@ -62,6 +70,7 @@ class FakePrefill:
     async def start(self, request: GenerateRequest, replica: str) -> FakeHandoff:
         self.picked.append(replica)
         self.prompts.append(request.prompt_token_ids)
+        self.request_ids.append(request.request_id)
         self.num_called.release()
         try:
             await self.may_start.wait()
@@ -114,8 +123,15 @@ class FakeDecode:
             self.num_open -= 1
 
 
-def orchestrator(prefill: FakePrefill | None, decode: FakeDecode, **limits: Any) -> Orchestrator:
-    return Orchestrator(prefill, decode, LimitsConfig(**limits))
+def orchestrator(
+    prefill: FakePrefill | None, decode: FakeDecode, *, can_decode_prefill: bool = True, **limits: Any
+) -> Orchestrator:
+    return Orchestrator(prefill, decode, LimitsConfig(**limits), can_decode_prefill=can_decode_prefill)
+
+
+def depending_on_prefill(prefill: FakePrefill, decode: FakeDecode, **limits: Any) -> Orchestrator:
+    """With an engine whose decode replicas cannot prefill."""
+    return orchestrator(prefill, decode, can_decode_prefill=False, **limits)
 
 
 async def served(
@@ -172,7 +188,7 @@ async def test_a_prefill_replica_that_was_lost_is_avoided():
 
 async def test_a_prefill_replica_whose_handoff_did_not_work_is_avoided():
     prefill = FakePrefill("p0", "p1")
-    decode = FakeDecode(["d"], [first_delta("local", "prefill_failed"), LAST], [first_delta("remote", ""), LAST])
+    decode = FakeDecode(["d"], [first_delta("local", "prefill_failed"), LAST], [REMOTE, LAST])
     server = orchestrator(prefill, decode)
     for _ in range(11):
         await served(server)
@@ -267,11 +283,150 @@ async def test_a_decode_replica_that_was_lost_is_avoided():
     assert {call.replica for call in decode.calls[1:]} == {"d0", "d1"} - {decode.calls[0].replica}
 
 
+# Prefill that fails where decode cannot do it
+
+
+async def test_decode_that_cannot_prefill_needs_a_prefill_replica():
+    decode = FakeDecode(["d0", "d1"], [LAST])
+    with pytest.raises(NoReplica, match="prefill"):
+        await served(depending_on_prefill(FakePrefill(), decode))
+    assert decode.calls == []
+
+
+async def test_a_failed_prefill_is_tried_again_elsewhere_for_the_same_decode_replica():
+    prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
+    assert await served(depending_on_prefill(prefill, decode)) == [REMOTE, LAST]
+    assert sorted(prefill.picked) == ["p0", "p1"]
+    assert [call.replica for call in decode.calls] == ["d", "d"]
+    assert [call.handoff for call in decode.calls] == prefill.handoffs
+
+
+async def test_a_prefill_replica_that_is_lost_as_it_starts_is_replaced():
+    class LosesTheFirst(FakePrefill):
+        async def start(self, request: GenerateRequest, replica: str) -> FakeHandoff:
+            self.fails = None if self.picked else ReplicaLost(replica)
+            return await super().start(request, replica)
+
+    prefill, decode = LosesTheFirst("p0", "p1"), FakeDecode(["d"], [REMOTE, LAST])
+    assert await served(depending_on_prefill(prefill, decode)) == [REMOTE, LAST]
+    assert sorted(prefill.picked) == ["p0", "p1"]
+    assert len(decode.calls) == 1
+
+
+async def test_a_prefill_replica_that_gave_no_kv_is_avoided_by_the_next_requests_too():
+    prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
+    server = depending_on_prefill(prefill, decode)
+    for _ in range(10):
+        await served(server)
+    assert set(prefill.picked[1:]) == {"p0", "p1"} - {prefill.picked[0]}
+
+
+async def test_the_only_prefill_replica_is_tried_again():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
+    assert await served(depending_on_prefill(prefill, decode)) == [REMOTE, LAST]
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2, 3])
+@pytest.mark.parametrize("fails", [None, ReplicaLost("p")], ids=["no KV", "lost as it starts"])
+async def test_no_more_prefills_are_tried_than_allowed(fails: Exception | None, max_attempts: int):
+    prefill = FakePrefill(*(f"p{number}" for number in range(5)), fails=fails)
+    with pytest.raises(NoReplica, match="prefill"):
+        await served(depending_on_prefill(prefill, FakeDecode(["d"], [NO_KV]), max_attempts=max_attempts))
+    assert len(prefill.picked) == len(set(prefill.picked)) == max_attempts
+
+
+@pytest.mark.parametrize("error", [NO_KV, LOST, EngineDead()], ids=["no KV", "decode lost", "decode engine dead"])
+async def test_each_prefill_of_a_sequence_has_a_request_id_of_its_own(error: Exception):
+    prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d0", "d1", "d2"], [error], [error], [REMOTE, LAST])
+    await served(depending_on_prefill(prefill, decode, max_attempts=3))
+    assert len(set(prefill.request_ids)) == 3
+    assert all(request_id.startswith("r") for request_id in prefill.request_ids)  # the log can be searched for it
+    assert {call.request.request_id for call in decode.calls} == {"r"}
+
+
+async def test_a_retried_prefill_is_spoiled_again():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
+    await served(depending_on_prefill(prefill, decode), "spoiled")
+    assert prefill.prompts[0] == prefill.prompts[1] != PROMPT
+
+
+async def test_local_prefill_is_refused_where_decode_cannot_do_it():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
+    with pytest.raises(InvalidRequest, match="baton_prefill"):
+        await served(depending_on_prefill(prefill, decode), "local")
+    assert (prefill.picked, decode.calls) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("error", "pool"), [(NO_KV, "prefill"), (LOST, "decode")], ids=["no KV", "decode replica lost"]
+)
+async def test_the_error_names_the_pool_that_failed_last(error: Exception, pool: str):
+    decode = FakeDecode(["d0", "d1", "d2"], [LOST if error is NO_KV else NO_KV], [error])
+    with pytest.raises(NoReplica, match=pool):
+        await served(depending_on_prefill(FakePrefill("p0", "p1"), decode, max_attempts=2))
+
+
+endings = st.sampled_from([NO_KV, LOST, EngineDead(), EngineFailed("no"), REMOTE])
+
+
+@given(st.lists(endings, min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4))
+@example([NO_KV], 2, 2, 1)
+@example([LOST, NO_KV, REMOTE], 3, 2, 2)
+def test_a_decode_that_cannot_prefill_never_has_to(
+    attempts: list[TokenDelta | Exception], max_attempts: int, num_prefill: int, num_decode: int
+):
+    prefill = FakePrefill(*(f"p{number}" for number in range(num_prefill)))
+    decode = FakeDecode([f"d{number}" for number in range(num_decode)], *([ending, LAST] for ending in attempts))
+
+    async def serve() -> None:
+        server = depending_on_prefill(prefill, decode, max_attempts=max_attempts)
+        await asyncio.gather(served(server), return_exceptions=True)
+
+    asyncio.run(serve())
+    assert len(prefill.picked) <= max_attempts
+    assert all(call.placement == Placement("remote") for call in decode.calls)
+    assert [call.handoff for call in decode.calls] == prefill.handoffs
+    arrived = [attempts[min(number, len(attempts) - 1)] is REMOTE for number in range(len(decode.calls))]
+    assert [handoff.is_cancelled for handoff in prefill.handoffs] == [not has_kv for has_kv in arrived]
+
+
 # Endings
 
 
-@pytest.mark.parametrize("script", [[HANG], [FIRST, HANG]], ids=["before the first token", "after it"])
-async def test_cancelling_ends_decode_and_cancels_the_handoff(script: Script):
+@pytest.mark.parametrize(
+    ("script", "has_kv"),
+    [
+        ([REMOTE, LAST], True),
+        ([REMOTE, EngineFailed("no")], True),
+        ([REMOTE, LOST], True),
+        ([first_delta("local", "prefill_failed"), LAST], False),
+        ([first_delta("local", "already_cached"), LAST], False),
+        ([EngineFailed("no")], False),
+        ([InvalidRequest("no")], False),
+        ([LOST], False),
+        ([NO_KV], False),
+    ],
+    ids=["remote", "failed later", "lost later", "local", "cached", "failed", "refused", "lost", "no KV"],
+)
+async def test_a_prefill_is_cancelled_unless_decode_has_its_kv(script: Script, has_kv: bool):
+    prefill = FakePrefill("p")
+    server = orchestrator(prefill, FakeDecode(["d"], script), max_attempts=1)
+    await asyncio.gather(served(server), return_exceptions=True)
+    assert [handoff.is_cancelled for handoff in prefill.handoffs] == [not has_kv]
+
+
+async def test_a_prefill_whose_kv_has_arrived_is_not_cancelled_meanwhile_either():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [REMOTE, FIRST, LAST])
+    cancelled: list[bool] = []
+    server = orchestrator(prefill, decode)
+    await server.run(request(), lambda delta: cancelled.append(prefill.handoffs[0].is_cancelled))
+    assert cancelled == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("script", "has_kv"), [([HANG], False), ([REMOTE, HANG], True)], ids=["before the first token", "after it"]
+)
+async def test_cancelling_ends_decode_and_the_prefill_that_it_waits_for(script: Script, has_kv: bool):
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], script)
     task = asyncio.create_task(served(orchestrator(prefill, decode)))
     await decode.is_hanging.wait()
@@ -279,7 +434,7 @@ async def test_cancelling_ends_decode_and_cancels_the_handoff(script: Script):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert decode.num_open == 0
-    assert prefill.handoffs[0].is_cancelled
+    assert prefill.handoffs[0].is_cancelled is not has_kv
 
 
 async def test_cancelling_while_the_prefill_is_being_started_cancels_the_start():
@@ -294,14 +449,16 @@ async def test_cancelling_while_the_prefill_is_being_started_cancels_the_start()
 
 
 @pytest.mark.parametrize(
-    ("script", "limits"),
+    ("script", "limits", "has_kv"),
     [
-        ([HANG], {"ttft_timeout_s": 0.01}),
-        ([FIRST, HANG], {"itl_timeout_s": 0.01}),
+        ([HANG], {"ttft_timeout_s": 0.01}, False),
+        ([REMOTE, HANG], {"itl_timeout_s": 0.01}, True),
     ],
     ids=["first token", "next token"],
 )
-async def test_a_token_that_does_not_come_in_time_ends_the_sequence(script: Script, limits: dict[str, float]):
+async def test_a_token_that_does_not_come_in_time_ends_the_sequence(
+    script: Script, limits: dict[str, float], has_kv: bool
+):
     prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], script)
     task = asyncio.create_task(served(orchestrator(prefill, decode, **limits)))
     await asyncio.wait([task], timeout=DEADLINE_S / 2)  # well before the deadline of `served`
@@ -309,7 +466,7 @@ async def test_a_token_that_does_not_come_in_time_ends_the_sequence(script: Scri
     assert isinstance(task.exception(), TimeoutError)
     assert len(decode.calls) == 1
     assert decode.num_open == 0
-    assert prefill.handoffs[0].is_cancelled
+    assert prefill.handoffs[0].is_cancelled is not has_kv
 
 
 async def test_a_prefill_that_does_not_start_counts_against_the_time_to_the_first_token():
@@ -325,8 +482,8 @@ async def test_a_prefill_that_does_not_start_counts_against_the_time_to_the_firs
 
 @pytest.mark.parametrize(
     "script",
-    [[FIRST, LAST], [LOST], [FIRST, LOST], [EngineFailed("no")], [HANG], [FIRST, HANG]],
-    ids=["served", "lost", "lost later", "failed", "first token late", "next token late"],
+    [[FIRST, LAST], [LOST], [FIRST, LOST], [NO_KV], [EngineFailed("no")], [HANG], [FIRST, HANG]],
+    ids=["served", "lost", "lost later", "no KV", "failed", "first token late", "next token late"],
 )
 async def test_every_ending_takes_its_load_off_the_replicas(script: Script):
     decode = FakeDecode(["d0", "d1"], script)

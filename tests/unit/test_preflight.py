@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from app.config import BatonConfig, parse
+from app import preflight
+from app.config import BatonConfig, PoolConfig, parse
 from app.errors import ConfigError
-from app.preflight import check, choose_device
+from app.preflight import check, check_interpreters, choose_device, python_of_replica
 
 
 def configured(device: str = "auto", source: str = "baton:tiny", **pools: Any) -> BatonConfig:
@@ -97,3 +98,99 @@ def test_a_source_without_a_model_is_refused(source: str, words: str, tmp_path: 
     with pytest.raises(ConfigError, match=words) as caught:
         check(configured(source=source.format(tmp=tmp_path)), [])
     assert caught.value.field == "models.0.source"
+
+
+def test_the_error_names_the_model_that_cannot_work():
+    models = [{"name": name, "source": "baton:tiny", "decode": {}} for name in ("a", "b", "c")]
+    models[1]["decode"] = {"tensor_parallel_size": 2}
+    with pytest.raises(ConfigError) as caught:
+        check(parse({"models": models}), [])
+    assert caught.value.field == "models.1.decode.tensor_parallel_size"
+
+
+def test_the_gpus_of_all_models_are_counted():
+    models = [{"name": name, "source": "baton:tiny", "decode": {}} for name in ("a", "b")]
+    check(parse({"models": models}), [2])
+    with pytest.raises(ConfigError, match="want 2 GPUs, but there are 1"):
+        check(parse({"models": models}), [1])
+
+
+# Interpreters
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository without any environment, and a Python without SGLang."""
+    monkeypatch.setattr(preflight, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    return tmp_path
+
+
+def make_python(path: Path, mode: int = 0o755) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    path.chmod(mode)
+    return path
+
+
+def test_a_relative_python_counts_from_the_repository(repository: Path):
+    assert python_of_replica(PoolConfig(python="env/bin/python")) == str(repository / "env/bin/python")
+    assert python_of_replica(PoolConfig(python="/opt/bin/python")) == "/opt/bin/python"
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sim", "sglang"])
+def test_by_default_only_sglang_runs_in_another_python_and_only_in_one_that_is_there(engine: Any, repository: Path):
+    pool = PoolConfig(engine=engine)
+    assert python_of_replica(pool) is None
+    python = make_python(repository / ".venv-sglang/bin/python")
+    assert python_of_replica(pool) == (str(python) if engine == "sglang" else None)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("python", [None, "env/bin/python", "/there/is/no/python", "env"])
+def test_sglang_without_its_python_is_refused_with_how_to_make_it(role: str, python: str | None, repository: Path):
+    (repository / "env").mkdir()
+    make_python(repository / "good/python")
+    pools: dict[str, Any] = {name: {"engine": "sglang", "python": "good/python"} for name in ("prefill", "decode")}
+    pools[role]["python"] = python
+    with pytest.raises(ConfigError, match=r"`bash scripts/setup\.sh sglang` makes it") as caught:
+        check_interpreters(configured(**pools))
+    assert caught.value.field == f"models.0.{role}.python"
+    assert (python or ".venv-sglang/bin/python") in caught.value.problem
+
+
+def test_a_python_that_cannot_be_run_is_refused(repository: Path):
+    make_python(repository / "python", 0o644)
+    with pytest.raises(ConfigError, match="cannot be run") as caught:
+        check_interpreters(configured(decode={"python": "python"}))
+    assert "sglang" not in str(caught.value)
+
+
+def test_a_python_that_is_there_is_accepted(repository: Path):
+    make_python(repository / ".venv-sglang/bin/python")
+    check_interpreters(configured(prefill={"engine": "sglang"}, decode={"engine": "sglang"}))
+    check_interpreters(configured(decode={"python": str(make_python(repository / "other"))}))
+
+
+def test_sglang_may_be_in_this_very_environment(repository: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: object() if name == "sglang" else None)
+    check_interpreters(configured(prefill={"engine": "sglang"}, decode={"engine": "sglang"}))
+
+
+# Reasoning
+
+
+def reasoning(engine: str, **engine_args: Any) -> BatonConfig:
+    pool = {"engine": engine}
+    return configured(prefill=pool, decode=pool, engine_args=engine_args, server_args={"reasoning_parser": "qwen3"})
+
+
+def test_sglang_must_be_told_of_the_reasoning_parser_too():
+    with pytest.raises(ConfigError, match="structured output would not wait") as caught:
+        check(reasoning("sglang"), [])
+    assert caught.value.field == "models.0.engine_args.reasoning_parser"
+
+
+@pytest.mark.parametrize(("engine", "engine_args"), [("sglang", {"reasoning_parser": "qwen3"}), ("vllm", {})])
+def test_a_reasoning_parser_that_the_engine_knows_is_accepted(engine: str, engine_args: dict[str, Any]):
+    check(reasoning(engine, **engine_args), [])

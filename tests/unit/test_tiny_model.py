@@ -70,7 +70,7 @@ def test_the_loser_of_a_race_returns_the_winners_model(monkeypatch: pytest.Monke
         (winner / "config.json").write_text("the winner's")
 
     monkeypatch.setattr(tiny_model, "_save_tokenizer", win_the_race)
-    monkeypatch.setattr(tiny_model, "_save_model", lambda folder: None)
+    monkeypatch.setattr(tiny_model, "_save_model", lambda folder, size: None)
     assert contents(ensure_tiny_model(tmp_path)) == {"config.json": b"the winner's"}
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -83,7 +83,7 @@ def test_a_failed_build_says_so_and_leaves_nothing_behind(
         raise OSError("disk full")
 
     monkeypatch.setattr(tiny_model, "_save_tokenizer", lambda folder: folder.mkdir())
-    monkeypatch.setattr(tiny_model, "_save_model", lambda folder: None)
+    monkeypatch.setattr(tiny_model, "_save_model", lambda folder, size: None)
     monkeypatch.setattr(*step, fail)
     with pytest.raises(OSError, match="disk full"):
         ensure_tiny_model(tmp_path)
@@ -105,7 +105,7 @@ def test_it_is_made_once_per_recipe(model_dir: Path, monkeypatch: pytest.MonkeyP
 def test_making_it_leaves_the_callers_random_numbers_alone(tmp_path: Path):
     torch.manual_seed(tiny_model.SEED + 1)
     before = torch.get_rng_state()
-    tiny_model._save_model(tmp_path / "model")
+    tiny_model._save_model(tmp_path / "model", "tiny")
     assert torch.equal(torch.get_rng_state(), before)
 
 

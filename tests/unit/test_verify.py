@@ -13,11 +13,25 @@ from typing import Any
 import httpx
 import pytest
 
-from app.verify import OUTPUT_TOKENS, Answer, Case, Endpoint, VerifyError, _prompts, verify
+from app.verify import (
+    OUTPUT_TOKENS,
+    TOLERANCE_OF_PREFILL,
+    Answer,
+    Case,
+    Endpoint,
+    VerifyError,
+    _prompts,
+    verify,
+)
+from app.verify import TOLERANCE as USUAL_TOLERANCE
 
 TOLERANCE = 0.02
 NUM_PROMPTS = 10
 """Prompts that one run prefills remotely: five lengths, three with a shared prefix and one twice."""
+NUM_BY_PREFILL = 7 * 2 * OUTPUT_TOKENS
+"""Requests that make the reference by prefill: for each group of prompts two answers, token by token."""
+BETWEEN = (USUAL_TOLERANCE + TOLERANCE_OF_PREFILL) / 2
+"""A logprob difference that passes where prefill alone is the reference."""
 
 
 def answer(tokens: str, *logprobs: float, margin: float = 5.0) -> Answer:
@@ -105,6 +119,11 @@ class FakeBaton(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), FakeBatonHandler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.max_model_len = 4096
+        self.engine = "vllm"
+        self.modes = {"tiny": "disaggregated"}
+        """How each model is served."""
+        self.after_transfer: tuple[str, float] | None = None
+        """Token and logprob that decode computes after the first token of what was prefilled remotely, if others."""
         self.token_by_mode: dict[str, str] = {}
         self.logprob_by_mode: dict[str, float] = {}
         self.num_local = 0
@@ -116,12 +135,20 @@ class FakeBaton(ThreadingHTTPServer):
 
     def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if path == "/v1/models":
-            return {"data": [{"id": "tiny", "max_model_len": self.max_model_len}]}
+            facts = {"engine": self.engine, "max_model_len": self.max_model_len, "state": "ready"}
+            return {"data": [{"id": name, "mode": mode, **facts} for name, mode in self.modes.items()]}
         if path == "/tokenize":
             return {"tokens": [3, 4, 5]}
         if path == "/stats":
             counted = {"num_transfers": self.num_transfers, "transferred_bytes": 0, "transport": "tcp"}
-            return {"replicas": [{"role": "prefill", **counted}, {"role": "decode", **counted}]}
+            busy = {"num_transfers": len(self.completions), "transferred_bytes": 0, "transport": "shm"}
+            return {
+                "replicas": [
+                    {"model": "tiny", "role": "prefill", **counted},
+                    {"model": "tiny", "role": "decode", **counted},
+                    {"model": "busy", "role": "decode", **busy},
+                ]
+            }
         return self.complete(body)
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -130,8 +157,9 @@ class FakeBaton(ThreadingHTTPServer):
         if mode != "local":
             self.num_local -= 1
             self.num_transfers += self.num_local < 0
-        tokens = [self.token_by_mode.get(mode, "token_id:7")] * body["max_tokens"]
-        logprobs = [self.logprob_by_mode.get(mode, -1.0)] * body["max_tokens"]
+        first = self.token_by_mode.get(mode, "token_id:7"), self.logprob_by_mode.get(mode, -1.0)
+        rest = first if mode == "local" or self.after_transfer is None else self.after_transfer
+        tokens, logprobs = zip(first, *[rest] * (body["max_tokens"] - 1), strict=True)
         candidates = [{token: logprob, "token_id:1": -6.0} for token, logprob in zip(tokens, logprobs, strict=True)]
         return {"choices": [{"logprobs": {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": candidates}}]}
 
@@ -171,8 +199,15 @@ def baton(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBaton]:
         yield server
 
 
-def verified(url: str, spoil: bool = False) -> bool:
-    return verify(url, spoil=spoil, tolerance=TOLERANCE, seed=0)
+@pytest.fixture
+def sglang(baton: FakeBaton) -> FakeBaton:
+    """An engine whose decode replicas cannot prefill."""
+    baton.engine = "sglang"
+    return baton
+
+
+def verified(url: str, spoil: bool = False, tolerance: float | None = TOLERANCE, **models: str) -> bool:
+    return verify(url, spoil=spoil, tolerance=tolerance, seed=0, **models)
 
 
 def test_equal_output_passes(baton: FakeBaton, capsys: pytest.CaptureFixture[str]):
@@ -221,6 +256,148 @@ def test_every_prompt_leaves_room_for_the_output(baton: FakeBaton, max_model_len
     with httpx.Client(base_url=baton.url) as client:
         groups = _prompts(Endpoint(client), random.Random(0))
     assert max(len(prompt) for _, prompts in groups for prompt in prompts) + OUTPUT_TOKENS <= max_model_len
+
+
+# Which model, and what it is compared with
+
+
+def asked(baton: FakeBaton) -> set[tuple[str, str]]:
+    """Which models were asked to prefill how."""
+    return {(body["model"], body["vllm_xargs"]["baton_prefill"]) for body in baton.completions}
+
+
+def test_the_first_disaggregated_model_is_verified(baton: FakeBaton):
+    baton.modes = {"alone": "aggregated", "tiny": "disaggregated", "other": "disaggregated"}
+    assert verified(baton.url)
+    assert asked(baton) == {("tiny", "auto"), ("tiny", "local")}
+
+
+def test_a_model_can_be_named(baton: FakeBaton):
+    baton.modes = {"other": "disaggregated", "tiny": "disaggregated"}
+    assert verified(baton.url, model="tiny")
+    assert asked(baton) == {("tiny", "auto"), ("tiny", "local")}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_reference_answers_what_would_have_been_prefilled_locally(baton: FakeBaton, engine: str):
+    baton.engine = engine
+    baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
+    assert verified(baton.url, reference="alone")
+    assert asked(baton) == {("tiny", "auto"), ("alone", "local")}
+    assert {body["max_tokens"] for body in baton.completions} == {OUTPUT_TOKENS}
+
+
+def test_a_reference_that_answers_otherwise_fails(baton: FakeBaton):
+    baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
+    baton.token_by_mode["local"] = "token_id:8"
+    assert not verified(baton.url, reference="alone")
+
+
+@pytest.mark.parametrize(
+    ("modes", "named", "words"),
+    [
+        ({"tiny": "aggregated"}, {}, r"serves no disaggregated model.* but tiny \(aggregated\)"),
+        ({}, {}, "serves no disaggregated model"),
+        ({"tiny": "disaggregated"}, {"model": "huge"}, r"no disaggregated model huge, but tiny \(disaggregated\)"),
+        ({"tiny": "disaggregated", "a": "aggregated"}, {"model": "a"}, "no disaggregated model a, but tiny"),
+        ({"tiny": "disaggregated"}, {"reference": "huge"}, "no aggregated model huge, but tiny"),
+        ({"tiny": "disaggregated"}, {"reference": "tiny"}, "no aggregated model tiny, but tiny"),
+    ],
+    ids=["aggregated only", "none", "unknown", "aggregated", "unknown reference", "disaggregated reference"],
+)
+def test_a_model_that_is_not_there_is_an_error(
+    baton: FakeBaton, modes: dict[str, str], named: dict[str, str], words: str
+):
+    baton.modes = modes
+    with pytest.raises(VerifyError, match=words):
+        verified(baton.url, **named)
+    assert baton.completions == []
+
+
+def test_another_server_than_batons_is_an_error(baton: FakeBaton):
+    baton.fixed["/v1/models"] = 200, json.dumps({"data": [{"id": "tiny", "max_model_len": 4096}]})
+    with pytest.raises(VerifyError, match="serves no disaggregated model"):
+        verified(baton.url)
+
+
+# An engine whose decode replicas cannot prefill: compared with what its prefill replicas compute
+
+
+def by_prefill(baton: FakeBaton) -> list[dict[str, Any]]:
+    return [body for body in baton.completions if body["max_tokens"] == 1]
+
+
+def test_equal_output_by_prefill_passes(sglang: FakeBaton, capsys: pytest.CaptureFixture[str]):
+    assert verified(sglang.url)
+    num = NUM_PROMPTS + NUM_BY_PREFILL
+    assert f"KV of {num} of {num} prompts moved" in capsys.readouterr().out
+
+
+def test_nothing_asks_for_local_prefill_of_an_engine_that_cannot(sglang: FakeBaton):
+    verified(sglang.url, spoil=True)
+    assert asked(sglang) == {("tiny", "auto"), ("tiny", "spoiled")}
+    assert {body["vllm_xargs"]["baton_prefill"] for body in by_prefill(sglang)} == {"auto"}
+
+
+def test_each_token_of_the_reference_is_prefilled_from_all_before_it(sglang: FakeBaton):
+    verified(sglang.url)
+    requests = by_prefill(sglang)
+    assert len(requests) == NUM_BY_PREFILL
+    for start in range(0, len(requests), OUTPUT_TOKENS):
+        prompts = [body["prompt"] for body in requests[start : start + OUTPUT_TOKENS]]
+        assert prompts == [prompts[0] + [7] * num for num in range(OUTPUT_TOKENS)]
+
+
+def test_the_reference_by_prefill_is_made_without_and_with_a_prefix_cache(sglang: FakeBaton):
+    verified(sglang.url)
+    salts = [body["cache_salt"] for body in by_prefill(sglang)]
+    answers = [salts[start : start + OUTPUT_TOKENS] for start in range(0, len(salts), OUTPUT_TOKENS)]
+    assert [len(set(answer)) for answer in answers] == [OUTPUT_TOKENS, 1] * 7
+    others = {body["cache_salt"] for body in sglang.completions if body["max_tokens"] > 1}
+    assert len(set(salts) | others) == 7 * (OUTPUT_TOKENS + 1 + 1)
+
+
+@pytest.mark.parametrize("tolerance", [None, TOLERANCE])
+def test_wrong_kv_is_found_by_prefill(sglang: FakeBaton, tolerance: float | None):
+    sglang.after_transfer = "token_id:8", -1.0
+    assert not verified(sglang.url, tolerance=tolerance)
+
+
+def test_wrong_kv_that_leaves_the_tokens_equal_is_found_by_prefill(sglang: FakeBaton):
+    sglang.after_transfer = "token_id:7", -1.0 - 2 * TOLERANCE_OF_PREFILL
+    assert not verified(sglang.url, tolerance=None)
+
+
+def test_spoiling_fails_by_prefill_too(sglang: FakeBaton):
+    sglang.token_by_mode["spoiled"] = "token_id:8"
+    assert not verified(sglang.url, spoil=True, tolerance=None)
+
+
+def test_a_prompt_of_the_reference_that_was_not_prefilled_remotely_verifies_nothing(sglang: FakeBaton):
+    sglang.num_local = 1
+    num = NUM_PROMPTS + NUM_BY_PREFILL
+    with pytest.raises(VerifyError, match=f"only {num - 1} of {num} prompts"):
+        verified(sglang.url)
+
+
+@pytest.mark.parametrize(
+    ("engine", "named", "tolerance", "passes"),
+    [
+        ("vllm", {}, None, False),
+        ("sglang", {}, None, True),
+        ("sglang", {"reference": "alone"}, None, False),
+        ("sglang", {}, TOLERANCE, False),
+        ("vllm", {}, TOLERANCE_OF_PREFILL, True),
+    ],
+    ids=["local prefill", "by prefill", "reference", "by prefill, told otherwise", "local, told otherwise"],
+)
+def test_a_small_logprob_difference_passes_by_prefill_only(
+    baton: FakeBaton, engine: str, named: dict[str, str], tolerance: float | None, passes: bool
+):
+    baton.engine = engine
+    baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
+    baton.after_transfer = "token_id:7", -1.0 - BETWEEN
+    assert verified(baton.url, tolerance=tolerance, **named) is passes
 
 
 def closed_port() -> int:

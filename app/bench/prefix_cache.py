@@ -1,0 +1,374 @@
+"""``baton bench-cache``: what a server's prefix cache gives, as one user sees it.
+
+Requests go one at a time and are streamed, so that TTFT is what a prompt alone takes: under load it would be queues'.
+So this needs nothing of the load's client.
+
+1. *Cached against uncached*: a prompt that the server cannot know, then the same again, in turn: what drifts on the
+   machine meanwhile hits both alike.
+2. *A conversation*: each turn's prompt is the last one with the model's own answer and a new question.
+3. *A shared system prompt*: questions that have nothing else in common.
+
+Every prompt begins with random words or tokens, another draw in each run: a text that was sent before would be cached.
+"""
+
+from __future__ import annotations
+
+import random
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import httpx
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app.bench.cli import check_files
+from app.bench.endpoint import find_card, find_version, new_client, parse_url
+from app.bench.report import TABLE_WIDTH, Machine, describe_machine, installed_versions, markdown_table
+from app.errors import BatonError, ConfigError
+
+ANSWER_TIMEOUT_S = 300.0
+COMPLETION_TOKENS = 8
+"""More than one: a server may take a shorter path for an answer of one token."""
+CHAT_TOKENS = 32
+SYSTEM_WORDS = 300
+WARM_UP_WORDS = 200
+TOKENS_PER_WORD = 1.3
+"""Of the text below, where usage does not tell."""
+TEXT = (
+    "the river carries small boats past old stone houses while children wait under green trees for their teacher who "
+    "walks slowly from market with bread fruit paper and seven letters that nobody has opened since early winter "
+    "when snow covered every road between both towns and a long train stood still near one broken bridge"
+)
+"""Random texts are made of its words; where there is /tokenize, random prompts of its tokens: every model has these."""
+QUESTIONS = (
+    "Which of these words is the longest?",
+    "What could a story made of them be about?",
+    "Name three of them that are places.",
+    "Which of them would a child learn first?",
+    "Write one sentence with as many of them as you can.",
+    "Is there a word among them that you did not expect?",
+)
+NOT_REPORTED = (
+    "no answer's usage has prompt_tokens_details with cached_tokens: start vLLM with --enable-prompt-tokens-details, "
+    "SGLang with --enable-cache-report (some versions leave it out where nothing was cached)"
+)
+
+
+class CacheBenchError(BatonError):
+    """An answer did not come as it should."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """One streamed answer, with what its usage says; None is what usage does not say."""
+
+    ttft_ms: float
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    text: str
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """The same prompt twice."""
+
+    uncached: Answer
+    cached: Answer
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """Of all pairs: medians, and the ratio of the medians."""
+
+    uncached_ttft_ms: float
+    cached_ttft_ms: float
+    uncached_to_cached: float
+
+
+class CacheReport(msgspec.Struct, kw_only=True):
+    """Everything that was found; a part that was not measured is empty."""
+
+    command: str
+    date: str
+    machine: Machine
+    versions: dict[str, str]
+    url: str
+    model: str
+    server_version: str
+    prompts_are: str
+    summary: Summary | None = None
+    repeated: list[Pair] = []
+    conversation: list[Answer] = []
+    shared_system_prompt: list[Answer] = []
+    problems: list[str] = []
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: dict[str, Any] | None = None
+
+    @property
+    def is_answer(self) -> bool:
+        """False for a chat's opening event: it names the role, and may come before anything was computed."""
+        delta = self.delta or {}
+        return "role" not in delta or any(value for name, value in delta.items() if name != "role")
+
+    @property
+    def content(self) -> str:
+        return self.text or (self.delta or {}).get("content") or ""
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+class Server:
+    """The endpoint, one streamed request at a time."""
+
+    def __init__(self, client: httpx.Client, model: str, rng: random.Random) -> None:
+        """Raises CacheBenchError if it does not answer the chat that warms it up."""
+        self._client = client
+        self._model = model
+        self._rng = rng
+        self._vocabulary = _vocabulary(client, model)
+        self._tokens_per_word = TOKENS_PER_WORD
+        used = self.chat([{"role": "user", "content": self._words(WARM_UP_WORDS)}]).prompt_tokens
+        if used:
+            self._tokens_per_word = used / WARM_UP_WORDS
+
+    @property
+    def prompts_are(self) -> str:
+        return "token ids" if self._vocabulary else "text"
+
+    def new_prompt(self, num_tokens: int) -> str | list[int]:
+        """A prompt that the server has not seen; as text it has only about so many tokens."""
+        return self._rng.choices(self._vocabulary, k=num_tokens) if self._vocabulary else self.new_text(num_tokens)
+
+    def new_text(self, num_tokens: int) -> str:
+        return self._words(max(1, round(num_tokens / self._tokens_per_word)))
+
+    def new_system_prompt(self) -> str:
+        return self._words(SYSTEM_WORDS)
+
+    def _words(self, count: int) -> str:
+        return " ".join(self._rng.choices(TEXT.split(), k=count))
+
+    def complete(self, prompt: str | list[int]) -> Answer:
+        return self._stream("/v1/completions", {"prompt": prompt, "max_tokens": COMPLETION_TOKENS})
+
+    def chat(self, messages: list[dict[str, str]]) -> Answer:
+        return self._stream("/v1/chat/completions", {"messages": messages, "max_tokens": CHAT_TOKENS})
+
+    def _stream(self, path: str, request: dict[str, Any]) -> Answer:
+        asked = {"model": self._model, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+        sent_at = time.perf_counter()
+        try:
+            with self._client.stream("POST", path, json={**asked, **request}) as response:
+                if not response.is_success:
+                    said = " ".join(response.read().decode(errors="replace").split())[:300]
+                    raise CacheBenchError(f"{path} answered {response.status_code}: {said}")
+                return _read_answer(response, sent_at)
+        except (httpx.HTTPError, msgspec.DecodeError) as error:
+            raise CacheBenchError(f"{self._client.base_url} broke off an answer: {error!r}") from error
+
+
+def _vocabulary(client: httpx.Client, model: str) -> list[int]:
+    """Token ids to draw prompts from; none where the server has no /tokenize (OpenAI's API has not)."""
+    body = {"model": model, "prompt": TEXT, "add_special_tokens": False}
+    try:
+        answer = client.post("/tokenize", json=body)
+        tokens = msgspec.convert(answer.json()["tokens"], list[int]) if answer.is_success else []
+    except httpx.HTTPError as error:
+        raise CacheBenchError(f"{client.base_url} does not answer /tokenize: {error!r}") from error
+    except (ValueError, KeyError, TypeError, msgspec.ValidationError):
+        return []
+    return tokens
+
+
+def _read_answer(response: httpx.Response, sent_at: float) -> Answer:
+    """Raises CacheBenchError if the stream ends before its end mark, or holds an error or no token."""
+    ttft_s, text, usage, is_complete = None, [], _Usage(), False
+    for data in _events(response):
+        now = time.perf_counter()
+        if data == b"[DONE]":
+            is_complete = True
+            continue  # to the end: a connection that is not read to its end is not used again
+        event = msgspec.json.decode(data, type=_Event)
+        if event.error:
+            raise CacheBenchError(f"the server broke off an answer: {event.error}")
+        if ttft_s is None and any(choice.is_answer for choice in event.choices):
+            ttft_s = now - sent_at
+        text += [choice.content for choice in event.choices]
+        usage = event.usage or usage
+    if not is_complete or ttft_s is None:
+        raise CacheBenchError(
+            "the server broke off an answer: " + ("no token came" if is_complete else "no [DONE] came")
+        )
+    details = usage.prompt_tokens_details or _Details()
+    return Answer(ttft_s * 1000, usage.prompt_tokens, details.cached_tokens, "".join(text))
+
+
+def _events(response: httpx.Response) -> Iterator[bytes]:
+    """The data of each event.  Not iter_lines: it also splits at what JSON leaves as it is, such as U+2028."""
+    rest = b""
+    for chunk in response.iter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line[5:].strip() for line in lines if line.startswith(b"data:"))
+
+
+def repeat_prompts(server: Server, tokens: int, repeat: int) -> list[Pair]:
+    """Each of `repeat` new prompts twice, after one that does not count."""
+    pairs = []
+    for _ in range(repeat + 1):
+        prompt = server.new_prompt(tokens)
+        pairs.append(Pair(uncached=server.complete(prompt), cached=server.complete(prompt)))
+    return pairs[1:]
+
+
+def converse(server: Server, turns: int) -> list[Answer]:
+    """The answer of each turn of one conversation."""
+    messages = [{"role": "system", "content": server.new_system_prompt()}]
+    answers = []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": QUESTIONS[turn % len(QUESTIONS)]})
+        answers.append(server.chat(messages))
+        messages.append({"role": "assistant", "content": answers[-1].text})
+    return answers
+
+
+def share_system_prompt(server: Server, tokens: int) -> list[Answer]:
+    """The answer to each question after the same system prompt."""
+    system = {"role": "system", "content": server.new_text(tokens)}
+    return [server.chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]
+
+
+def summarize(pairs: Sequence[Pair]) -> Summary:
+    uncached, cached = median(p.uncached.ttft_ms for p in pairs), median(p.cached.ttft_ms for p in pairs)
+    return Summary(uncached, cached, uncached / cached)
+
+
+def find_problems(report: CacheReport) -> list[str]:
+    """Why the report does not show a prefix cache at work: one sentence each."""
+    repeats = {
+        "prompts that were sent again": [pair.cached for pair in report.repeated],
+        "turns of the conversation after its first": report.conversation[1:],
+        "questions after the first about the shared system prompt": report.shared_system_prompt[1:],
+    }
+    if all(answer.cached_tokens is None for answers in repeats.values() for answer in answers):
+        return [NOT_REPORTED]
+    counts = {what: sum(not answer.cached_tokens for answer in answers) for what, answers in repeats.items()}
+    return [
+        f"{count} of {len(repeats[what])} {what} had no cached tokens: is prefix caching on, and did they reach the "
+        "same replica?"
+        for what, count in counts.items()
+        if count
+    ]
+
+
+def bench_cache(
+    url: Annotated[str, typer.Argument(help="What to measure.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="By default the first of GET /v1/models.")] = None,
+    tokens: Annotated[int, typer.Option(min=128, help="Of the prompts that are sent twice.")] = 2000,
+    repeat: Annotated[int, typer.Option(min=1, help="How many prompts are sent twice.")] = 9,
+    turns: Annotated[int, typer.Option(min=2, help="Of the conversation.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+) -> None:
+    """Show what the prefix cache of an OpenAI endpoint gives: TTFT and cached tokens, one request at a time.
+
+    The exit code is 1 if the server does not report cached tokens where it should have some.
+    """
+    check_files(json, None)
+    _, base_url = parse_url("URL", url)
+    with new_client(base_url, ANSWER_TIMEOUT_S) as client:
+        card = find_card("URL", client, model)
+        _check_length(tokens, card.get("max_model_len"))
+        server = Server(client, card["id"], random.Random())
+        report = CacheReport(
+            command=shlex.join(["baton", *sys.argv[1:]]),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            machine=describe_machine(),
+            versions=installed_versions(),
+            url=base_url,
+            model=card["id"],
+            server_version=find_version(client),
+            prompts_are=server.prompts_are,
+        )
+        _measure(server, report, tokens, repeat, turns)
+    report.problems = find_problems(report)
+    for problem in report.problems:
+        typer.echo(problem)
+    if json is not None:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def _check_length(tokens: int, max_model_len: int | None) -> None:
+    if max_model_len is not None and tokens + COMPLETION_TOKENS > max_model_len:
+        raise ConfigError(
+            "--tokens", f"{tokens} and {COMPLETION_TOKENS} of output are more than the {max_model_len} of the model"
+        )
+
+
+def _measure(server: Server, report: CacheReport, tokens: int, repeat: int, turns: int) -> None:
+    """Fill the report, and print each part once it is there."""
+    console = Console(width=TABLE_WIDTH, highlight=False, markup=False, soft_wrap=True)
+    version = f", version {report.server_version}" if report.server_version else ""
+    console.print(f"\n{report.date}, {report.model} at {report.url}{version}\n{report.command}\n")
+    report.repeated = repeat_prompts(server, tokens, repeat)
+    report.summary = summarize(report.repeated)
+    console.print(_pairs_table(report.repeated, f"{repeat} prompts of {tokens} tokens as {report.prompts_are}"))
+    console.print(f"\nTTFT uncached/cached: {report.summary.uncached_to_cached:.2f} (of medians)\n")
+    report.conversation = converse(server, turns)
+    console.print(_answers_table("turn", report.conversation, "A conversation"))
+    report.shared_system_prompt = share_system_prompt(server, tokens // 2)
+    console.print()
+    console.print(_answers_table("question", report.shared_system_prompt, "A shared system prompt"))
+    console.print()
+
+
+def _pairs_table(pairs: list[Pair], what: str) -> Table:
+    columns = ["sent", "TTFT p50 ms", "min", "max", "prompt tokens p50", "cached tokens p50"]
+    table = markdown_table(columns, title=f"Cached against uncached: {what}")
+    for sent, answers in {"first": [p.uncached for p in pairs], "again": [p.cached for p in pairs]}.items():
+        times = [answer.ttft_ms for answer in answers]
+        table.add_row(
+            sent,
+            *(f"{value:.1f}" for value in (median(times), min(times), max(times))),
+            _median([answer.prompt_tokens for answer in answers]),
+            _median([answer.cached_tokens for answer in answers]),
+        )
+    return table
+
+
+def _median(counts: list[int | None]) -> str:
+    known = [count for count in counts if count is not None]
+    return f"{median(known):.0f}" if known else "-"
+
+
+def _answers_table(what: str, answers: list[Answer], title: str) -> Table:
+    table = markdown_table([what, "prompt tokens", "cached tokens", "share", "TTFT ms"], title=title)
+    for number, answer in enumerate(answers, start=1):
+        prompt, cached = answer.prompt_tokens, answer.cached_tokens
+        share = f"{cached / prompt:.0%}" if prompt and cached is not None else "-"
+        table.add_row(str(number), _median([prompt]), _median([cached]), share, f"{answer.ttft_ms:.1f}")
+    return table

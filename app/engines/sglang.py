@@ -1,0 +1,403 @@
+"""SGLang behind the `Engine` protocol, on a GPU or a CPU.
+
+1. `start` sets the environment that SGLang reads, then starts its scheduler and detokenizer as processes.
+2. Aggregated, `generate` gives a request to SGLang and passes its tokens on; RadixAttention reuses prefixes.
+3. Disaggregated, SGLang's two legs of a request meet in a *bootstrap room*: `prefill` picks a fresh room, starts the
+   prefill leg and returns at once, the descriptor being the room and the address of this engine's bootstrap server.
+   `generate` on the decode side enters the room: it tells prefill where its KV goes, prefill computes and writes it
+   there over NIXL, together with the first token, which prefill samples.
+4. Whichever leg ends early, SGLang tells the other one; a room that decode never enters is given up by `abandon`, or
+   after ``transfer.lease_s``.
+
+SGLang's decode engine cannot prefill, so a transfer that fails is `PrefillFailed`: another prefill replica may do it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import multiprocessing
+import os
+import random
+import time
+import uuid
+from collections.abc import AsyncGenerator, Collection
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any
+
+from app.engines import cpu_waits
+from app.engines.base import Emit, EngineInfo, EngineSpec
+from app.engines.owner_watch import owner_environment
+from app.engines.sglang_sampling import Translation, translate
+from app.engines.ucx import UcxLog
+from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
+from app.messages import (
+    UNKNOWN_RANK,
+    EngineStats,
+    GenerateRequest,
+    Logprobs,
+    PrefillReport,
+    TokenDelta,
+    TransferDescriptor,
+)
+
+logger = logging.getLogger("baton.engines.sglang")
+
+OWNED_ARGS = {
+    "model_path": "the model's source",
+    "served_model_name": "the model's name",
+    "tp_size": "the pool's tensor_parallel_size",
+    "dp_size": "the pool's replicas",
+    "device": "device, at the top of the configuration",
+    "disaggregation_mode": "the model's prefill pool",
+    "disaggregation_transfer_backend": "the transfer section",
+    "disaggregation_bootstrap_port": "transfer.port_min and port_max",
+    "host": "http_options of the Serve config",
+    "port": "http_options of the Serve config",
+    "incremental_streaming_output": "nothing: Baton passes tokens on as they come",
+    "tokenizer_worker_num": "the pool's replicas",
+}
+"""Engine arguments that Baton sets, with where the user sets them instead."""
+
+HEARTBEAT_S = 1.0
+"""Between a decode engine's looks at each prefill engine; two that fail give up all that is under way from it."""
+
+CONNECT_TIMEOUT_S = 3.0
+"""How long a prefill engine may take to accept a connection."""
+
+
+def build_engine_args(spec: EngineSpec) -> dict[str, Any]:
+    """The arguments of SGLang's ``Engine`` (its ``ServerArgs``) for `spec`."""
+    arguments: dict[str, Any] = {
+        "model_path": spec.model_path,
+        "tp_size": spec.tensor_parallel_size,
+        "device": spec.device,
+        "host": spec.kv_host or "127.0.0.1",
+        "log_level": "warning",
+        "incremental_streaming_output": True,
+        "schedule_low_priority_values_first": True,  # vLLM's order
+    }
+    if spec.device == "cpu":
+        arguments["sleep_on_idle"] = True  # else an idle engine takes a core from those that work
+    if spec.is_disaggregated:
+        arguments |= {
+            "disaggregation_mode": spec.role,
+            "disaggregation_transfer_backend": "nixl",
+            "disaggregation_bootstrap_port": spec.kv_port,
+        }
+        if spec.role == "decode" and spec.device == "cpu":
+            # What SGLang chooses by itself copies KV of a request that it suspends from a GPU.
+            arguments["disaggregation_decode_retraction_backup"] = "cpu_tensor"
+    return {**arguments, **spec.engine_args}
+
+
+class SglangEngine:
+    """One SGLang engine and the requests that run on it.
+
+    If one of its processes dies, SGLang ends this process too (SIGQUIT), and Serve replaces the replica.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._ucx_log = UcxLog()
+        self._engine: Any = None
+        self._page_size = 1
+        self._reached_at: dict[tuple[str, int], float] = {}
+        self._vocab_size = 0
+        self._kv_bytes_per_token = 0
+        self._prefills: dict[str, asyncio.Task[None]] = {}
+        self._num_transfers = 0
+        self._num_failed_transfers = 0
+        self._num_expired_handoffs = 0
+        self._transferred_bytes = 0
+
+    async def start(self) -> EngineInfo:
+        os.environ.update(self._environment())
+        # Loading takes from seconds to many minutes: off the loop, which has to go on answering Serve.
+        await asyncio.to_thread(self._start_engine)
+        import sglang
+
+        manager = self._engine.tokenizer_manager
+        manager.auto_create_handle_loop()  # on this loop, which hands out the tokens
+        scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
+        self._page_size = self._engine.server_args.page_size or 1
+        self._vocab_size = manager.model_config.vocab_size
+        self._kv_bytes_per_token = _kv_bytes_per_token(manager.model_config, self._engine.server_args.kv_cache_dtype)
+        return EngineInfo(
+            engine="sglang",
+            version=sglang.__version__,
+            num_blocks=scheduler["max_total_num_tokens"] // self._page_size,
+            block_size_tokens=self._page_size,
+            max_model_len=manager.context_len,
+        )
+
+    def _environment(self) -> dict[str, str]:
+        spec = self._spec
+        environment = {
+            "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",  # before temperature and the like, as vLLM's
+            "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": str(HEARTBEAT_S),
+            "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(spec.transfer_lease_s),
+            "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(math.ceil(spec.transfer_timeout_s)),
+            **self._ucx_log.environment(spec.required_transport),
+            **owner_environment(),
+        }
+        if spec.device == "cpu":
+            environment |= {
+                "SGLANG_USE_CPU_ENGINE": "1",
+                # SGLang compiles a helper for penalties: half a minute for the first request that has one.
+                "TORCHDYNAMO_DISABLE": "1",
+                # Sending a cached prefix ahead of the rest waits for a CUDA event.
+                "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
+                **cpu_waits.ENVIRONMENT,
+            }
+        return environment
+
+    def _start_engine(self) -> None:
+        import sglang
+
+        try:
+            self._engine = sglang.Engine(**build_engine_args(self._spec))
+        except (TypeError, ValueError) as error:
+            raise ConfigError("engine_args", f"SGLang refuses them: {error}") from error
+
+    async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
+        if self._ucx_log.falls_short(self._spec.required_transport):
+            raise PrefillFailed(
+                f"KV would move by {self._ucx_log.transport}, which is not the required {self._spec.required_transport}"
+            )
+        room = {"host": self._spec.kv_host, "port": self._spec.kv_port, "room": random.getrandbits(62)}
+        arguments = self._arguments(request, self._translate(request), room)
+        self._prefills[request.request_id] = asyncio.create_task(self._prefill(request.request_id, arguments))
+        return TransferDescriptor(
+            engine="sglang",
+            replica_id=self._spec.replica_id,
+            prompt_tokens=len(request.prompt_token_ids),
+            cached_tokens=0,  # not known yet: it comes to decode together with the KV
+            ready_at=time.time(),
+            lease_s=self._spec.transfer_lease_s,
+            params=room,
+        )
+
+    async def _prefill(self, request_id: str, arguments: dict[str, Any]) -> None:
+        """The prefill leg, which goes on after `prefill` returned: until decode has the KV, or will not come."""
+        try:
+            async with aclosing(self._outputs(arguments)) as outputs:
+                async for output in outputs:
+                    if (abort := _abort_of(output)) is not None:
+                        self._num_expired_handoffs += "timed out" in abort["message"]
+                        logger.warning("request_id=%s prefill ended: %s", request_id, abort["message"])
+        except InvalidRequest as error:  # decode refuses it too, and answers
+            logger.info("request_id=%s refused: %s", request_id, error)
+        finally:
+            del self._prefills[request_id]
+
+    async def abandon(self, request_id: str) -> None:
+        if (task := self._prefills.get(request_id)) is not None:
+            task.cancel()
+
+    async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
+        if self._spec.is_disaggregated and descriptor is None:
+            raise PrefillFailed("there is no prefill to take the KV from")
+        translation = self._translate(request)
+        arguments = self._arguments(request, translation, descriptor.params if descriptor else None)
+        if descriptor is not None:
+            await self._check_reachable(descriptor)
+        is_first = True
+        async with aclosing(self._outputs(arguments)) as outputs:
+            async for output in outputs:
+                if (abort := _abort_of(output)) is not None:
+                    raise self._failure(abort, descriptor if is_first else None)
+                report = self._report(request, descriptor, output["meta_info"]) if is_first else None
+                is_first = False
+                emit(_to_delta(output, translation, request, report))
+
+    def _translate(self, request: GenerateRequest) -> Translation:
+        arguments = self._spec.engine_args
+        self._check_token_ids("prompt", request.prompt_token_ids)
+        self._check_token_ids("stop_token_ids", request.sampling.get("stop_token_ids") or ())
+        if request.priority and not arguments.get("enable_priority_scheduling"):
+            raise InvalidRequest("priority: the pool's engine_args lack enable_priority_scheduling")
+        return translate(
+            request.sampling,
+            reasoning_ended=request.reasoning_ended,
+            is_disaggregated=self._spec.is_disaggregated,
+            is_deterministic=bool(arguments.get("enable_deterministic_inference")),
+            has_reasoning_parser=bool(arguments.get("reasoning_parser")),
+        )
+
+    def _check_token_ids(self, name: str, token_ids: Collection[int]) -> None:
+        """Refuse what would end SGLang's scheduler, and with it every request."""
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+            raise InvalidRequest(f"{name}: token ids must be below {self._vocab_size}")
+
+    def _arguments(
+        self, request: GenerateRequest, translation: Translation, room: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """What SGLang's ``async_generate`` takes."""
+        arguments: dict[str, Any] = {
+            "input_ids": request.prompt_token_ids,
+            "sampling_params": translation.sampling_params,
+            "stream": True,
+            # Aborts match the beginnings of ids: all are as long, so none is the beginning of another.
+            "rid": uuid.uuid4().hex,
+            "cache_salt": request.cache_salt,
+            "require_reasoning": translation.require_reasoning,
+            **translation.logprob_arguments(),
+        }
+        if request.priority:
+            arguments["priority"] = request.priority
+        if room is not None:
+            arguments |= {f"bootstrap_{name}": value for name, value in room.items()}
+        return arguments
+
+    async def _outputs(self, arguments: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """What SGLang says of one request; closing it early aborts the request.  Raises InvalidRequest."""
+        try:
+            outputs = await self._engine.async_generate(**arguments)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+
+    async def _check_reachable(self, descriptor: TransferDescriptor) -> None:
+        """Raise PrefillFailed if the prefill engine does not listen: SGLang itself would try for many seconds."""
+        address = (descriptor.params["host"], descriptor.params["port"])
+        now = time.monotonic()
+        if self._reached_at.get(address, -HEARTBEAT_S) + HEARTBEAT_S > now:
+            return
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _, writer = await asyncio.open_connection(*address)
+        except (OSError, TimeoutError) as error:
+            self._reached_at.pop(address, None)
+            self._num_failed_transfers += 1
+            raise PrefillFailed(f"prefill replica {descriptor.replica_id} does not listen: {error!r}") from error
+        writer.close()
+        self._reached_at[address] = now
+
+    def _failure(self, abort: dict[str, Any], descriptor: TransferDescriptor | None) -> Exception:
+        """What SGLang's ending of a request means; with `descriptor` no token has come yet."""
+        if abort.get("status_code") == HTTPStatus.BAD_REQUEST:
+            return InvalidRequest(abort["message"])
+        if descriptor is None:
+            return EngineFailed(abort["message"])
+        self._num_failed_transfers += 1
+        return PrefillFailed(f"prefill replica {descriptor.replica_id}: {abort['message']}")
+
+    def _report(
+        self, request: GenerateRequest, descriptor: TransferDescriptor | None, meta_info: dict[str, Any]
+    ) -> PrefillReport:
+        cached_tokens = meta_info["cached_tokens"]
+        if descriptor is None:
+            return PrefillReport(
+                kind="local",
+                reason="",
+                prefill_replica=None,
+                decode_replica=self._spec.replica_id,
+                cached_tokens=cached_tokens,
+                transferred_tokens=0,
+                transport="",
+            )
+        num_tokens = len(request.prompt_token_ids)
+        self._num_transfers += 1
+        self._transferred_bytes += num_tokens * self._kv_bytes_per_token
+        return PrefillReport(
+            kind="remote",
+            reason="",
+            prefill_replica=descriptor.replica_id,
+            decode_replica=self._spec.replica_id,
+            cached_tokens=cached_tokens,
+            transferred_tokens=num_tokens,
+            transport=self._ucx_log.transport,
+        )
+
+    async def release(self, descriptor: TransferDescriptor) -> None:
+        """Nothing: prefill computes nothing before decode has come, and the frontend tells it to `abandon`."""
+
+    async def stats(self) -> EngineStats:
+        await self.check_health()
+        loads = self._engine.tokenizer_manager.load_snapshot_reader.read_all()
+        used_tokens = sum(load.num_used_tokens for load in loads)
+        return EngineStats(
+            num_running=sum(load.num_running_reqs for load in loads)
+            + sum(load.disaggregation.prefill_inflight_queue_reqs for load in loads if load.disaggregation),
+            num_waiting=sum(load.num_waiting_reqs for load in loads),
+            num_blocks=sum(load.max_total_num_tokens for load in loads) // self._page_size,
+            num_used_blocks=-(-used_tokens // self._page_size),
+            num_transfers=self._num_transfers,
+            num_failed_transfers=self._num_failed_transfers,
+            transferred_bytes=self._transferred_bytes,
+            num_expired_handoffs=self._num_expired_handoffs,
+            transport=self._ucx_log.transport,
+        )
+
+    async def check_health(self) -> None:
+        if self._engine is None:
+            raise EngineDead
+        alive = {process.pid for process in multiprocessing.active_children()}
+        if not alive.issuperset(self._engine.get_all_child_pids()):
+            raise EngineDead
+
+    async def stop(self) -> None:
+        for task in list(self._prefills.values()):
+            task.cancel()
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            await asyncio.to_thread(engine.shutdown)
+
+
+def _abort_of(output: dict[str, Any]) -> dict[str, Any] | None:
+    """SGLang's reason if it ended the request before its time."""
+    reason: dict[str, Any] | None = output["meta_info"]["finish_reason"]
+    return reason if reason is not None and reason["type"] == "abort" else None
+
+
+def _to_delta(
+    output: dict[str, Any], translation: Translation, request: GenerateRequest, report: PrefillReport | None
+) -> TokenDelta:
+    meta_info = output["meta_info"]
+    reason = meta_info["finish_reason"]
+    matched = reason.get("matched") if reason else None
+    logprobs = prompt_logprobs = None
+    if translation.num_logprobs is not None:
+        logprobs = _to_logprobs(meta_info, "output", translation.num_logprobs)
+    if translation.num_prompt_logprobs is not None and report is not None:
+        prompt_logprobs = _to_logprobs(meta_info, "input", translation.num_prompt_logprobs)
+    return TokenDelta(
+        token_ids=output["output_ids"],
+        finish_reason=reason["type"] if reason else None,
+        # vLLM's rule: the end-of-sequence token is no stop reason, a token that the request names is.
+        stop_reason=matched if matched in request.sampling.get("stop_token_ids", ()) else None,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        report=report,
+    )
+
+
+def _to_logprobs(meta_info: dict[str, Any], side: str, num_candidates: int) -> Logprobs:
+    """The log probabilities of new output tokens, or of the prompt's without its first, which has none."""
+    of_tokens = meta_info[f"{side}_token_logprobs"]
+    of_candidates = meta_info.get(f"{side}_top_logprobs") or [None] * len(of_tokens)
+    logprobs = Logprobs(token_ids=[], logprobs=[], ranks=[])
+    for (logprob, token, _), candidates in zip(of_tokens, of_candidates, strict=True):
+        if logprob is None:
+            continue
+        top = [(value, candidate) for value, candidate, _ in candidates or ()]
+        rank = next((index + 1 for index, (_, candidate) in enumerate(top) if candidate == token), UNKNOWN_RANK)
+        logprobs.token_ids.append([token, *(candidate for _, candidate in top[:num_candidates])])
+        logprobs.logprobs.append([logprob, *(value for value, _ in top[:num_candidates])])
+        logprobs.ranks.append(rank)
+    return logprobs
+
+
+def _kv_bytes_per_token(model: Any, kv_cache_dtype: str) -> int:
+    """Bytes of one token's KV over all layers and ranks, from the model's shape; SGLang reports none."""
+    itemsize = 1 if kv_cache_dtype.startswith("fp8") else model.dtype.itemsize
+    if model.attention_arch.name == "MLA":
+        per_layer = model.kv_lora_rank + model.qk_rope_head_dim
+    else:
+        per_layer = model.get_total_num_kv_heads() * (model.head_dim + model.v_head_dim)
+    return int(model.num_hidden_layers * per_layer * itemsize)

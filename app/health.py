@@ -1,0 +1,31 @@
+"""What a model's ready replicas let it do, in the words of /health and /v1/models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from app.config import ModelConfig
+from app.engines.base import Role
+from app.engines.registry import can_decode_prefill
+
+State = Literal["ready", "degraded", "unavailable"]
+"""Of a model: whole; served, but prefill is missing and decode prefills; or not to be served now."""
+Status = Literal["healthy", "degraded", "unhealthy"]
+"""Of all: every model whole; at least one served; none served, for which /health answers 503."""
+
+
+def model_state(model: ModelConfig, ready: Mapping[Role, int]) -> State:
+    """`ready` is how many replicas of each pool can be reached."""
+    if not ready["decode"]:
+        return "unavailable"
+    if model.is_disaggregated and not ready["prefill"]:
+        return "degraded" if can_decode_prefill(model.engine) else "unavailable"
+    return "ready"
+
+
+def overall_status(states: Iterable[State]) -> Status:
+    found = set(states)
+    if found == {"ready"}:
+        return "healthy"
+    return "unhealthy" if found == {"unavailable"} else "degraded"

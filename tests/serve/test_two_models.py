@@ -1,0 +1,248 @@
+"""Two models behind one endpoint, one disaggregated and one not, deployed from a file as ``serve deploy`` does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+from tests.conftest import wait_until
+
+pytestmark = pytest.mark.serve
+
+SPLIT, WHOLE = "split", "org/whole"
+CHAT = [{"role": "user", "content": "Hello"}]
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+TOOLS = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+
+
+class Application:
+    """The two models over HTTP."""
+
+    def __init__(self, url: str, args: dict[str, Any], pythons: Path) -> None:
+        self.http = httpx.Client(base_url=url, timeout=60)
+        self.args = args
+        self.pythons = pythons
+
+    def deploy(self) -> None:
+        application = {"name": "two", "route_prefix": "/two", "import_path": "app.build:build", "args": self.args}
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+
+    def complete(self, model: str, **fields: Any) -> httpx.Response:
+        body = {"model": model, "prompt": [300, 301, 302], "max_tokens": 4, "temperature": 0, **fields}
+        return self.http.post("/v1/completions", json=body)
+
+    def health(self) -> dict[str, Any]:
+        report: dict[str, Any] = self.http.get("/health").json()
+        return report
+
+    def states(self) -> dict[str, str]:
+        return {model["name"]: model["state"] for model in self.health()["models"]}
+
+    def cards(self) -> dict[str, dict[str, Any]]:
+        return {card["id"]: card for card in self.http.get("/v1/models").json()["data"]}
+
+    def endpoints(self, model: str) -> dict[str, dict[str, Any]]:
+        """By replica id."""
+        return {found["replica_id"]: found for found in self.health()["endpoints"] if found["model"] == model}
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum over all series with these labels."""
+        found = [line for line in self.http.get("/metrics").text.splitlines() if line.startswith(name + "{")]
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(float(line.split()[-1]) for line in found if all(label in line for label in wanted))
+
+    def is_whole(self) -> bool:
+        answer = self.http.get("/health")
+        return answer.status_code == 200 and answer.json()["status"] == "healthy"
+
+
+def arguments(python: Path) -> dict[str, Any]:
+    pool = {"engine": "sim", "resources": {"num_cpus": 0.1}}
+    engine_args = {"num_blocks": 512, "speed_up": 1.0}  # 5 ms a step: slow enough to leave in an answer's middle
+    return {
+        "models": [
+            {
+                "name": SPLIT,
+                "source": "baton:tiny",
+                "engine_args": {**engine_args, "profile": "h200-llama-8b", "max_model_len": 2048},
+                "server_args": TOOLS,
+                "prefill": {**pool},
+                "decode": {**pool},
+            },
+            {
+                "name": WHOLE,
+                "source": "baton:tiny",
+                "engine_args": {**engine_args, "profile": "cpu-tiny-qwen3", "max_model_len": 1024},
+                "server_args": {**TOOLS, "chat_template": "{{ 'always the same words' }}"},
+                "decode": {**pool, "python": str(python)},
+            },
+        ],
+        "transfer": {},
+        "frontend": {"resources": {"num_cpus": 0.1}},
+    }
+
+
+@pytest.fixture(scope="module")
+def app(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+    pythons = tmp_path_factory.mktemp("a python's own folder")
+    python = pythons / "python"
+    python.write_text(f'#!/bin/sh\ntouch "{pythons}/$$"\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    running = Application(f"{serve_url}/two", arguments(python), pythons)
+    running.deploy()
+    wait_until(running.is_whole, 120, "both models ready", every_s=0.5)
+    yield running
+    running.http.close()
+    serve.delete("two")
+
+
+@pytest.mark.parametrize("model", [SPLIT, WHOLE])
+def test_both_answer_whole_and_streamed(app: Application, model: str) -> None:
+    whole = app.complete(model).json()
+    assert whole["model"] == model
+    with app.http.stream(
+        "POST", "/v1/completions", json={"model": model, "prompt": [300, 301, 302], "max_tokens": 4, "stream": True}
+    ) as answer:
+        events = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line.startswith("data: {")]
+    assert {event["model"] for event in events} == {model}
+    assert "".join(event["choices"][0]["text"] for event in events) == whole["choices"][0]["text"]
+
+
+def test_each_is_served_by_its_own_pools(app: Application) -> None:
+    prefills = {
+        SPLIT: {"kind": "remote", "reason": ""},
+        WHOLE: {"kind": "local", "reason": "aggregated"},
+    }
+    for model, labels in prefills.items():
+        before = app.metric("baton_prefills_total"), app.metric("baton_prefills_total", model=model, **labels)
+        app.complete(model, prompt=[400 + len(model), 401]).raise_for_status()
+        after = app.metric("baton_prefills_total"), app.metric("baton_prefills_total", model=model, **labels)
+        assert after == (before[0] + 1, before[1] + 1)
+
+
+def test_models_are_listed_with_their_engine_mode_and_state(app: Application) -> None:
+    cards = app.cards()
+    told = {name: (card["engine"], card["mode"], card["state"]) for name, card in cards.items()}
+    assert told == {SPLIT: ("sim", "disaggregated", "ready"), WHOLE: ("sim", "aggregated", "ready")}
+    assert [card["max_model_len"] for card in cards.values()] == [2048, 1024]
+    assert all(card["object"] == "model" and card["root"] for card in cards.values())
+
+
+def test_health_and_stats_tell_the_models_apart(app: Application) -> None:
+    assert app.health()["models"] == [
+        {
+            "name": SPLIT,
+            "engine": "sim",
+            "mode": "disaggregated",
+            "state": "ready",
+            "pools": {"decode": {"ready": 1}, "prefill": {"ready": 1}},
+        },
+        {"name": WHOLE, "engine": "sim", "mode": "aggregated", "state": "ready", "pools": {"decode": {"ready": 1}}},
+    ]
+    replicas = app.http.get("/stats").json()["replicas"]
+    assert {(replica["model"], replica["role"]) for replica in replicas} == {
+        (SPLIT, "prefill"),
+        (SPLIT, "decode"),
+        (WHOLE, "decode"),
+    }
+    known = {endpoint["replica_id"]: endpoint["model"] for endpoint in app.health()["endpoints"]}
+    assert known == {replica["replica_id"]: replica["model"] for replica in replicas}
+
+
+def test_each_server_has_arguments_of_its_own(app: Application) -> None:
+    words = {}
+    for model in (SPLIT, WHOLE):
+        tokens = app.http.post("/tokenize", json={"model": model, "messages": CHAT}).json()["tokens"]
+        words[model] = app.http.post("/detokenize", json={"model": model, "tokens": tokens}).json()["prompt"]
+    assert "always the same words" in words[WHOLE]
+    assert "Hello" in words[SPLIT]
+
+
+def test_requests_and_tool_calls_of_both_are_counted(app: Application) -> None:
+    """vLLM's metrics are made for one model in a process."""
+    for model in (SPLIT, WHOLE):
+        requests = app.metric("http_requests_total", handler="/v1/chat/completions")
+        parsed = app.metric("vllm:tool_call_parser_invocations_total", model_name=model)
+        body = {"model": model, "messages": CHAT, "max_tokens": 4, "tools": [TOOL]}
+        app.http.post("/v1/chat/completions", json=body).raise_for_status()
+        assert app.metric("http_requests_total", handler="/v1/chat/completions") == requests + 1
+        assert app.metric("vllm:tool_call_parser_invocations_total", model_name=model) == parsed + 1
+
+
+def test_an_unknown_and_a_missing_model_are_refused(app: Application) -> None:
+    unknown = app.complete("other")
+    assert unknown.status_code == 404
+    assert f"`{WHOLE}`" in unknown.json()["error"]["message"]
+    missing = app.http.post("/v1/completions", json={"prompt": "Hello"})
+    assert (missing.status_code, missing.json()["error"]["param"]) == (400, "model")
+    headers = {"content-type": "application/json"}
+    assert app.http.post("/v1/completions", content="{nope", headers=headers).status_code == 400
+    huge = b'{"model": "split", "prompt": "' + b"x" * 40_000_000 + b'"}'
+    assert app.http.post("/v1/completions", content=huge, headers=headers).status_code == 413
+
+
+@pytest.mark.parametrize("model", [SPLIT, WHOLE])
+def test_a_client_that_leaves_ends_its_sequence(app: Application, model: str) -> None:
+    before = app.metric("baton_sequences_total", model=model, end="cancelled")
+    body = {"model": model, "prompt": [500, 501], "max_tokens": 900, "ignore_eos": True, "stream": True}
+    with app.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+    wait_until(
+        lambda: app.metric("baton_sequences_total", model=model, end="cancelled") > before, 5, "sequences cancelled"
+    )
+
+
+def test_a_pool_runs_in_its_python(app: Application) -> None:
+    started = {int(path.name) for path in app.pythons.iterdir() if path.name.isdigit()}
+    assert {endpoint["pid"] for endpoint in app.endpoints(WHOLE).values()} <= started
+    assert not {endpoint["pid"] for endpoint in app.endpoints(SPLIT).values()} & started
+
+
+def test_a_model_that_is_down_is_named_and_the_other_goes_on(app: Application) -> None:
+    (endpoint,) = app.endpoints(WHOLE).values()
+    os.kill(endpoint["pid"], signal.SIGKILL)
+    wait_until(lambda: app.states()[WHOLE] == "unavailable", 10, "its death noticed", every_s=0.02)
+    refused = app.complete(WHOLE)
+    report = app.http.get("/health")
+    assert app.complete(SPLIT).status_code == 200
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, 503)
+    assert (report.status_code, report.json()["status"]) == (200, "degraded")
+    assert {model["name"]: model["state"] for model in report.json()["models"]} == {
+        SPLIT: "ready",
+        WHOLE: "unavailable",
+    }
+    wait_until(app.is_whole, 60, "the model is back")
+    assert app.complete(WHOLE).status_code == 200
+
+
+def test_a_change_of_one_model_leaves_the_others_replicas_alone(app: Application) -> None:
+    before = {model: set(app.endpoints(model)) for model in (SPLIT, WHOLE)}
+    app.args = copy.deepcopy(app.args)
+    app.args["models"][1]["engine_args"]["max_model_len"] = 768
+    app.args["models"][0]["prefill"]["replicas"] = 2
+    app.deploy()
+
+    def is_deployed() -> bool:
+        answer = app.http.get("/v1/models")
+        return answer.status_code == 200 and answer.json()["data"][1]["max_model_len"] == 768
+
+    wait_until(is_deployed, 120, "a new frontend", every_s=0.5)
+    wait_until(lambda: len(app.endpoints(SPLIT)) == 3, 60, "a second prefill replica", every_s=0.5)
+    wait_until(lambda: not before[WHOLE] & set(app.endpoints(WHOLE)), 60, "a new decode replica", every_s=0.5)
+    wait_until(app.is_whole, 60, "all ready")
+    assert before[SPLIT] < set(app.endpoints(SPLIT))
+    assert app.complete(WHOLE, prompt=[300] * 800).status_code == 400
+    assert app.complete(SPLIT, prompt=[300] * 800).status_code == 200
