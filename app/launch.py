@@ -24,7 +24,7 @@ from app.config import BatonConfig, parse
 from app.errors import ConfigError
 from app.model_source import is_folder
 from app.ports import free_port
-from app.preflight import check, check_interpreters, check_with_vllm
+from app.preflight import check, check_interpreters, check_with_sglang, check_with_vllm
 
 RAY_FLAGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -99,13 +99,15 @@ def environments(document: dict[str, Any]) -> list[str]:
 
 
 def check_thoroughly(document: dict[str, Any]) -> str:
-    """Also ask Serve and vLLM, which takes seconds, and return the device.  Raises ConfigError."""
+    """Also ask Serve and the engines, which takes seconds, and return the device.  Raises ConfigError."""
     from app.build import check_autoscaling
 
     device = check_document(document)
     for config in _configs(document):
         check_autoscaling(config)
         check_with_vllm(config, check(config, [local_gpus()]))
+        if "RAY_ADDRESS" not in os.environ:
+            check_with_sglang(config)
     return device
 
 

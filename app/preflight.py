@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -41,7 +44,8 @@ def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
                 _check_size(f"models.{index}.{role}.tensor_parallel_size", pool, device, gpus_per_node)
                 if pool.engine == "sim":
                     _check_sim(f"models.{index}", role, model, pool)
-        _check_reasoning(f"models.{index}", model)
+        if model.engine == "sglang":
+            _check_sglang(config, f"models.{index}", model)
     if device == "cuda" and config.device == "auto":
         _check_total(config, gpus_per_node)
     return device
@@ -88,10 +92,12 @@ def _check_interpreter(field: str, pool: PoolConfig) -> None:
     raise ConfigError(field, problem + ("; `bash scripts/setup.sh sglang` makes it" if pool.engine == "sglang" else ""))
 
 
-def _check_reasoning(field: str, model: ModelConfig) -> None:
-    """Only SGLang's engine itself can hold back a grammar until reasoning ends; vLLM's is told by the frontend."""
-    if model.engine != "sglang" or not model.server_args.get("reasoning_parser"):
+def _check_sglang(config: BatonConfig, field: str, model: ModelConfig) -> None:
+    if model.is_disaggregated and config.transfer is not None and len(config.transfer.backends) > 1:
+        raise ConfigError("transfer.backends", f"SGLang takes one, and {field} runs it")
+    if not model.server_args.get("reasoning_parser"):
         return
+    # Only SGLang's engine itself can hold back a grammar until reasoning ends; vLLM's is told by the frontend.
     if not model.merged_engine_args(model.decode).get("reasoning_parser"):
         raise ConfigError(
             f"{field}.engine_args.reasoning_parser",
@@ -149,20 +155,41 @@ def check_with_vllm(config: BatonConfig, device: Device) -> None:
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for index, model in enumerate(config.models):
         if model.decode.engine == "vllm":
-            _check_names(index, model, known)
+            _check_names(index, model, known, "vLLM")
         _check_server(index, model)
         for role in get_args(Role):
             _check_engine(f"models.{index}.{role}", model, role, device)
 
 
-def _check_names(index: int, model: ModelConfig, known: set[str]) -> None:
+def check_with_sglang(config: BatonConfig) -> None:
+    """Ask SGLang, in its own environment on this machine, which engine arguments it knows.
+
+    Takes as long as SGLang's import, seconds.  Raises ConfigError that names one that it does not know.
+    """
+    for index, model in enumerate(config.models):
+        if model.engine == "sglang":
+            python = python_of_replica(model.decode) or sys.executable
+            _check_names(index, model, _sglang_args(python), "SGLang")
+
+
+@functools.cache
+def _sglang_args(python: str) -> frozenset[str]:
+    code = "from sglang.srt.server_args import ServerArgs; print('', *ServerArgs.__struct_fields__)"
+    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}  # else it looks for a GPU
+    answer = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    if answer.returncode:
+        raise ConfigError("engine_args", f"SGLang cannot be asked: {answer.stderr.strip().splitlines()[-1]}")
+    return frozenset(answer.stdout.splitlines()[-1].split())
+
+
+def _check_names(index: int, model: ModelConfig, known: Collection[str], engine: str) -> None:
     arguments = {"engine_args": model.engine_args, "decode.engine_args": model.decode.engine_args}
     if model.prefill is not None:
         arguments["prefill.engine_args"] = model.prefill.engine_args
     for section, names in arguments.items():
         for name in names:
             if name not in known:
-                raise ConfigError(f"models.{index}.{section}.{name}", "vLLM knows no such engine argument")
+                raise ConfigError(f"models.{index}.{section}.{name}", f"{engine} knows no such engine argument")
 
 
 def _check_server(index: int, model: ModelConfig) -> None:

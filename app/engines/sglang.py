@@ -143,6 +143,8 @@ class SglangEngine:
             **self._ucx_log.environment(spec.required_transport),
             **owner_environment(),
         }
+        if spec.transfer_backends:
+            environment["SGLANG_DISAGGREGATION_NIXL_BACKEND"] = spec.transfer_backends[0]
         if spec.device == "cpu":
             environment |= {
                 "SGLANG_USE_CPU_ENGINE": "1",

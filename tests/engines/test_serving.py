@@ -9,6 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from app.config import parse
+from app.errors import ConfigError
+from app.preflight import check_with_sglang
 from tests.conftest import wait_until
 from tests.engines.conftest import SGLANG_AGGREGATED, Baton
 
@@ -132,6 +135,13 @@ def test_sampling_parameters_have_an_effect() -> None:
     assert len(SAMPLINGS_SEEN["vllm"]) >= len(SAMPLINGS) - 3
     # and so may they here; top_k, top_p and min_p are set to what is greedy
     assert len(SAMPLINGS_SEEN["sglang"]) >= len(SGLANG_SAMPLINGS) - 5
+
+
+def test_an_engine_argument_that_sglang_does_not_know_is_found_before_it_starts() -> None:
+    pool = {"engine": "sglang", "engine_args": {"page_size": 16, "page_sise": 16}}
+    config = parse({"models": [{"name": "m", "source": "baton:tiny", "decode": pool}]})
+    with pytest.raises(ConfigError, match=r"models\.0\.decode\.engine_args\.page_sise: SGLang knows no such"):
+        check_with_sglang(config)
 
 
 LACKING: dict[str, dict[str, Any]] = {

@@ -194,3 +194,10 @@ def test_sglang_must_be_told_of_the_reasoning_parser_too():
 @pytest.mark.parametrize(("engine", "engine_args"), [("sglang", {"reasoning_parser": "qwen3"}), ("vllm", {})])
 def test_a_reasoning_parser_that_the_engine_knows_is_accepted(engine: str, engine_args: dict[str, Any]):
     check(reasoning(engine, **engine_args), [])
+
+
+def test_sglang_takes_one_nixl_backend():
+    pool = {"engine": "sglang"}
+    models = [{"name": "m", "source": "baton:tiny", "prefill": pool, "decode": pool}]
+    with pytest.raises(ConfigError, match=r"transfer\.backends: SGLang takes one, and models\.0 runs it"):
+        check(parse({"models": models, "transfer": {"backends": ["UCX", "GDS"]}}), [])
