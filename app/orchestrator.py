@@ -103,6 +103,8 @@ class Orchestrator:
                 except PrefillFailed as error:
                     lacking = "prefill"
                     logger.warning("request_id=%s prefill failed: %s", request.request_id, error)
+                    if progress.has_started:
+                        raise ReplicaLost(replica, str(error)) from error
                 except (ReplicaLost, EngineDead) as error:
                     lacking = "decode"
                     lost.append(replica)

@@ -119,7 +119,8 @@ class Endpoint:
             if card.get("mode") == mode and card["id"] == (name or card["id"]):
                 return card
         served = ", ".join(f"{card['id']} ({card.get('mode')})" for card in cards)
-        raise VerifyError(f"{self._client.base_url} serves no {mode} model {name or ''}, but {served}")
+        wanted = f"{mode} model {name}" if name else f"{mode} model"
+        raise VerifyError(f"{self._client.base_url} serves no {wanted}; it serves {served or 'none'}")
 
     def random_prompt(self, rng: random.Random, num_tokens: int) -> list[int]:
         return rng.choices(self._vocabulary, k=num_tokens)
@@ -178,6 +179,8 @@ class Endpoint:
     def transfers(self) -> Transfers:
         replicas = self._get("/stats")["replicas"]
         decode = [replica for replica in replicas if replica["role"] == "decode" and replica["model"] == self.model]
+        if silent := [replica["replica_id"] for replica in decode if "error" in replica]:
+            raise VerifyError(f"decode replica {silent[0]} does not tell what it received: {decode}")
         return Transfers(
             sum(replica["num_transfers"] for replica in decode),
             sum(replica["transferred_bytes"] for replica in decode),

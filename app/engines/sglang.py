@@ -106,6 +106,7 @@ class SglangEngine:
         self._page_size = 1
         self._reached_at: dict[tuple[str, int], float] = {}
         self._vocab_size = 0
+        self._eos_token_id: int | None = None
         self._kv_bytes_per_token = 0
         self._prefills: dict[str, asyncio.Task[None]] = {}
         self._num_transfers = 0
@@ -124,6 +125,7 @@ class SglangEngine:
         scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
         self._page_size = self._engine.server_args.page_size or 1
         self._vocab_size = manager.model_config.vocab_size
+        self._eos_token_id = getattr(manager.tokenizer, "eos_token_id", None)  # no tokenizer with skip_tokenizer_init
         self._kv_bytes_per_token = _kv_bytes_per_token(manager.model_config, self._engine.server_args.kv_cache_dtype)
         return EngineInfo(
             engine="sglang",
@@ -171,7 +173,9 @@ class SglangEngine:
             )
         room = {"host": self._spec.kv_host, "port": self._spec.kv_port, "room": random.getrandbits(62)}
         arguments = self._arguments(request, self._translate(request), room)
-        self._prefills[request.request_id] = asyncio.create_task(self._prefill(request.request_id, arguments))
+        task = asyncio.create_task(self._prefill(request.request_id, arguments))
+        self._prefills[request.request_id] = task
+        task.add_done_callback(lambda _: self._prefills.pop(request.request_id))
         return TransferDescriptor(
             engine="sglang",
             replica_id=self._spec.replica_id,
@@ -192,8 +196,8 @@ class SglangEngine:
                         logger.warning("request_id=%s prefill ended: %s", request_id, abort["message"])
         except InvalidRequest as error:  # decode refuses it too, and answers
             logger.info("request_id=%s refused: %s", request_id, error)
-        finally:
-            del self._prefills[request_id]
+        except Exception:
+            logger.exception("request_id=%s prefill ended", request_id)
 
     async def abandon(self, request_id: str) -> None:
         if (task := self._prefills.get(request_id)) is not None:
@@ -213,7 +217,13 @@ class SglangEngine:
                     raise self._failure(abort, descriptor if is_first else None)
                 report = self._report(request, descriptor, output["meta_info"]) if is_first else None
                 is_first = False
-                emit(_to_delta(output, translation, request, report))
+                emit(_to_delta(output, translation, self._stop_reason(output, request), report))
+
+    def _stop_reason(self, output: dict[str, Any], request: GenerateRequest) -> int | None:
+        """By vLLM's rule: a stop token that the request names, unless it is the end-of-sequence token."""
+        matched: int | None = (output["meta_info"]["finish_reason"] or {}).get("matched")
+        is_named = matched in request.sampling.get("stop_token_ids", ())
+        return matched if is_named and matched != self._eos_token_id else None
 
     def _translate(self, request: GenerateRequest) -> Translation:
         arguments = self._spec.engine_args
@@ -358,11 +368,10 @@ def _abort_of(output: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _to_delta(
-    output: dict[str, Any], translation: Translation, request: GenerateRequest, report: PrefillReport | None
+    output: dict[str, Any], translation: Translation, stop_reason: int | None, report: PrefillReport | None
 ) -> TokenDelta:
     meta_info = output["meta_info"]
     reason = meta_info["finish_reason"]
-    matched = reason.get("matched") if reason else None
     logprobs = prompt_logprobs = None
     if translation.num_logprobs is not None:
         logprobs = _to_logprobs(meta_info, "output", translation.num_logprobs)
@@ -371,8 +380,7 @@ def _to_delta(
     return TokenDelta(
         token_ids=output["output_ids"],
         finish_reason=reason["type"] if reason else None,
-        # vLLM's rule: the end-of-sequence token is no stop reason, a token that the request names is.
-        stop_reason=matched if matched in request.sampling.get("stop_token_ids", ()) else None,
+        stop_reason=stop_reason,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         report=report,

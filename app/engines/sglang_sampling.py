@@ -90,7 +90,7 @@ def translate(
     num_logprobs, num_prompt_logprobs = rest.pop("logprobs", None), rest.pop("prompt_logprobs", None)
     _check_logprobs(num_logprobs, num_prompt_logprobs, is_disaggregated)
     for name, value in rest.items():
-        if name not in WITHOUT_EFFECT and value not in (None, [], {}):
+        if name not in WITHOUT_EFFECT and value is not False and value not in (None, [], {}):
             raise InvalidRequest(f"{name} is not supported by SGLang, which serves this model")
     return Translation(
         sampling_params=params,
@@ -131,12 +131,14 @@ def _grammar(structured: dict[str, Any]) -> dict[str, Any]:
         "structural_tag": lambda tag: {"structural_tag": tag if isinstance(tag, str) else json.dumps(tag)},
     }
     given = {name: value for name, value in structured.items() if value not in (None, False)}
-    for name in given:
+    for name, value in given.items():
         if name not in constraints:
             raise InvalidRequest(
                 f"structured_outputs.{name}: SGLang has it for all requests of a pool or not at all "
                 "(engine_args.constrained_json_disable_any_whitespace, constrained_json_whitespace_pattern)"
             )
+        if value == "":
+            raise InvalidRequest(f"structured_outputs.{name} is empty, which SGLang takes for none")
     if len(given) > 1:
         raise InvalidRequest("structured_outputs: only one of json, regex, choice, grammar and structural_tag")
     return {key: text for name, value in given.items() for key, text in constraints[name](value).items()}

@@ -236,11 +236,19 @@ async def test_the_report_comes_with_the_first_delta_only(start: Start):
     [
         (stopped(EOS), {}, "stop", None),
         (stopped(EOS), {"stop_token_ids": [STOP]}, "stop", None),
+        (stopped(EOS), {"stop_token_ids": [EOS]}, "stop", None),
         (stopped(STOP), {"stop_token_ids": [STOP]}, "stop", STOP),
         (LENGTH, {"stop_token_ids": [STOP]}, "length", None),
         (LENGTH, {}, "length", None),
     ],
-    ids=["end of sequence", "end of sequence, others named", "named token", "length, others named", "length"],
+    ids=[
+        "end of sequence",
+        "end of sequence, others named",
+        "end of sequence, named",
+        "named token",
+        "length, others named",
+        "length",
+    ],
 )
 async def test_only_a_token_that_the_request_names_is_a_stop_reason(
     start: Start, reason: dict[str, Any], sampling: dict[str, Any], finish_reason: str, stop_reason: int | None
@@ -730,7 +738,12 @@ class Starting:
             v_head_dim=8,
             num_hidden_layers=3,
         )
-        manager = SimpleNamespace(model_config=config, context_len=4096, auto_create_handle_loop=self.count_loop)
+        manager = SimpleNamespace(
+            model_config=config,
+            context_len=4096,
+            auto_create_handle_loop=self.count_loop,
+            tokenizer=SimpleNamespace(eos_token_id=2),
+        )
         return SimpleNamespace(
             tokenizer_manager=manager,
             server_args=SimpleNamespace(page_size=16, kv_cache_dtype="auto"),

@@ -328,3 +328,12 @@ def test_a_grammar_after_reasoning_is_refused_where_the_engine_does_not_know_its
 @pytest.mark.parametrize("has_reasoning_parser", [True, False])
 def test_reasoning_without_a_grammar_needs_nothing_of_the_engine(has_reasoning_parser: bool):
     assert not translated({}, reasoning_ended=False, has_reasoning_parser=has_reasoning_parser).require_reasoning
+
+
+def test_an_empty_constraint_is_refused_rather_than_taken_for_none():
+    with pytest.raises(InvalidRequest, match=r"structured_outputs\.regex is empty"):
+        translated({"structured_outputs": {"regex": ""}})
+
+
+def test_a_switch_that_is_off_asks_for_nothing():
+    assert translated({"watermarking": False}) == translated({})

@@ -296,12 +296,16 @@ def test_a_reference_that_answers_otherwise_fails(baton: FakeBaton):
 @pytest.mark.parametrize(
     ("modes", "named", "words"),
     [
-        ({"tiny": "aggregated"}, {}, r"serves no disaggregated model.* but tiny \(aggregated\)"),
+        ({"tiny": "aggregated"}, {}, r"serves no disaggregated model; it serves tiny \(aggregated\)"),
         ({}, {}, "serves no disaggregated model"),
-        ({"tiny": "disaggregated"}, {"model": "huge"}, r"no disaggregated model huge, but tiny \(disaggregated\)"),
-        ({"tiny": "disaggregated", "a": "aggregated"}, {"model": "a"}, "no disaggregated model a, but tiny"),
-        ({"tiny": "disaggregated"}, {"reference": "huge"}, "no aggregated model huge, but tiny"),
-        ({"tiny": "disaggregated"}, {"reference": "tiny"}, "no aggregated model tiny, but tiny"),
+        (
+            {"tiny": "disaggregated"},
+            {"model": "huge"},
+            r"no disaggregated model huge; it serves tiny \(disaggregated\)",
+        ),
+        ({"tiny": "disaggregated", "a": "aggregated"}, {"model": "a"}, "no disaggregated model a; it serves tiny"),
+        ({"tiny": "disaggregated"}, {"reference": "huge"}, "no aggregated model huge; it serves tiny"),
+        ({"tiny": "disaggregated"}, {"reference": "tiny"}, "no aggregated model tiny; it serves tiny"),
     ],
     ids=["aggregated only", "none", "unknown", "aggregated", "unknown reference", "disaggregated reference"],
 )
