@@ -106,6 +106,7 @@ async def start() -> AsyncIterator[Start]:
         engine = SglangEngine(spec(role, is_disaggregated=is_disaggregated, **fields))
         fake = FakeSglang()
         engine._engine, engine._vocab_size, engine._page_size, engine._kv_bytes_per_token = fake, VOCAB_SIZE, 16, 4
+        engine._eos_token_id = EOS
         engines.append(engine)
         return engine, fake
 
