@@ -24,6 +24,15 @@ SCHEMA = {
     "required": ["size", "ok"],
     "additionalProperties": False,
 }
+TAG = {
+    "type": "structural_tag",
+    "format": {
+        "type": "tag",
+        "begin": "<f>",
+        "content": {"type": "json_schema", "json_schema": SCHEMA},
+        "end": "</f>",
+    },
+}
 TOOL = {"type": "function", "function": {"name": "measure", "description": "m", "parameters": SCHEMA, "strict": True}}
 
 
@@ -100,6 +109,7 @@ SGLANG_SAMPLINGS: dict[str, dict[str, Any]] = {
     "top_p": {"temperature": 1.0, "top_p": 1e-6},
     "min_p": {"temperature": 1.0, "extra_body": {"min_p": 1.0}},
     "n": {"n": 2},
+    "structural tag": {"extra_body": {"structured_outputs": {"structural_tag": json.dumps(TAG)}}},
 }
 
 
