@@ -14,7 +14,7 @@ help:  ## list the targets
 setup:  ## make .venv (nothing to do when it is up to date)
 	@bash scripts/setup.sh
 
-setup-sglang: setup  ## make .venv-sglang, for pools with `engine: sglang`
+setup-sglang:  ## make .venv-sglang, for pools with `engine: sglang`
 	@bash scripts/setup.sh sglang
 
 run: setup  ## serve CONFIG; MODEL=<path or name> replaces its model

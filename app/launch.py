@@ -86,10 +86,15 @@ def check_document(document: dict[str, Any]) -> str:
     """Check what can be checked in an instant and return the device.  Raises ConfigError."""
     configs = _configs(document)
     devices = [check(config, [local_gpus()]) for config in configs]
-    if "RAY_ADDRESS" not in os.environ:  # else the engines run on that cluster
+    if _engines_run_here():
         for config in configs:
             check_interpreters(config)
     return devices[0]
+
+
+def _engines_run_here() -> bool:
+    """Whether Ray is started on this machine; RAY_ADDRESS names a cluster that runs elsewhere."""
+    return "RAY_ADDRESS" not in os.environ
 
 
 def environments(document: dict[str, Any]) -> list[str]:
@@ -106,7 +111,7 @@ def check_thoroughly(document: dict[str, Any]) -> str:
     for config in _configs(document):
         check_autoscaling(config)
         check_with_vllm(config, check(config, [local_gpus()]))
-        if "RAY_ADDRESS" not in os.environ:
+        if _engines_run_here():
             check_with_sglang(config)
     return device
 
@@ -164,10 +169,10 @@ def start_cluster(http: dict[str, Any], proxy_location: str, dashboard: bool, ve
     import ray
     from ray import serve
 
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=verbose)
-    else:
+    if _engines_run_here():
         ray.init(address="local", include_dashboard=dashboard, log_to_driver=verbose)
+    else:
+        ray.init(log_to_driver=verbose)
     serve.start(proxy_location=proxy_location, http_options=http)
 
 

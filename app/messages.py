@@ -87,6 +87,11 @@ class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
     """What carried them, as UCX names its lanes, e.g. ``rma(cuda_ipc/cuda)``; empty where nothing moved."""
 
 
+def local_prefill(replica: str, cached_tokens: int, reason: str = "") -> PrefillReport:
+    """The report of a prompt that `replica` prefilled itself."""
+    return PrefillReport("local", reason, None, replica, cached_tokens, transferred_tokens=0, transport="")
+
+
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """What one engine step added to one sequence, or several steps if the frontend was behind."""
 

@@ -94,8 +94,7 @@ class Orchestrator:
             for attempt in range(self._limits.max_attempts):
                 replica = self._decode_load.pick(self._decode.replicas(), lost)
                 if replica is None:
-                    lacking = "decode"
-                    break
+                    raise NoReplica("decode")
                 try:
                     with self._decode_load.track(replica):
                         await self._attempt(request, replica, progress, attempt)

@@ -154,7 +154,7 @@ def check_with_vllm(config: BatonConfig, device: Device) -> None:
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for index, model in enumerate(config.models):
-        if model.decode.engine == "vllm":
+        if model.engine == "vllm":
             _check_names(index, model, known, "vLLM")
         _check_server(index, model)
         for role in get_args(Role):

@@ -66,7 +66,8 @@ class DecodeWorker(Worker):
             self._abandon(arrival)
             reason = "prefill_timeout"
         except Exception as error:
-            if isinstance(error, InvalidRequest) and not can_decode_prefill(self._model.decode.engine):
+            if isinstance(error, InvalidRequest) and not can_decode_prefill(self._model.engine):
+                # Ray's error is a class of its own, which the channel would not know.
                 raise InvalidRequest(error.message) from error
             logger.warning("request_id=%s prefill failed: %r", request.request_id, error)
             reason = "prefill_failed"

@@ -41,6 +41,7 @@ from app.messages import (
     PrefillReport,
     TokenDelta,
     TransferDescriptor,
+    local_prefill,
 )
 
 logger = logging.getLogger("baton.engines.sglang")
@@ -304,15 +305,7 @@ class SglangEngine:
     ) -> PrefillReport:
         cached_tokens = meta_info["cached_tokens"]
         if descriptor is None:
-            return PrefillReport(
-                kind="local",
-                reason="",
-                prefill_replica=None,
-                decode_replica=self._spec.replica_id,
-                cached_tokens=cached_tokens,
-                transferred_tokens=0,
-                transport="",
-            )
+            return local_prefill(self._spec.replica_id, cached_tokens)
         num_tokens = len(request.prompt_token_ids)
         self._num_transfers += 1
         self._transferred_bytes += num_tokens * self._kv_bytes_per_token

@@ -30,7 +30,15 @@ from app.engines.sim_scheduler import Scheduler, SchedulerLimits, Sequence, Step
 from app.engines.sim_tokens import ModelFacts, make_logprobs, read_model_facts
 from app.engines.sim_transfer import HandoffServer, TransferFailed, release, take
 from app.errors import BatonError, ConfigError, EngineDead, EngineFailed, InvalidRequest
-from app.messages import EngineStats, GenerateRequest, KvEvent, PrefillReport, TokenDelta, TransferDescriptor
+from app.messages import (
+    EngineStats,
+    GenerateRequest,
+    KvEvent,
+    PrefillReport,
+    TokenDelta,
+    TransferDescriptor,
+    local_prefill,
+)
 
 logger = logging.getLogger("baton.engines.sim")
 
@@ -250,7 +258,7 @@ class SimEngine:
             reason = ""
             if descriptor is not None:
                 reason = "already_cached" if run.pull is None else "transfer_failed"
-            return PrefillReport("local", reason, None, self._spec.replica_id, sequence.cached_tokens, 0, "")
+            return local_prefill(self._spec.replica_id, sequence.cached_tokens, reason)
         return PrefillReport(
             kind="remote",
             reason="",

@@ -27,7 +27,15 @@ from app.engines.base import Emit, EngineInfo, EngineSpec
 from app.engines.owner_watch import owner_environment
 from app.engines.ucx import UcxLog
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest
-from app.messages import EngineStats, GenerateRequest, Logprobs, PrefillReport, TokenDelta, TransferDescriptor
+from app.messages import (
+    EngineStats,
+    GenerateRequest,
+    Logprobs,
+    PrefillReport,
+    TokenDelta,
+    TransferDescriptor,
+    local_prefill,
+)
 
 logger = logging.getLogger("baton.engines.vllm")
 
@@ -231,15 +239,7 @@ class VllmEngine:
             reason = "transport_refused" if is_refused else ""
             if descriptor is not None:
                 reason = "already_cached" if local else "transfer_failed"
-            return PrefillReport(
-                kind="local",
-                reason=reason,
-                prefill_replica=None,
-                decode_replica=self._spec.replica_id,
-                cached_tokens=local,
-                transferred_tokens=0,
-                transport="",
-            )
+            return local_prefill(self._spec.replica_id, local, reason)
         return PrefillReport(
             kind="remote",
             reason="",

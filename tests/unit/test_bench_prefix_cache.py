@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import median
@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from app.bench.prefix_cache import Answer, Pair, summarize
-from app.cli import main
 
 BLOCK_TOKENS = 16
 PREFILL_S = 0.03
@@ -153,17 +152,8 @@ Run = Callable[..., tuple[object, str, str]]
 
 
 @pytest.fixture
-def bench_cache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; returns its exit code and what it wrote."""
-
-    def run(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["baton", "bench-cache", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code, captured.out, captured.err
-
-    return run
+def bench_cache(baton_command: Run) -> Run:
+    return partial(baton_command, "bench-cache")
 
 
 class TestMeasured:

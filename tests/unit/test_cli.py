@@ -11,7 +11,6 @@ import pytest
 import yaml
 from rich.console import Console
 
-from app.cli import main
 from app.launch import _say_ready, check_document, load_document
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,14 +34,12 @@ def without_a_model_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(baton_command: Any) -> Any:
     """Run the command in this process; returns its exit code and what it wrote to stderr."""
 
     def run(*arguments: str) -> tuple[object, str]:
-        monkeypatch.setattr(sys, "argv", ["baton", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code, capsys.readouterr().err
+        code, _, said = baton_command(*arguments)
+        return code, said
 
     return run
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.cli import main
 from app.engines.sim_profile import load_profile
 from app.profile import Answer, choose_extent, step_time
 
@@ -85,17 +84,8 @@ def server() -> Iterator[Any]:
 
 
 @pytest.fixture
-def profile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the command in this process; returns its exit code and what it wrote."""
-
-    def profile(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["baton", "profile", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code, captured.out, captured.err
-
-    return profile
+def profile(baton_command: Any) -> Any:
+    return partial(baton_command, "profile")
 
 
 def test_it_writes_a_profile_that_says_what_was_measured(profile: Any, server: Any, tmp_path: Path):
