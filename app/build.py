@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import shlex
-from typing import Any
+from typing import Any, get_args
 
 import ray
 from pydantic import ValidationError
@@ -17,7 +17,7 @@ from ray.serve import Application
 from ray.serve._private.config import DeploymentConfig as ServeDeploymentConfig
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from app.config import BatonConfig, DeploymentConfig, LimitsConfig, ModelConfig, PoolConfig, parse
+from app.config import BatonConfig, DeploymentConfig, LimitsConfig, ModelConfig, PoolConfig, RoutingConfig, parse
 from app.engines.base import Role
 from app.errors import ConfigError
 from app.preflight import check, gpus_of_replica, python_of_replica
@@ -25,15 +25,15 @@ from app.preflight import check, gpus_of_replica, python_of_replica
 logger = logging.getLogger("baton.build")
 
 POLICY = "deployments.autoscaling:by_sequences"
-"""How a decode pool scales unless its `autoscaling` names another policy."""
+"""How a pool that decodes scales unless its `autoscaling` names another policy."""
 
 UNBOUNDED = 1_000_000
 """max_ongoing_requests of the pools: an engine's own scheduler queues, and Serve must not queue before it."""
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Frontend over each model's decode and, unless aggregated, prefill.  Raises ConfigError before any starts."""
-    from deployments.decode import DecodeWorker
+    """Frontend over each model's pools.  Raises ConfigError before any starts."""
+    from deployments.decode import AggregatedWorker, DecodeWorker
     from deployments.frontend import Frontend
     from deployments.prefill import PrefillWorker
 
@@ -41,7 +41,7 @@ def build(args: dict[str, Any]) -> Application:
     check_autoscaling(config)
     device = check(config, _gpus_per_node())
     logger.info("device=%s models=%s", device, ",".join(model.source for model in config.models))
-    workers: dict[Role, type] = {"decode": DecodeWorker, "prefill": PrefillWorker}
+    workers: dict[Role, type] = {"decode": DecodeWorker, "prefill": PrefillWorker, "aggregated": AggregatedWorker}
     pools = [
         {role: build_pool(worker, role, config, model, device) for role, worker in workers.items() if model.pool(role)}
         for model in config.models
@@ -60,8 +60,10 @@ def without_scale(config: BatonConfig) -> BatonConfig:
     unscaled = {"replicas": None, "autoscaling": None}
 
     def strip(model: ModelConfig) -> ModelConfig:
-        prefill = model.prefill.model_copy(update=unscaled) if model.prefill is not None else None
-        return model.model_copy(update={"decode": model.decode.model_copy(update=unscaled), "prefill": prefill})
+        pools = {role: model.pool(role) for role in get_args(Role)}
+        return model.model_copy(
+            update={role: pool.model_copy(update=unscaled) if pool else None for role, pool in pools.items()}
+        )
 
     frontend = config.frontend.model_copy(update=unscaled)
     return config.model_copy(update={"models": [strip(model) for model in config.models], "frontend": frontend})
@@ -75,7 +77,7 @@ def build_pool(worker: type, role: Role, config: BatonConfig, model: ModelConfig
     """One pool of `model`."""
     pool = model.pool(role)
     assert pool is not None
-    by_sequences = {"policy": {"policy_function": POLICY}} if role == "decode" else {}
+    by_sequences = {"policy": {"policy_function": POLICY}} if role != "prefill" else {}
     options = _options(pool, gpus_of_replica(pool, device), by_sequences)
     if (python := python_of_replica(pool)) is not None:
         options["ray_actor_options"]["runtime_env"]["py_executable"] = shlex.quote(python)  # Ray hands it to bash
@@ -90,22 +92,22 @@ def build_pool(worker: type, role: Role, config: BatonConfig, model: ModelConfig
 
 
 def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig:
-    """What the replicas of one pool use of the configuration: nothing else may restart them."""
+    """What the replicas of one pool use of the configuration: nothing else may restart them.
 
-    def engine_of(pool: PoolConfig) -> PoolConfig:
-        return PoolConfig(
-            engine=pool.engine, tensor_parallel_size=pool.tensor_parallel_size, engine_args=pool.engine_args
-        )
-
+    Those of an aggregated pool know of no prefill: nothing is transferred from or to them.
+    """
+    pool = model.pool(role)
+    assert pool is not None
     other = PoolConfig(engine=model.engine)
-    pools = {
-        "decode": engine_of(model.decode) if role == "decode" else other,
-        "prefill": engine_of(model.prefill) if role == "prefill" and model.prefill else model.prefill and other,
-    }
-    return BatonConfig(
-        models=[model.model_copy(update={"server_args": {}, **pools})],
+    transfers = model.is_disaggregated and role != "aggregated"
+    pools = {"decode": other, "prefill": other if transfers else None, "aggregated": None}
+    pools[role] = PoolConfig(
+        engine=pool.engine, tensor_parallel_size=pool.tensor_parallel_size, engine_args=pool.engine_args
+    )
+    return BatonConfig.model_construct(  # unchecked: a user's model could not have an aggregated pool without prefill
+        models=[model.model_copy(update={"server_args": {}, "routing": RoutingConfig(), **pools})],
         device=config.device,
-        transfer=config.transfer if model.is_disaggregated else None,
+        transfer=config.transfer if transfers else None,
         limits=LimitsConfig(prefill_timeout_s=config.limits.prefill_timeout_s),
     )
 
@@ -160,7 +162,7 @@ def check_autoscaling(config: BatonConfig) -> None:
     """Ask Serve whether it accepts the autoscaling settings.  Raises ConfigError."""
     deployments: dict[str, DeploymentConfig | None] = {"frontend": config.frontend}
     for index, model in enumerate(config.models):
-        deployments |= {f"models.{index}.prefill": model.prefill, f"models.{index}.decode": model.decode}
+        deployments |= {f"models.{index}.{role}": model.pool(role) for role in get_args(Role)}
     for field, deployment in deployments.items():
         if deployment is None or deployment.autoscaling is None:
             continue

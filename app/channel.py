@@ -1,13 +1,16 @@
-"""The connection between a frontend and a decode replica: sequences in, token deltas out.
+"""The connection between a frontend and a replica: sequences in, token deltas out, and what the replica tells.
 
 One TCP connection for each pair.  What an engine step adds to all of a frontend's sequences travels as one frame;
-what waits while the frontend or the network is behind is merged, and nothing waits otherwise.
+what waits while the frontend or the network is behind is merged, and nothing waits otherwise.  The replica's load and
+what changed in its prefix cache travel along, or by themselves if no sequence has anything; a new connection begins
+with all of both.
 
 Ray Serve's own calls cost more than the work they carry (docs/decisions/0002-channel.md), so they stay for what
 needs Ray: finding replicas, their health, and passing references to transfer descriptors.
 
 A frame is its length (4 bytes, little-endian) and msgpack.  The first frame each way is `Hello` and `Welcome`;
-after that the frontend sends `Submit` and `Cancel`, and the replica sends `Batch`.
+after that the frontend sends `Submit` and `Cancel`, and the replica sends `Batch`.  Prefill replicas get their prompts
+by Ray: on their connections nothing is submitted.
 """
 
 from __future__ import annotations
@@ -21,12 +24,13 @@ import socket
 import struct
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed, ReplicaLost
-from app.messages import GenerateRequest, TokenDelta, merge_deltas
+from app.messages import GenerateRequest, KvUpdate, ReplicaLoad, TokenDelta, merge_deltas
+from app.routing.kv_mirror import merge_updates
 
 logger = logging.getLogger("baton.channel")
 
@@ -38,6 +42,10 @@ MAX_HELLO_BYTES = 1024
 MAX_FRAME_BYTES = 1 << 30
 KEEPALIVE_S = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 """A peer whose machine is gone without a word is noticed after 5 + 3 * 2 seconds."""
+TELL_PERIOD_S = 0.005
+"""Load and cache updates that no delta takes along are sent at most this often; the first one goes at once."""
+MAX_WAITING_BLOCKS = 16_384
+"""Changes of the prefix cache that may wait for a frontend; when there are more it gets a snapshot instead."""
 
 _LENGTH = struct.Struct("<I")
 
@@ -80,10 +88,15 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """What sequences got since the last frame, by number; failures come after their sequence's deltas."""
+    """What sequences got since the last frame, by number, and what the replica tells of itself.
+
+    Failures come after their sequence's deltas.
+    """
 
     deltas: list[tuple[int, TokenDelta]]
     failures: list[tuple[int, Failure]]
+    load: ReplicaLoad | None = None
+    kv: KvUpdate | None = None
 
 
 _ERRORS: dict[str, type[BatonError]] = {
@@ -140,15 +153,25 @@ def _tune(writer: asyncio.StreamWriter) -> None:
 
 
 class Link:
-    """A frontend, as a decode replica sees it: its sequences, and what waits to be sent to it."""
+    """A frontend, as a replica sees it: its sequences, and what waits to be sent to it."""
 
-    def __init__(self, link_id: str) -> None:
+    def __init__(self, link_id: str, load: ReplicaLoad | None, snapshot: Callable[[], KvUpdate | None]) -> None:
+        """`load` is the present one; `snapshot` tells the whole prefix cache, or None if the replica does not know."""
         self.id = link_id
         self.last_number = -1
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._deltas: dict[int, TokenDelta] = {}
         self._failures: list[tuple[int, Failure]] = []
+        self._load = load
+        self._kv: list[KvUpdate] = []
+        self._num_waiting_blocks = 0
+        self._snapshot = snapshot
+        self._needs_snapshot = True
         self._has_some = asyncio.Event()
+        self._has_some.set()
+        self._loop = asyncio.get_running_loop()
+        self._told_at = -TELL_PERIOD_S
+        self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         """How many sequences run."""
@@ -162,6 +185,31 @@ class Link:
         waiting = self._deltas.get(number)
         self._deltas[number] = delta if waiting is None else merge_deltas(waiting, delta)
         self._has_some.set()
+
+    def put_load(self, load: ReplicaLoad) -> None:
+        """Send the replica's load; a newer one replaces it while it waits."""
+        self._load = load
+        self._send_soon()
+
+    def put_kv(self, update: KvUpdate) -> None:
+        """Send a change of the prefix cache; changes are merged when they are sent."""
+        if self._needs_snapshot:  # which is made when it is sent, and has this in it
+            return
+        self._kv.append(update)
+        self._num_waiting_blocks += len(update.stored) + len(update.removed)
+        if self._num_waiting_blocks > MAX_WAITING_BLOCKS and len(self._kv) > 1:
+            self._forget_waiting_kv()
+            self._needs_snapshot = True
+        self._send_soon()
+
+    def _forget_waiting_kv(self) -> None:
+        self._kv.clear()
+        self._num_waiting_blocks = 0
+
+    def _send_soon(self) -> None:
+        """Send what waits with the next delta, but no later than TELL_PERIOD_S after what was told last."""
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._told_at + TELL_PERIOD_S, self._has_some.set)
 
     def start(self, number: int, sequence: Coroutine[Any, Any, None]) -> None:
         """Run `sequence`; a BatonError that it raises is sent to the frontend."""
@@ -207,20 +255,41 @@ class Link:
     def take_now(self) -> Batch:
         """Everything that waits, be it nothing."""
         self._has_some.clear()
-        batch = Batch(list(self._deltas.items()), self._failures)
-        self._deltas, self._failures = {}, []
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer, self._told_at = None, self._loop.time()
+        kv = self._snapshot() if self._needs_snapshot else _merge_kv(self._kv)
+        batch = Batch(list(self._deltas.items()), self._failures, self._load, kv)
+        self._deltas, self._failures, self._load = {}, [], None
+        self._forget_waiting_kv()
+        self._needs_snapshot = False
         return batch
+
+    def close(self) -> None:
+        """Nothing is sent any more, and no sequence runs."""
+        self.cancel_all()
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def _merge_kv(updates: list[KvUpdate]) -> KvUpdate | None:
+    if len(updates) < 2:
+        return updates[0] if updates else None
+    return merge_updates(*updates)
 
 
 class ChannelServer:
-    """A decode replica's end of all its channels."""
+    """A replica's end of all its channels."""
 
     def __init__(self, replica_id: str, run: Callable[[Link, Submit], Coroutine[Any, Any, None]]) -> None:
         """`run` serves one sequence; it is cancelled when the frontend cancels it or goes away."""
         self.links: dict[str, Link] = {}
         self.on_close: Callable[[Link], object] = lambda link: None
+        self.snapshot: Callable[[], KvUpdate | None] = lambda: None
+        """The whole prefix cache, for a frontend that has heard nothing so far; None if nobody knows."""
         self._replica_id = replica_id
         self._run = run
+        self._load: ReplicaLoad | None = None
         self._token = secrets.token_urlsafe()
         self._server: asyncio.Server | None = None
         self._writers: dict[Link, asyncio.StreamWriter] = {}
@@ -234,6 +303,17 @@ class ChannelServer:
 
     def num_sequences(self) -> int:
         return sum(len(link) for link in self.links.values())
+
+    def tell_load(self, load: ReplicaLoad) -> None:
+        """Tell all frontends, also those that connect later."""
+        self._load = load
+        for link in self.links.values():
+            link.put_load(load)
+
+    def tell_kv(self, update: KvUpdate) -> None:
+        """Tell all frontends of a change, which `snapshot` has in it from now on."""
+        for link in self.links.values():
+            link.put_kv(update)
 
     async def drain(self) -> None:
         """Return once no sequence runs."""
@@ -271,7 +351,7 @@ class ChannelServer:
             return None
         _tune(writer)
         writer.write(_frame(Welcome(self._replica_id)))
-        return Link(hello.link_id)
+        return Link(hello.link_id, self._load, self.snapshot)
 
     async def _attend(self, link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.links[link.id] = link
@@ -287,7 +367,7 @@ class ChannelServer:
                         link.cancel(call.number)
         finally:
             sender.cancel()
-            link.cancel_all()
+            link.close()
             del self.links[link.id], self._writers[link]
             self.on_close(link)
 
@@ -306,7 +386,10 @@ def _merge(batches: list[Batch]) -> Batch:
     for batch in batches:
         for number, delta in batch.deltas:
             deltas[number] = merge_deltas(deltas[number], delta) if number in deltas else delta
-    return Batch(list(deltas.items()), [failure for batch in batches for failure in batch.failures])
+    failures = [failure for batch in batches for failure in batch.failures]
+    loads = [batch.load for batch in batches if batch.load is not None]
+    kv = [batch.kv for batch in batches if batch.kv is not None]
+    return Batch(list(deltas.items()), failures, loads[-1] if loads else None, _merge_kv(kv))
 
 
 class Sequence:
@@ -322,24 +405,44 @@ class Sequence:
             self.ended.set_exception(error)
 
 
+class Listener(Protocol):
+    """Who is told what a replica tells of itself; a frontend's view of the replica's pool."""
+
+    def on_load(self, replica: str, load: ReplicaLoad) -> None:
+        """What the replica has to do now."""
+
+    def on_kv(self, replica: str, update: KvUpdate) -> None:
+        """What changed in its prefix cache; the first update of a connection is the whole of it."""
+
+
 class Channel:
-    """A frontend's end of the connection to one decode replica."""
+    """A frontend's end of the connection to one replica."""
 
     def __init__(
-        self, replica_id: str, link_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        replica_id: str,
+        link_id: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        listener: Listener,
     ) -> None:
         self.link_id = link_id
         self.is_closed = False
         self.on_close: Callable[[], object] = lambda: None
         self._replica_id = replica_id
         self._writer = writer
+        self._listener = listener
+        self._is_retired = False
         self._numbers = itertools.count()
         self._sequences: dict[int, Sequence] = {}
         self._task = asyncio.create_task(self._receive(reader), name=f"channel-{replica_id}")
 
     @classmethod
-    async def connect(cls, replica_id: str, address: dict[str, str]) -> Channel:
-        """Connect to what `ChannelServer.start` returned.  Raises ReplicaLost."""
+    async def connect(cls, replica_id: str, address: dict[str, str], listener: Listener) -> Channel:
+        """Connect to what `ChannelServer.start` returned.  Raises ReplicaLost.
+
+        `listener` is told nothing before the event loop's next turn.
+        """
         link_id = uuid.uuid4().hex
         writer = None
         try:
@@ -350,15 +453,15 @@ class Channel:
                 welcome = _decode_welcome(await _read_one(reader, MAX_HELLO_BYTES))
             if welcome.replica_id != replica_id:
                 raise ConnectionError(f"{welcome.replica_id} is there instead")
-        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
             if writer is not None:
                 writer.close()
             raise ReplicaLost(replica_id, f"cannot be reached: {error!r}") from error
-        return cls(replica_id, link_id, reader, writer)
-
-    @property
-    def is_idle(self) -> bool:
-        return not self._sequences
+        except asyncio.CancelledError:  # the replica is no longer wanted
+            if writer is not None:
+                writer.close()
+            raise
+        return cls(replica_id, link_id, reader, writer, listener)
 
     def submit(
         self, request: GenerateRequest, emit: Callable[[TokenDelta], None], *, has_handoff: bool, local_reason: str
@@ -375,9 +478,28 @@ class Channel:
         """Forget a sequence; one that has not ended is cancelled."""
         if self._sequences.pop(sequence.number, None) is not None and not self.is_closed:
             self._writer.write(_frame(Cancel(sequence.number)))
+        if self._is_retired and not self._sequences:
+            self.close()
+
+    def retire(self) -> None:
+        """Close as soon as no sequence runs; its listener is told nothing more."""
+        self._is_retired = True
+        if not self._sequences:
+            self.close()
 
     def close(self) -> None:
+        """End the connection and thereby every sequence."""
         self._task.cancel()
+        self._end("its connection was closed")
+
+    def _end(self, detail: str) -> None:
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._writer.close()
+        self.on_close()  # first, so that no sequence that fails now is begun here again
+        for sequence in self._sequences.values():
+            sequence.fail(ReplicaLost(self._replica_id, detail))
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         detail = "its connection ended"
@@ -386,13 +508,9 @@ class Channel:
                 self._hand_out(_merge([_decode_batch(frame) for frame in frames]))
         except (OSError, msgspec.DecodeError) as error:
             detail = type(error).__name__
-            logger.warning("decode_replica=%s connection broke: %r", self._replica_id, error)
+            logger.warning("replica_id=%s connection broke: %r", self._replica_id, error)
         finally:
-            self.is_closed = True
-            self._writer.close()
-            for sequence in self._sequences.values():
-                sequence.fail(ReplicaLost(self._replica_id, detail))
-            self.on_close()
+            self._end(detail)
 
     def _hand_out(self, batch: Batch) -> None:
         for number, delta in batch.deltas:
@@ -407,3 +525,14 @@ class Channel:
         for number, failure in batch.failures:
             if (sequence := self._sequences.pop(number, None)) is not None:
                 sequence.fail(_ERRORS[failure.error](failure.detail))
+        if batch.load is not None or batch.kv is not None:
+            # Once whoever waits for a sequence that ended just now has counted it out, as this load does.
+            asyncio.get_running_loop().call_soon(self._tell, batch.load, batch.kv)
+
+    def _tell(self, load: ReplicaLoad | None, kv: KvUpdate | None) -> None:
+        if self.is_closed or self._is_retired:
+            return
+        if kv is not None:
+            self._listener.on_kv(self._replica_id, kv)
+        if load is not None:
+            self._listener.on_load(self._replica_id, load)

@@ -9,6 +9,7 @@ import typer
 
 from app.bench.cli import bench
 from app.bench.prefix_cache import bench_cache
+from app.bench.routing.cli import bench_routing
 from app.errors import BatonError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -71,6 +72,7 @@ def verify(
 
 app.command()(bench)
 app.command()(bench_cache)
+app.add_typer(bench_routing, name="bench-routing")
 
 
 @app.command()

@@ -88,6 +88,78 @@ class PoolConfig(DeploymentConfig):
         return self
 
 
+class PrefillWeights(Settings):
+    """How much each score of a prefill replica counts; app/routing/scores.py says what they are, each from 0 to 1.
+
+    `prefix` and `queue` count in the same unit, tokens to compute before this prompt's end, so with equal weights
+    the replica with the least of them is the best for this prompt.
+    """
+
+    prefix: float = Field(default=4.0, ge=0)
+    """How much of the prompt it has cached.  More than the queue, for the sake of other prompts: what is computed a
+    second time pushes something else out of a cache.  Under load 4 gave both more hits and a lower mean TTFT than 1
+    (docs/benchmarks/2026-11-21-routing.md)."""
+    queue: float = Field(default=1.0, ge=0)
+    """How little it has to compute before."""
+    affinity: float = Field(default=0.05, ge=0)
+    """Whether it is the session's own."""
+
+
+class DecodeWeights(Settings):
+    """How much each score of a replica that decodes counts; app/routing/scores.py says what they are."""
+
+    prefix: float = Field(default=1.0, ge=0)
+    """How much of the prompt it has cached: that is neither computed nor transferred."""
+    queue: float = Field(default=1.0, ge=0)
+    """How few prompt tokens wait there to be computed."""
+    batch: float = Field(default=1.0, ge=0)
+    """How few sequences it runs."""
+    kv: float = Field(default=0.5, ge=0)
+    """How much of its KV memory would still be free."""
+    affinity: float = Field(default=0.05, ge=0)
+    """Whether it is the session's own."""
+    topology: float = Field(default=0.1, ge=0)
+    """How near to the prefill replica it is: the same node, or by the transfers measured between the nodes."""
+
+
+class PredictedPlacement(Settings):
+    """Prefill where the predicted time to the first token is shorter, what others would lose by it included."""
+
+    policy: Literal["predicted"] = "predicted"
+    itl_budget_ms: float = Field(default=50.0, ge=0)
+    """How long the sequences that run on a decode replica may wait for a prompt that is prefilled there.  What
+    exceeds it is counted, for each of them, as if the request itself waited for it."""
+
+
+class ThresholdPlacement(Settings):
+    """Prefill locally by fixed numbers."""
+
+    policy: Literal["thresholds"]
+    max_local_tokens: int = Field(default=512, ge=0)
+    """A prompt with at most so many tokens that decode has not cached is prefilled there."""
+    max_prefill_queue_tokens: int = Field(default=65_536, ge=0)
+    """So is any prompt, if more tokens than this wait on the best prefill replica."""
+
+
+class RemotePlacement(Settings):
+    """Prefill remotely whatever can be."""
+
+    policy: Literal["remote"]
+
+
+class RoutingConfig(Settings):
+    """Which replicas serve a request, and where its prompt is prefilled."""
+
+    placement: PredictedPlacement | ThresholdPlacement | RemotePlacement = Field(
+        default=PredictedPlacement(), discriminator="policy"
+    )
+    prefill_weights: PrefillWeights = PrefillWeights()
+    decode_weights: DecodeWeights = DecodeWeights()
+    max_queued_tokens: int = Field(default=262_144, ge=1)
+    """Prompt tokens that may wait on one replica to be computed.  Where all of prefill is at this bound, prompts are
+    prefilled locally; where that is at it too, requests get 429."""
+
+
 class ModelConfig(Settings):
     """One model and the pools that serve it."""
 
@@ -102,6 +174,10 @@ class ModelConfig(Settings):
     prefill: PoolConfig | None = None
     """Without it the decode pool serves alone (aggregated)."""
     decode: PoolConfig
+    aggregated: PoolConfig | None = None
+    """Engines beside prefill and decode that serve whole requests: those whose prompt is better not transferred.
+    SGLang's decode engines cannot prefill, so with SGLang only this makes disaggregation conditional; vLLM's can."""
+    routing: RoutingConfig = RoutingConfig()
 
     @field_validator("name")
     @classmethod
@@ -115,6 +191,14 @@ class ModelConfig(Settings):
         _check_owned(self.decode.engine, self.engine_args)
         if self.prefill is not None and self.prefill.engine != self.decode.engine:
             raise ValueError("prefill and decode must run the same engine: their KV layouts differ")
+        if self.aggregated is not None and self.prefill is None:
+            raise ValueError(
+                "aggregated is for beside a prefill pool: without one the decode pool is aggregated itself"
+            )
+        if self.aggregated is not None and self.aggregated.engine != self.decode.engine:
+            raise ValueError(
+                "aggregated and decode must run the same engine, so that answers do not depend on the pool"
+            )
         return self
 
     @property
@@ -131,8 +215,13 @@ class ModelConfig(Settings):
         return f"{role}-{re.sub(r'[^A-Za-z0-9._-]', '-', self.name)}"
 
     def pool(self, role: Role) -> PoolConfig | None:
-        """The pool of a role; None for prefill if the model is aggregated."""
-        return self.prefill if role == "prefill" else self.decode
+        """The pool of a role; None if the model has none."""
+        pools: dict[Role, PoolConfig | None] = {
+            "prefill": self.prefill,
+            "decode": self.decode,
+            "aggregated": self.aggregated,
+        }
+        return pools[role]
 
     def merged_engine_args(self, pool: PoolConfig) -> dict[str, Any]:
         """The arguments that an engine of `pool` starts with."""
@@ -236,9 +325,15 @@ def parse(args: dict[str, Any]) -> BatonConfig:
     except ValidationError as error:
         problems = error.errors(include_url=False)
         first = problems[0]
-        field = ".".join(str(part) for part in first["loc"]) or "args"
+        field = _path(first["loc"]) or "args"
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(field, _explain(first) + more) from None
+
+
+def _path(location: tuple[str | int, ...]) -> str:
+    """The dotted path of a field; pydantic puts a union's choice after the field that holds it."""
+    parts = [str(part) for part in location]
+    return ".".join(part for before, part in zip(["", *parts], parts, strict=False) if before != "placement")
 
 
 def _explain(problem: Any) -> str:

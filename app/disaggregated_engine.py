@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import (
     GenerationError,
     GracefulHTTPError,
@@ -37,10 +38,12 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
-from app.errors import BatonError, EngineDead, InvalidRequest, NoReplica, ReplicaLost
+from app.errors import BatonError, EngineDead, InvalidRequest, NoReplica, Overloaded, ReplicaLost
+from app.exchange import Exchange, current_exchange
 from app.messages import GenerateRequest, Logprobs, PrefillMode, TokenDelta
 from app.observability.sequence_record import SequenceRecord
 from app.orchestrator import Orchestrator
+from app.routing.decision import RoutingHints
 
 logger = logging.getLogger("baton.disaggregated_engine")
 
@@ -90,45 +93,81 @@ class DisaggregatedEngine(EngineClient):
         """Serve one prompt, `sampling_params.n` sequences of it.
 
         Closing or cancelling the generator cancels them all.  Raises vLLM's errors, which its server turns into
-        the right HTTP status: validation (400), no replica (503), timeout (504), anything else (500).
+        the right HTTP status: validation (400), overload (429), no replica (503), timeout (504), anything else (500).
         """
-        _refuse_what_cannot_be_served(prompt, sampling_params, lora_request)
-        prefill_mode = _prefill_mode(prompt, sampling_params)
+        exchange = current_exchange()
+        try:
+            prefill_mode = _prefill_mode(prompt, sampling_params)
+            request = self._to_engine_request(prompt, sampling_params, request_id, lora_request, priority)
+            request.reasoning_ended = reasoning_ended
+            request.reasoning_parser_kwargs = reasoning_parser_kwargs
+            hints = RoutingHints(session=session_id, explain=exchange.wants_explanation)
+            queue, tasks = self._start(request, prompt_text, prefill_mode, hints, exchange)
+            try:
+                is_finished = False
+                while not is_finished:
+                    output = queue.get_nowait() or await queue.get()
+                    assert isinstance(output, RequestOutput)
+                    is_finished = output.finished
+                    exchange.has_begun = True
+                    yield output
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self._output_processor.abort_requests([request.request_id], internal=True)
+                queue.close()
+        except Exception as error:
+            exchange.failure = create_error_response(error).error.model_dump()
+            raise
+
+    def _to_engine_request(
+        self, prompt: Any, params: SamplingParams, request_id: str, lora_request: LoRARequest | None, priority: int
+    ) -> EngineCoreRequest:
+        _refuse_what_cannot_be_served(prompt, params, lora_request)
         request = self.input_processor.process_inputs(
-            request_id, prompt, sampling_params, supported_tasks=("generate",), priority=priority
+            request_id, prompt, params, supported_tasks=("generate",), priority=priority
         )
         assert request.sampling_params is not None
         # Resolved for this process, which has no engine; the engine resolves it for itself.
-        request.sampling_params.watermarking = sampling_params.watermarking
-        request.reasoning_ended = reasoning_ended
-        request.reasoning_parser_kwargs = reasoning_parser_kwargs
+        request.sampling_params.watermarking = params.watermarking
         self.input_processor.assign_request_id(request)
-        queue = RequestOutputCollector(sampling_params.output_kind, request.request_id)
+        return request
+
+    def _start(
+        self,
+        request: EngineCoreRequest,
+        prompt_text: str | None,
+        prefill_mode: PrefillMode,
+        hints: RoutingHints,
+        exchange: Exchange,
+    ) -> tuple[RequestOutputCollector, list[asyncio.Task[None]]]:
+        """Begin the sequences of `request`: where their outputs arrive, and the tasks that bring them there."""
+        assert request.sampling_params is not None
+        queue = RequestOutputCollector(request.sampling_params.output_kind, request.request_id)
         parent, children = _fan_out(request)
         tasks = []
         for index, child in enumerate(children):
             self._output_processor.add_request(child, prompt_text, parent, index, queue)
-            tasks.append(asyncio.create_task(self._run_sequence(child, prefill_mode, queue), name=child.request_id))
-        try:
-            is_finished = False
-            while not is_finished:
-                output = queue.get_nowait() or await queue.get()
-                assert isinstance(output, RequestOutput)
-                is_finished = output.finished
-                yield output
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._output_processor.abort_requests([request.request_id], internal=True)
-            queue.close()
+            sequence = self._run_sequence(child, prefill_mode, hints, exchange, queue)
+            tasks.append(asyncio.create_task(sequence, name=child.request_id))
+        return queue, tasks
 
     async def _run_sequence(
-        self, request: EngineCoreRequest, prefill_mode: PrefillMode, queue: RequestOutputCollector
+        self,
+        request: EngineCoreRequest,
+        prefill_mode: PrefillMode,
+        hints: RoutingHints,
+        exchange: Exchange,
+        queue: RequestOutputCollector,
     ) -> None:
         """Feed one sequence's deltas to the output processor, and its error, if any, to the caller's queue."""
         assert request.prompt_token_ids is not None
-        record = SequenceRecord(self._model_name, request.request_id, len(request.prompt_token_ids))
+        record = SequenceRecord(
+            self._model_name, request.request_id, len(request.prompt_token_ids), has_session=hints.session is not None
+        )
+        if hints.explain:
+            exchange.sequences.append(record)
         task = asyncio.current_task()
         assert task is not None
         end = ""
@@ -150,9 +189,12 @@ class DisaggregatedEngine(EngineClient):
             end = end or delta.finish_reason or ""
 
         try:
-            await self._orchestrator.run(_to_generate_request(request, prefill_mode), emit)
+            generate_request = _to_generate_request(request, prefill_mode)
+            await self._orchestrator.run(generate_request, emit, hints=hints, on_decision=record.on_decision)
         except (BatonError, TimeoutError) as error:
             end = type(error).__name__
+            if isinstance(error, Overloaded):
+                exchange.refuse_for(error.retry_after_s)
             queue.put(_to_vllm_error(error))
         except Exception as error:
             end = type(error).__name__
@@ -252,6 +294,11 @@ def _refuse_what_cannot_be_served(prompt: Any, params: SamplingParams, lora_requ
             "kv_transfer_params cannot be set by a client: it would give access to another request's KV cache",
             parameter="kv_transfer_params",
         )
+    if "kv_cache_report_mode" in (params.extra_args or {}):
+        raise VLLMValidationError(
+            "kv_cache_report_mode cannot be set by a client: routing counts on each cached block being told once",
+            parameter="kv_cache_report_mode",
+        )
     if lora_request is not None:
         raise VLLMValidationError("LoRA adapters are not offered by this server", parameter="model")
     kind = prompt.get("type", "token") if isinstance(prompt, dict) else "token"
@@ -349,12 +396,18 @@ def _to_tensors(logprobs: Logprobs) -> LogprobsTensors:
     )
 
 
+class _TooBusy(GracefulHTTPError, GenerationError):
+    """The one for its status, the other as vLLM's streams log the traceback of anything else: not under overload."""
+
+
 def _to_vllm_error(error: BatonError | TimeoutError) -> VLLMError:
     """What the client is told: never the text of an exception from the inside, unless it is about the request."""
     if isinstance(error, InvalidRequest):
         return VLLMValidationError(error.message)
     if isinstance(error, NoReplica):
         return RetryableRequestError("No replica is ready to serve this request; please retry.")
+    if isinstance(error, Overloaded):
+        return _TooBusy("Too many prompts wait to be computed; please retry later.", HTTPStatus.TOO_MANY_REQUESTS)
     if isinstance(error, ReplicaLost | EngineDead):
         return RetryableRequestError("The replica that generated this answer was lost; please retry.")
     if isinstance(error, TimeoutError):

@@ -76,3 +76,17 @@ class NoReplica(BatonError):
 
     def __str__(self) -> str:
         return f"the {self.pool} pool has no ready replica"
+
+
+class Overloaded(BatonError):
+    """Too many prompt tokens wait on every replica that could prefill (HTTP 429 with ``Retry-After``).
+
+    `retry_after_s` is about how long it takes until one of them is below the bound.
+    """
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"every replica that could prefill has too much to do for another {self.retry_after_s} s"

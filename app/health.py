@@ -10,18 +10,17 @@ from app.engines.base import Role
 from app.engines.registry import can_decode_prefill
 
 State = Literal["ready", "degraded", "unavailable"]
-"""Of a model: whole; served, but prefill is missing and decode prefills; or not to be served now."""
+"""Of a model: whole; served, but without one of its pools; or not to be served now."""
 Status = Literal["healthy", "degraded", "unhealthy"]
 """Of all: every model whole; at least one served; none served, for which /health answers 503."""
 
 
 def model_state(model: ModelConfig, ready: Mapping[Role, int]) -> State:
-    """`ready` is how many replicas of each pool can be reached."""
-    if not ready["decode"]:
-        return "unavailable"
-    if model.is_disaggregated and not ready["prefill"]:
-        return "degraded" if can_decode_prefill(model.engine) else "unavailable"
-    return "ready"
+    """`ready` is how many replicas of each of its pools can be reached."""
+    if all(ready.values()):
+        return "ready"
+    decode_can_serve = ready["decode"] and (ready["prefill"] or can_decode_prefill(model.engine))
+    return "degraded" if decode_can_serve or ready.get("aggregated") else "unavailable"
 
 
 def overall_status(states: Iterable[State]) -> Status:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import msgspec
 
-PrefillMode = Literal["auto", "local", "spoiled"]
-"""How one request wants its prompt prefilled: as Baton sees fit; by the decode replica; or remotely but from
-another prompt, so that decode gets KV that is wrong (the control run of ``baton verify``)."""
+PrefillMode = Literal["auto", "local", "remote", "spoiled"]
+"""How one request wants its prompt prefilled: as Baton sees fit; by the replica that decodes it; by the prefill pool;
+or there but from another prompt, so that decode gets KV that is wrong (the control run of ``baton verify``)."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +28,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     priority: int = 0
     prefill_mode: PrefillMode = "auto"
+    expected_cached_tokens: int = 0
+    """What the router expects the engine that prefills the prompt to have cached of it.  Only the count of the work
+    that waits there (`ReplicaLoad.queued_tokens`) goes by it."""
     reasoning_ended: bool | None = None
     """Whether structured output binds from the first token on; None lets the engine's reasoning parser tell."""
     reasoning_parser_kwargs: dict[str, Any] | None = None
@@ -50,6 +53,9 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float
     """Seconds after `ready_at` during which prefill keeps the KV for a decode that has not asked for it yet."""
     params: dict[str, Any]
+    prefill_s: float | None = None
+    """Seconds from the request's arrival at the prefill engine to `ready_at`, waiting included; None where the
+    descriptor comes before the KV is computed (SGLang)."""
 
     def has_expired(self, now: float) -> bool:
         """Whether pulling now is unsafe: past half the lease prefill may free and reuse the blocks mid-read."""
@@ -85,6 +91,13 @@ class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens whose KV was read from the prefill replica."""
     transport: str
     """What carried them, as UCX names its lanes, e.g. ``rma(cuda_ipc/cuda)``; empty where nothing moved."""
+    prefill_s: float | None = None
+    """`TransferDescriptor.prefill_s`, if the KV came from prefill."""
+    prefill_cached_tokens: int | None = None
+    """`TransferDescriptor.cached_tokens`, where `prefill_s` is known."""
+    first_token_s: float | None = None
+    """Seconds on the decode replica from having all that it needs, the request and where its KV comes from prefill the
+    descriptor, to the first token."""
 
 
 def local_prefill(replica: str, cached_tokens: int, reason: str = "") -> PrefillReport:
@@ -142,11 +155,15 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     transport: str = ""
 
 
+PrefixCache = Literal["published", "silent", "none"]
+"""How an engine's prefix cache is known: by its events; by what was sent to it, as it tells nothing; or it has none."""
+
+
 class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica tells once, when it is ready."""
 
     replica_id: str
-    role: Literal["prefill", "decode"]
+    role: Literal["prefill", "decode", "aggregated"]
     model: str
     engine: str
     engine_version: str
@@ -157,26 +174,54 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     kv_address: str = ""
     """host:port at which other engines ask this one for its KV layout."""
+    prefix_cache: PrefixCache = "none"
+
+
+class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
+    """What a replica has to do at present, for all frontends together."""
+
+    sequences: int = 0
+    """Requests that it has not finished, waiting ones included."""
+    queued_tokens: int = 0
+    """Prompt tokens that it has still to compute, cached ones left out, for requests without a first token."""
+    used_blocks: int = 0
+    """KV blocks that requests hold."""
+
+
+class KvUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """What changed in a replica's prefix cache: empty it if `is_reset`, then take out `removed`, then put in `stored`.
+
+    Blocks go by the hashes of app/routing/blocks.py, which are the same for every engine; no hash is in both lists.
+    """
+
+    stored: list[int]
+    removed: list[int]
+    is_reset: bool = False
+
+
+BlockHash = int | bytes
+"""An engine's own name of a KV block; it means something to that engine only."""
 
 
 class BlockStored(msgspec.Struct, frozen=True, tag=True):
     """Full KV blocks that an engine's prefix cache holds from now on: a chain, each the next one's parent.
 
-    The three events have the shape that vLLM and SGLang publish.  Block hashes mean something to the engine that
-    made them only; `token_ids` holds the blocks' tokens one after the other.
+    `token_ids` holds the blocks' tokens one after the other.
     """
 
-    block_hashes: list[int]
-    parent_block_hash: int | None
+    block_hashes: list[BlockHash]
+    parent_block_hash: BlockHash | None
     """The block before the first of them; None at the beginning of a prompt."""
     token_ids: list[int]
     block_size: int
+    cache_salt: str | None = None
+    """That of the prompts which may use the blocks."""
 
 
 class BlockRemoved(msgspec.Struct, frozen=True, tag=True):
     """Blocks that the prefix cache no longer holds."""
 
-    block_hashes: list[int]
+    block_hashes: list[BlockHash]
 
 
 class AllBlocksCleared(msgspec.Struct, frozen=True, tag=True):

@@ -1,8 +1,8 @@
 """vLLM's own OpenAI and Anthropic server over the disaggregated engine, with what Baton adds to it.
 
 Each model has a server application of its own, as vLLM's serves one.  Baton adds: the choice between them, /health
-and /stats over the pools, /v1/models over all models, a bound on the body's size, and an HTTP error status where a
-stream would otherwise begin with 200 and an error event.
+and /stats over the pools, /v1/models over all models, a bound on the body's size, an HTTP error status where a
+stream would otherwise begin with 200 and an error event, and headers that explain or that say when to come back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from app.config import BatonConfig, ModelConfig
 from app.engines.vllm import cpu_defaults
 from app.errors import ConfigError
-from app.http_middleware import BodyLimit, ErrorBeforeStream
+from app.http_middleware import BodyLimit, ErrorBeforeStream, RoutingHeaders
 from app.model_dispatch import ModelDispatch
 from app.model_source import local_path
 from app.orchestrator import Orchestrator
@@ -29,6 +29,7 @@ from app.vllm_compat import (
     count_tool_calls_by_model,
     let_cancellation_through,
     share_http_metrics,
+    take_the_user_for_the_session,
 )
 
 WITHOUT_MEANING = (
@@ -108,6 +109,7 @@ async def build_server(
     """The ASGI application of all models; there is an orchestrator for each of `config.models`."""
     allow_several_greedy_sequences()
     let_cancellation_through()
+    take_the_user_for_the_session()
     if len(config.models) > 1:
         count_tool_calls_by_model()
         share_http_metrics()
@@ -119,7 +121,7 @@ async def build_server(
         app.router.routes[:0] = _baton_routes(list(apps.values()), health, stats)
     served: ASGIApp = ModelDispatch(dict(apps)) if len(apps) > 1 else apps[config.models[0].name]
     # Around the applications and not inside them: vLLM has already closed its list of middlewares.
-    return BodyLimit(ErrorBeforeStream(served), config.limits.max_body_bytes)
+    return BodyLimit(RoutingHeaders(ErrorBeforeStream(served)), config.limits.max_body_bytes)
 
 
 async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator) -> FastAPI:
@@ -151,7 +153,7 @@ def _baton_routes(apps: Sequence[FastAPI], health: HealthReport, stats: StatsRep
         cards: list[dict[str, Any]] = []
         for app, model in zip(apps, health()["models"], strict=True):
             listed = await app.state.openai_serving_models.show_available_models()
-            added = {name: model[name] for name in ("engine", "mode", "state")}
+            added = {name: model[name] for name in ("engine", "mode", "local_prefill", "state")}
             cards += [{**card, **added} for card in listed.model_dump()["data"]]
         return JSONResponse({"object": "list", "data": cards})
 

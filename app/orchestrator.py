@@ -1,12 +1,11 @@
-"""The order in which one sequence is served: place, prefill, decode, fail over.
+"""The order in which one sequence is served: decide, prefill, decode, fail over.
 
-1. Pick a decode replica.
-2. Decide where the prompt is prefilled (app/routing/disaggregation.py).
-3. If remotely, pick a prefill replica and start it; what comes back at once is a handoff, not its content.
-4. Give request and handoff to the decode replica, which waits for the descriptor, pulls the KV and streams.
+1. Decide which replicas serve it and where its prompt is prefilled (app/routing/router.py).
+2. If remotely, start the prefill; what comes back at once is a handoff, not its content.
+3. Give request and handoff to the decode replica, which waits for the descriptor, pulls the KV and streams.
    A prefill that fails leaves decode to prefill locally: the request succeeds and its report says why.  Where the
-   engine cannot do that (SGLang), another prefill is started.
-5. A decode replica that dies before the first token is replaced by another one, with a new prefill: the first
+   engine cannot do that (SGLang), it is decided anew without that prefill replica.
+4. A decode replica that dies before the first token is replaced by another one, with a new prefill: the first
    one may have pulled the KV and thereby freed it on the prefill side, so its handoff cannot be used twice.
    After the first token the sequence fails, since tokens that were sent cannot be taken back.
 
@@ -17,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 import msgspec
@@ -27,8 +26,10 @@ from app.config import LimitsConfig
 from app.engines.base import Emit
 from app.errors import BatonError, EngineDead, NoReplica, PrefillFailed, ReplicaLost
 from app.messages import GenerateRequest, PrefillReport, TokenDelta
-from app.routing.disaggregation import Placement, place_prefill, spoil
-from app.routing.load import LoadBalancer
+from app.routing.decision import Candidate, Decision, RoutingHints
+from app.routing.disaggregation import spoil
+from app.routing.in_flight import InFlight
+from app.routing.router import NO_HINTS, Router
 
 logger = logging.getLogger("baton.orchestrator")
 
@@ -44,25 +45,19 @@ class Handoff(Protocol):
 
 
 class PrefillPool(Protocol):
-    """The prefill replicas as the orchestrator sees them."""
-
-    def replicas(self) -> list[str]:
-        """Ids of those that are ready."""
+    """The prefill replicas as the orchestrator calls them."""
 
     async def start(self, request: GenerateRequest, replica: str) -> Handoff:
         """Begin to prefill on `replica`.  Raises ReplicaLost if it is gone."""
 
 
 class DecodePool(Protocol):
-    """The decode replicas as the orchestrator sees them."""
-
-    def replicas(self) -> list[str]:
-        """Ids of those that are ready."""
+    """The replicas of a pool that decodes, as the orchestrator calls them."""
 
     async def generate(
-        self, request: GenerateRequest, handoff: Handoff | None, placement: Placement, replica: str, emit: Emit
+        self, request: GenerateRequest, handoff: Handoff | None, local_reason: str, replica: str, emit: Emit
     ) -> None:
-        """Run the sequence on `replica` to its end.
+        """Run the sequence on `replica` to its end; `local_reason` says why it has no handoff.
 
         Raises ReplicaLost, EngineDead, EngineFailed or InvalidRequest, and PrefillFailed before the first delta.
         """
@@ -72,95 +67,98 @@ class Orchestrator:
     """Serves sequences on one model's pools."""
 
     def __init__(
-        self, prefill: PrefillPool | None, decode: DecodePool, limits: LimitsConfig, *, can_decode_prefill: bool
+        self,
+        router: Router,
+        prefill: PrefillPool | None,
+        decode: DecodePool,
+        limits: LimitsConfig,
+        *,
+        aggregated: DecodePool | None = None,
     ) -> None:
+        self._router = router
         self._prefill = prefill
-        self._decode = decode
+        self._serving = {"decode": decode, "aggregated": aggregated}
         self._limits = limits
-        self._can_decode_prefill = can_decode_prefill
-        self._prefill_load = LoadBalancer()
-        self._decode_load = LoadBalancer()
 
-    async def run(self, request: GenerateRequest, emit: Emit) -> None:
-        """Serve the sequence, giving `emit` its deltas.
+    async def run(
+        self,
+        request: GenerateRequest,
+        emit: Emit,
+        *,
+        hints: RoutingHints = NO_HINTS,
+        on_decision: Callable[[Decision], object] = lambda decision: None,
+    ) -> None:
+        """Serve the sequence, giving `emit` its deltas, and `on_decision` what was decided for each attempt.
 
-        Raises NoReplica before the first delta if no replica could serve, ReplicaLost after it, TimeoutError if a
-        token took longer than the limits allow, and what `DecodePool.generate` raises.
+        Raises NoReplica or Overloaded before the first delta if no replica could serve, ReplicaLost after it,
+        TimeoutError if a token took longer than the limits allow, and what `DecodePool.generate` raises.
         """
         lost: list[str] = []
-        lacking = "decode"
         progress = Progress(emit, self._limits)
         async with progress.in_time():
             for attempt in range(self._limits.max_attempts):
-                replica = self._decode_load.pick(self._decode.replicas(), lost)
-                if replica is None:
-                    raise NoReplica("decode")
+                decision = self._router.decide(request, hints, lost)
+                on_decision(decision)
+                in_flight = self._router.begin(request, decision)
                 try:
-                    with self._decode_load.track(replica):
-                        await self._attempt(request, replica, progress, attempt)
+                    await self._attempt(request, decision, in_flight, progress, attempt)
                     return
-                except PrefillFailed as error:
-                    lacking = "prefill"
-                    logger.warning("request_id=%s prefill failed: %s", request.request_id, error)
+                except (PrefillFailed, ReplicaLost, EngineDead) as error:
+                    lost.append(self._blame(request, decision, error))
                     if progress.has_started:
-                        raise ReplicaLost(replica, str(error)) from error
-                except (ReplicaLost, EngineDead) as error:
-                    lacking = "decode"
-                    lost.append(replica)
-                    self._decode_load.avoid(replica)
-                    logger.warning("request_id=%s decode_replica=%s failed: %s", request.request_id, replica, error)
-                    if progress.has_started:
-                        raise ReplicaLost(replica, str(error)) from error
-        raise NoReplica(lacking)
+                        raise ReplicaLost(decision.serving.replica, str(error)) from error
+                finally:
+                    in_flight.end()
+        raise NoReplica("prefill" if decision.prefill and lost[-1] == decision.prefill.replica else "decode")
 
-    async def _attempt(self, request: GenerateRequest, replica: str, progress: Progress, attempt: int) -> None:
-        with ExitStack() as prefill_in_flight:
-            handoff, placement = await self._start_prefill(request, prefill_in_flight, attempt)
-            has_arrived = False
+    def _blame(self, request: GenerateRequest, decision: Decision, error: BatonError) -> str:
+        """Have the replica passed over that an attempt failed by; returns which."""
+        role, replica = decision.serving_role, decision.serving.replica
+        if isinstance(error, PrefillFailed) and decision.prefill is not None:
+            role, replica = "prefill", decision.prefill.replica
+        self._router.views[role].avoid(replica)
+        logger.warning("request_id=%s %s_replica=%s failed: %s", request.request_id, role, replica, error)
+        return replica
 
-            def on_first(delta: TokenDelta) -> None:
-                nonlocal has_arrived
-                has_arrived = delta.report is not None and delta.report.kind == "remote"
-                prefill_in_flight.close()
-                if handoff is not None and _has_failed(delta.report):
-                    self._prefill_load.avoid(handoff.replica)
+    async def _attempt(
+        self, request: GenerateRequest, decision: Decision, in_flight: InFlight, progress: Progress, attempt: int
+    ) -> None:
+        handoff, local_reason = await self._start_prefill(request, decision, attempt)
+        has_arrived = False
 
-            progress.on_first = on_first
-            try:
-                await self._decode.generate(request, handoff, placement, replica, progress.take)
-            except PrefillFailed:
-                if handoff is not None:
-                    self._prefill_load.avoid(handoff.replica)
-                raise
-            finally:
-                if handoff is not None and not has_arrived:
-                    handoff.cancel()
+        def on_first(delta: TokenDelta) -> None:
+            nonlocal has_arrived
+            has_arrived = delta.report is not None and delta.report.kind == "remote"
+            in_flight.first_token(delta.report)
+            if handoff is not None and _has_failed(delta.report):
+                self._router.views["prefill"].avoid(handoff.replica)
+
+        progress.on_first = on_first
+        pool = self._serving[decision.serving_role]
+        assert pool is not None
+        if handoff is None:
+            request = msgspec.structs.replace(request, expected_cached_tokens=decision.serving.cached_tokens)
+        try:
+            await pool.generate(request, handoff, local_reason, decision.serving.replica, progress.take)
+        finally:
+            if handoff is not None and not has_arrived:
+                handoff.cancel()
 
     async def _start_prefill(
-        self, request: GenerateRequest, in_flight: ExitStack, attempt: int
-    ) -> tuple[Handoff | None, Placement]:
-        placement = place_prefill(
-            request, has_prefill_pool=self._prefill is not None, can_decode_prefill=self._can_decode_prefill
-        )
-        if self._prefill is None or placement.kind == "local":
-            return None, placement
-        replica = self._prefill_load.pick(self._prefill.replicas())
-        if replica is None:
-            return self._without_prefill(NoReplica("prefill"))
-        in_flight.enter_context(self._prefill_load.track(replica))
+        self, request: GenerateRequest, decision: Decision, attempt: int
+    ) -> tuple[Handoff | None, str]:
+        """What the decode replica is to wait for, or None and why it prefills itself.  Raises PrefillFailed."""
+        if decision.prefill is None:
+            return None, decision.reason
+        assert self._prefill is not None
+        replica = decision.prefill.replica
         try:
-            handoff = await self._prefill.start(_to_prefill(request, attempt), replica)
+            return await self._prefill.start(_to_prefill(request, decision.prefill, attempt), replica), ""
         except ReplicaLost as error:
-            in_flight.close()
-            self._prefill_load.avoid(replica)
-            return self._without_prefill(PrefillFailed(str(error)))
-        return handoff, placement
-
-    def _without_prefill(self, error: BatonError) -> tuple[None, Placement]:
-        """Have decode prefill.  Raises `error` where it cannot."""
-        if not self._can_decode_prefill:
-            raise error
-        return None, Placement("local", "no_prefill_replica")
+            if self._router.local_role() != decision.serving_role:
+                raise PrefillFailed(str(error)) from error
+            self._router.views["prefill"].avoid(replica)
+            return None, "no_prefill_replica"
 
 
 class Progress:
@@ -204,12 +202,14 @@ class Progress:
             self._timeout.reschedule(self._due)
 
 
-def _to_prefill(request: GenerateRequest, attempt: int) -> GenerateRequest:
+def _to_prefill(request: GenerateRequest, prefill: Candidate, attempt: int) -> GenerateRequest:
     """What the prefill replica gets, with an id of its own: an earlier attempt may still be ending there."""
     prefilled = spoil(request) if request.prefill_mode == "spoiled" else request
-    if attempt:
-        prefilled = msgspec.structs.replace(prefilled, request_id=f"{request.request_id}-{attempt}")
-    return prefilled
+    return msgspec.structs.replace(
+        prefilled,
+        request_id=f"{request.request_id}-{attempt}" if attempt else request.request_id,
+        expected_cached_tokens=prefill.cached_tokens,
+    )
 
 
 def _has_failed(report: PrefillReport | None) -> bool:

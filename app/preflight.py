@@ -38,12 +38,10 @@ def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
     device = choose_device(config, gpus_per_node)
     for index, model in enumerate(config.models):
         check_source(f"models.{index}.source", model.source)
-        pools = {"prefill": model.prefill, "decode": model.decode}
-        for role, pool in pools.items():
-            if pool is not None:
-                _check_size(f"models.{index}.{role}.tensor_parallel_size", pool, device, gpus_per_node)
-                if pool.engine == "sim":
-                    _check_sim(f"models.{index}", role, model, pool)
+        for role, pool in _pools(model).items():
+            _check_size(f"models.{index}.{role}.tensor_parallel_size", pool, device, gpus_per_node)
+            if pool.engine == "sim":
+                _check_sim(f"models.{index}", role, model, pool)
         if model.engine == "sglang":
             _check_sglang(config, f"models.{index}", model)
     if device == "cuda" and config.device == "auto":
@@ -74,9 +72,13 @@ def check_interpreters(config: BatonConfig) -> None:
     For where the engines run on this machine: a cluster elsewhere may have what its driver has not, and vice versa.
     """
     for index, model in enumerate(config.models):
-        for role in get_args(Role):
-            if (pool := model.pool(role)) is not None:
-                _check_interpreter(f"models.{index}.{role}.python", pool)
+        for role, pool in _pools(model).items():
+            _check_interpreter(f"models.{index}.{role}.python", pool)
+
+
+def _pools(model: ModelConfig) -> dict[Role, PoolConfig]:
+    """The pools that a model has."""
+    return {role: pool for role in get_args(Role) if (pool := model.pool(role)) is not None}
 
 
 def _check_interpreter(field: str, pool: PoolConfig) -> None:
@@ -98,7 +100,9 @@ def _check_sglang(config: BatonConfig, field: str, model: ModelConfig) -> None:
     if not model.server_args.get("reasoning_parser"):
         return
     # Only SGLang's engine itself can hold back a grammar until reasoning ends; vLLM's is told by the frontend.
-    if not model.merged_engine_args(model.decode).get("reasoning_parser"):
+    pools = _pools(model)
+    pools.pop("prefill", None)
+    if not all(model.merged_engine_args(pool).get("reasoning_parser") for pool in pools.values()):
         raise ConfigError(
             f"{field}.engine_args.reasoning_parser",
             f"missing, but {field}.server_args.reasoning_parser is set: structured output would not wait for the end "
@@ -120,7 +124,7 @@ def _check_total(config: BatonConfig, gpus_per_node: Sequence[int]) -> None:
     """With the device found rather than configured, the GPUs that are there are all there will be."""
     wanted = 0.0
     for model in config.models:
-        for pool in filter(None, (model.prefill, model.decode)):
+        for pool in _pools(model).values():
             wanted += gpus_of_replica(pool, "cuda") * (pool.replicas or 1)
     if wanted > sum(gpus_per_node):
         raise ConfigError(
@@ -157,8 +161,8 @@ def check_with_vllm(config: BatonConfig, device: Device) -> None:
         if model.engine == "vllm":
             _check_names(index, model, known, "vLLM")
         _check_server(index, model)
-        for role in get_args(Role):
-            _check_engine(f"models.{index}.{role}", model, role, device)
+        for role, pool in _pools(model).items():
+            _check_engine(f"models.{index}.{role}", model, role, pool, device)
 
 
 def check_with_sglang(config: BatonConfig) -> None:
@@ -183,9 +187,8 @@ def _sglang_args(python: str) -> frozenset[str]:
 
 
 def _check_names(index: int, model: ModelConfig, known: Collection[str], engine: str) -> None:
-    arguments = {"engine_args": model.engine_args, "decode.engine_args": model.decode.engine_args}
-    if model.prefill is not None:
-        arguments["prefill.engine_args"] = model.prefill.engine_args
+    arguments = {"engine_args": model.engine_args}
+    arguments |= {f"{role}.engine_args": pool.engine_args for role, pool in _pools(model).items()}
     for section, names in arguments.items():
         for name in names:
             if name not in known:
@@ -202,17 +205,16 @@ def _check_server(index: int, model: ModelConfig) -> None:
         raise ConfigError(f"models.{index}", f"vLLM refuses it: {_in_one_line(error)}") from error
 
 
-def _check_engine(field: str, model: ModelConfig, role: Role, device: Device) -> None:
+def _check_engine(field: str, model: ModelConfig, role: Role, pool: PoolConfig, device: Device) -> None:
     from vllm.platforms import current_platform
 
     from app.engines.vllm import build_engine_args
 
-    pool = model.pool(role)
-    if pool is None or pool.engine != "vllm" or current_platform.device_type != device:
+    if pool.engine != "vllm" or current_platform.device_type != device:
         return
     spec = EngineSpec(
         role=role,
-        is_disaggregated=model.is_disaggregated,
+        is_disaggregated=model.is_disaggregated and role != "aggregated",
         replica_id="",
         model_path=local_path(model.source),
         device=device,

@@ -1,15 +1,15 @@
 """``baton verify``: does disaggregation change the output?
 
-Each prompt is served by the running application, greedily: prefilled remotely and prefilled by the decode replica
+Each prompt is served by the running application, greedily: prefilled remotely and prefilled where it is decoded
 (aggregated serving on the same weights), or served by an aggregated model of the same application, if `reference`
-names one.  Without one, an engine whose decode replicas cannot prefill (SGLang) is compared with its prefill replicas:
-prompt and answer so far are prefilled again for each token, so that no token depends on KV that was moved.  Under
-disaggregation decode computes the last prompt token by itself from
-KV that it did not make, as it does after a hit in its own prefix cache; in low precision that alone changes logprobs
-a little.  So the engine's own noise is the difference between aggregated serving with and without such a hit.  A
-token may differ only where noise can flip it: where the two best candidates are closer than what passes as equal.
-Every serving has a cache salt of its own, so that none can reuse another's KV.  With `spoil` the remote prefill
-computes another prompt's KV, and a comparison that still passes would prove nothing.
+names one.  Without one, a model that only its prefill pool can prefill (SGLang without an `aggregated` pool) is
+compared with that pool: prompt and answer so far are prefilled again for each token, so that no token depends on KV
+that was moved.  Under disaggregation decode computes the last prompt token by itself from KV that it did not make, as
+it does after a hit in its own prefix cache; in low precision that alone changes logprobs a little.  So the engine's
+own noise is the difference between aggregated serving with and without such a hit.  A token may differ only where noise
+can flip it: where the two best candidates are closer than what passes as equal.  Every serving has a cache salt of its
+own, so that none can reuse another's KV.  With `spoil` the remote prefill computes another prompt's KV, and a
+comparison that still passes would prove nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from app.engines.registry import can_decode_prefill
 from app.errors import BatonError
 from app.messages import PrefillMode
 
@@ -108,7 +107,7 @@ class Endpoint:
         self.model: str = card["id"]
         self.reference: str | None = self._find(reference, "aggregated")["id"] if reference else None
         self.max_model_len: int = card["max_model_len"]
-        self.can_decode_prefill = can_decode_prefill(card["engine"])
+        self.can_prefill_locally: bool = card["local_prefill"]
         self.num_remote_requests = 0
         self._vocabulary: list[int] = self._post("/tokenize", {"model": self.model, "prompt": WORDS})["tokens"]
 
@@ -128,7 +127,7 @@ class Endpoint:
     @property
     def tolerance(self) -> float:
         """The logprob difference that passes if the caller does not say."""
-        return TOLERANCE if self.reference or self.can_decode_prefill else TOLERANCE_OF_PREFILL
+        return TOLERANCE if self.reference or self.can_prefill_locally else TOLERANCE_OF_PREFILL
 
     def serve(self, prompts: list[list[int]], mode: PrefillMode) -> Answer:
         """The greedy answer to the last of `prompts`, all of which share one cache salt."""
@@ -138,7 +137,7 @@ class Endpoint:
 
     def serve_without_transfer(self, prompts: list[list[int]], *, after_hit: bool) -> Answer:
         """The answer to the last of `prompts` from KV that was not moved, with or `after_hit` of a prefix cache."""
-        if self.reference is None and not self.can_decode_prefill:
+        if self.reference is None and not self.can_prefill_locally:
             return self._serve_by_prefill(prompts[-1], share_prefixes=after_hit)
         return self.serve([*prompts, prompts[-1]] if after_hit else prompts, "local")
 
@@ -149,7 +148,7 @@ class Endpoint:
         for _ in range(OUTPUT_TOKENS):
             so_far = prompt + [int(token.removeprefix("token_id:")) for token in whole.token_ids]
             salt = salt if share_prefixes else uuid.uuid4().hex
-            next_one = self._complete(so_far, "auto", salt, 1)
+            next_one = self._complete(so_far, "remote", salt, 1)
             whole = Answer(
                 whole.token_ids + next_one.token_ids,
                 whole.logprobs + next_one.logprobs,
@@ -229,7 +228,7 @@ def verify(
         endpoint = Endpoint(client, model, reference)
         before = endpoint.transfers()
         prompts = _prompts(endpoint, random.Random(seed))
-        cases = [_compare(endpoint, name, group, "spoiled" if spoil else "auto") for name, group in prompts]
+        cases = [_compare(endpoint, name, group, "spoiled" if spoil else "remote") for name, group in prompts]
         after = endpoint.transfers()
     num_remote = endpoint.num_remote_requests
     tolerance = endpoint.tolerance if tolerance is None else tolerance

@@ -29,6 +29,30 @@ def let_cancellation_through() -> None:
     api_utils.with_cancellation = lambda handler: handler
 
 
+def take_the_user_for_the_session() -> None:
+    """Have OpenAI's ``user`` (``metadata.user_id`` in Anthropic's API) name the session where nothing else does.
+
+    vLLM 0.32 hands a session to the engine that comes as ``X-Session-ID`` or in a field ``session_id`` of its own,
+    which no OpenAI client sends.  Can go once vLLM falls back on these fields.
+    """
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+
+    session_id, base_request = GenerateBaseServing._get_session_id, AnthropicServingMessages._build_base_request
+
+    def session_or_user(request: Any, raw_request: Any) -> str | None:
+        return session_id(request, raw_request) or request.user or None
+
+    def with_user(request: Any, messages: Any) -> Any:
+        built = base_request(request, messages)
+        user = (getattr(request, "metadata", None) or {}).get("user_id")
+        built.user = user if isinstance(user, str) else None
+        return built
+
+    GenerateBaseServing._get_session_id = staticmethod(session_or_user)
+    AnthropicServingMessages._build_base_request = staticmethod(with_user)
+
+
 def count_tool_calls_by_model() -> None:
     """Count a tool call under the model that was asked.
 

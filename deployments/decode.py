@@ -15,12 +15,13 @@ from typing import Any
 import msgspec
 from ray import ObjectRef
 
-from app.channel import ChannelServer, Link, Submit
+from app.channel import Link, Submit
 from app.config import BatonConfig
+from app.engines.base import Role
 from app.engines.registry import can_decode_prefill
 from app.errors import InvalidRequest
-from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
-from deployments.pools import spawn_detached
+from app.messages import GenerateRequest, PrefillReport, TokenDelta, TransferDescriptor
+from deployments.detached import spawn_detached
 from deployments.worker import Worker
 
 logger = logging.getLogger("baton.decode")
@@ -29,27 +30,36 @@ logger = logging.getLogger("baton.decode")
 class DecodeWorker(Worker):
     """One decode engine, or the only engine of an aggregated deployment."""
 
-    role = "decode"
+    role: Role = "decode"
 
     async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
         self._handoffs: defaultdict[str, dict[int, asyncio.Future[ObjectRef]]] = defaultdict(dict)
         self._releases: set[asyncio.Task[Any]] = set()
         await super().__init__(config, device)
-        self._server = ChannelServer(self._replica_id, self._run)
         self._server.on_close = self._forget
-        self._channel_address = await self._server.start(self._node_ip)
 
     async def _run(self, link: Link, call: Submit) -> None:
-        """Run one sequence to its end."""
-        number, request = call.number, call.request
-        descriptor, reason = None, call.local_reason
-        if call.has_handoff:
-            descriptor, reason = await self._receive(link, number, request)
+        self._publisher.look_soon()
+        try:
+            descriptor, reason = None, call.local_reason
+            if call.has_handoff:
+                descriptor, reason = await self._receive(link, call.number, call.request)
+            await self._generate(link, call, descriptor, reason)
+        finally:
+            self._publisher.look_soon()
+
+    async def _generate(self, link: Link, call: Submit, descriptor: TransferDescriptor | None, reason: str) -> None:
+        """Generate with the KV of `descriptor`, or without one because of `reason`."""
+        began = time.monotonic()
 
         def emit(delta: TokenDelta) -> None:
-            link.put(number, _with_reason(delta, reason))
+            if delta.report is not None:
+                delta = _complete(delta, delta.report, reason, descriptor, time.monotonic() - began)
+                self._publisher.look_soon()
+            link.put(call.number, delta)
 
-        await self._engine.generate(request, descriptor, emit)
+        self._publisher.look_soon()
+        await self._engine.generate(call.request, descriptor, emit)
 
     async def _receive(
         self, link: Link, number: int, request: GenerateRequest
@@ -98,6 +108,9 @@ class DecodeWorker(Worker):
         else:
             self._arrival(link_id, number).set_result(refs[0])
 
+    def num_requests(self) -> int:
+        return self._server.num_sequences()
+
     def _forget(self, link: Link) -> None:
         """Give up what was attached to sequences that a closed channel never submitted."""
         for number, arrival in self._handoffs.pop(link.id, {}).items():
@@ -122,23 +135,27 @@ class DecodeWorker(Worker):
             return
         await self._engine.release(descriptor)
 
-    def record_replica_metadata(self) -> dict[str, Any]:
-        return {**super().record_replica_metadata(), "channel": self._channel_address}
-
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve does not see the sequences on the channels; see deployments/autoscaling.py."""
         return {"sequences": float(self._server.num_sequences())}
 
-    async def __del__(self) -> None:
-        """Serve calls this once no frontend chooses this replica any more, and kills it when its patience ends."""
-        if hasattr(self, "_server"):
-            await self._server.drain()
-            await self._server.stop()
-        await super().__del__()
+
+class AggregatedWorker(DecodeWorker):
+    """One engine of a pool beside prefill and decode, which serves whole requests."""
+
+    role = "aggregated"
 
 
-def _with_reason(delta: TokenDelta, reason: str) -> TokenDelta:
-    """Say in the report why decode prefilled itself, where this replica knows it and the engine cannot."""
-    if delta.report is None or not reason:
-        return delta
-    return msgspec.structs.replace(delta, report=msgspec.structs.replace(delta.report, reason=reason))
+def _complete(
+    delta: TokenDelta, report: PrefillReport, reason: str, descriptor: TransferDescriptor | None, first_token_s: float
+) -> TokenDelta:
+    """The report with what this replica knows and the engine cannot: why decode prefilled itself, and how long it took.
+
+    `report` is the delta's.
+    """
+    changed: dict[str, Any] = {"first_token_s": first_token_s}
+    if reason:
+        changed["reason"] = reason
+    if descriptor is not None and descriptor.prefill_s is not None and report.kind == "remote":
+        changed |= {"prefill_s": descriptor.prefill_s, "prefill_cached_tokens": descriptor.cached_tokens}
+    return msgspec.structs.replace(delta, report=msgspec.structs.replace(report, **changed))

@@ -22,10 +22,15 @@ class PrefillWorker(Worker):
         self.check_is_me(replica_id)
         task = asyncio.create_task(self._engine.prefill(request), name=request.request_id)
         self._running[request.request_id] = task
+        self._publisher.look_soon()
         try:
             return await task
         finally:
             del self._running[request.request_id]
+            self._publisher.look_soon()
+
+    def num_requests(self) -> int:
+        return len(self._running)
 
     async def abandon(self, request_id: str, *, replica_id: str) -> None:
         """Stop a prefill, or what goes on of it after `prefill` has returned: nobody will pull its KV.

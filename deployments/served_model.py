@@ -1,4 +1,4 @@
-"""One model as a frontend serves it: its pools, the order in which they are called, and how they are."""
+"""One model as a frontend serves it: its pools, the router that looks at them, and how they are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from app.engines.registry import can_decode_prefill
 from app.errors import BatonError
 from app.health import model_state
 from app.orchestrator import Orchestrator
-from deployments.membership import Membership
+from app.routing.router import Router
+from deployments.membership import membership_of
 from deployments.pools import RayDecodePool, RayPrefillPool
 
 
@@ -26,48 +27,64 @@ class ServedModel:
     def __init__(self, model: ModelConfig, handles: Mapping[Role, Any], limits: LimitsConfig) -> None:
         self._model = model
         self._handles = handles
-        self.decode = RayDecodePool(handles["decode"])
-        self.prefill = RayPrefillPool(handles["prefill"]) if model.is_disaggregated else None
-        self.orchestrator = Orchestrator(
-            self.prefill, self.decode, limits, can_decode_prefill=can_decode_prefill(model.engine)
+        self.router = Router(
+            model.routing,
+            has_prefill="prefill" in handles,
+            has_aggregated="aggregated" in handles,
+            can_decode_prefill=can_decode_prefill(model.engine),
         )
+        views = self.router.views
+        decode = RayDecodePool(handles["decode"], views["decode"])
+        prefill = RayPrefillPool(handles["prefill"], views["prefill"]) if "prefill" in handles else None
+        aggregated = RayDecodePool(handles["aggregated"], views["aggregated"]) if "aggregated" in handles else None
+        self.orchestrator = Orchestrator(self.router, prefill, decode, limits, aggregated=aggregated)
+        self._memberships = {role: membership_of(handle.deployment_id) for role, handle in handles.items()}
 
     def health(self) -> dict[str, Any]:
         """What /health says of the model; /v1/models takes it from here."""
-        pools = self._memberships()
-        reachable: dict[Role, int] = {role: len(pool.ids()) for role, pool in pools.items()}
-        reachable["decode"] = len(self.decode.replicas())
         return {
             "name": self._model.name,
             "engine": self._model.engine,
             "mode": "disaggregated" if self._model.is_disaggregated else "aggregated",
-            "state": model_state(self._model, reachable),
-            "pools": {role: {"ready": len(pool.ids())} for role, pool in pools.items()},
+            "local_prefill": self.router.local_role() is not None,
+            "state": model_state(self._model, {role: len(view.replicas) for role, view in self.router.views.items()}),
+            "pools": {role: {"ready": len(pool.ids())} for role, pool in self._memberships.items()},
         }
 
     def endpoints(self) -> list[dict[str, Any]]:
         """What each ready replica told of itself."""
         return [
             {"status": "ready", **metadata["info"]}
-            for pool in self._memberships().values()
+            for pool in self._memberships.values()
             for metadata in pool.metadata().values()
         ]
 
     async def stats(self) -> list[dict[str, Any]]:
-        """Every ready replica's load, asked for now."""
-        asked = [(role, replica) for role, pool in self._memberships().items() for replica in pool.ids()]
+        """Every ready replica's load, asked for now, and beside it what this frontend goes by."""
+        asked = [(role, replica) for role, pool in self._memberships.items() for replica in pool.ids()]
         return await asyncio.gather(*(self._ask(role, replica) for role, replica in asked))
 
     async def _ask(self, role: Role, replica: str) -> dict[str, Any]:
-        about = {"model": self._model.name, "role": role, "replica_id": replica}
+        about = {
+            "model": self._model.name,
+            "role": role,
+            "replica_id": replica,
+            "view": self._describe_view(role, replica),
+        }
         try:
             stats = await self._handles[role].stats.remote(replica_id=replica)
         except (BatonError, RayError, RayServeException) as error:
             return {**about, "error": type(error).__name__}
         return {**about, **msgspec.to_builtins(stats)}
 
-    def _memberships(self) -> dict[Role, Membership]:
-        pools: dict[Role, Membership] = {"decode": self.decode.membership}
-        if self.prefill is not None:
-            pools["prefill"] = self.prefill.membership
-        return pools
+    def _describe_view(self, role: Role, replica: str) -> dict[str, int] | None:
+        """What this frontend believes of a replica; None if it has no connection to it."""
+        pool = self.router.views[role]
+        if (view := pool.replicas.get(replica)) is None:
+            return None
+        gauges = {"sequences": view.sequences, "queued_tokens": view.queued_tokens, "used_blocks": view.used_blocks}
+        return {
+            **{name: gauge.value for name, gauge in gauges.items()},
+            **{f"own_{name}": gauge.own for name, gauge in gauges.items()},
+            "cached_blocks": pool.index.num_blocks(replica),
+        }

@@ -1,4 +1,4 @@
-"""What the prefill and the decode deployment share: one engine per replica, its start, health and end."""
+"""What the deployments of all pools share: one engine per replica, its start, health and end, and what it tells."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import msgspec
 import ray
 from ray import serve
 
+from app.channel import ChannelServer, Link, Submit
 from app.config import BatonConfig, PoolConfig
 from app.engines.base import Engine, EngineInfo, EngineSpec, Role
 from app.engines.registry import create_engine
-from app.errors import ReplicaLost
+from app.errors import InvalidRequest, ReplicaLost
 from app.messages import EngineStats, ReplicaInfo
 from app.model_source import local_path
 from app.ports import reserve_port
 from deployments.process import adopt_serve_logging, freeze_heap
+from deployments.publisher import Publisher
 
 logger = logging.getLogger("baton.worker")
 
@@ -45,6 +47,9 @@ class Worker:
         except BaseException:
             await self._engine.stop()
             raise
+        self._server = ChannelServer(self._replica_id, self._run)
+        self._publisher = Publisher(self._replica_id, self._engine, self._info, self._server, self.num_requests)
+        self._channel_address = await self._server.start(self._node_ip)
         freeze_heap()
         logger.info("role=%s replica_id=%s engine=%s device=%s ready", self.role, self._replica_id, self._info, device)
 
@@ -66,6 +71,14 @@ class Worker:
             transfer_timeout_s=self._config.limits.prefill_timeout_s,
         )
 
+    async def _run(self, link: Link, call: Submit) -> None:
+        """Run one sequence that came on a channel, to its end."""
+        raise InvalidRequest(f"a {self.role} replica takes no sequences")
+
+    def num_requests(self) -> int:
+        """How many requests have not ended, waiting ones included."""
+        raise NotImplementedError
+
     def record_replica_metadata(self) -> dict[str, Any]:
         """Serve asks once, when the replica is ready, and tells every frontend."""
         info = ReplicaInfo(
@@ -80,8 +93,9 @@ class Worker:
             block_size_tokens=self._info.block_size_tokens,
             max_model_len=self._info.max_model_len,
             kv_address=f"{self._node_ip}:{self._port.number}" if self._port else "",
+            prefix_cache=self._info.prefix_cache,
         )
-        return {"info": msgspec.to_builtins(info)}
+        return {"info": msgspec.to_builtins(info), "channel": self._channel_address}
 
     def check_is_me(self, replica_id: str) -> None:
         """Refuse a call that was meant for another replica."""
@@ -96,5 +110,10 @@ class Worker:
         await self._engine.check_health()
 
     async def __del__(self) -> None:
+        """Serve calls this once no frontend chooses this replica any more, and kills it when its patience ends."""
+        if hasattr(self, "_channel_address"):
+            await self._server.drain()
+            await self._publisher.stop()
+            await self._server.stop()
         if hasattr(self, "_engine"):
             await self._engine.stop()

@@ -149,7 +149,7 @@ class Server:
         self._client = client
         self._model = model
         self._rng = rng
-        self._vocabulary = _vocabulary(client, model)
+        self._vocabulary = find_vocabulary(client, model)
         self._tokens_per_word = TOKENS_PER_WORD
         used = self.chat([{"role": "user", "content": self._words(WARM_UP_WORDS)}]).prompt_tokens
         if used:
@@ -191,7 +191,7 @@ class Server:
             raise CacheBenchError(f"{self._client.base_url} broke off an answer: {error!r}") from error
 
 
-def _vocabulary(client: httpx.Client, model: str) -> list[int]:
+def find_vocabulary(client: httpx.Client, model: str) -> list[int]:
     """Token ids to draw prompts from; none where the server has no /tokenize (OpenAI's API has not)."""
     body = {"model": model, "prompt": TEXT, "add_special_tokens": False}
     try:

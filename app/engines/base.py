@@ -5,14 +5,16 @@ An adapter knows its engine and nothing of Ray; a deployment knows this protocol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Literal, Protocol
 
 import msgspec
 
-from app.messages import EngineStats, GenerateRequest, TokenDelta, TransferDescriptor
+from app.messages import EngineStats, GenerateRequest, KvEvent, PrefixCache, TokenDelta, TransferDescriptor
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "aggregated"]
+"""What a pool's engines do: compute prompts for others; decode what was computed elsewhere (and, where there is no
+prefill pool or the engine can, prompts too); or, beside two such pools, serve whole requests by themselves."""
 
 Emit = Callable[[TokenDelta], None]
 """Takes one sequence's delta of one engine step.  Called on the event loop, never blocks, never raises."""
@@ -48,6 +50,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size_tokens: int
     max_model_len: int
+    prefix_cache: PrefixCache = "none"
+    """``published``: by `Engine.kv_events`."""
 
 
 class Engine(Protocol):
@@ -87,6 +91,20 @@ class Engine(Protocol):
 
     async def stats(self) -> EngineStats:
         """The present load."""
+
+    def queued_tokens(self) -> int:
+        """Prompt tokens still to be computed for requests here that have no first token.
+
+        Counted per request as its prompt's length less `GenerateRequest.expected_cached_tokens`; a request whose KV
+        comes through a descriptor has none.
+        """
+
+    def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
+        """What happens to the prefix cache, in order, from the engine's start on, for one consumer.
+
+        Where events were lost for good the list begins with AllBlocksCleared, and what follows is all that is known
+        to be there.  Ends when the engine stops; is empty if the engine publishes none (`EngineInfo`).
+        """
 
     async def check_health(self) -> None:
         """Raise EngineDead unless the engine's processes run."""

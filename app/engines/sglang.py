@@ -15,6 +15,7 @@ SGLang's decode engine cannot prefill, so a transfer that fails is `PrefillFaile
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import multiprocessing
@@ -29,7 +30,9 @@ from typing import Any
 
 from app.engines import cpu_waits
 from app.engines.base import Emit, EngineInfo, EngineSpec
+from app.engines.kv_events import KvEventFeed
 from app.engines.owner_watch import owner_environment
+from app.engines.prompt_queue import PromptQueue
 from app.engines.sglang_sampling import Translation, translate
 from app.engines.ucx import UcxLog
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
@@ -37,8 +40,10 @@ from app.messages import (
     UNKNOWN_RANK,
     EngineStats,
     GenerateRequest,
+    KvEvent,
     Logprobs,
     PrefillReport,
+    PrefixCache,
     TokenDelta,
     TransferDescriptor,
     local_prefill,
@@ -55,12 +60,17 @@ OWNED_ARGS = {
     "disaggregation_mode": "the model's prefill pool",
     "disaggregation_transfer_backend": "the transfer section",
     "disaggregation_bootstrap_port": "transfer.port_min and port_max",
+    "kv_events_config": "nothing: Baton reads the events, for routing",
     "host": "http_options of the Serve config",
     "port": "http_options of the Serve config",
     "incremental_streaming_output": "nothing: Baton passes tokens on as they come",
     "tokenizer_worker_num": "the pool's replicas",
 }
 """Engine arguments that Baton sets, with where the user sets them instead."""
+
+NO_DECODE_CACHE = ("disable_radix_cache", "enable_hisparse", "speculative_algorithm")
+"""Arguments with any of which a decode engine has no prefix cache by default: it is not wanted, or SGLang refuses it
+(with speculative decoding only for some algorithms, but it is then of pairs of tokens, which events do not tell)."""
 
 HEARTBEAT_S = 1.0
 """Between a decode engine's looks at each prefill engine; two that fail give up all that is under way from it."""
@@ -88,10 +98,23 @@ def build_engine_args(spec: EngineSpec) -> dict[str, Any]:
             "disaggregation_transfer_backend": "nixl",
             "disaggregation_bootstrap_port": spec.kv_port,
         }
-        if spec.role == "decode" and spec.device == "cpu":
-            # What SGLang chooses by itself copies KV of a request that it suspends from a GPU.
-            arguments["disaggregation_decode_retraction_backup"] = "cpu_tensor"
+        if spec.role == "decode":
+            # The next turn of a conversation then has only what is new transferred.
+            arguments["disaggregation_decode_enable_radix_cache"] = not any(map(spec.engine_args.get, NO_DECODE_CACHE))
+            if spec.device == "cpu":
+                # What SGLang chooses by itself copies KV of a request that it suspends from a GPU.
+                arguments["disaggregation_decode_retraction_backup"] = "cpu_tensor"
     return {**arguments, **spec.engine_args}
+
+
+def prefix_cache(arguments: dict[str, Any]) -> PrefixCache:
+    """That of an engine with these arguments; with speculative decoding its events name pairs of tokens."""
+    is_decode = arguments.get("disaggregation_mode") == "decode"
+    if arguments.get("disable_radix_cache") or (
+        is_decode and not arguments["disaggregation_decode_enable_radix_cache"]
+    ):
+        return "none"
+    return "silent" if arguments.get("speculative_algorithm") else "published"
 
 
 class SglangEngine:
@@ -110,6 +133,8 @@ class SglangEngine:
         self._eos_token_id: int | None = None
         self._kv_bytes_per_token = 0
         self._prefills: dict[str, asyncio.Task[None]] = {}
+        self._queue = PromptQueue()
+        self._kv_feed: KvEventFeed | None = None
         self._num_transfers = 0
         self._num_failed_transfers = 0
         self._num_expired_handoffs = 0
@@ -134,6 +159,7 @@ class SglangEngine:
             num_blocks=scheduler["max_total_num_tokens"] // self._page_size,
             block_size_tokens=self._page_size,
             max_model_len=manager.context_len,
+            prefix_cache=prefix_cache(build_engine_args(self._spec)),
         )
 
     def _environment(self) -> dict[str, str]:
@@ -162,8 +188,12 @@ class SglangEngine:
     def _start_engine(self) -> None:
         import sglang
 
+        arguments = build_engine_args(self._spec)
+        if prefix_cache(arguments) == "published":
+            self._kv_feed = KvEventFeed()
+            arguments["kv_events_config"] = json.dumps(self._kv_feed.publisher)
         try:
-            self._engine = sglang.Engine(**build_engine_args(self._spec))
+            self._engine = sglang.Engine(**arguments)
         except (TypeError, ValueError) as error:
             raise ConfigError("engine_args", f"SGLang refuses them: {error}") from error
 
@@ -174,9 +204,11 @@ class SglangEngine:
             )
         room = {"host": self._spec.kv_host, "port": self._spec.kv_port, "room": random.getrandbits(62)}
         arguments = self._arguments(request, self._translate(request), room)
+        leave_queue = self._queue.enter(request)  # SGLang says of this leg no more than that it has ended
         task = asyncio.create_task(self._prefill(request.request_id, arguments))
         self._prefills[request.request_id] = task
         task.add_done_callback(lambda _: self._prefills.pop(request.request_id))
+        task.add_done_callback(lambda _: leave_queue())
         return TransferDescriptor(
             engine="sglang",
             replica_id=self._spec.replica_id,
@@ -211,14 +243,19 @@ class SglangEngine:
         arguments = self._arguments(request, translation, descriptor.params if descriptor else None)
         if descriptor is not None:
             await self._check_reachable(descriptor)
+        leave_queue = self._queue.enter(request, descriptor)
         is_first = True
-        async with aclosing(self._outputs(arguments)) as outputs:
-            async for output in outputs:
-                if (abort := _abort_of(output)) is not None:
-                    raise self._failure(abort, descriptor if is_first else None)
-                report = self._report(request, descriptor, output["meta_info"]) if is_first else None
-                is_first = False
-                emit(_to_delta(output, translation, self._stop_reason(output, request), report))
+        try:
+            async with aclosing(self._outputs(arguments)) as outputs:
+                async for output in outputs:
+                    if (abort := _abort_of(output)) is not None:
+                        raise self._failure(abort, descriptor if is_first else None)
+                    report = self._report(request, descriptor, output["meta_info"]) if is_first else None
+                    is_first = False
+                    leave_queue()
+                    emit(_to_delta(output, translation, self._stop_reason(output, request), report))
+        finally:
+            leave_queue()
 
     def _stop_reason(self, output: dict[str, Any], request: GenerateRequest) -> int | None:
         """By vLLM's rule: a stop token that the request names, unless it is the end-of-sequence token."""
@@ -303,6 +340,11 @@ class SglangEngine:
     def _report(
         self, request: GenerateRequest, descriptor: TransferDescriptor | None, meta_info: dict[str, Any]
     ) -> PrefillReport:
+        """`transferred_tokens`, and `EngineStats.transferred_bytes` with it, are an upper bound: the whole prompt.
+
+        SGLang has less transferred where decode has a beginning cached itself, but does not tell how much: its
+        ``cached_tokens`` are the greater of prefill's and decode's.
+        """
         cached_tokens = meta_info["cached_tokens"]
         if descriptor is None:
             return local_prefill(self._spec.replica_id, cached_tokens)
@@ -339,6 +381,15 @@ class SglangEngine:
             transport=self._ucx_log.transport,
         )
 
+    def queued_tokens(self) -> int:
+        return self._queue.num_tokens
+
+    async def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
+        if self._kv_feed is not None:
+            async with aclosing(self._kv_feed.batches()) as batches:
+                async for events in batches:
+                    yield events
+
     async def check_health(self) -> None:
         if self._engine is None:
             raise EngineDead
@@ -352,6 +403,8 @@ class SglangEngine:
         if self._engine is not None:
             engine, self._engine = self._engine, None
             await asyncio.to_thread(engine.shutdown)
+        if self._kv_feed is not None:
+            self._kv_feed.close()
 
 
 def _abort_of(output: dict[str, Any]) -> dict[str, Any] | None:

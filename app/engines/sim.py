@@ -15,8 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
-from hashlib import blake2b
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Literal, Self
 
 import msgspec
@@ -24,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from app import __version__
 from app.engines.base import Emit, EngineInfo, EngineSpec
+from app.engines.prompt_queue import PromptQueue
 from app.engines.sim_faults import Fault, FaultKind, FaultPlan
 from app.engines.sim_profile import load_profile
 from app.engines.sim_scheduler import Scheduler, SchedulerLimits, Sequence, Step
@@ -35,6 +35,7 @@ from app.messages import (
     GenerateRequest,
     KvEvent,
     PrefillReport,
+    PrefixCache,
     TokenDelta,
     TransferDescriptor,
     local_prefill,
@@ -97,6 +98,8 @@ class SimArgs(BaseModel):
     max_num_batched_tokens: int = Field(default=2048, gt=0)
     """Tokens computed in one step; longer prompts are computed in chunks."""
     enable_prefix_caching: bool = True
+    kv_events: bool = True
+    """Whether it tells what its prefix cache holds, as vLLM and SGLang do."""
     faults: list[Fault] = []
 
     @field_validator("speed_up", mode="before")
@@ -133,6 +136,7 @@ class _Run(msgspec.Struct):
 
     sequence: Sequence
     ended: asyncio.Future[None]
+    leave_queue: Callable[[], None]
     emit: Emit | None = None
     descriptor: TransferDescriptor | None = None
     num_logprobs: int | None = None
@@ -155,6 +159,11 @@ class SimEngine:
         self._faults = FaultPlan(self._args.faults, self._args.seed)
         self._runs: dict[Sequence, _Run] = {}
         self._wake = asyncio.Event()
+        self._queue = PromptQueue()
+        self._prefix_cache: PrefixCache = "none"
+        if self._args.enable_prefix_caching:
+            self._prefix_cache = "published" if self._args.kv_events else "silent"
+        self._kv_changed = asyncio.Event()
         self._handoffs = HandoffServer(self._free)
         self._tasks: set[asyncio.Task[None]] = set()
         self._death: EngineDead | None = None
@@ -170,6 +179,8 @@ class SimEngine:
         self._limits = self._choose_limits(facts)
         self._vocabulary = facts.vocabulary
         self._scheduler = Scheduler(self._limits, self._profile, facts.vocabulary, arguments.seed)
+        if self._prefix_cache == "published":
+            self._scheduler.pool.take_events()  # records them from now on
         if self._spec.is_disaggregated and self._spec.role == "prefill":
             await self._handoffs.start(self._spec.kv_host, self._spec.kv_port)
         await asyncio.sleep(arguments.startup_s)
@@ -180,6 +191,7 @@ class SimEngine:
             num_blocks=arguments.num_blocks,
             block_size_tokens=arguments.block_size,
             max_model_len=self._limits.max_model_len,
+            prefix_cache=self._prefix_cache,
         )
 
     def _choose_limits(self, facts: ModelFacts) -> SchedulerLimits:
@@ -206,6 +218,8 @@ class SimEngine:
             clock = _Clock(self._args.speed_up)
             while not self._is_hung:
                 step = self._scheduler.step()
+                if self._prefix_cache == "published" and self._scheduler.pool.has_events:
+                    self._kv_changed.set()
                 if step is None:
                     self._wake.clear()
                     await self._wake.wait()
@@ -242,8 +256,11 @@ class SimEngine:
         """`delta` with what only some have: the report, logprobs, the token that stopped it."""
         sequence = run.sequence
         token = delta.token_ids[0]
-        report = None if run.is_reported else self._report(run)
-        run.is_reported = True
+        report = None
+        if not run.is_reported:
+            run.is_reported = True
+            run.leave_queue()
+            report = self._report(run)
         logprobs = None
         if run.num_logprobs is not None:
             assert sequence.stream is not None
@@ -285,13 +302,15 @@ class SimEngine:
     def _die(self, death: EngineDead) -> None:
         self._death = death
         self._is_hung = True
+        self._kv_changed.set()
         for run in self._runs.values():
             run.fail(death)
         self._handoffs.stop()
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
+        began = time.monotonic()
         sequence = self._to_sequence(request, {"max_tokens": 1}, is_handoff=True)
-        await self._run(sequence, "prefill_error")
+        await self._run(request, sequence, "prefill_error")
         return TransferDescriptor(
             engine="sim",
             replica_id=self._spec.replica_id,
@@ -306,6 +325,7 @@ class SimEngine:
                 "num_blocks": len(sequence.blocks),
                 "num_bytes": self._num_bytes(sequence.prompt_tokens),
             },
+            prefill_s=time.monotonic() - began,
         )
 
     async def abandon(self, request_id: str) -> None:
@@ -319,14 +339,15 @@ class SimEngine:
                 self._spawn(self.release(descriptor), "sim-release")
             raise
         num_logprobs = request.sampling.get("logprobs")
-        await self._run(sequence, "decode_error", emit=emit, descriptor=descriptor, num_logprobs=num_logprobs)
+        await self._run(request, sequence, "decode_error", emit=emit, descriptor=descriptor, num_logprobs=num_logprobs)
 
-    async def _run(self, sequence: Sequence, fault: FaultKind, **fields: Any) -> None:
+    async def _run(self, request: GenerateRequest, sequence: Sequence, fault: FaultKind, **fields: Any) -> None:
         """Run one sequence to its end or to its handoff; cancelling gives its blocks back."""
         self._raise_if_dead()
         ended = asyncio.get_running_loop().create_future()
         struck = self._faults.strike(fault, "engine_death", "hang")
-        run = _Run(sequence, ended, fault=struck, **fields)
+        leave_queue = self._queue.enter(request, fields.get("descriptor"))
+        run = _Run(sequence, ended, leave_queue, fault=struck, **fields)
         self._runs[sequence] = run
         self._scheduler.add(sequence)
         self._wake.set()
@@ -337,6 +358,7 @@ class SimEngine:
             raise
         finally:
             del self._runs[sequence]
+            leave_queue()
             if run.pull is not None:
                 run.pull.cancel()
             if run.descriptor is not None and (run.pull is None or not run.pull.done()):
@@ -369,7 +391,7 @@ class SimEngine:
             stop_token_ids=sampling.get("stop_token_ids") or (),
             # Greedy output has no seed, as in vLLM.
             sampling_seed=sampling.get("seed") if sampling.get("temperature", 1.0) else None,
-            root=_root(request.cache_salt),
+            cache_salt=request.cache_salt,
             **fields,
         )
 
@@ -406,10 +428,6 @@ class SimEngine:
     async def release(self, descriptor: TransferDescriptor) -> None:
         await release(**_address(descriptor))
 
-    def take_kv_events(self) -> list[KvEvent]:
-        """What happened to the prefix cache since the last call; `BlockPool.take_events` says how."""
-        return self._scheduler.pool.take_events()
-
     async def stats(self) -> EngineStats:
         self._raise_if_dead()
         scheduler = self._scheduler
@@ -425,6 +443,16 @@ class SimEngine:
             num_expired_handoffs=self._handoffs.num_expired,
             transport=TRANSPORT if self._num_transfers else "",
         )
+
+    def queued_tokens(self) -> int:
+        return self._queue.num_tokens
+
+    async def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
+        while self._prefix_cache == "published" and self._death is None:
+            await self._kv_changed.wait()
+            self._kv_changed.clear()
+            if self._scheduler.pool.has_events:
+                yield self._scheduler.pool.take_events()
 
     async def check_health(self) -> None:
         self._raise_if_dead()
@@ -472,8 +500,3 @@ def _scaled(seconds: float, speed_up: float | Literal["max"]) -> float:
 
 def _address(descriptor: TransferDescriptor) -> dict[str, Any]:
     return {name: descriptor.params[name] for name in ("host", "port", "handle")}
-
-
-def _root(cache_salt: str | None) -> int:
-    """What the block hashes of prompts with this salt start from."""
-    return int.from_bytes(blake2b(cache_salt.encode(), digest_size=7).digest()) if cache_salt else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from app.messages import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
+from app.messages import AllBlocksCleared, BlockHash, BlockRemoved, BlockStored, KvEvent
 
 MAX_WAITING_EVENTS = 10_000
 """KV events kept for a consumer that has stopped taking them."""
@@ -45,6 +45,11 @@ class BlockPool:
     def num_free(self) -> int:
         """Blocks that `take` could give: empty or idle."""
         return len(self._empty) + len(self._idle)
+
+    @property
+    def has_events(self) -> bool:
+        """Whether `take_events` would return any."""
+        return self._events != []
 
     @property
     def cached_hashes(self) -> set[int]:
@@ -92,7 +97,7 @@ class BlockPool:
 
     def _evict(self, num: int) -> list[int]:
         blocks = [self._idle.popitem(last=False)[0] for _ in range(num)]
-        removed = []
+        removed: list[BlockHash] = []
         for block in blocks:
             block_hash = self._hash_of[block]
             assert block_hash is not None
@@ -117,9 +122,15 @@ class BlockPool:
                 self._idle[block] = None
 
     def store(
-        self, blocks: list[int], hashes: list[int], parent: int | None, token_ids: list[int], taint: int = 0
+        self,
+        blocks: list[int],
+        hashes: list[int],
+        parent: int | None,
+        token_ids: list[int],
+        taint: int = 0,
+        cache_salt: str | None = None,
     ) -> None:
-        """Cache `blocks`, which are held and full: their hashes, the block before them, and their tokens.
+        """Cache `blocks`, which are held and full: their hashes, the block before them, their tokens and their salt.
 
         A hash that is cached already stays where it is, and the block with the same content stays uncached.
         `taint` is not 0 where the KV belongs to another prompt than its hashes say.
@@ -128,22 +139,31 @@ class BlockPool:
         first = 0
         for index, (block, block_hash) in enumerate(zip(blocks, hashes, strict=True)):
             if block_hash in self._block_of:
-                self._record_stored(hashes, parent, token_ids, first, index)
+                self._record_stored(hashes, parent, token_ids, first, index, cache_salt)
                 first = index + 1
                 continue
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
             if taint:
                 self._taints[block] = taint
-        self._record_stored(hashes, parent, token_ids, first, len(blocks))
+        self._record_stored(hashes, parent, token_ids, first, len(blocks), cache_salt)
         assert len(token_ids) == len(blocks) * size
 
-    def _record_stored(self, hashes: list[int], parent: int | None, token_ids: list[int], first: int, end: int) -> None:
+    def _record_stored(
+        self,
+        hashes: list[int],
+        parent: int | None,
+        token_ids: list[int],
+        first: int,
+        end: int,
+        cache_salt: str | None,
+    ) -> None:
         if self._events is None or first == end:
             return
         size = self._block_size
         before = hashes[first - 1] if first else parent
-        self._record(BlockStored(hashes[first:end], before, token_ids[first * size : end * size], size))
+        keys: list[BlockHash] = [*hashes[first:end]]
+        self._record(BlockStored(keys, before, token_ids[first * size : end * size], size, cache_salt))
 
     def taint(self, blocks: list[int]) -> int:
         """What is wrong with the content of cached `blocks`; 0 if nothing is."""

@@ -13,7 +13,6 @@ so a prompt costs the same squares whether it is computed whole, in chunks, or a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.errors import ConfigError
+from app.least_squares import fit_non_negative
 
 FOLDER = Path(__file__).with_name("profiles")
 """The profiles that come with Baton."""
@@ -116,34 +116,6 @@ def fit_step(measured: Sequence[tuple[int, int, float]]) -> StepTimes:
     rows = [[1.0, sequences, kv_tokens] for sequences, kv_tokens, _ in measured]
     base_s, per_sequence_s, per_kv_token_s = fit_non_negative(rows, [seconds for *_, seconds in measured])
     return StepTimes(base_s=base_s, per_sequence_s=per_sequence_s, per_kv_token_s=per_kv_token_s)
-
-
-def fit_non_negative(rows: list[list[float]], values: list[float]) -> list[float]:
-    """Coefficients, none below 0, with which `rows` [n, k] give `values` [n] (above 0), to 4 digits.
-
-    Least squares of the relative errors: a millisecond matters in a short prompt's time and not in a long one's.
-    The optimum is the unconstrained one over some subset of the columns, and of three columns all subsets are
-    soon tried.
-    """
-    import numpy as np
-
-    target = np.asarray(values)
-    matrix = np.asarray(rows) / target[:, None]
-    scale = np.linalg.norm(matrix, axis=0)
-    num = matrix.shape[1]
-    best, smallest = [0.0] * num, float("inf")
-    for columns in (list(subset) for size in range(1, num + 1) for subset in combinations(range(num), size)):
-        solution, *_ = np.linalg.lstsq(matrix[:, columns] / scale[columns], np.ones(len(values)), rcond=None)
-        if (solution < 0).any():
-            continue
-        coefficients = solution / scale[columns]
-        error = float(np.sum((matrix[:, columns] @ coefficients - 1) ** 2))
-        if error < smallest:
-            smallest = error
-            best = [0.0] * num
-            for column, coefficient in zip(columns, coefficients, strict=True):
-                best[column] = float(f"{coefficient:.4g}")
-    return best
 
 
 def to_yaml(profile: SimProfile) -> str:

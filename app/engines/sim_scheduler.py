@@ -23,6 +23,7 @@ import msgspec
 
 from app.engines.sim_blocks import BlockPool, chain_hashes
 from app.engines.sim_profile import SimProfile
+from app.routing.blocks import root_hash
 
 State = Literal["new", "waiting", "preempted", "transferring", "arrived", "running", "held", "ended"]
 
@@ -43,6 +44,7 @@ class Sequence:
 
     __slots__ = (
         "blocks",
+        "cache_salt",
         "cached_tokens",
         "computed",
         "digest",
@@ -72,15 +74,14 @@ class Sequence:
         min_tokens: int = 0,
         stop_token_ids: Tokens[int] = (),
         sampling_seed: int | None = None,
-        root: int = 0,
+        cache_salt: str | None = None,
         is_handoff: bool = False,
         is_pulled: bool = False,
     ) -> None:
         """A sequence of at most `max_tokens` more tokens.
 
-        `root` is what its block hashes start from: prompts with different roots share no blocks.  With `is_handoff`
-        it ends with its prompt, and its blocks are kept until `cancel`.  With `is_pulled` its KV is to come from
-        another engine.
+        Prompts with different salts share no blocks.  With `is_handoff` it ends with its prompt, and its blocks are
+        kept until `cancel`.  With `is_pulled` its KV is to come from another engine.
         """
         self.tokens = list(prompt)
         self.prompt_tokens = len(prompt)
@@ -88,7 +89,8 @@ class Sequence:
         self.min_length = len(prompt) + min_tokens
         self.stop_token_ids = frozenset(stop_token_ids)
         self.sampling_seed = () if sampling_seed is None else (sampling_seed,)
-        self.root = root
+        self.cache_salt = cache_salt
+        self.root = root_hash(cache_salt)
         self.is_handoff = is_handoff
         self.is_pulled = is_pulled
         self.state: State = "new"
@@ -340,6 +342,7 @@ class Scheduler:
             hashes[begin - 1] if begin else None,
             sequence.tokens[begin * size : end * size],
             sequence.taint,
+            sequence.cache_salt,
         )
         sequence.is_stored_to = end
 

@@ -17,19 +17,23 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
 
 from app.engines import cpu_waits
 from app.engines.base import Emit, EngineInfo, EngineSpec
+from app.engines.kv_events import KvEventFeed
 from app.engines.owner_watch import owner_environment
+from app.engines.prompt_queue import PromptQueue
 from app.engines.ucx import UcxLog
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest
 from app.messages import (
     EngineStats,
     GenerateRequest,
+    KvEvent,
     Logprobs,
     PrefillReport,
     TokenDelta,
@@ -42,6 +46,7 @@ logger = logging.getLogger("baton.engines.vllm")
 OWNED_ARGS = {
     "kv_transfer_config": "the transfer section",
     "kv_connector": "the transfer section",
+    "kv_events_config": "nothing: Baton reads the events, for routing",
     "tensor_parallel_size": "the pool's tensor_parallel_size",
     "data_parallel_size": "the pool's replicas",
     "data_parallel_rank": "the pool's replicas",
@@ -136,6 +141,8 @@ class VllmEngine:
         self._core: Any = None
         self._input_processor: Any = None
         self._running: dict[str, _Running] = {}
+        self._queue = PromptQueue()
+        self._kv_feed: KvEventFeed | None = None
         self._pump_task: asyncio.Task[None] | None = None
         self._death: EngineDead | None = None
         self._scheduler_stats: Any = None
@@ -155,6 +162,7 @@ class VllmEngine:
             num_blocks=config.cache_config.num_gpu_blocks,
             block_size_tokens=config.cache_config.block_size,
             max_model_len=config.model_config.max_model_len,
+            prefix_cache="published" if self._kv_feed is not None else "none",
         )
 
     def _environment(self) -> dict[str, str]:
@@ -175,36 +183,42 @@ class VllmEngine:
         return environment
 
     def _start_core(self) -> None:
+        from vllm.config import KVEventsConfig
         from vllm.renderers import renderer_from_config
         from vllm.v1.engine.core_client import EngineCoreClient
         from vllm.v1.engine.input_processor import InputProcessor
         from vllm.v1.executor import Executor
 
         config = build_engine_args(self._spec).create_engine_config()
+        if config.cache_config.enable_prefix_caching:  # by default it depends on the model
+            self._kv_feed = KvEventFeed()
+            config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, **self._kv_feed.publisher)
         self._input_processor = InputProcessor(config, renderer_from_config(config))
         self._core = EngineCoreClient.make_async_mp_client(
             vllm_config=config, executor_class=Executor.get_class(config), log_stats=True
         )
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
+        began = time.monotonic()
         params = to_sampling_params({"max_tokens": 1, "temperature": 0.0}, dict(ASK_FOR_HANDOFF))
         outputs: list[Any] = []
-        await self._run(request, params, outputs.append)
+        leave_queue = self._queue.enter(request)
+        try:
+            await self._run(request, params, outputs.append)
+        finally:
+            leave_queue()
         last = outputs[-1]
         if last.kv_transfer_params is None:
             raise EngineFailed("prefill ended without a transfer descriptor")
-        cached = last.prefill_stats.num_cached_tokens if last.prefill_stats else 0
-        return self._describe(request, last.kv_transfer_params, cached)
-
-    def _describe(self, request: GenerateRequest, params: dict[str, Any], cached_tokens: int) -> TransferDescriptor:
         return TransferDescriptor(
             engine="vllm",
             replica_id=self._spec.replica_id,
             prompt_tokens=len(request.prompt_token_ids),
-            cached_tokens=cached_tokens,
+            cached_tokens=last.prefill_stats.num_cached_tokens if last.prefill_stats else 0,
             ready_at=time.time(),
             lease_s=self._spec.transfer_lease_s,
-            params=params,
+            params=last.kv_transfer_params,
+            prefill_s=time.monotonic() - began,
         )
 
     async def abandon(self, request_id: str) -> None:
@@ -221,15 +235,22 @@ class VllmEngine:
             await self.release(descriptor)
             descriptor = None
         params = to_sampling_params(request.sampling, dict(descriptor.params) if descriptor else None)
+        leave_queue = self._queue.enter(request, descriptor)
         is_first = True
 
         def on_output(output: Any) -> None:
             nonlocal is_first
-            report = self._report(output, descriptor, is_refused) if is_first else None
-            is_first = False
+            report = None
+            if is_first:
+                is_first = False
+                leave_queue()
+                report = self._report(output, descriptor, is_refused)
             emit(_to_delta(output, report))
 
-        await self._run(request, params, on_output)
+        try:
+            await self._run(request, params, on_output)
+        finally:
+            leave_queue()
 
     def _report(self, output: Any, descriptor: TransferDescriptor | None, is_refused: bool) -> PrefillReport:
         stats = output.prefill_stats
@@ -326,6 +347,15 @@ class VllmEngine:
             transport=self._ucx_log.transport,
         )
 
+    def queued_tokens(self) -> int:
+        return self._queue.num_tokens
+
+    async def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
+        if self._kv_feed is not None:
+            async with aclosing(self._kv_feed.batches()) as batches:
+                async for events in batches:
+                    yield events
+
     async def check_health(self) -> None:
         self._raise_if_dead()
         if self._core is None or self._core.resources.engine_dead:
@@ -342,6 +372,8 @@ class VllmEngine:
         if self._core is not None:
             core, self._core = self._core, None
             await asyncio.to_thread(core.shutdown, 2.0)
+        if self._kv_feed is not None:
+            self._kv_feed.close()
 
 
 def _hand_out(output: Any, running: _Running) -> None:

@@ -21,11 +21,23 @@ _LATENCY_BUCKETS_S = (
     30.0,
     60.0,
 )
+_DECISION_BUCKETS_S = (0.00001, 0.000025, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05)
+_RATIO_BUCKETS = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+"""As fine below 1 as above it: the bounds are each other's inverse."""
 
 SEQUENCES = Counter("baton_sequences", "Sequences by how they ended.", ["model", "end"])
+DECISIONS = Counter(
+    "baton_decisions", "Where prompts were to be prefilled and why, every attempt counted.", ["model", "kind", "reason"]
+)
+DECISION_TIME = Histogram(
+    "baton_decision_seconds", "What deciding took of the frontend.", ["model"], buckets=_DECISION_BUCKETS_S
+)
 PREFILLS = Counter("baton_prefills", "Prompts by where they were prefilled and why.", ["model", "kind", "reason"])
 PROMPT_TOKENS = Counter("baton_prompt_tokens", "Prompt tokens of sequences that began.", ["model"])
 CACHED_TOKENS = Counter("baton_cached_prompt_tokens", "Prompt tokens that no engine had to compute.", ["model"])
+EXPECTED_CACHED_TOKENS = Counter(
+    "baton_expected_cached_tokens", "What the router expected baton_cached_prompt_tokens to count.", ["model"]
+)
 TRANSFERRED_TOKENS = Counter("baton_transferred_tokens", "Prompt tokens whose KV moved.", ["model", "transport"])
 GENERATION_TOKENS = Counter("baton_generation_tokens", "Tokens generated.", ["model"])
 TIME_TO_FIRST_TOKEN = Histogram(
@@ -33,6 +45,14 @@ TIME_TO_FIRST_TOKEN = Histogram(
     "From the request's arrival at the engine client to its first token.",
     ["model", "kind"],
     buckets=_LATENCY_BUCKETS_S,
+)
+# A ratio, as an error in seconds would say of short prompts nothing and of long ones too much; relative to the
+# prediction, so that twice as long and half as long are equally far from 1.
+TIME_TO_FIRST_TOKEN_RATIO = Histogram(
+    "baton_time_to_first_token_ratio",
+    "Time to first token over the one that the router predicted, of prompts that went as decided.",
+    ["model", "kind"],
+    buckets=_RATIO_BUCKETS,
 )
 INTER_TOKEN_LATENCY = Histogram(
     "baton_inter_token_latency_seconds",

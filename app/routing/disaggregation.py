@@ -1,4 +1,4 @@
-"""Whether a request's prompt is prefilled on the prefill pool or on the decode replica itself."""
+"""Whether a request's prompt is prefilled on the prefill pool or on the replica that decodes it."""
 
 from __future__ import annotations
 
@@ -6,34 +6,53 @@ from typing import Literal
 
 import msgspec
 
-from app.errors import InvalidRequest
+from app.config import PredictedPlacement, RemotePlacement, ThresholdPlacement
 from app.messages import GenerateRequest
+from app.routing.decision import Prediction
+from app.routing.scores import Scored
+
+Kind = Literal["remote", "local"]
+Placement = tuple[Kind, str]
+"""Where, and why, in the words of `Decision.reason`."""
 
 
-class Placement(msgspec.Struct, frozen=True):
-    """Where the prompt is prefilled and, if locally, why."""
+def demanded(request: GenerateRequest) -> Placement | None:
+    """Where a request wants its prompt prefilled, or has to have it; None if that is free.
 
-    kind: Literal["remote", "local"]
-    reason: str = ""
-
-
-def place_prefill(request: GenerateRequest, *, has_prefill_pool: bool, can_decode_prefill: bool) -> Placement:
-    """Remote wherever it can be.  Raises InvalidRequest for a local prefill that the engine is not capable of.
-
-    ``prompt_logprobs`` come out of the forward pass over the prompt, which under disaggregation runs on the
-    other engine, so such a request is served without it rather than refused.
+    ``prompt_logprobs`` come out of the forward pass over the prompt, which under disaggregation runs on the other
+    engine, so such a request is served without it rather than refused.
     """
-    if not has_prefill_pool:
-        return Placement("local", "aggregated")
-    if not can_decode_prefill:
-        if request.prefill_mode == "local":
-            raise InvalidRequest("baton_prefill: this model's decode engine cannot prefill, so it cannot be local")
-        return Placement("remote")
     if request.prefill_mode == "local":
-        return Placement("local", "requested")
+        return "local", "requested"
+    if request.prefill_mode in ("remote", "spoiled"):
+        return "remote", "requested"
     if request.sampling.get("prompt_logprobs") is not None:
-        return Placement("local", "prompt_logprobs")
-    return Placement("remote")
+        return "local", "prompt_logprobs"
+    return None
+
+
+def place(
+    policy: PredictedPlacement | ThresholdPlacement | RemotePlacement,
+    num_tokens: int,
+    prefill: Scored,
+    local: Scored,
+    predicted: Prediction,
+) -> Placement:
+    """Choose where both ways are open; `num_tokens` is the prompt's length."""
+    match policy:
+        case PredictedPlacement():
+            if predicted.remote_s is None or predicted.local_s is None:
+                return "remote", "unmeasured"
+            is_local = predicted.local_s + predicted.harm_s <= predicted.remote_s
+            return ("local" if is_local else "remote"), "faster"
+        case ThresholdPlacement():
+            if num_tokens - local.cached_tokens <= policy.max_local_tokens:
+                return "local", "short"
+            if prefill.queued_tokens > policy.max_prefill_queue_tokens:
+                return "local", "prefill_queue"
+            return "remote", "long"
+        case RemotePlacement():
+            return "remote", "configured"
 
 
 def spoil(request: GenerateRequest) -> GenerateRequest:

@@ -114,6 +114,8 @@ def application(serve_url: str) -> Iterator[str]:
 
     os.environ.pop("MODEL", None)
     arguments = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]
+    for model in arguments["models"]:
+        model["routing"] = {"placement": {"policy": "remote"}}  # what the tests are about
     split = next(model for model in arguments["models"] if model["name"] == "tiny-sglang")
     arguments["models"].append({**split, "name": SGLANG_AGGREGATED, "prefill": None})
     pool = {"engine": "sim", "resources": {"num_cpus": 0.1}}
@@ -125,6 +127,7 @@ def application(serve_url: str) -> Iterator[str]:
             "source": "baton:tiny",
             "engine_args": options,
             "server_args": server,
+            "routing": {"placement": {"policy": "remote"}},
             "prefill": pool,
             "decode": pool,
         }

@@ -1,6 +1,7 @@
 """An engine that does what the request says, for tests of what happens between the deployments.
 
-It computes nothing: a sequence's tokens are those of its prompt, shifted by one.  The request's ``extra_args`` say
+It computes nothing: a sequence's tokens are those of its prompt, shifted by one.  Its prefix cache keeps every prompt.
+The request's ``extra_args`` say
 what goes wrong; what happened is written down as files in ``engine_args["diary"]``.
 """
 
@@ -10,7 +11,7 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ from ray import serve
 from app.config import BatonConfig, parse
 from app.engines.base import Emit, EngineInfo, EngineSpec, Role
 from app.errors import EngineDead, EngineFailed
-from app.messages import EngineStats, GenerateRequest, PrefillReport, TokenDelta, TransferDescriptor
-from deployments.decode import DecodeWorker
+from app.messages import (
+    BlockStored,
+    EngineStats,
+    GenerateRequest,
+    KvEvent,
+    PrefillReport,
+    TokenDelta,
+    TransferDescriptor,
+)
+from deployments.decode import AggregatedWorker, DecodeWorker
 from deployments.prefill import PrefillWorker
 from deployments.served_model import ServedModel
 
@@ -53,15 +62,49 @@ def _unpickle_traced(fields: dict[str, Any]) -> TracedParams:
     return TracedParams(fields)
 
 
+BLOCK_SIZE = 2
+PREFILL_S = 0.25
+"""How long a prompt takes, as descriptors tell it."""
+
+
 class ScriptedEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._diary = Diary(spec.engine_args["diary"])
         self._is_dead = False
+        self._queued: dict[str, int] = {}
+        self._cached: set[tuple[int, ...]] = set()
+        self._events: asyncio.Queue[list[KvEvent]] = asyncio.Queue()
 
     async def start(self) -> EngineInfo:
         self._diary.write("started")
-        return EngineInfo(engine="scripted", version="1", num_blocks=8, block_size_tokens=16, max_model_len=64)
+        return EngineInfo(
+            engine="scripted",
+            version="1",
+            num_blocks=64,
+            block_size_tokens=BLOCK_SIZE,
+            max_model_len=64,
+            prefix_cache="published",
+        )
+
+    def queued_tokens(self) -> int:
+        return sum(self._queued.values())
+
+    async def kv_events(self) -> AsyncIterator[list[KvEvent]]:
+        while True:
+            yield await self._events.get()
+
+    def _cache(self, prompt: list[int]) -> None:
+        """Keep the prompt's full blocks."""
+        events: list[KvEvent] = []
+        for end in range(BLOCK_SIZE, len(prompt) + 1, BLOCK_SIZE):
+            block, parent = tuple(prompt[:end]), tuple(prompt[: end - BLOCK_SIZE])
+            if block not in self._cached:
+                self._cached.add(block)
+                names = [hash(block)], hash(parent) if parent else None
+                events.append(BlockStored(*names, list(block[-BLOCK_SIZE:]), BLOCK_SIZE))
+        if events:
+            self._events.put_nowait(events)
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
         script = _script(request)
@@ -76,6 +119,7 @@ class ScriptedEngine:
         except asyncio.CancelledError:
             self._diary.write("prefill_cancelled", request.request_id)
             raise
+        self._cache(request.prompt_token_ids)
         self._diary.write("prefill_done", request.request_id)
         return TransferDescriptor(
             engine="scripted",
@@ -85,6 +129,7 @@ class ScriptedEngine:
             ready_at=0.0 if script.get("prefill") == "expired" else time.time(),
             lease_s=30.0,
             params=TracedParams(diary=self._spec.engine_args["diary"], prompt=request.prompt_token_ids),
+            prefill_s=PREFILL_S,
         )
 
     async def abandon(self, request_id: str) -> None:
@@ -94,6 +139,8 @@ class ScriptedEngine:
         script = _script(request)
         self._diary.write("generate_started", request.request_id)
         source = descriptor.params["prompt"] if descriptor else request.prompt_token_ids
+        if descriptor is None:
+            self._queued[request.request_id] = len(source)
         report = PrefillReport(
             kind="remote" if descriptor else "local",
             reason="",
@@ -105,19 +152,10 @@ class ScriptedEngine:
         )
         try:
             for position, token in enumerate(source):
-                is_victim = script.get("decode_victim") in (None, self._spec.replica_id)
-                if position == script.get("decode_dies_at") and is_victim:
-                    os._exit(1)
-                if position == script.get("engine_dies_at") and is_victim:
-                    while not self._diary.count("tokens_received", request.request_id):  # noqa: ASYNC110  another process writes it
-                        await asyncio.sleep(0.01)
-                    self._is_dead = True
-                    raise EngineDead
-                if position == script.get("decode_hangs_at"):
-                    await asyncio.sleep(3600)
-                if position == script.get("decode_waits_at"):
-                    while not self._diary.count(script["event"]):  # noqa: ASYNC110  another process writes it
-                        await asyncio.sleep(0.01)
+                await self._go_wrong(request.request_id, script, position)
+                if not position:
+                    self._queued.pop(request.request_id, None)
+                    self._cache(source)
                 is_last = position == len(source) - 1
                 reason = "length" if is_last else None
                 emit(TokenDelta([token + 1], finish_reason=reason, report=report if not position else None))
@@ -125,6 +163,24 @@ class ScriptedEngine:
         except asyncio.CancelledError:
             self._diary.write("generate_cancelled", request.request_id)
             raise
+        finally:
+            self._queued.pop(request.request_id, None)
+
+    async def _go_wrong(self, request_id: str, script: dict[str, Any], position: int) -> None:
+        """Do what the script says of the token at `position`."""
+        is_victim = script.get("decode_victim") in (None, self._spec.replica_id)
+        if position == script.get("decode_dies_at") and is_victim:
+            os._exit(1)
+        if position == script.get("engine_dies_at") and is_victim:
+            while not self._diary.count("tokens_received", request_id):  # noqa: ASYNC110  another process writes it
+                await asyncio.sleep(0.01)
+            self._is_dead = True
+            raise EngineDead
+        if position == script.get("decode_hangs_at"):
+            await asyncio.sleep(3600)
+        if position == script.get("decode_waits_at"):
+            while not self._diary.count(script["event"]):  # noqa: ASYNC110  another process writes it
+                await asyncio.sleep(0.01)
 
     async def release(self, descriptor: TransferDescriptor) -> None:
         self._diary.write("released")
@@ -156,6 +212,10 @@ class ScriptedDecode(DecodeWorker):
         await super().__del__()
 
 
+class ScriptedAggregated(AggregatedWorker):
+    create_engine = staticmethod(lambda name, spec: ScriptedEngine(spec))
+
+
 class Caller:
     """A frontend without HTTP: runs sequences through the real orchestrator and pools."""
 
@@ -175,34 +235,53 @@ class Caller:
         finally:
             task.cancel()
 
+    async def stats(self) -> list[dict[str, Any]]:
+        return await self._model.stats()
+
+    async def health(self) -> dict[str, Any]:
+        return self._model.health()
+
+    async def endpoints(self) -> list[dict[str, Any]]:
+        return self._model.endpoints()
+
     async def replicas(self) -> dict[str, list[str]]:
-        return {
-            "prefill": self._model.prefill.replicas() if self._model.prefill else [],
-            "decode": self._model.decode.replicas(),
-        }
+        """Those that can be reached."""
+        return {role: list(view.replicas) for role, view in self._model.router.views.items()}
 
 
 def scripted_application(
-    diary: Path, *, prefill: int, decode: int, autoscaling: dict[str, Any] | None = None, **limits: Any
+    diary: Path,
+    *,
+    prefill: int,
+    decode: int,
+    aggregated: int = 0,
+    autoscaling: dict[str, Any] | None = None,
+    **limits: Any,
 ) -> tuple[serve.Application, Diary]:
-    """Caller over `prefill` and `decode` replicas of scripted engines, and the diary that they all keep."""
+    """Caller over so many replicas of scripted engines, and the diary that they all keep."""
     from app.build import build_pool
 
+    pool = {"resources": {"num_cpus": 0.1}, "health_check_period_s": 0.5}
     model: dict[str, Any] = {
         "name": "scripted",
         "source": "owner/scripted",
         "engine_args": {"diary": str(diary)},
-        "decode": {
-            **({"autoscaling": autoscaling} if autoscaling else {"replicas": decode}),
-            "resources": {"num_cpus": 0.1},
-            "health_check_period_s": 0.5,
-        },
+        "decode": {**pool, **({"autoscaling": autoscaling} if autoscaling else {"replicas": decode})},
+        # By load alone, though all tests send the same prompt.
+        "routing": {"placement": {"policy": "remote"}, "decode_weights": {"prefix": 0}},
     }
-    if prefill:
-        model["prefill"] = {"replicas": prefill, "resources": {"num_cpus": 0.1}, "health_check_period_s": 0.5}
+    model |= {
+        role: {**pool, "replicas": count}
+        for role, count in {"prefill": prefill, "aggregated": aggregated}.items()
+        if count
+    }
     config = parse({"models": [model], "transfer": {}, "limits": limits})
     built = config.models[0]
-    workers: dict[Role, type] = {"decode": ScriptedDecode, "prefill": ScriptedPrefill}
+    workers: dict[Role, type] = {
+        "decode": ScriptedDecode,
+        "prefill": ScriptedPrefill,
+        "aggregated": ScriptedAggregated,
+    }
     pools = {role: build_pool(work, role, config, built, "cpu") for role, work in workers.items() if built.pool(role)}
     caller = serve.deployment(Caller).options(name="caller", max_ongoing_requests=100)
     return caller.bind(config, pools), Diary(str(diary))

@@ -14,7 +14,7 @@ import pytest
 from ray import serve
 
 from app.errors import NoReplica, ReplicaLost
-from app.messages import GenerateRequest, TokenDelta
+from app.messages import GenerateRequest, PrefillMode, TokenDelta
 from tests.conftest import eventually, wait_until
 from tests.serve.scripted import Diary, scripted_application
 
@@ -30,20 +30,23 @@ class Application:
     def __init__(self, name: str, handle: Any, diary: Diary) -> None:
         self.name = name
         self.diary = diary
-        self._handle = handle
+        self.handle = handle
 
-    def start(self, request_id: str, **script: Any) -> Any:
+    def start(self, request_id: str, *, prompt: list[int] = PROMPT, mode: PrefillMode = "auto", **script: Any) -> Any:
         """Begin a sequence; the response yields its deltas and can be cancelled."""
         request = GenerateRequest(
-            request_id=request_id, prompt_token_ids=PROMPT, sampling={"extra_args": script} if script else {}
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            sampling={"extra_args": script} if script else {},
+            prefill_mode=mode,
         )
-        return self._handle.run.options(stream=True).remote(request)
+        return self.handle.run.options(stream=True).remote(request)
 
-    async def run(self, request_id: str, **script: Any) -> list[TokenDelta]:
-        return [delta async for delta in self.start(request_id, **script)]
+    async def run(self, request_id: str, **options: Any) -> list[TokenDelta]:
+        return [delta async for delta in self.start(request_id, **options)]
 
     async def replicas(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = await self._handle.replicas.remote()
+        found: dict[str, list[str]] = await self.handle.replicas.remote()
         return found
 
     async def wait_for(self, **counts: int) -> None:

@@ -28,6 +28,7 @@ def arguments(**engine_args: Any) -> dict[str, Any]:
                 "engine_args": {"max_model_len": 2048, "num_blocks": 512, **engine_args},
                 "prefill": pool,
                 "decode": {**pool, "replicas": 2},
+                "routing": {"placement": {"policy": "remote"}},
             }
         ],
         "transfer": {},

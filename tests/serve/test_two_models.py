@@ -80,6 +80,7 @@ def arguments(python: Path) -> dict[str, Any]:
                 "server_args": TOOLS,
                 "prefill": {**pool},
                 "decode": {**pool},
+                "routing": {"placement": {"policy": "remote"}},
             },
             {
                 "name": WHOLE,
@@ -146,10 +147,18 @@ def test_health_and_stats_tell_the_models_apart(app: Application) -> None:
             "name": SPLIT,
             "engine": "sim",
             "mode": "disaggregated",
+            "local_prefill": True,
             "state": "ready",
             "pools": {"decode": {"ready": 1}, "prefill": {"ready": 1}},
         },
-        {"name": WHOLE, "engine": "sim", "mode": "aggregated", "state": "ready", "pools": {"decode": {"ready": 1}}},
+        {
+            "name": WHOLE,
+            "engine": "sim",
+            "mode": "aggregated",
+            "local_prefill": True,
+            "state": "ready",
+            "pools": {"decode": {"ready": 1}},
+        },
     ]
     replicas = app.http.get("/stats").json()["replicas"]
     assert {(replica["model"], replica["role"]) for replica in replicas} == {

@@ -9,6 +9,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from app import build as building
+from app.errors import ConfigError
 from app.preflight import REPOSITORY
 
 ARGS: dict[str, Any] = {
@@ -21,11 +22,20 @@ ARGS: dict[str, Any] = {
             "decode": {"engine": "sim"},
         },
         {"name": "second", "source": "baton:tiny", "decode": {"engine": "sim"}},
+        {
+            "name": "third",
+            "source": "baton:tiny",
+            "prefill": {"engine": "sim"},
+            "decode": {"engine": "sim"},
+            "aggregated": {"engine": "sim"},
+        },
     ],
     "transfer": {},
 }
 FIRST = {"decode-org-first", "prefill-org-first"}
 SECOND = {"decode-second"}
+THIRD_APART = {"decode-third", "prefill-third"}
+THIRD = THIRD_APART | {"aggregated-third"}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +71,7 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
 
 
 def test_each_pool_is_named_after_its_model():
-    assert set(deployments(ARGS)) == {"frontend"} | FIRST | SECOND
+    assert set(deployments(ARGS)) == {"frontend"} | FIRST | SECOND | THIRD
 
 
 def test_a_pools_name_does_not_depend_on_other_models():
@@ -82,7 +92,34 @@ def test_the_frontend_has_the_handles_of_all_pools_in_the_order_of_the_models():
     assert names == [
         {"decode": "decode-org-first", "prefill": "prefill-org-first"},
         {"decode": "decode-second"},
+        {"decode": "decode-third", "prefill": "prefill-third", "aggregated": "aggregated-third"},
     ]
+
+
+def test_an_aggregated_pool_has_nothing_to_do_with_transfers():
+    config = deployments(ARGS)["aggregated-third"].init_args[0]
+    assert config.transfer is None
+    assert not config.models[0].is_disaggregated
+    assert config.models[0].aggregated.engine == "sim"
+    assert deployments(ARGS)["decode-third"].init_args[0].models[0].is_disaggregated
+
+
+def test_every_pool_that_decodes_scales_by_its_sequences():
+    def scale(args: dict[str, Any]) -> None:
+        for pool in ("prefill", "decode", "aggregated"):
+            args["models"][2][pool] = {"engine": "sim", "autoscaling": {"max_replicas": 3}}
+
+    found = deployments(changed(scale))
+    policies = {name: found[name]._deployment_config.autoscaling_config.policy.policy_function for name in THIRD}
+    assert policies.pop("prefill-third") != building.POLICY
+    assert set(policies.values()) == {building.POLICY}
+
+
+def test_wrong_autoscaling_of_an_aggregated_pool_is_refused():
+    args = changed(lambda args: args["models"][2]["aggregated"].update(autoscaling={"max_replicas": 0}))
+    with pytest.raises(ConfigError) as caught:
+        building.build(args)
+    assert caught.value.field == "models.2.aggregated.autoscaling.max_replicas"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +129,7 @@ def test_the_frontend_has_the_handles_of_all_pools_in_the_order_of_the_models():
         (lambda args: args["models"][0]["decode"].update(replicas=3), set()),
         (lambda args: args["models"][0]["decode"].update(autoscaling={"max_replicas": 3}), set()),
         (lambda args: args.update(frontend={"replicas": 2}), set()),
-        (lambda args: args["models"].append({**ARGS["models"][1], "name": "third"}), {"frontend", "decode-third"}),
+        (lambda args: args["models"].append({**ARGS["models"][1], "name": "new"}), {"frontend", "decode-new"}),
         (lambda args: args["models"].pop(), {"frontend"}),
         (lambda args: args["models"].reverse(), {"frontend"}),
         (lambda args: args["models"][0]["engine_args"].update(max_model_len=256), {"frontend"} | FIRST),
@@ -101,9 +138,18 @@ def test_the_frontend_has_the_handles_of_all_pools_in_the_order_of_the_models():
         (lambda args: args["models"][1]["decode"].update(python="/opt/python"), {"frontend"} | SECOND),
         (lambda args: args["models"][0].update(server_args={"chat_template": "x"}), {"frontend"}),
         (lambda args: args["models"][0].pop("prefill"), {"frontend", "decode-org-first"}),
-        (lambda args: args["transfer"].update(lease_s=60), {"frontend"} | FIRST),
+        (lambda args: args["transfer"].update(lease_s=60), {"frontend"} | FIRST | THIRD_APART),
         (lambda args: args.update(limits={"max_body_bytes": 4096}), {"frontend"}),
-        (lambda args: args.update(device="cuda"), {"frontend"} | FIRST | SECOND),
+        (lambda args: args.update(device="cuda"), {"frontend"} | FIRST | SECOND | THIRD),
+        (lambda args: args["models"][2].pop("aggregated"), {"frontend"}),
+        (lambda args: args["models"][0].update(aggregated={"engine": "sim"}), {"frontend", "aggregated-org-first"}),
+        (lambda args: args["models"][2]["aggregated"].update(replicas=2), set()),
+        (
+            lambda args: args["models"][2]["aggregated"].update(engine_args={"seed": 1}),
+            {"frontend", "aggregated-third"},
+        ),
+        (lambda args: args["models"][2]["decode"].update(engine_args={"seed": 1}), {"frontend", "decode-third"}),
+        (lambda args: args["models"][2].update(routing={"max_queued_tokens": 5}), {"frontend"}),
     ],
     ids=[
         "nothing",
@@ -122,6 +168,12 @@ def test_the_frontend_has_the_handles_of_all_pools_in_the_order_of_the_models():
         "transfer",
         "limits of the frontend",
         "device",
+        "no aggregated pool any more",
+        "a new aggregated pool",
+        "aggregated replicas",
+        "the aggregated pool's engine arguments",
+        "engine arguments beside an aggregated pool",
+        "routing",
     ],
 )
 def test_a_change_restarts_what_it_concerns(change: Callable[[dict[str, Any]], Any], names: set[str]):
@@ -139,4 +191,4 @@ def test_the_replicas_of_a_pool_run_in_its_python(python: str, runs: str):
     args = changed(lambda args: args["models"][0]["decode"].update(python=python, environment={"A": "1"}))
     environments = {name: d.ray_actor_options["runtime_env"] for name, d in deployments(args).items()}
     assert environments["decode-org-first"] == {"env_vars": {"A": "1"}, "py_executable": runs}
-    assert all("py_executable" not in environments[name] for name in ("prefill-org-first", "decode-second", "frontend"))
+    assert all("py_executable" not in environments[name] for name in ("prefill-org-first", *SECOND, *THIRD, "frontend"))

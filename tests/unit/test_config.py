@@ -2,13 +2,14 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from app.config import parse
+from app.engines.base import Role
 from app.engines.registry import owned_args
 from app.errors import ConfigError
 
@@ -19,6 +20,7 @@ MINIMAL: dict[str, Any] = {
     "transfer": {},
 }
 MODEL = MINIMAL["models"][0]
+ALONE: dict[str, Any] = {"name": "tiny", "source": "baton:tiny", "decode": {}}
 
 
 def named(name: str) -> dict[str, Any]:
@@ -59,6 +61,21 @@ def test_any_number_of_models_with_engines_of_their_own_is_valid():
         "decode-org-sglang",
         "decode-org-sim",
     ]
+
+
+def test_an_aggregated_pool_beside_the_other_two_is_valid():
+    model = parse(changed("models.0.aggregated", {"replicas": 2})).models[0]
+    assert model.is_disaggregated
+    assert [model.pool(role) for role in get_args(Role)] == [model.prefill, model.decode, model.aggregated]
+    assert model.deployment_name("aggregated") == "aggregated-tiny"
+
+
+@pytest.mark.parametrize("policy", ["predicted", "thresholds", "remote"])
+def test_each_placement_policy_can_be_named_alone(policy: str):
+    placement = {"policy": policy}
+    model = parse(changed("models.0.routing.placement", placement)).models[0]
+    assert model.routing.placement.policy == policy
+    assert parse(MINIMAL).models[0].routing.placement.policy == "predicted"
 
 
 def test_transfer_is_missing_if_any_model_has_a_prefill_pool():
@@ -126,6 +143,19 @@ def test_an_unknown_key_is_refused_by_its_path(path: str):
         ("models", [MODEL, MODEL], "models.1.name", r"'tiny' and models.0.name 'tiny' would be the same deployment"),
         ("models", [MODEL, named("b/c"), named("b-c")], "models.2.name", r"models.1.name 'b/c' .* \(decode-b-c\)"),
         ("models.0.decode.python", "", None, "at least 1 character"),
+        ("models.0.aggregated", {"engine": "sim"}, "models.0", "aggregated and decode must run the same engine"),
+        ("models.0.aggregated", {"replicas": 0}, "models.0.aggregated.replicas", "got 0"),
+        ("models", [{**ALONE, "aggregated": {}}], "models.0", "aggregated is for beside a prefill pool"),
+        # routing
+        ("models.0.routing.max_queued_tokens", 0, None, "got 0"),
+        ("models.0.routing.placement", {"policy": "always"}, None, "'predicted', 'thresholds', 'remote'"),
+        (
+            "models.0.routing.placement",
+            {"policy": "thresholds", "max_local_tokens": -1},
+            "models.0.routing.placement.max_local_tokens",
+            "got -1",
+        ),
+        ("models.0.routing.decode_weights.prefix", -0.5, None, "got -0.5"),
         ("models.0.decode", {"replicas": 2, "autoscaling": {"max_replicas": 4}}, None, "not both"),
         ("frontend", {"replicas": 2, "autoscaling": {}}, None, "not both"),
         ("transfer", REMOVED, None, "models.0.prefill is set"),

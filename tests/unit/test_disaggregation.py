@@ -1,4 +1,4 @@
-"""Where a prompt is prefilled, and how a prompt is spoiled for the control run of ``baton verify``."""
+"""What a request says of where it is prefilled, and how a prompt is spoiled for the control run of ``baton verify``."""
 
 from typing import Any
 
@@ -7,9 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from app.errors import InvalidRequest
 from app.messages import GenerateRequest, PrefillMode
-from app.routing.disaggregation import Placement, place_prefill, spoil
+from app.routing.disaggregation import demanded, spoil
 
 token_ids = st.integers(0, 200_000)
 prompts = st.one_of(
@@ -24,44 +23,20 @@ def request(prompt: list[int], sampling: dict[str, Any] | None = None, mode: Pre
 
 
 @pytest.mark.parametrize(
-    ("mode", "sampling", "has_prefill_pool", "kind", "reason"),
+    ("mode", "sampling", "expected"),
     [
-        ("auto", {}, True, "remote", ""),
-        ("auto", {"logprobs": 1}, True, "remote", ""),
-        ("auto", {"prompt_logprobs": None}, True, "remote", ""),
-        ("spoiled", {}, True, "remote", ""),
-        ("local", {}, True, "local", "requested"),
-        ("auto", {"prompt_logprobs": 0}, True, "local", "prompt_logprobs"),
-        ("auto", {"prompt_logprobs": 5}, True, "local", "prompt_logprobs"),
-        ("auto", {}, False, "local", "aggregated"),
-        ("local", {}, False, "local", "aggregated"),
-        ("spoiled", {}, False, "local", "aggregated"),
+        ("auto", {}, None),
+        ("auto", {"logprobs": 1}, None),
+        ("auto", {"prompt_logprobs": None}, None),
+        ("auto", {"prompt_logprobs": 0}, ("local", "prompt_logprobs")),
+        ("auto", {"prompt_logprobs": 5}, ("local", "prompt_logprobs")),
+        ("local", {"prompt_logprobs": 5}, ("local", "requested")),
+        ("remote", {}, ("remote", "requested")),
+        ("spoiled", {}, ("remote", "requested")),
     ],
 )
-def test_a_prompt_is_prefilled_remotely_unless_there_is_a_reason(
-    mode: PrefillMode, sampling: dict[str, Any], has_prefill_pool: bool, kind: str, reason: str
-):
-    asked = request([1, 2], sampling, mode)
-    placement = place_prefill(asked, has_prefill_pool=has_prefill_pool, can_decode_prefill=True)
-    assert (placement.kind, placement.reason) == (kind, reason)
-
-
-@pytest.mark.parametrize("mode", ["auto", "spoiled"])
-@pytest.mark.parametrize("sampling", [{}, {"logprobs": 1}, {"prompt_logprobs": 0}, {"prompt_logprobs": 5}])
-def test_where_decode_cannot_prefill_every_prompt_is_prefilled_remotely(mode: PrefillMode, sampling: dict[str, Any]):
-    asked = request([1, 2], sampling, mode)
-    assert place_prefill(asked, has_prefill_pool=True, can_decode_prefill=False) == Placement("remote")
-
-
-def test_where_decode_cannot_prefill_a_request_for_it_is_refused_by_its_name():
-    with pytest.raises(InvalidRequest, match="baton_prefill"):
-        place_prefill(request([1, 2], mode="local"), has_prefill_pool=True, can_decode_prefill=False)
-
-
-@pytest.mark.parametrize("mode", ["auto", "local", "spoiled"])
-def test_an_aggregated_engine_prefills_whatever_it_could_do_with_a_prefill_pool(mode: PrefillMode):
-    placement = place_prefill(request([1, 2], mode=mode), has_prefill_pool=False, can_decode_prefill=False)
-    assert placement == Placement("local", "aggregated")
+def test_what_a_request_demands(mode: PrefillMode, sampling: dict[str, Any], expected: tuple[str, str] | None):
+    assert demanded(request([1, 2], sampling, mode)) == expected
 
 
 @given(prompts)

@@ -8,29 +8,34 @@ from app.config import ModelConfig
 from app.health import model_state, overall_status
 
 
-def model(engine: str, *, prefill: bool) -> ModelConfig:
-    pool: dict[str, Any] = {"engine": engine}
-    pools = {"decode": pool, **({"prefill": pool} if prefill else {})}
-    return ModelConfig.model_validate({"name": "m", "source": "baton:tiny", **pools})
-
-
 @pytest.mark.parametrize(
-    ("engine", "prefill", "decode", "state"),
+    ("prefill", "decode", "aggregated", "vllm", "sglang"),
     [
-        ("vllm", None, 1, "ready"),
-        ("vllm", None, 0, "unavailable"),
-        ("vllm", 1, 1, "ready"),
-        ("vllm", 0, 1, "degraded"),
-        ("vllm", 1, 0, "unavailable"),
-        ("sim", 0, 2, "degraded"),
-        ("sglang", None, 1, "ready"),
-        ("sglang", 1, 1, "ready"),
-        ("sglang", 0, 1, "unavailable"),
+        (None, 1, None, "ready", "ready"),
+        (None, 0, None, "unavailable", "unavailable"),
+        (1, 2, None, "ready", "ready"),
+        (0, 2, None, "degraded", "unavailable"),
+        (1, 0, None, "unavailable", "unavailable"),
+        (0, 0, None, "unavailable", "unavailable"),
+        (1, 1, 1, "ready", "ready"),
+        (1, 1, 0, "degraded", "degraded"),
+        (1, 0, 1, "degraded", "degraded"),
+        (0, 1, 1, "degraded", "degraded"),
+        (0, 0, 1, "degraded", "degraded"),
+        (0, 1, 0, "degraded", "unavailable"),
+        (1, 0, 0, "unavailable", "unavailable"),
+        (0, 0, 0, "unavailable", "unavailable"),
     ],
 )
-def test_a_model_is_as_whole_as_its_pools(engine: str, prefill: int | None, decode: int, state: str):
-    ready: Any = {"decode": decode, **({} if prefill is None else {"prefill": prefill})}
-    assert model_state(model(engine, prefill=prefill is not None), ready) == state
+@pytest.mark.parametrize("engine", ["vllm", "sim", "sglang"])
+def test_a_model_is_as_whole_as_its_pools(
+    engine: str, prefill: int | None, decode: int, aggregated: int | None, vllm: str, sglang: str
+):
+    """None is a pool that the model does not have."""
+    pools = {"prefill": prefill, "decode": decode, "aggregated": aggregated}
+    ready: Any = {role: count for role, count in pools.items() if count is not None}
+    fields = {"name": "m", "source": "baton:tiny", **{role: {"engine": engine} for role in ready}}
+    assert model_state(ModelConfig.model_validate(fields), ready) == (sglang if engine == "sglang" else vllm)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Bodies that are too large, and streams that begin with an error."""
+"""Bodies that are too large, streams that begin with an error, and headers that tell of routing."""
 
 import asyncio
 import json
@@ -15,7 +15,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.http_middleware import BodyLimit, ErrorBeforeStream, error_body
+from app.exchange import begin_exchange, current_exchange
+from app.http_middleware import BodyLimit, ErrorBeforeStream, RoutingHeaders, error_body
+from app.observability.sequence_record import SequenceRecord
+from tests.unit.decisions import decision
 
 LIMIT = 10
 EVENT = b'data: {"choices": [{"text": "a"}]}\n\n'
@@ -113,9 +116,10 @@ async def test_what_is_not_http_passes(kind: str):
         raise AssertionError
 
     await BodyLimit(app, 0)({"type": kind}, unused, unused)
+    await RoutingHeaders(app)({"type": kind}, unused, unused)
     await ErrorBeforeStream(app)({"type": kind}, unused, unused)
-    assert [scope for scope, *_ in passed] == [{"type": kind}] * 2
-    assert passed[0][1:] == (unused, unused)
+    assert [scope for scope, *_ in passed] == [{"type": kind}] * 3
+    assert passed[0][1:] == passed[1][1:] == (unused, unused)
 
 
 # ErrorBeforeStream
@@ -212,3 +216,186 @@ async def test_a_body_message_without_a_body_means_an_empty_one():
 
     response = await fetch(ErrorBeforeStream(app))
     assert (response.status_code, response.content) == (200, b"")
+
+
+# ErrorBeforeStream, told of the engine by the exchange
+
+TOO_BUSY = error_body("too busy", "Too Many Requests", 429)
+CREATED = b'event: response.created\ndata: {"response": {}}\n\n'
+PING = b": keep-alive\n\n"
+START: Message = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+
+
+def part(body: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": more}
+
+
+class Client:
+    """Follows what an application, step by step, sends through the middlewares."""
+
+    def __init__(self, method: str = "POST", path: str = "/v1/responses", *headers: tuple[bytes, bytes]) -> None:
+        self.scope: Scope = {"type": "http", "method": method, "path": path, "headers": headers}
+        self.sent: list[Message] = []
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    async def run(self, app: ASGIApp) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await RoutingHeaders(ErrorBeforeStream(app))(self.scope, asyncio.Event().wait, self.send)
+
+    @property
+    def status(self) -> int:
+        status: int = self.sent[0]["status"]
+        return status
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return dict(self.sent[0]["headers"])
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+
+async def test_events_before_the_first_token_wait_for_it():
+    client = Client()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for message in (START, part(CREATED), part(CREATED)):
+            await send(message)
+        assert client.sent == []
+        current_exchange().has_begun = True
+        await send(part(EVENT))
+        assert client.sent[1:] == [part(CREATED), part(CREATED), part(EVENT)]
+        await send(part(DONE, more=False))
+
+    await client.run(app)
+    assert client.status == 200
+    assert client.body == CREATED + CREATED + EVENT + DONE
+
+
+@pytest.mark.parametrize(
+    ("method", "last"),
+    [("GET", part(CREATED)), ("POST", part(PING)), ("POST", part(CREATED, more=False))],
+    ids=["an earlier answer", "a comment that keeps alive", "the end"],
+)
+async def test_what_no_token_will_follow_does_not_wait_for_one(method: str, last: Message):
+    client = Client(method)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await send(last)
+        assert client.body == last["body"]
+
+    await client.run(app)
+    assert client.status == 200
+
+
+@pytest.mark.parametrize("before", [[], [part(CREATED)]], ids=["at once", "after an event"])
+@pytest.mark.parametrize("raises", [False, True], ids=["says so", "raises"])
+async def test_a_failure_before_the_first_token_replaces_what_waits(before: list[Message], raises: bool):
+    client = Client()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for message in (START, *before):
+            await send(message)
+        current_exchange().failure = TOO_BUSY["error"]
+        if raises:
+            raise RuntimeError
+        await send(part(b"event: error\ndata: {}\n\n"))
+        await send(part(DONE, more=False))
+        raise RuntimeError  # nothing to those who have their answer
+
+    await client.run(app)
+    assert (client.status, json.loads(client.body)) == (429, TOO_BUSY)
+
+
+async def test_a_failure_after_the_first_token_replaces_nothing():
+    client = Client()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        current_exchange().has_begun = True
+        current_exchange().failure = TOO_BUSY["error"]
+        await send(part(EVENT))
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        await client.run(app)
+    assert (client.status, client.body) == (200, EVENT)
+
+
+async def test_an_error_that_nobody_told_of_is_raised():
+    client = Client()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        await client.run(app)
+    assert client.sent == []
+
+
+async def test_anthropics_api_has_errors_of_its_own_shape():
+    client = Client("POST", "/v1/messages")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        current_exchange().failure = TOO_BUSY["error"]
+        await send(part(b""))
+
+    await client.run(app)
+    error = {"type": "Too Many Requests", "message": "too busy"}
+    assert json.loads(client.body) == {"type": "error", "error": error}
+
+
+# RoutingHeaders
+
+
+def answering(status: int, *waits_s: float) -> ASGIApp:
+    """A request with one sequence for each of `waits_s`, all of them refused for so long."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = current_exchange()
+        for seconds in waits_s:
+            exchange.refuse_for(seconds)
+        if exchange.wants_explanation:
+            exchange.sequences.append(SequenceRecord("m", "r", 1))
+            exchange.sequences[-1].on_decision(decision())
+        await asyncio.create_task(send({"type": "http.response.start", "status": status}))
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("waits_s", "told"),
+    [((0.0,), b"1"), ((0.2,), b"1"), ((1.0,), b"1"), ((1.2,), b"2"), ((3.5, 9.1, 2.0), b"10"), ((), None)],
+)
+async def test_whole_seconds_to_wait_are_told(waits_s: tuple[float, ...], told: bytes | None):
+    client = Client()
+    await client.run(answering(429, *waits_s))
+    assert client.headers.get(b"retry-after") == told
+
+
+async def test_an_answer_is_not_told_to_wait():
+    client = Client()
+    await client.run(answering(200, 5.0))
+    assert b"retry-after" not in client.headers
+
+
+@pytest.mark.parametrize("value", [b"1", b"0", b"", b"01", b"true"])
+async def test_only_1_asks_for_an_explanation(value: bytes):
+    client = Client("POST", "/", (b"x-baton-explain", value))
+    await client.run(answering(200))
+    assert (b"x-baton-explain" in client.headers) == (value == b"1")
+
+
+async def test_an_exchange_ends_with_its_request():
+    with begin_exchange(wants_explanation=True) as outer:
+        await Client().run(answering(200, 5.0))
+        assert current_exchange() is outer
+        assert outer.retry_after_s is None
+    assert current_exchange() is not outer
+    assert current_exchange() is not current_exchange()

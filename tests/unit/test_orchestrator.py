@@ -8,12 +8,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from app.config import LimitsConfig
+from app.config import LimitsConfig, RemotePlacement, RoutingConfig
 from app.engines.base import Emit
 from app.errors import EngineDead, EngineFailed, InvalidRequest, NoReplica, PrefillFailed, ReplicaLost
 from app.messages import GenerateRequest, PrefillMode, PrefillReport, TokenDelta
 from app.orchestrator import Handoff, Orchestrator
-from app.routing.disaggregation import Placement
+from app.routing.decision import Decision, RoutingHints
+from app.routing.router import Router
+from tests.unit.routing_samples import replica_info
 
 HANG = "hang"
 PROMPT = [1, 2, 3]
@@ -64,9 +66,6 @@ class FakePrefill:
         if not hangs:
             self.may_start.set()
 
-    def replicas(self) -> list[str]:
-        return self.ready
-
     async def start(self, request: GenerateRequest, replica: str) -> FakeHandoff:
         self.picked.append(replica)
         self.prompts.append(request.prompt_token_ids)
@@ -86,7 +85,7 @@ class FakePrefill:
 class Call(NamedTuple):
     request: GenerateRequest
     handoff: Handoff | None
-    placement: Placement
+    local_reason: str
     replica: str
 
 
@@ -100,14 +99,11 @@ class FakeDecode:
         self.num_open = 0
         self.is_hanging = asyncio.Event()
 
-    def replicas(self) -> list[str]:
-        return self.ready
-
     async def generate(
-        self, request: GenerateRequest, handoff: Handoff | None, placement: Placement, replica: str, emit: Emit
+        self, request: GenerateRequest, handoff: Handoff | None, local_reason: str, replica: str, emit: Emit
     ) -> None:
         script = self.scripts[min(len(self.calls), len(self.scripts) - 1)]
-        self.calls.append(Call(request, handoff, placement, replica))
+        self.calls.append(Call(request, handoff, local_reason, replica))
         self.num_open += 1
         try:
             for step in script:
@@ -124,9 +120,31 @@ class FakeDecode:
 
 
 def orchestrator(
-    prefill: FakePrefill | None, decode: FakeDecode, *, can_decode_prefill: bool = True, **limits: Any
+    prefill: FakePrefill | None,
+    decode: FakeDecode,
+    *,
+    aggregated: FakeDecode | None = None,
+    can_decode_prefill: bool = True,
+    **limits: Any,
 ) -> Orchestrator:
-    return Orchestrator(prefill, decode, LimitsConfig(**limits), can_decode_prefill=can_decode_prefill)
+    router = Router(
+        RoutingConfig(placement=RemotePlacement(policy="remote")),
+        has_prefill=prefill is not None,
+        has_aggregated=aggregated is not None,
+        can_decode_prefill=can_decode_prefill,
+    )
+    for role, pool in (("prefill", prefill), ("decode", decode), ("aggregated", aggregated)):
+        for replica in pool.ready if pool else ():
+            router.views[role].join(replica_info(replica, role))
+    return Orchestrator(router, prefill, decode, LimitsConfig(**limits), aggregated=aggregated)
+
+
+def loads(server: Orchestrator) -> dict[str, Counter[str]]:
+    """The sequences that the router counts on each replica, by role."""
+    return {
+        role: Counter({name: view.sequences.own for name, view in pool.replicas.items() if view.sequences.own})
+        for role, pool in server._router.views.items()
+    }
 
 
 def depending_on_prefill(prefill: FakePrefill, decode: FakeDecode, **limits: Any) -> Orchestrator:
@@ -150,20 +168,20 @@ async def test_decode_gets_the_handoff_of_the_prefill_that_was_started():
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [FIRST, LAST])
     assert await served(orchestrator(prefill, decode)) == [FIRST, LAST]
     assert prefill.prompts == [PROMPT]
-    assert decode.calls == [Call(request(), prefill.handoffs[0], Placement("remote"), "d")]
+    assert decode.calls == [Call(request(), prefill.handoffs[0], "", "d")]
 
 
 async def test_without_a_prefill_pool_decode_serves_alone():
     decode = FakeDecode(["d"], [LAST])
     assert await served(orchestrator(None, decode)) == [LAST]
-    assert decode.calls == [Call(request(), None, Placement("local", "aggregated"), "d")]
+    assert decode.calls == [Call(request(), None, "aggregated", "d")]
 
 
 async def test_a_request_that_asks_for_local_prefill_starts_no_other():
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
     await served(orchestrator(prefill, decode), "local")
     assert prefill.picked == []
-    assert decode.calls[0].placement == Placement("local", "requested")
+    assert decode.calls[0].local_reason == "requested"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +191,7 @@ async def test_decode_prefills_itself_when_no_prefill_replica_can(replicas: list
     decode = FakeDecode(["d"], [LAST])
     assert await served(orchestrator(FakePrefill(*replicas, fails=fails), decode)) == [LAST]
     assert decode.calls[0].handoff is None
-    assert decode.calls[0].placement == Placement("local", "no_prefill_replica")
+    assert decode.calls[0].local_reason == "no_prefill_replica"
 
 
 async def test_a_prefill_replica_that_was_lost_is_avoided():
@@ -200,7 +218,7 @@ async def test_a_prefill_replica_is_not_blamed_when_decode_had_the_prompt_cached
     server = orchestrator(prefill, FakeDecode(["d"], [first_delta("local", "already_cached"), LAST]))
     for _ in range(4):
         await served(server)
-    assert not any(server._prefill_load.is_avoided(replica) for replica in prefill.ready)
+    assert not any(replica.avoid_until for replica in server._router.views["prefill"].replicas.values())
 
 
 async def test_a_spoiled_request_prefills_another_prompt_than_it_decodes():
@@ -384,10 +402,54 @@ def test_a_decode_that_cannot_prefill_never_has_to(
 
     asyncio.run(serve())
     assert len(prefill.picked) <= max_attempts
-    assert all(call.placement == Placement("remote") for call in decode.calls)
+    assert all(call.local_reason == "" for call in decode.calls)
     assert [call.handoff for call in decode.calls] == prefill.handoffs
     arrived = [attempts[min(number, len(attempts) - 1)] is REMOTE for number in range(len(decode.calls))]
     assert [handoff.is_cancelled for handoff in prefill.handoffs] == [not has_kv for has_kv in arrived]
+
+
+# An aggregated pool beside
+
+
+async def test_what_is_to_be_prefilled_locally_goes_to_the_aggregated_pool():
+    prefill, decode, aggregated = FakePrefill("p"), FakeDecode(["d"], [LAST]), FakeDecode(["a"], [LAST])
+    server = orchestrator(prefill, decode, aggregated=aggregated, can_decode_prefill=False)
+    await served(server, "local")
+    assert (prefill.picked, decode.calls) == ([], [])
+    assert aggregated.calls == [Call(request("local"), None, "requested", "a")]
+
+
+async def test_the_aggregated_pool_serves_what_prefill_failed_to():
+    prefill, decode, aggregated = FakePrefill("p"), FakeDecode(["d"], [NO_KV]), FakeDecode(["a"], [LAST])
+    server = orchestrator(prefill, decode, aggregated=aggregated, can_decode_prefill=False)
+    assert await served(server) == [LAST]
+    assert [call.local_reason for call in aggregated.calls] == ["no_prefill_replica"]
+
+
+async def test_a_lost_replica_of_the_aggregated_pool_is_replaced_by_the_other_two():
+    prefill, decode, aggregated = FakePrefill("p"), FakeDecode(["d"], [REMOTE, LAST]), FakeDecode(["a"], [LOST])
+    server = orchestrator(prefill, decode, aggregated=aggregated, can_decode_prefill=False)
+    with pytest.raises(NoReplica, match="aggregated"):
+        await served(server, "local")
+    assert await served(server) == [REMOTE, LAST]
+
+
+# What is told of the decisions
+
+
+async def test_every_attempt_tells_its_decision_before_anything_is_sent():
+    decode = FakeDecode(["d0", "d1"], [LOST], [LAST])
+    told: list[tuple[Decision, int]] = []
+    server = orchestrator(None, decode)
+    await server.run(
+        request(),
+        lambda delta: None,
+        hints=RoutingHints(explain=True),
+        on_decision=lambda decision: told.append((decision, len(decode.calls))),
+    )
+    assert [num_calls for _, num_calls in told] == [0, 1]
+    assert [decision.serving.replica for decision, _ in told] == [call.replica for call in decode.calls]
+    assert [len(decision.others.get("decode", [])) for decision, _ in told] == [1, 0]
 
 
 # Endings
@@ -490,18 +552,14 @@ async def test_every_ending_takes_its_load_off_the_replicas(script: Script):
     server = orchestrator(FakePrefill("p"), decode, ttft_timeout_s=0.02, itl_timeout_s=0.02)
     await asyncio.gather(*(served(server) for _ in range(4)), return_exceptions=True)
     assert len(decode.calls) >= 4
-    assert (server._prefill_load._in_flight, server._decode_load._in_flight) == (Counter(), Counter())
+    assert loads(server) == {"prefill": Counter(), "decode": Counter()}
 
 
 async def test_the_prefill_replica_is_relieved_at_the_first_token_and_the_decode_replica_at_the_last():
     server = orchestrator(FakePrefill("p"), FakeDecode(["d"], [FIRST, LAST]))
-    loads: list[tuple[Counter[str], Counter[str]]] = []
-
-    def emit(delta: TokenDelta) -> None:
-        loads.append((server._prefill_load._in_flight.copy(), server._decode_load._in_flight.copy()))
-
-    await server.run(request(), emit)
-    assert loads == [(Counter(), Counter(d=1))] * 2
+    seen: list[dict[str, Counter[str]]] = []
+    await server.run(request(), lambda delta: seen.append(loads(server)))
+    assert seen == [{"prefill": Counter(), "decode": Counter(d=1)}] * 2
 
 
 async def test_tokens_that_come_in_time_never_end_a_sequence_however_long_it_takes():

@@ -32,7 +32,7 @@ def test_the_device_is_what_is_configured_or_cuda_where_a_gpu_is(device: str, gp
     assert check(configured(device), gpus_per_node) == chosen
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("role", ["prefill", "decode", "aggregated"])
 @pytest.mark.parametrize(
     ("device", "gpus_per_node", "wanted", "words"),
     [
@@ -108,6 +108,12 @@ def test_the_error_names_the_model_that_cannot_work():
     assert caught.value.field == "models.1.decode.tensor_parallel_size"
 
 
+def test_the_gpus_of_all_pools_are_counted():
+    check(configured(aggregated={}), [3])
+    with pytest.raises(ConfigError, match="want 3 GPUs, but there are 2"):
+        check(configured(aggregated={}), [2])
+
+
 def test_the_gpus_of_all_models_are_counted():
     models = [{"name": name, "source": "baton:tiny", "decode": {}} for name in ("a", "b")]
     check(parse({"models": models}), [2])
@@ -146,12 +152,14 @@ def test_by_default_only_sglang_runs_in_another_python_and_only_in_one_that_is_t
     assert python_of_replica(pool) == (str(python) if engine == "sglang" else None)
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("role", ["prefill", "decode", "aggregated"])
 @pytest.mark.parametrize("python", [None, "env/bin/python", "/there/is/no/python", "env"])
 def test_sglang_without_its_python_is_refused_with_how_to_make_it(role: str, python: str | None, repository: Path):
     (repository / "env").mkdir()
     make_python(repository / "good/python")
-    pools: dict[str, Any] = {name: {"engine": "sglang", "python": "good/python"} for name in ("prefill", "decode")}
+    pools: dict[str, Any] = {
+        name: {"engine": "sglang", "python": "good/python"} for name in ("prefill", "decode", "aggregated")
+    }
     pools[role]["python"] = python
     with pytest.raises(ConfigError, match=r"`bash scripts/setup\.sh sglang` makes it") as caught:
         check_interpreters(configured(**pools))
@@ -189,6 +197,29 @@ def test_sglang_must_be_told_of_the_reasoning_parser_too():
     with pytest.raises(ConfigError, match="structured output would not wait") as caught:
         check(reasoning("sglang"), [])
     assert caught.value.field == "models.0.engine_args.reasoning_parser"
+
+
+def test_each_sglang_pool_that_decodes_must_be_told():
+    told = {"engine": "sglang", "engine_args": {"reasoning_parser": "qwen3"}}
+    pools = {"prefill": {"engine": "sglang"}, "decode": told, "server_args": {"reasoning_parser": "qwen3"}}
+    check(configured(**pools), [])
+    check(configured(**pools, aggregated=told), [])
+    with pytest.raises(ConfigError, match="structured output would not wait"):
+        check(configured(**pools, aggregated={"engine": "sglang"}), [])
+
+
+def test_arguments_of_an_aggregated_sim_engine_are_checked_too():
+    pool = {"engine": "sim"}
+    with pytest.raises(ConfigError) as caught:
+        check(configured(prefill=pool, decode=pool, aggregated={**pool, "engine_args": {"blocks": 3}}), [])
+    assert caught.value.field == "models.0.aggregated.engine_args.blocks"
+
+
+def test_names_of_an_aggregated_engines_arguments_are_checked_too():
+    model = configured(aggregated={"engine_args": {"max_model_len": 9, "max_model_length": 9}}).models[0]
+    with pytest.raises(ConfigError, match="vLLM knows no such engine argument") as caught:
+        preflight._check_names(0, model, {"max_model_len"}, "vLLM")
+    assert caught.value.field == "models.0.aggregated.engine_args.max_model_length"
 
 
 @pytest.mark.parametrize(("engine", "engine_args"), [("sglang", {"reasoning_parser": "qwen3"}), ("vllm", {})])

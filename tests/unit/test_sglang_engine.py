@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import multiprocessing
 import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import msgspec
 import pytest
 
 from app.config import parse
@@ -578,6 +581,48 @@ async def test_prefill_is_refused_where_kv_would_move_by_less_than_required(star
         await engine.prefill(request())
 
 
+@pytest.mark.parametrize("ending", ["end", "abandon"])
+async def test_a_prompt_is_queued_until_its_leg_has_ended(start: Start, ending: str):
+    engine, fake = start("prefill")
+    fake.scripts = [[HANG if ending == "abandon" else output(20, reason=LENGTH)]]
+    asked = msgspec.structs.replace(request(prompt=[1] * 50), expected_cached_tokens=16)
+    await engine.prefill(asked)
+    assert engine.queued_tokens() == 34
+    if ending == "abandon":
+        await settle(lambda: len(fake.asked) == 1, "the leg has begun")
+        assert engine.queued_tokens() == 34
+        await engine.abandon("r")
+    await settle(lambda: not engine.queued_tokens(), "the leg has ended")
+
+
+async def test_a_prompt_that_is_served_here_is_queued_until_its_first_token(start: Start):
+    engine, fake = start(is_disaggregated=False)
+    fake.scripts = [[output(20), HANG]]
+    received: list[int] = []
+    task = asyncio.create_task(engine.generate(request(), None, lambda _: received.append(engine.queued_tokens())))
+    await settle(lambda: len(fake.asked) == 1, "it was asked")
+    assert received or engine.queued_tokens() == len(PROMPT)
+    await settle(lambda: bool(received), "the first token")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert received == [0]
+    fake.scripts = [[ValueError("no")]]
+    with pytest.raises(InvalidRequest):
+        await generate(engine)
+    assert engine.queued_tokens() == 0
+
+
+async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(start: Start, prefill_port: int):
+    engine, fake = start()
+    fake.scripts = [[HANG]]
+    task = asyncio.create_task(generate(engine, handoff=descriptor(prefill_port)))
+    await settle(lambda: len(fake.asked) == 1, "it was asked")
+    assert engine.queued_tokens() == 0
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert engine.queued_tokens() == 0
+
+
 # Decode from a prefill
 
 
@@ -770,11 +815,49 @@ async def test_it_starts_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch, en
     engine = SglangEngine(spec())
     info = await engine.start()
     assert info == EngineInfo(
-        engine="sglang", version="0.5.23", num_blocks=62, block_size_tokens=16, max_model_len=4096
+        engine="sglang",
+        version="0.5.23",
+        num_blocks=62,
+        block_size_tokens=16,
+        max_model_len=4096,
+        prefix_cache="published",
     )
+    settings = json.loads(package.arguments.pop("kv_events_config"))
     assert package.arguments == build_engine_args(spec())
     assert package.num_loops == 1
     assert (engine._vocab_size, engine._kv_bytes_per_token) == (VOCAB_SIZE, 3 * 2 * (8 + 8) * 2)
+    sockets = Path(settings["endpoint"].removeprefix("ipc://")).parent
+    assert sockets.is_dir()
+    await engine.stop()
+    assert not sockets.exists()
+    assert [events async for events in engine.kv_events()] == []
+
+
+@pytest.mark.parametrize(
+    ("role", "is_disaggregated", "engine_args", "expected"),
+    [
+        ("prefill", True, {"disable_radix_cache": True}, "none"),
+        ("decode", False, {"disable_radix_cache": True}, "none"),
+        ("decode", True, {"disaggregation_decode_enable_radix_cache": False}, "none"),
+        ("decode", True, {"disable_radix_cache": True}, "none"),
+        ("decode", False, {"speculative_algorithm": "EAGLE"}, "silent"),
+    ],
+)
+async def test_without_a_prefix_cache_of_which_tokens_are_told_there_are_no_events(
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    role: Role,
+    is_disaggregated: bool,
+    engine_args: dict[str, Any],
+    expected: str,
+):
+    package = Starting()
+    monkeypatch.setitem(sys.modules, "sglang", package)
+    engine = SglangEngine(spec(role, is_disaggregated=is_disaggregated, engine_args=engine_args))
+    info = await engine.start()
+    assert info.prefix_cache == expected
+    assert "kv_events_config" not in package.arguments
+    assert [events async for events in engine.kv_events()] == []
     await engine.stop()
 
 
@@ -808,6 +891,7 @@ COMMON = {
     "incremental_streaming_output": True,
     "schedule_low_priority_values_first": True,
 }
+DECODE_CACHE = {"disaggregation_decode_enable_radix_cache": True}
 TRANSFER = {"disaggregation_transfer_backend": "nixl", "disaggregation_bootstrap_port": 20000}
 
 
@@ -818,7 +902,7 @@ TRANSFER = {"disaggregation_transfer_backend": "nixl", "disaggregation_bootstrap
         ("decode", False, "cpu", {"sleep_on_idle": True}),
         ("prefill", True, "cuda", {"disaggregation_mode": "prefill", **TRANSFER}),
         ("prefill", True, "cpu", {"disaggregation_mode": "prefill", "sleep_on_idle": True, **TRANSFER}),
-        ("decode", True, "cuda", {"disaggregation_mode": "decode", **TRANSFER}),
+        ("decode", True, "cuda", {"disaggregation_mode": "decode", **DECODE_CACHE, **TRANSFER}),
         (
             "decode",
             True,
@@ -827,6 +911,7 @@ TRANSFER = {"disaggregation_transfer_backend": "nixl", "disaggregation_bootstrap
                 "disaggregation_mode": "decode",
                 "sleep_on_idle": True,
                 "disaggregation_decode_retraction_backup": "cpu_tensor",
+                **DECODE_CACHE,
                 **TRANSFER,
             },
         ),
@@ -844,9 +929,18 @@ def test_the_users_arguments_win_over_batons_defaults():
     assert (built["log_level"], built["sleep_on_idle"], built["page_size"]) == ("info", False, 32)
 
 
+@pytest.mark.parametrize(
+    "engine_args", [{"disable_radix_cache": True}, {"enable_hisparse": True}, {"speculative_algorithm": "NGRAM"}]
+)
+def test_decode_has_no_prefix_cache_where_sglang_would_refuse_or_overrule(engine_args: dict[str, Any]):
+    assert build_engine_args(spec(engine_args=engine_args))["disaggregation_decode_enable_radix_cache"] is False
+    wanted = {**engine_args, **DECODE_CACHE}
+    assert build_engine_args(spec(engine_args=wanted))["disaggregation_decode_enable_radix_cache"] is True
+
+
 def test_what_baton_must_decide_is_refused_from_the_user():
     defaults = {"log_level", "schedule_low_priority_values_first", "sleep_on_idle"}
-    may_change = {*defaults, "disaggregation_decode_retraction_backup"}
+    may_change = {*defaults, *DECODE_CACHE, "disaggregation_decode_retraction_backup"}
     assert set(build_engine_args(spec())) - may_change <= set(OWNED_ARGS)
 
 

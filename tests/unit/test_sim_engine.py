@@ -64,7 +64,7 @@ def start(model_path: str) -> Any:
         engine = create_engine("sim", spec)
         assert isinstance(engine, SimEngine)
         try:
-            await engine.start()
+            engine.info = await engine.start()  # type: ignore[attr-defined]
             yield engine
         finally:
             await engine.stop()
@@ -555,13 +555,79 @@ async def test_faults_by_chance_depend_on_the_seed_alone(start: Any):
     assert 8 <= sum(first) <= 30
 
 
-async def test_events_are_handed_out(start: Any):
+async def test_events_are_told_from_the_start_on_until_it_stops(start: Any):
     async with start() as engine:
-        assert engine.take_kv_events() == [AllBlocksCleared()]
-        await generate(engine, request(max_tokens=1))
-        [stored] = engine.take_kv_events()
+        assert engine.info.prefix_cache == "published"
+        await generate(engine, request(max_tokens=1, salt="salt"))
+        events = engine.kv_events()
+        [stored] = await anext(events)
         assert isinstance(stored, BlockStored)
-        assert stored.token_ids == prompt()[:96]
+        assert (stored.token_ids, stored.cache_salt) == (prompt()[:96], "salt")
+        waits = asyncio.create_task(anext(events))
+        await asyncio.sleep(0)
+        await generate(engine, request(prompt(40, 1), max_tokens=1))
+        [stored] = await asyncio.wait_for(waits, 5)
+        assert stored.token_ids == prompt(40, 1)[:32]
+        waits = asyncio.create_task(anext(events, None))
+        await asyncio.sleep(0)
+    assert await asyncio.wait_for(waits, 5) is None
+
+
+async def test_events_that_nobody_took_in_time_are_told_as_lost(start: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("app.engines.sim_blocks.MAX_WAITING_EVENTS", 2)
+    async with start() as engine:
+        for seed in range(4):
+            await generate(engine, request(prompt(40, seed), max_tokens=1))
+        events = engine.kv_events()
+        assert await anext(events) == [AllBlocksCleared()]
+        await generate(engine, request(prompt(40, 9), max_tokens=1))
+        [stored] = await anext(events)
+        assert isinstance(stored, BlockStored)
+        assert stored.token_ids == prompt(40, 9)[:32]
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "expected"), [({"kv_events": False}, "silent"), ({"enable_prefix_caching": False}, "none")]
+)
+async def test_an_engine_without_events_says_so(start: Any, engine_args: dict[str, Any], expected: str):
+    async with start(**engine_args) as engine:
+        assert engine.info.prefix_cache == expected
+        await generate(engine, request())
+        assert [batch async for batch in engine.kv_events()] == []
+
+
+async def test_prompts_are_queued_until_their_first_token_is_there(start: Any):
+    async with start("prefill", speed_up=1e-3) as prefill, start(speed_up=1e-3) as decode:
+        asked = msgspec.structs.replace(request(), expected_cached_tokens=16)
+        tasks = [asyncio.create_task(prefill.prefill(asked)), asyncio.create_task(generate(decode, asked))]
+        await asyncio.sleep(0)
+        assert (prefill.queued_tokens(), decode.queued_tokens()) == (84, 84)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (prefill.queued_tokens(), decode.queued_tokens()) == (0, 0)
+    async with start("prefill") as prefill, start() as decode:
+        at_tokens: list[int] = []
+        await decode.generate(request(max_tokens=2), None, lambda _: at_tokens.append(decode.queued_tokens()))
+        assert at_tokens == [0, 0]
+        task = asyncio.create_task(prefill.prefill(request()))
+        await asyncio.sleep(0)
+        assert prefill.queued_tokens() == 100
+        descriptor = await task
+        assert prefill.queued_tokens() == 0
+        task = asyncio.create_task(generate(decode, request(), descriptor))
+        await asyncio.sleep(0)
+        assert decode.queued_tokens() == 0
+        await task
+
+
+async def test_a_descriptor_tells_how_long_prefill_took(start: Any):
+    async with start("prefill", speed_up=1) as prefill:
+        began = time.monotonic()
+        descriptor = await prefill.prefill(request(prompt(1000)))
+        took_s = time.monotonic() - began
+    assert descriptor.prefill_s == pytest.approx(took_s, abs=0.005)
+    assert took_s > 0.01
 
 
 async def test_a_step_that_breaks_kills_the_engine_rather_than_hanging_it(start: Any, monkeypatch: pytest.MonkeyPatch):

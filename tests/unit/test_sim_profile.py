@@ -17,7 +17,6 @@ from app.engines.sim_profile import (
     StepTimes,
     TransferTimes,
     built_in_profiles,
-    fit_non_negative,
     fit_prefill,
     fit_step,
     load_profile,
@@ -25,6 +24,7 @@ from app.engines.sim_profile import (
 )
 from app.engines.sim_scheduler import Scheduler, SchedulerLimits, Sequence
 from app.errors import ConfigError
+from app.least_squares import fit_non_negative
 from app.profile import Answer, choose_extent, measure
 
 

@@ -96,13 +96,13 @@ class AnyOrder(RuleBasedStateMachine):
         kind=st.integers(0, 3),
         max_tokens=st.integers(1, 30),
         way=st.sampled_from(["generate", "handoff", "pull"]),
-        salt=st.sampled_from([0, 0, 7]),
+        salt=st.sampled_from([None, None, "salt"]),
     )
-    def add(self, num_tokens: int, kind: int, max_tokens: int, way: str, salt: int) -> Sequence:
+    def add(self, num_tokens: int, kind: int, max_tokens: int, way: str, salt: str | None) -> Sequence:
         sequence = Sequence(
             prompt(40, kind)[:num_tokens],
             max_tokens=max_tokens,
-            root=salt,
+            cache_salt=salt,
             is_handoff=way == "handoff",
             is_pulled=way == "pull",
         )
@@ -239,8 +239,8 @@ def test_the_last_token_is_computed_even_if_all_of_the_prompt_is_cached():
 
 def test_another_salt_or_no_caching_shares_nothing():
     scheduler = make_scheduler()
-    run(scheduler, Sequence(prompt(41), max_tokens=1, root=1))
-    salted = Sequence(prompt(41), max_tokens=1, root=2)
+    run(scheduler, Sequence(prompt(41), max_tokens=1, cache_salt="one"))
+    salted = Sequence(prompt(41), max_tokens=1, cache_salt="two")
     run(scheduler, salted)
     assert salted.cached_tokens == 0
     without = make_scheduler(enable_prefix_caching=False)
@@ -300,10 +300,11 @@ def test_output_depends_on_prompt_and_seed_and_not_on_batching():
 
 
 def test_output_is_the_same_in_another_process():
-    sequence = Sequence([1, 2, 3], max_tokens=5, root=3, sampling_seed=4)
+    sequence = Sequence([1, 2, 3], max_tokens=5, cache_salt="salt", sampling_seed=4)
     run(make_scheduler(), sequence)
     program = (
-        "from tests.unit.test_sim_scheduler import *; s = Sequence([1, 2, 3], max_tokens=5, root=3, sampling_seed=4);"
+        "from tests.unit.test_sim_scheduler import *;"
+        "s = Sequence([1, 2, 3], max_tokens=5, cache_salt='salt', sampling_seed=4);"
         "run(make_scheduler(), s); print(output(s))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -359,8 +360,8 @@ def test_only_what_decode_has_not_cached_is_pulled():
     assert (wholly.cached_tokens, wholly.transferred_tokens) == (44, 0)
 
 
-def pull(scheduler: Scheduler, tokens: list[int], digest: int | None, root: int = 0) -> Sequence:
-    sequence = Sequence(tokens, max_tokens=10, is_pulled=True, root=root)
+def pull(scheduler: Scheduler, tokens: list[int], digest: int | None, salt: str | None = None) -> Sequence:
+    sequence = Sequence(tokens, max_tokens=10, is_pulled=True, cache_salt=salt)
     scheduler.add(sequence)
     while sequence.state != "ended":
         step = scheduler.step()
@@ -384,7 +385,7 @@ def test_kv_of_another_prompt_changes_the_output_and_goes_on_doing_so_from_the_c
     honest = Sequence(prompt(50) + prompt(20, 3), max_tokens=10)
     run(make_scheduler(), honest)
     assert output(longer) != output(honest)
-    elsewhere = pull(scheduler, prompt(50), right.digest, root=5)
+    elsewhere = pull(scheduler, prompt(50), right.digest, salt="salt")
     assert output(elsewhere) == output(right)
 
 
@@ -444,6 +445,10 @@ def test_events_describe_chains_of_blocks():
     assert second.parent_block_hash == first.block_hashes[-1]
     assert second.token_ids[0] == tokens[12]
     assert scheduler.pool.take_events() == []
+    run(scheduler, Sequence(tokens, max_tokens=1, cache_salt="salt"))
+    (salted,) = scheduler.pool.take_events()
+    assert isinstance(salted, BlockStored)
+    assert (first.cache_salt, salted.cache_salt) == (None, "salt")
 
 
 def test_events_that_nobody_takes_are_not_kept_for_ever():

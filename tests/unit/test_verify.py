@@ -135,7 +135,11 @@ class FakeBaton(ThreadingHTTPServer):
 
     def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if path == "/v1/models":
-            facts = {"engine": self.engine, "max_model_len": self.max_model_len, "state": "ready"}
+            facts = {
+                "engine": self.engine,
+                "max_model_len": self.max_model_len,
+                "local_prefill": self.engine != "sglang",
+            }
             return {"data": [{"id": name, "mode": mode, **facts} for name, mode in self.modes.items()]}
         if path == "/tokenize":
             return {"tokens": [3, 4, 5]}
@@ -154,7 +158,7 @@ class FakeBaton(ThreadingHTTPServer):
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         self.completions.append(body)
         mode = body["vllm_xargs"]["baton_prefill"]
-        if mode != "local":
+        if mode in ("remote", "spoiled"):  # without either it would be Baton's own choice
             self.num_local -= 1
             self.num_transfers += self.num_local < 0
         first = self.token_by_mode.get(mode, "token_id:7"), self.logprob_by_mode.get(mode, -1.0)
@@ -216,12 +220,12 @@ def test_equal_output_passes(baton: FakeBaton, capsys: pytest.CaptureFixture[str
 
 
 def test_other_tokens_fail(baton: FakeBaton):
-    baton.token_by_mode["auto"] = "token_id:8"
+    baton.token_by_mode["remote"] = "token_id:8"
     assert not verified(baton.url)
 
 
 def test_other_logprobs_fail(baton: FakeBaton):
-    baton.logprob_by_mode["auto"] = -1.0 - 2 * TOLERANCE
+    baton.logprob_by_mode["remote"] = -1.0 - 2 * TOLERANCE
     assert not verified(baton.url)
 
 
@@ -247,7 +251,7 @@ def test_no_serving_can_reuse_the_kv_of_another(baton: FakeBaton):
     for body in baton.completions:
         modes_by_salt.setdefault(body["cache_salt"], set()).add(body["vllm_xargs"]["baton_prefill"])
     # seven groups of prompts, served three times each: once remotely and twice locally
-    assert sorted(sorted(modes) for modes in modes_by_salt.values()) == [["auto"]] * 7 + [["local"]] * 14
+    assert sorted(sorted(modes) for modes in modes_by_salt.values()) == [["local"]] * 14 + [["remote"]] * 7
 
 
 @pytest.mark.parametrize("max_model_len", [128, 512, 1024, 2048, 4096])
@@ -269,13 +273,13 @@ def asked(baton: FakeBaton) -> set[tuple[str, str]]:
 def test_the_first_disaggregated_model_is_verified(baton: FakeBaton):
     baton.modes = {"alone": "aggregated", "tiny": "disaggregated", "other": "disaggregated"}
     assert verified(baton.url)
-    assert asked(baton) == {("tiny", "auto"), ("tiny", "local")}
+    assert asked(baton) == {("tiny", "remote"), ("tiny", "local")}
 
 
 def test_a_model_can_be_named(baton: FakeBaton):
     baton.modes = {"other": "disaggregated", "tiny": "disaggregated"}
     assert verified(baton.url, model="tiny")
-    assert asked(baton) == {("tiny", "auto"), ("tiny", "local")}
+    assert asked(baton) == {("tiny", "remote"), ("tiny", "local")}
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -283,7 +287,7 @@ def test_a_reference_answers_what_would_have_been_prefilled_locally(baton: FakeB
     baton.engine = engine
     baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
     assert verified(baton.url, reference="alone")
-    assert asked(baton) == {("tiny", "auto"), ("alone", "local")}
+    assert asked(baton) == {("tiny", "remote"), ("alone", "local")}
     assert {body["max_tokens"] for body in baton.completions} == {OUTPUT_TOKENS}
 
 
@@ -339,8 +343,8 @@ def test_equal_output_by_prefill_passes(sglang: FakeBaton, capsys: pytest.Captur
 
 def test_nothing_asks_for_local_prefill_of_an_engine_that_cannot(sglang: FakeBaton):
     verified(sglang.url, spoil=True)
-    assert asked(sglang) == {("tiny", "auto"), ("tiny", "spoiled")}
-    assert {body["vllm_xargs"]["baton_prefill"] for body in by_prefill(sglang)} == {"auto"}
+    assert asked(sglang) == {("tiny", "remote"), ("tiny", "spoiled")}
+    assert {body["vllm_xargs"]["baton_prefill"] for body in by_prefill(sglang)} == {"remote"}
 
 
 def test_each_token_of_the_reference_is_prefilled_from_all_before_it(sglang: FakeBaton):

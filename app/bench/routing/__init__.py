@@ -1,0 +1,1 @@
+"""``baton bench-routing``: how well and how fast the router decides."""

@@ -1,0 +1,39 @@
+"""Which replica is a session's own: the same one for every frontend, without any of them remembering sessions.
+
+A hash ring (Karger et al., "Consistent Hashing and Random Trees", 1997): each replica has POINTS points on it, and a
+session belongs to the replica of the first point after its own.  A replica that comes or goes moves only the sessions
+around its points.
+"""
+
+from __future__ import annotations
+
+import bisect
+from hashlib import blake2b
+
+POINTS = 32
+"""Per replica: the most burdened of 8 then has some 1.4 times its share of the sessions."""
+
+
+class SessionRing:
+    """The replicas of one pool."""
+
+    def __init__(self) -> None:
+        self._points: list[tuple[int, str]] = []
+
+    def add(self, replica: str) -> None:
+        for index in range(POINTS):
+            bisect.insort(self._points, (_position(f"{replica}/{index}"), replica))
+
+    def remove(self, replica: str) -> None:
+        self._points = [point for point in self._points if point[1] != replica]
+
+    def own(self, session: str) -> str | None:
+        """The session's own replica; None if there are no replicas."""
+        if not self._points:
+            return None
+        index = bisect.bisect(self._points, (_position(session), ""))
+        return self._points[index % len(self._points)][1]
+
+
+def _position(name: str) -> int:
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest())

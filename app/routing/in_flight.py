@@ -1,0 +1,91 @@
+"""A sequence that runs: it counts as load where it was sent, and what it took teaches the router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+from app.engines.base import Role
+from app.messages import GenerateRequest, PrefillReport
+from app.routing.blocks import block_hashes, root_hash
+from app.routing.decision import Decision
+from app.routing.pool_view import PoolView
+from app.routing.topology import Topology
+from app.routing.ttft import PromptWork, TtftPredictor
+
+
+class InFlight:
+    """Call `first_token` when it is there, and `end` in any case."""
+
+    def __init__(
+        self,
+        views: Mapping[Role, PoolView],
+        predictor: TtftPredictor,
+        topology: Topology,
+        clock: Callable[[], float],
+        request: GenerateRequest,
+        decision: Decision,
+    ) -> None:
+        self._predictor = predictor
+        self._topology = topology
+        self._clock = clock
+        self._begun_at = clock()
+        self._decision = decision
+        self._num_tokens = len(request.prompt_token_ids)
+        # A replica may be gone since the decision; whoever calls it finds out.
+        self._serving = views[decision.serving_role].replicas.get(decision.serving.replica)
+        self._prefill = views["prefill"].replicas.get(decision.prefill.replica) if decision.prefill else None
+        self._num_sequences = self._serving.sequences.value if self._serving else 0
+        self._until_first = ExitStack()
+        self._until_end = ExitStack()
+        self._count()
+        _assume(views, request, decision)
+
+    def _count(self) -> None:
+        serving, prefill, decision = self._serving, self._prefill, self._decision
+        uncached = self._num_tokens - (decision.prefill or decision.serving).cached_tokens
+        if prefill is not None:
+            self._until_first.enter_context(prefill.sequences.counting(1))
+        if (prefills := prefill if decision.prefill else serving) is not None:
+            self._until_first.enter_context(prefills.queued_tokens.counting(uncached))
+        if serving is not None:
+            num_blocks = serving.num_blocks(self._num_tokens - decision.serving.cached_tokens)
+            self._until_end.enter_context(serving.sequences.counting(1))
+            self._until_end.enter_context(serving.used_blocks.counting(num_blocks))
+
+    def first_token(self, report: PrefillReport | None) -> None:
+        """The prompt has been prefilled, as `report` says."""
+        self._until_first.close()
+        if report is not None and report.kind == self._decision.kind:
+            self._learn(report, self._clock() - self._begun_at)
+        # Otherwise decode fell back on a prefill of its own, and the time says nothing of either way.
+
+    def _learn(self, report: PrefillReport, ttft_s: float) -> None:
+        decision = self._decision
+        cached = report.cached_tokens if report.prefill_cached_tokens is None else report.prefill_cached_tokens
+        queued = (decision.prefill or decision.serving).queued_tokens
+        work = PromptWork(self._num_tokens, cached, queued, self._num_sequences)
+        if decision.kind == "local":
+            self._predictor.learn_local(work, ttft_s)
+            return
+        slowness = self._predictor.learn_remote(work, report.transferred_tokens, ttft_s, report.prefill_s)
+        if slowness is not None and self._prefill is not None and self._serving is not None:
+            self._topology.learn(self._prefill.info.node_ip, self._serving.info.node_ip, slowness)
+
+    def end(self) -> None:
+        """The sequence is over, however it ended."""
+        self._until_first.close()
+        self._until_end.close()
+
+
+def _assume(views: Mapping[Role, PoolView], request: GenerateRequest, decision: Decision) -> None:
+    """Replicas that do not tell what they have cached will have this prompt."""
+    chosen: list[tuple[Role, str]] = [(decision.serving_role, decision.serving.replica)]
+    if decision.prefill is not None:
+        chosen.append(("prefill", decision.prefill.replica))
+    for role, replica in chosen:
+        view = views[role].replicas.get(replica)
+        if view is not None and view.info.prefix_cache == "silent":
+            block_size = view.info.block_size_tokens
+            hashes = block_hashes(request.prompt_token_ids, block_size, root_hash(request.cache_salt))
+            views[role].assume(replica, hashes)

@@ -1,0 +1,195 @@
+"""How long a prompt's first token takes: fitted on line to what this frontend's own requests took.
+
+The time is taken as linear in the work that has to be done, with coefficients that are never negative:
+
+    prefill  = a + b * uncached + c * (length^2 - cached^2) + d * queued         (on a prefill replica)
+    handover = e + f * moved                                                     (from its end to the first token)
+    local    = the same as prefill, + g * sequences that decode there meanwhile
+
+in tokens.  remote = prefill + handover.  An engine that hands over before it has computed (SGLang) tells no time for
+prefill alone; its whole remote time then goes by the first line.
+
+Each fit is least squares of relative errors over the last WINDOW requests, at most MAX_AGE_S old, so it follows what
+changes, and a single stall hardly moves it.  PRIOR_LENGTHS stand in for lengths that have not been seen: there the
+time is that of a start value, times how much slower or faster than it the measured requests typically were.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from app.least_squares import fit_non_negative
+from app.routing.decision import Prediction
+
+WINDOW = 128
+MAX_AGE_S = 600.0
+"""A way that nobody has taken for so long counts as not measured, and is tried again."""
+REFIT_EVERY = 8
+"""Requests between fits once there are so many; a fit takes 0.3 ms."""
+
+START_PREFILL = (0.01, 4e-5, 0.0, 4e-5)
+"""Seconds: 10 ms, and 25,000 tokens/s, what an 8B model reaches on an H200 (docs/benchmarks/2026-11-21-h200.md).  Only
+the proportions matter: the first measurement sets the scale."""
+START_HANDOVER = (0.005, 1.3e-5)
+"""Seconds: 5 ms, and 10 GB/s with 131,072 bytes per token."""
+SHORTEST_S = 1e-5
+"""No prompt takes less; a clock may say so."""
+PRIOR_LENGTHS = (32, 256, 2048, 16384)
+PRIOR_WEIGHT = 0.2
+"""Of each of PRIOR_LENGTHS against a measured request."""
+
+
+class TimeModel:
+    """A time that is linear in features, none of whose coefficients is negative."""
+
+    def __init__(
+        self,
+        prior_rows: Sequence[Sequence[float]],
+        prior: Callable[[Sequence[float]], float],
+        clock: Callable[[], float],
+    ) -> None:
+        """`prior` gives the start value, in seconds, for a row of features; it is asked for those of `prior_rows`."""
+        self._prior_rows = prior_rows
+        self._prior = prior
+        self._clock = clock
+        self._samples: deque[tuple[float, Sequence[float], float]] = deque(maxlen=WINDOW)
+        self._coefficients: list[float] | None = None
+        self._num_since_fit = 0
+
+    @property
+    def num_features(self) -> int:
+        return len(self._prior_rows[0])
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is a sample that is not too old."""
+        return bool(self._samples) and self._samples[-1][0] > self._clock() - MAX_AGE_S
+
+    def learn(self, row: Sequence[float], seconds: float) -> None:
+        """One measurement.  Fits anew if that is due, so that no decision has to wait for it."""
+        while self._samples and self._samples[0][0] <= self._clock() - MAX_AGE_S:
+            self._samples.popleft()
+        self._samples.append((self._clock(), row, max(seconds, SHORTEST_S)))
+        self._num_since_fit += 1
+        if self._num_since_fit >= min(REFIT_EVERY, len(self._samples)):
+            self._coefficients = self._fit()
+            self._num_since_fit = 0
+
+    def predict(self, row: Sequence[float]) -> float:
+        """Seconds for these features."""
+        if not self.is_measured or self._coefficients is None:
+            return self._prior(row)
+        return max(SHORTEST_S, sum(c * x for c, x in zip(self._coefficients, row, strict=True)))
+
+    def _fit(self) -> list[float]:
+        rows = [row for _, row, _ in self._samples]
+        times = [seconds for *_, seconds in self._samples]
+        scale = _typical_ratio(times, [self._prior(row) for row in rows])
+        prior_times = [scale * self._prior(row) for row in self._prior_rows]
+        weights = [1.0] * len(rows) + [PRIOR_WEIGHT] * len(prior_times)
+        return fit_non_negative([*rows, *self._prior_rows], times + prior_times, weights)
+
+
+class PromptWork:
+    """What the time of a prompt's prefill depends on, at one replica."""
+
+    __slots__ = ("cached", "num_tokens", "queued", "sequences")
+
+    def __init__(self, num_tokens: int, cached: int, queued: int, sequences: int = 0) -> None:
+        self.num_tokens = num_tokens
+        self.cached = cached
+        self.queued = queued
+        self.sequences = sequences
+
+    def prefill_row(self) -> tuple[float, ...]:
+        uncached = self.num_tokens - self.cached
+        return (1.0, uncached, self.num_tokens**2 - self.cached**2, self.queued)
+
+    def local_row(self) -> tuple[float, ...]:
+        return (*self.prefill_row(), self.sequences)
+
+
+class TtftPredictor:
+    """Predicts the times of both ways, and learns from what they took."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        prompts = [PromptWork(length, 0, 0).prefill_row() for length in PRIOR_LENGTHS]
+        queued = [PromptWork(length, 0, length).prefill_row() for length in PRIOR_LENGTHS[-2:]]
+        self.prefill = TimeModel(prompts + queued, _linear(START_PREFILL), clock)
+        self.handover = TimeModel([(1.0, n) for n in PRIOR_LENGTHS], _linear(START_HANDOVER), clock)
+        # A replica of the same model on, most likely, the same hardware: what prefill takes is its start value.
+        local_rows = [(*row, 0.0) for row in prompts + queued]
+        self.local = TimeModel(local_rows, lambda row: self.prefill.predict(row[:-1]), clock)
+
+    def remote_s(self, work: PromptWork, moved: int) -> float | None:
+        """None until a remote prefill was measured."""
+        if not self.prefill.is_measured:
+            return None
+        handover_s = self.handover.predict((1.0, moved)) if self.handover.is_measured else 0.0
+        return self.prefill.predict(work.prefill_row()) + handover_s
+
+    def local_s(self, work: PromptWork) -> float | None:
+        """None until a prefill anywhere was measured."""
+        if not self.prefill.is_measured and not self.local.is_measured:
+            return None
+        return self.local.predict(work.local_row())
+
+    def harm_s(self, work: PromptWork, itl_budget_s: float) -> float:
+        """What a local prefill makes the sequences there wait beyond the budget, added up over them.
+
+        Counted as if it took place at once: in chunks it is spread over more tokens, and is as long.
+        """
+        if not work.sequences:
+            return 0.0
+        alone = PromptWork(work.num_tokens, work.cached, 0).local_row()
+        stall_s = self.local.predict(alone) - self.local.predict((1.0, *(0.0,) * 4))
+        return work.sequences * max(0.0, stall_s - itl_budget_s)
+
+    def queue_s(self, num_tokens: int) -> float:
+        """How long a replica takes for so many waiting tokens."""
+        model = self.prefill if self.prefill.is_measured else self.local
+        return model.predict(PromptWork(0, 0, num_tokens).local_row()[: model.num_features])
+
+    def predict(
+        self, remote: tuple[PromptWork, int] | None, local: PromptWork | None, itl_budget_s: float
+    ) -> Prediction:
+        """Of the ways that are open; `remote` is the work and how many tokens would move."""
+        return Prediction(
+            self.remote_s(*remote) if remote else None,
+            self.local_s(local) if local else None,
+            self.harm_s(local, itl_budget_s) if local else 0.0,
+        )
+
+    def learn_remote(self, work: PromptWork, moved: int, ttft_s: float, prefill_s: float | None) -> float | None:
+        """`prefill_s` of `ttft_s` were prefill's, if that is known.
+
+        Returns how many times as long as predicted the rest took, the handover; None if it is not known apart.
+        """
+        if prefill_s is None or not 0 < prefill_s < ttft_s:
+            self.prefill.learn(work.prefill_row(), ttft_s)
+            return None
+        handover_s, row = ttft_s - prefill_s, (1.0, moved)
+        expected_s = self.handover.predict(row) if self.handover.is_measured else handover_s
+        self.prefill.learn(work.prefill_row(), prefill_s)
+        self.handover.learn(row, handover_s)
+        return handover_s / expected_s if expected_s else None
+
+    def learn_local(self, work: PromptWork, ttft_s: float) -> None:
+        self.local.learn(work.local_row(), ttft_s)
+
+
+def _typical_ratio(times: Sequence[float], expected: Sequence[float]) -> float:
+    """The median of the ratios, where each counts as much as what was expected: long prompts tell the speed best."""
+    ratios = sorted((seconds / by, by) for seconds, by in zip(times, expected, strict=True))
+    half = sum(expected) / 2
+    passed = 0.0
+    for ratio, weight in ratios:
+        passed += weight
+        if passed >= half:
+            return ratio
+    return 1.0
+
+
+def _linear(coefficients: Sequence[float]) -> Callable[[Sequence[float]], float]:
+    return lambda row: sum(c * x for c, x in zip(coefficients, row, strict=True))
