@@ -28,29 +28,31 @@ probability 0.9 (1 - 0.75**8), and frontends that do not talk to each other do n
 class Gauge:
     """A quantity of which a replica reports the whole and this frontend knows its own part."""
 
-    __slots__ = ("_own_at_report", "_reported", "own")
+    __slots__ = ("_others", "own", "value")
 
     def __init__(self) -> None:
         self.own = 0
-        self._reported = 0
-        self._own_at_report = 0
+        self.value = 0
+        """The best guess of the whole: kept up to date, as it is read far more often than it changes."""
+        self._others = 0
 
     def report(self, value: int) -> None:
-        self._reported = value
-        self._own_at_report = self.own
+        self._others = value - self.own  # may be below 0: of our own, what is on its way was not counted
+        self._update()
 
-    @property
-    def value(self) -> int:
-        return max(self.own, self._reported + self.own - self._own_at_report)
+    def _update(self) -> None:
+        self.value = max(self.own, self._others + self.own)
 
     @contextmanager
     def counting(self, amount: int) -> Iterator[None]:
         """Count `amount` as this frontend's own while the block runs."""
         self.own += amount
+        self._update()
         try:
             yield
         finally:
             self.own -= amount
+            self._update()
 
 
 class ReplicaView:
