@@ -186,6 +186,8 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens that it has still to compute, cached ones left out, for requests without a first token."""
     used_blocks: int = 0
     """KV blocks that requests hold."""
+    decoding: int = 0
+    """Those of `sequences` that have got a token: each step of the engine is one of theirs."""
 
 
 class KvUpdate(msgspec.Struct, frozen=True, array_like=True):

@@ -35,6 +35,7 @@ class DecodeWorker(Worker):
     async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
         self._handoffs: defaultdict[str, dict[int, asyncio.Future[ObjectRef]]] = defaultdict(dict)
         self._releases: set[asyncio.Task[Any]] = set()
+        self._num_decoding = 0
         await super().__init__(config, device)
         self._server.on_close = self._forget
 
@@ -51,15 +52,22 @@ class DecodeWorker(Worker):
     async def _generate(self, link: Link, call: Submit, descriptor: TransferDescriptor | None, reason: str) -> None:
         """Generate with the KV of `descriptor`, or without one because of `reason`."""
         began = time.monotonic()
+        is_decoding = False
 
         def emit(delta: TokenDelta) -> None:
+            nonlocal is_decoding
             if delta.report is not None:
                 delta = _complete(delta, delta.report, reason, descriptor, time.monotonic() - began)
+                is_decoding = True
+                self._num_decoding += 1
                 self._publisher.look_soon()
             link.put(call.number, delta)
 
         self._publisher.look_soon()
-        await self._engine.generate(call.request, descriptor, emit)
+        try:
+            await self._engine.generate(call.request, descriptor, emit)
+        finally:
+            self._num_decoding -= is_decoding
 
     async def _receive(
         self, link: Link, number: int, request: GenerateRequest
@@ -108,8 +116,8 @@ class DecodeWorker(Worker):
         else:
             self._arrival(link_id, number).set_result(refs[0])
 
-    def num_requests(self) -> int:
-        return self._server.num_sequences()
+    def num_requests(self) -> tuple[int, int]:
+        return self._server.num_sequences(), self._num_decoding
 
     def _forget(self, link: Link) -> None:
         """Give up what was attached to sequences that a closed channel never submitted."""

@@ -45,4 +45,5 @@ class Frontend:
 
     async def _stats(self) -> dict[str, Any]:
         answers = await asyncio.gather(*(model.stats() for model in self._models))
-        return {"replicas": list(chain.from_iterable(answers))}
+        speeds = {model.name: model.router.predictor.speeds() for model in self._models}
+        return {"replicas": list(chain.from_iterable(answers)), "speeds": speeds}

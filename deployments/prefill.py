@@ -29,8 +29,8 @@ class PrefillWorker(Worker):
             del self._running[request.request_id]
             self._publisher.look_soon()
 
-    def num_requests(self) -> int:
-        return len(self._running)
+    def num_requests(self) -> tuple[int, int]:
+        return len(self._running), 0
 
     async def abandon(self, request_id: str, *, replica_id: str) -> None:
         """Stop a prefill, or what goes on of it after `prefill` has returned: nobody will pull its KV.

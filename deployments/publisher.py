@@ -30,9 +30,14 @@ class Publisher:
     """
 
     def __init__(
-        self, replica_id: str, engine: Engine, info: EngineInfo, server: ChannelServer, count: Callable[[], int]
+        self,
+        replica_id: str,
+        engine: Engine,
+        info: EngineInfo,
+        server: ChannelServer,
+        count: Callable[[], tuple[int, int]],
     ) -> None:
-        """`count` says how many requests the replica has not finished."""
+        """`count` says how many requests the replica has not finished, and how many of them decode."""
         self._replica_id = replica_id
         self._engine = engine
         self._server = server
@@ -58,7 +63,8 @@ class Publisher:
 
     def _look(self, *, is_poll: bool = False) -> None:
         self._will_look = False
-        load = ReplicaLoad(self._count(), self._engine.queued_tokens(), self._used_blocks)
+        sequences, decoding = self._count()
+        load = ReplicaLoad(sequences, self._engine.queued_tokens(), self._used_blocks, decoding)
         if is_poll or load != self._load:
             self._load = load
             self._server.tell_load(load)

@@ -25,6 +25,7 @@ class ServedModel:
     """`handles` are the Serve handles of the model's pools."""
 
     def __init__(self, model: ModelConfig, handles: Mapping[Role, Any], limits: LimitsConfig) -> None:
+        self.name = model.name
         self._model = model
         self._handles = handles
         self.router = Router(

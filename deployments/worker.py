@@ -75,8 +75,8 @@ class Worker:
         """Run one sequence that came on a channel, to its end."""
         raise InvalidRequest(f"a {self.role} replica takes no sequences")
 
-    def num_requests(self) -> int:
-        """How many requests have not ended, waiting ones included."""
+    def num_requests(self) -> tuple[int, int]:
+        """How many requests have not ended, waiting ones included, and how many of them decode."""
         raise NotImplementedError
 
     def record_replica_metadata(self) -> dict[str, Any]:

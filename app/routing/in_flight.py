@@ -11,7 +11,7 @@ from app.routing.blocks import block_hashes, root_hash
 from app.routing.decision import Decision
 from app.routing.pool_view import PoolView
 from app.routing.topology import Topology
-from app.routing.ttft import PromptWork, TtftPredictor
+from app.routing.ttft import HandoverWork, PromptWork, TtftPredictor
 
 
 class InFlight:
@@ -35,7 +35,7 @@ class InFlight:
         # A replica may be gone since the decision; whoever calls it finds out.
         self._serving = views[decision.serving_role].replicas.get(decision.serving.replica)
         self._prefill = views["prefill"].replicas.get(decision.prefill.replica) if decision.prefill else None
-        self._num_sequences = self._serving.sequences.value if self._serving else 0
+        self._num_decoding = self._serving.decoding.value if self._serving else 0
         self._until_first = ExitStack()
         self._until_end = ExitStack()
         self._count()
@@ -56,6 +56,8 @@ class InFlight:
     def first_token(self, report: PrefillReport | None) -> None:
         """The prompt has been prefilled, as `report` says."""
         self._until_first.close()
+        if self._serving is not None:
+            self._until_end.enter_context(self._serving.decoding.counting(1))
         if report is not None and report.kind == self._decision.kind:
             self._learn(report, self._clock() - self._begun_at)
         # Otherwise decode fell back on a prefill of its own, and the time says nothing of either way.
@@ -64,11 +66,13 @@ class InFlight:
         decision = self._decision
         cached = report.cached_tokens if report.prefill_cached_tokens is None else report.prefill_cached_tokens
         queued = (decision.prefill or decision.serving).queued_tokens
-        work = PromptWork(self._num_tokens, cached, queued, self._num_sequences)
+        work = PromptWork(self._num_tokens, cached, queued, self._num_decoding)
         if decision.kind == "local":
             self._predictor.learn_local(work, ttft_s)
             return
-        slowness = self._predictor.learn_remote(work, report.transferred_tokens, ttft_s, report.prefill_s)
+        waiting = decision.serving.queued_tokens
+        handover = HandoverWork.after(work, report.transferred_tokens, self._num_decoding, waiting)
+        slowness = self._predictor.learn_remote(work, handover, ttft_s, report.prefill_s)
         if slowness is not None and self._prefill is not None and self._serving is not None:
             self._topology.learn(self._prefill.info.node_ip, self._serving.info.node_ip, slowness)
 

@@ -58,13 +58,14 @@ class Gauge:
 class ReplicaView:
     """One replica, as this frontend knows it."""
 
-    __slots__ = ("_assumed", "avoid_until", "info", "queued_tokens", "sequences", "used_blocks")
+    __slots__ = ("_assumed", "avoid_until", "decoding", "info", "queued_tokens", "sequences", "used_blocks")
 
     def __init__(self, info: ReplicaInfo) -> None:
         self.info = info
         self.sequences = Gauge()
         self.queued_tokens = Gauge()
         self.used_blocks = Gauge()
+        self.decoding = Gauge()
         self.avoid_until = 0.0
         self._assumed = ApproximateCache(info.num_blocks) if info.prefix_cache == "silent" else None
 
@@ -72,6 +73,7 @@ class ReplicaView:
         self.sequences.report(load.sequences)
         self.queued_tokens.report(load.queued_tokens)
         self.used_blocks.report(load.used_blocks)
+        self.decoding.report(load.decoding)
 
     def num_blocks(self, num_tokens: int) -> int:
         """How many blocks hold so many tokens."""

@@ -27,7 +27,7 @@ from app.routing.pool_view import PoolView
 from app.routing.prefix_index import PrefixIndex
 from app.routing.scores import Prompt, Scored, pick, score, weights_of
 from app.routing.topology import Topology
-from app.routing.ttft import PromptWork, TtftPredictor
+from app.routing.ttft import HandoverWork, PromptWork, TtftPredictor
 
 NUM_OTHERS = 3
 """Candidates of each pool that an explanation names besides the chosen one."""
@@ -227,7 +227,8 @@ class _Survey:
         if self._router.has_prefill:
             prefill, decode = self.ranking("prefill").best_with_room, self.ranking("decode").best
             if prefill is not None and decode is not None:
-                remote = self._work(prefill), self._num_tokens - decode.cached_tokens
+                work, moved = self._work(prefill), self._num_tokens - decode.cached_tokens
+                remote = work, HandoverWork.after(work, moved, decode.view.decoding.value, decode.queued_tokens)
         if self.local_role is not None and (best := self.ranking(self.local_role).best_with_room) is not None:
             local = self._work(best)
         placement = self._router.config.placement
@@ -235,7 +236,7 @@ class _Survey:
         return self._router.predictor.predict(remote, local, budget_s)
 
     def _work(self, scored: Scored) -> PromptWork:
-        return PromptWork(self._num_tokens, scored.cached_tokens, scored.queued_tokens, scored.view.sequences.value)
+        return PromptWork(self._num_tokens, scored.cached_tokens, scored.queued_tokens, scored.view.decoding.value)
 
     def others(self, chosen: Collection[str]) -> dict[Role, list[Candidate]]:
         """The next best of each pool that was looked at."""

@@ -3,15 +3,18 @@
 The time is taken as linear in the work that has to be done, with coefficients that are never negative:
 
     prefill  = a + b * uncached + c * (length^2 - cached^2) + d * queued         (on a prefill replica)
-    handover = e + f * moved                                                     (from its end to the first token)
-    local    = the same as prefill, + g * sequences that decode there meanwhile
+    handover = e + f * moved + g * decoding + h * left                           (from its end to the first token)
+    local    = the same as prefill, + i * decoding                               (where it is decoded)
 
-in tokens.  remote = prefill + handover.  An engine that hands over before it has computed (SGLang) tells no time for
-prefill alone; its whole remote time then goes by the first line.
+in tokens, and in sequences that decode where this one will.  `queued` are the prompt tokens that wait there to be
+computed.  `left` are those on the decode replica that are left when prefill has ended, if both compute equally fast:
+an engine that is busy with prompts makes a handover wait too.  remote = prefill + handover.  An engine that hands over
+before it has computed (SGLang) tells no time for prefill alone; its whole remote time then goes by the first line.
 
-Each fit is least squares of relative errors over the last WINDOW requests, at most MAX_AGE_S old, so it follows what
-changes, and a single stall hardly moves it.  PRIOR_LENGTHS stand in for lengths that have not been seen: there the
-time is that of a start value, times how much slower or faster than it the measured requests typically were.
+Each fit is least squares of relative errors over the last WINDOW requests, at most MAX_AGE_S old, of which the newer
+count more: so it follows what changes, and a single stall hardly moves it.  PRIOR_LENGTHS stand in for lengths that
+have not been seen: there the time is that of a start value, times how much slower or faster than it the measured
+requests typically were.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from app.least_squares import fit_non_negative
 from app.routing.decision import Prediction
 
 WINDOW = 128
+HALF_LIFE = 32
+"""Requests after which one counts half."""
 MAX_AGE_S = 600.0
 """A way that nobody has taken for so long counts as not measured, and is tried again."""
 REFIT_EVERY = 8
@@ -31,13 +36,18 @@ REFIT_EVERY = 8
 START_PREFILL = (0.01, 4e-5, 0.0, 4e-5)
 """Seconds: 10 ms, and 25,000 tokens/s, what an 8B model reaches on an H200 (docs/benchmarks/2026-11-21-h200.md).  Only
 the proportions matter: the first measurement sets the scale."""
-START_HANDOVER = (0.005, 1.3e-5)
+START_HANDOVER = (0.005, 1.3e-5, 0.0, 0.0)
 """Seconds: 5 ms, and 10 GB/s with 131,072 bytes per token."""
 SHORTEST_S = 1e-5
 """No prompt takes less; a clock may say so."""
 PRIOR_LENGTHS = (32, 256, 2048, 16384)
 PRIOR_WEIGHT = 0.2
 """Of each of PRIOR_LENGTHS against a measured request."""
+
+
+PREFILL_FEATURES = ("base_s", "s_per_token", "s_per_token_squared", "s_per_queued_token")
+LOCAL_FEATURES = (*PREFILL_FEATURES, "s_per_decoding_sequence")
+HANDOVER_FEATURES = ("base_s", "s_per_moved_token", "s_per_decoding_sequence", "s_per_queued_token")
 
 
 class TimeModel:
@@ -66,6 +76,10 @@ class TimeModel:
         """Whether there is a sample that is not too old."""
         return bool(self._samples) and self._samples[-1][0] > self._clock() - MAX_AGE_S
 
+    def coefficients(self) -> list[float] | None:
+        """Seconds for each unit of each feature; None where nothing is measured."""
+        return self._coefficients if self.is_measured else None
+
     def learn(self, row: Sequence[float], seconds: float) -> None:
         """One measurement.  Fits anew if that is due, so that no decision has to wait for it."""
         while self._samples and self._samples[0][0] <= self._clock() - MAX_AGE_S:
@@ -87,27 +101,48 @@ class TimeModel:
         times = [seconds for *_, seconds in self._samples]
         scale = _typical_ratio(times, [self._prior(row) for row in rows])
         prior_times = [scale * self._prior(row) for row in self._prior_rows]
-        weights = [1.0] * len(rows) + [PRIOR_WEIGHT] * len(prior_times)
+        by_age = [0.5 ** (age / HALF_LIFE / 2) for age in range(len(rows))]  # its square counts
+        weights = [*reversed(by_age), *[PRIOR_WEIGHT] * len(prior_times)]
         return fit_non_negative([*rows, *self._prior_rows], times + prior_times, weights)
 
 
 class PromptWork:
     """What the time of a prompt's prefill depends on, at one replica."""
 
-    __slots__ = ("cached", "num_tokens", "queued", "sequences")
+    __slots__ = ("cached", "decoding", "num_tokens", "queued")
 
-    def __init__(self, num_tokens: int, cached: int, queued: int, sequences: int = 0) -> None:
+    def __init__(self, num_tokens: int, cached: int, queued: int, decoding: int = 0) -> None:
+        """`decoding` sequences run where the prompt will be decoded."""
         self.num_tokens = num_tokens
         self.cached = cached
         self.queued = queued
-        self.sequences = sequences
+        self.decoding = decoding
 
     def prefill_row(self) -> tuple[float, ...]:
         uncached = self.num_tokens - self.cached
         return (1.0, uncached, self.num_tokens**2 - self.cached**2, self.queued)
 
     def local_row(self) -> tuple[float, ...]:
-        return (*self.prefill_row(), self.sequences)
+        return (*self.prefill_row(), self.decoding)
+
+
+class HandoverWork:
+    """What the time from the end of a remote prefill to the first token depends on, at the replica that decodes."""
+
+    __slots__ = ("decoding", "left", "moved")
+
+    def __init__(self, moved: int, decoding: int = 0, left: int = 0) -> None:
+        self.moved = moved
+        self.decoding = decoding
+        self.left = left
+
+    @classmethod
+    def after(cls, prefill: PromptWork, moved: int, decoding: int, queued: int) -> HandoverWork:
+        """`queued` prompt tokens wait on the decode replica while `prefill` is done elsewhere."""
+        return cls(moved, decoding, max(0, queued - prefill.queued - (prefill.num_tokens - prefill.cached)))
+
+    def row(self) -> tuple[float, ...]:
+        return (1.0, self.moved, self.decoding, self.left)
 
 
 class TtftPredictor:
@@ -117,16 +152,16 @@ class TtftPredictor:
         prompts = [PromptWork(length, 0, 0).prefill_row() for length in PRIOR_LENGTHS]
         queued = [PromptWork(length, 0, length).prefill_row() for length in PRIOR_LENGTHS[-2:]]
         self.prefill = TimeModel(prompts + queued, _linear(START_PREFILL), clock)
-        self.handover = TimeModel([(1.0, n) for n in PRIOR_LENGTHS], _linear(START_HANDOVER), clock)
+        self.handover = TimeModel([HandoverWork(n).row() for n in PRIOR_LENGTHS], _linear(START_HANDOVER), clock)
         # A replica of the same model on, most likely, the same hardware: what prefill takes is its start value.
         local_rows = [(*row, 0.0) for row in prompts + queued]
         self.local = TimeModel(local_rows, lambda row: self.prefill.predict(row[:-1]), clock)
 
-    def remote_s(self, work: PromptWork, moved: int) -> float | None:
+    def remote_s(self, work: PromptWork, handover: HandoverWork) -> float | None:
         """None until a remote prefill was measured."""
         if not self.prefill.is_measured:
             return None
-        handover_s = self.handover.predict((1.0, moved)) if self.handover.is_measured else 0.0
+        handover_s = self.handover.predict(handover.row()) if self.handover.is_measured else 0.0
         return self.prefill.predict(work.prefill_row()) + handover_s
 
     def local_s(self, work: PromptWork) -> float | None:
@@ -136,15 +171,28 @@ class TtftPredictor:
         return self.local.predict(work.local_row())
 
     def harm_s(self, work: PromptWork, itl_budget_s: float) -> float:
-        """What a local prefill makes the sequences there wait beyond the budget, added up over them.
+        """What a local prefill makes the sequences that decode there wait beyond the budget, added up over them.
 
         Counted as if it took place at once: in chunks it is spread over more tokens, and is as long.
         """
-        if not work.sequences:
+        if not work.decoding:
             return 0.0
         alone = PromptWork(work.num_tokens, work.cached, 0).local_row()
         stall_s = self.local.predict(alone) - self.local.predict((1.0, *(0.0,) * 4))
-        return work.sequences * max(0.0, stall_s - itl_budget_s)
+        return work.decoding * max(0.0, stall_s - itl_budget_s)
+
+    def speeds(self) -> dict[str, dict[str, float]]:
+        """The fitted seconds per unit of work, by what they are of; what was not measured is left out."""
+        models = {
+            "prefill": (self.prefill, PREFILL_FEATURES),
+            "handover": (self.handover, HANDOVER_FEATURES),
+            "local": (self.local, LOCAL_FEATURES),
+        }
+        return {
+            name: dict(zip(features, coefficients, strict=True))
+            for name, (model, features) in models.items()
+            if (coefficients := model.coefficients()) is not None
+        }
 
     def queue_s(self, num_tokens: int) -> float:
         """How long a replica takes for so many waiting tokens."""
@@ -152,16 +200,18 @@ class TtftPredictor:
         return model.predict(PromptWork(0, 0, num_tokens).local_row()[: model.num_features])
 
     def predict(
-        self, remote: tuple[PromptWork, int] | None, local: PromptWork | None, itl_budget_s: float
+        self, remote: tuple[PromptWork, HandoverWork] | None, local: PromptWork | None, itl_budget_s: float
     ) -> Prediction:
-        """Of the ways that are open; `remote` is the work and how many tokens would move."""
+        """Of the ways that are open."""
         return Prediction(
             self.remote_s(*remote) if remote else None,
             self.local_s(local) if local else None,
             self.harm_s(local, itl_budget_s) if local else 0.0,
         )
 
-    def learn_remote(self, work: PromptWork, moved: int, ttft_s: float, prefill_s: float | None) -> float | None:
+    def learn_remote(
+        self, work: PromptWork, handover: HandoverWork, ttft_s: float, prefill_s: float | None
+    ) -> float | None:
         """`prefill_s` of `ttft_s` were prefill's, if that is known.
 
         Returns how many times as long as predicted the rest took, the handover; None if it is not known apart.
@@ -169,7 +219,7 @@ class TtftPredictor:
         if prefill_s is None or not 0 < prefill_s < ttft_s:
             self.prefill.learn(work.prefill_row(), ttft_s)
             return None
-        handover_s, row = ttft_s - prefill_s, (1.0, moved)
+        handover_s, row = ttft_s - prefill_s, handover.row()
         expected_s = self.handover.predict(row) if self.handover.is_measured else handover_s
         self.prefill.learn(work.prefill_row(), prefill_s)
         self.handover.learn(row, handover_s)

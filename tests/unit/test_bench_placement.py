@@ -56,7 +56,6 @@ class FakeBaton:
         }
         return httpx.Response(200, json={}, headers={"x-baton-explain": json.dumps([explained])})
 
-
     async def decode_for_ever(self) -> None:
         self.num_running += 1
         try:

@@ -73,7 +73,7 @@ class Replica:
             prefix_cache=prefix_cache,
         )
         engine: Any = self.engine
-        self.publisher = Publisher("r", engine, info, self.server, lambda: self.num_requests)
+        self.publisher = Publisher("r", engine, info, self.server, lambda: (self.num_requests, 0))
         self.link = Link("l", None, self.server.snapshot)
         self.server.links["l"] = self.link
         self.loads: list[ReplicaLoad] = []

@@ -249,7 +249,9 @@ def test_what_running_sequences_would_lose_counts():
     fleet = Fleet(1, 1, placement={"policy": "predicted", "itl_budget_ms": 20})
     fleet.measure(handover_s=0.05)
     assert where(fleet.decide(1000)) == ("local", "faster")  # 0.1 s against 0.15 s
-    fleet.load("decode", "d0", 4, 0, 0)
+    fleet.load("decode", "d0", 4, 0, 0, 0)
+    assert where(fleet.decide(1000)) == ("local", "faster")  # they wait themselves
+    fleet.load("decode", "d0", 4, 0, 0, 4)
     decision = fleet.decide(1000)
     assert where(decision) == ("remote", "faster")
     assert decision.predicted.harm_s == pytest.approx(4 * (0.1 - 0.02), rel=0.3)
@@ -371,20 +373,21 @@ def test_load_is_counted_until_the_first_token_and_until_the_end():
     prefill, decode = fleet.router.views["prefill"].replicas["p0"], fleet.router.views["decode"].replicas["d0"]
 
     def counted() -> tuple[int, ...]:
-        gauges = prefill.sequences, prefill.queued_tokens, decode.sequences, decode.queued_tokens, decode.used_blocks
+        gauges = [prefill.sequences, prefill.queued_tokens]
+        gauges += [decode.sequences, decode.queued_tokens, decode.used_blocks, decode.decoding]
         return tuple(gauge.value for gauge in gauges)
 
     in_flight = fleet.router.begin(request(160), fleet.decide(160))
-    assert counted() == (1, 160, 1, 0, 10)
+    assert counted() == (1, 160, 1, 0, 10, 0)
     in_flight.first_token(None)
-    assert counted() == (0, 0, 1, 0, 10)
+    assert counted() == (0, 0, 1, 0, 10, 1)
     in_flight.end()
     in_flight.end()
-    assert counted() == (0, 0, 0, 0, 0)
+    assert counted() == (0, 0, 0, 0, 0, 0)
     in_flight = fleet.router.begin(request(160), fleet.decide(160, prefill_mode="local"))
-    assert counted() == (0, 0, 1, 160, 10)
+    assert counted() == (0, 0, 1, 160, 10, 0)
     in_flight.end()
-    assert counted() == (0, 0, 0, 0, 0)
+    assert counted() == (0, 0, 0, 0, 0, 0)
 
 
 def test_a_replica_that_left_since_it_was_chosen_does_no_harm():

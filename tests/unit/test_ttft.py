@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.least_squares import fit_non_negative
-from app.routing.ttft import MAX_AGE_S, REFIT_EVERY, WINDOW, PromptWork, TtftPredictor
+from app.routing.ttft import MAX_AGE_S, REFIT_EVERY, WINDOW, HandoverWork, PromptWork, TtftPredictor
 
 
 class Clock:
@@ -38,21 +38,23 @@ def teach(predictor: TtftPredictor, count: int, speed: float, noise: float = 0.0
     for _ in range(count):
         work = draw(random)
         prefill_s = truth(work, speed) * random.lognormvariate(0, noise)
-        predictor.learn_remote(work, work.num_tokens, prefill_s + 0.02 + 2e-6 * work.num_tokens, prefill_s)
+        predictor.learn_remote(
+            work, HandoverWork(work.num_tokens), prefill_s + 0.02 + 2e-6 * work.num_tokens, prefill_s
+        )
 
 
 def test_nothing_is_predicted_before_anything_was_measured():
     predictor = TtftPredictor(Clock())
-    assert predictor.predict((PromptWork(100, 0, 0), 100), PromptWork(100, 0, 0), 0.0).remote_s is None
+    assert predictor.predict((PromptWork(100, 0, 0), HandoverWork(100)), PromptWork(100, 0, 0), 0.0).remote_s is None
     assert predictor.local_s(PromptWork(100, 0, 0)) is None
 
 
 def test_after_one_measurement_other_lengths_follow_the_start_values_proportions():
     predictor = TtftPredictor(Clock())
     work = PromptWork(1000, 0, 0)
-    predictor.learn_remote(work, 1000, 5.0, 4.0)
-    assert predictor.remote_s(work, 1000) == pytest.approx(5.0, rel=0.25)
-    longer = predictor.remote_s(PromptWork(8000, 0, 0), 8000)
+    predictor.learn_remote(work, HandoverWork(1000), 5.0, 4.0)
+    assert predictor.remote_s(work, HandoverWork(1000)) == pytest.approx(5.0, rel=0.25)
+    longer = predictor.remote_s(PromptWork(8000, 0, 0), HandoverWork(8000))
     assert longer is not None
     assert 10 < longer < 60
     # Nothing else is known of a local prefill than what prefill takes.
@@ -68,19 +70,19 @@ def test_a_machine_of_any_speed_is_learnt(speed: float, seed: int):
     for _ in range(20):
         work = draw(random)
         wanted = truth(work, speed) + 0.02 + 2e-6 * work.num_tokens
-        assert predictor.remote_s(work, work.num_tokens) == pytest.approx(wanted, rel=0.25)
+        assert predictor.remote_s(work, HandoverWork(work.num_tokens)) == pytest.approx(wanted, rel=0.25)
 
 
 def test_one_stall_hardly_moves_it():
     predictor = TtftPredictor(Clock())
     teach(predictor, 60, 1.0)
     work = PromptWork(2000, 0, 0)
-    before = predictor.remote_s(work, 2000)
+    before = predictor.remote_s(work, HandoverWork(2000))
     for _ in range(8):  # until the next fit
-        predictor.learn_remote(work, 2000, 30.0, 29.0)
+        predictor.learn_remote(work, HandoverWork(2000), 30.0, 29.0)
         teach(predictor, 7, 1.0)
     assert before is not None
-    assert predictor.remote_s(work, 2000) == pytest.approx(before, rel=0.25)
+    assert predictor.remote_s(work, HandoverWork(2000)) == pytest.approx(before, rel=0.25)
 
 
 def test_it_follows_a_machine_that_gets_slower():
@@ -88,7 +90,7 @@ def test_it_follows_a_machine_that_gets_slower():
     teach(predictor, 128, 1.0)
     teach(predictor, WINDOW + REFIT_EVERY, 4.0)
     work = PromptWork(2000, 0, 0)
-    assert predictor.remote_s(work, 2000) == pytest.approx(truth(work, 4.0) + 0.024, rel=0.1)
+    assert predictor.remote_s(work, HandoverWork(2000)) == pytest.approx(truth(work, 4.0) + 0.024, rel=0.1)
 
 
 def test_what_was_measured_long_ago_counts_as_not_measured():
@@ -96,17 +98,17 @@ def test_what_was_measured_long_ago_counts_as_not_measured():
     predictor = TtftPredictor(clock)
     teach(predictor, 50, 1.0)
     clock.now = MAX_AGE_S + 1
-    assert predictor.remote_s(PromptWork(100, 0, 0), 100) is None
+    assert predictor.remote_s(PromptWork(100, 0, 0), HandoverWork(100)) is None
     teach(predictor, 1, 9.0)
     work = PromptWork(2000, 0, 0)
-    assert predictor.remote_s(work, 2000) == pytest.approx(truth(work, 9.0), rel=0.6)
+    assert predictor.remote_s(work, HandoverWork(2000)) == pytest.approx(truth(work, 9.0), rel=0.6)
 
 
 def test_an_engine_that_tells_no_time_of_prefill_alone_is_learnt_as_a_whole():
     predictor = TtftPredictor(Clock())
     for num_tokens in (100, 1000, 10000) * 10:
-        predictor.learn_remote(PromptWork(num_tokens, 0, 0), num_tokens, 0.05 + 1e-4 * num_tokens, None)
-    assert predictor.remote_s(PromptWork(3000, 0, 0), 3000) == pytest.approx(0.35, rel=0.15)
+        predictor.learn_remote(PromptWork(num_tokens, 0, 0), HandoverWork(num_tokens), 0.05 + 1e-4 * num_tokens, None)
+    assert predictor.remote_s(PromptWork(3000, 0, 0), HandoverWork(3000)) == pytest.approx(0.35, rel=0.15)
 
 
 def test_local_prefill_is_learnt_apart_and_slows_with_the_batch():
@@ -134,7 +136,9 @@ def test_harm_is_what_exceeds_the_budget_for_every_sequence():
 def test_a_waiting_queue_is_predicted_at_the_measured_speed():
     predictor = TtftPredictor(Clock())
     for num_tokens in (100, 1000, 10000) * 10:
-        predictor.learn_remote(PromptWork(num_tokens, 0, 0), num_tokens, 1e-3 * num_tokens + 0.01, 1e-3 * num_tokens)
+        predictor.learn_remote(
+            PromptWork(num_tokens, 0, 0), HandoverWork(num_tokens), 1e-3 * num_tokens + 0.01, 1e-3 * num_tokens
+        )
     assert predictor.queue_s(5000) == pytest.approx(5.0, rel=0.2)
 
 
@@ -150,11 +154,11 @@ def test_no_measurement_makes_a_prediction_negative_or_infinite(samples: list[tu
     predictor = TtftPredictor(Clock())
     for num_tokens, queued, seconds, share in samples:
         work = PromptWork(num_tokens, num_tokens // 3, queued)
-        predictor.learn_remote(work, num_tokens, seconds, seconds * share)
+        predictor.learn_remote(work, HandoverWork(num_tokens), seconds, seconds * share)
         predictor.learn_local(work, seconds)
     for num_tokens in (1, 1000, 10**6):
         work = PromptWork(num_tokens, 0, 0, 10)
-        predicted = predictor.predict((work, num_tokens), work, 0.05)
+        predicted = predictor.predict((work, HandoverWork(num_tokens)), work, 0.05)
         assert predicted.remote_s is not None
         assert predicted.local_s is not None
         assert all(0 <= seconds < inf for seconds in (predicted.remote_s, predicted.local_s, predicted.harm_s))
@@ -175,3 +179,23 @@ def test_least_squares_find_no_negative_coefficient_and_no_worse_fit_than_each_c
     assert min(found) >= 0
     mean = sum(1 / v for v in values) / sum(1 / v**2 for v in values)
     assert error(found) <= error([mean, 0.0, 0.0]) * (1 + 1e-3) + 1e-6
+
+
+@pytest.mark.parametrize(
+    "busy", [HandoverWork(1000, decoding=8), HandoverWork.after(PromptWork(1000, 0, 0), 1000, 0, 5000)]
+)
+def test_a_handover_to_a_busy_replica_is_predicted_to_take_longer_as_soon_as_some_did(busy: HandoverWork):
+    predictor = TtftPredictor(Clock())
+    for n in (100, 1000, 10000) * 10:
+        predictor.learn_remote(PromptWork(n, 0, 0), HandoverWork(n), 1e-4 * n + 0.02, 1e-4 * n)
+    work = PromptWork(1000, 0, 0)
+    for _ in range(REFIT_EVERY):
+        predictor.learn_remote(work, busy, 0.1 + 0.1, 0.1)
+    assert predictor.remote_s(work, busy) == pytest.approx(0.2, rel=0.15)
+    assert predictor.remote_s(work, HandoverWork(1000)) == pytest.approx(0.12, rel=0.15)
+
+
+def test_what_waits_on_decode_delays_a_handover_only_if_it_lasts_longer_than_prefill():
+    prefill = PromptWork(num_tokens=1000, cached=200, queued=500)
+    assert HandoverWork.after(prefill, 1000, 3, queued=1300).row() == (1.0, 1000, 3, 0)
+    assert HandoverWork.after(prefill, 1000, 3, queued=1400).row() == (1.0, 1000, 3, 100)

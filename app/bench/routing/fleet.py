@@ -173,7 +173,9 @@ class Replica:
         if view is None:
             return
         if (self.num_sequences, self.queued_tokens) != (self._told.sequences, self._told.queued_tokens):
-            self._told = ReplicaLoad(self.num_sequences, self.queued_tokens, self.scheduler.num_used_blocks)
+            self._told = ReplicaLoad(
+                self.num_sequences, self.queued_tokens, self.scheduler.num_used_blocks, self.scheduler.num_running
+            )
             self._timeline.after(self._message_s, view.on_load, self.name, self._told)
         if events := self.scheduler.pool.take_events():
             self._timeline.after(self._message_s, view.on_kv, self.name, self._mirror.apply(events))

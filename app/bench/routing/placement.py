@@ -49,7 +49,9 @@ class Case(msgspec.Struct, frozen=True):
     streams: int = 0
     """Sequences that decode meanwhile."""
     queue: int = 0
-    """Prompts of `tokens` tokens that are sent to prefill right before."""
+    """Prompts of `tokens` tokens that are sent right before."""
+    queue_way: Mode = "remote"
+    """Where those are prefilled."""
 
     @property
     def title(self) -> str:
@@ -59,7 +61,7 @@ class Case(msgspec.Struct, frozen=True):
         if self.streams:
             parts.append(f"{self.streams} streams")
         if self.queue:
-            parts.append(f"{self.queue} prompts waiting")
+            parts.append(f"{self.queue} prompts waiting on {'prefill' if self.queue_way == 'remote' else 'decode'}")
         return ", ".join(parts)
 
 
@@ -72,6 +74,7 @@ def mixed_cases(longest: int) -> list[Case]:
         *(Case(n, "on both") for n in lengths[1:]),
         *(Case(n, streams=8) for n in lengths),
         *(Case(n, queue=4) for n in lengths[:3]),
+        *(Case(n, queue=4, queue_way="local") for n in lengths[:3]),
     ]
 
 
@@ -238,7 +241,7 @@ async def _measure_once(server: Server, case: Case, mode: Mode) -> Sample:
     if case.history != "none":
         await server.complete(prompt[: case.tokens * 9 // 10], "local" if case.history == "on decode" else "remote")
     waiting = [
-        asyncio.create_task(server.complete(server.new_prompt(case.tokens), "remote")) for _ in range(case.queue)
+        asyncio.create_task(server.complete(server.new_prompt(case.tokens), case.queue_way)) for _ in range(case.queue)
     ]
     await asyncio.sleep(0)  # they are on their way before it
     try:
