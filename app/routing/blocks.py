@@ -9,7 +9,7 @@ parent modulo 2**61 - 1) or on purpose cost a request its cache hit, as the engi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import accumulate, islice
 from sys import getsizeof
@@ -25,11 +25,11 @@ def block_hashes(token_ids: Sequence[int], block_size: int, parent: int) -> Iter
 
     Takes about 0.15 us per block of 16 tokens: 80 us for 8,192 tokens.
     """
-    blocks: Iterable[tuple[int, ...]] = zip(*[iter(token_ids)] * block_size, strict=False)
-    return islice(accumulate(map(hash, blocks), _chain, initial=parent), 1, None)
+    blocks = zip(*[iter(token_ids)] * block_size, strict=False)
+    return islice(accumulate(blocks, _chain, initial=parent), 1, None)
 
 
-def _chain(parent: int, block: int) -> int:
+def _chain(parent: int, block: tuple[int, ...]) -> int:
     return hash((parent, block))
 
 
