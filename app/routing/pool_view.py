@@ -19,10 +19,12 @@ from app.routing.prefix_index import ApproximateCache, PrefixIndex
 AVOID_S = 10.0
 """How long a replica that failed is passed over; Serve needs three failed health checks to replace it."""
 
-SMALL_POOL = 8
-"""Up to so many replicas all are looked at.  Of a larger pool it is those that have cached the most of the prompt, the
-session's own, and as many others drawn at random: the best of 8 drawn is among the least loaded quarter of a pool with
-probability 0.9 (1 - 0.75**8), and frontends that do not talk to each other do not all draw the same one."""
+SMALL_POOL = 16
+"""Up to so many replicas all are looked at."""
+NUM_DRAWN = 8
+"""Of a larger pool it is so many that have cached the most of the prompt, the session's own, and so many drawn at
+random: the best of 8 drawn is among the least loaded quarter of a pool with probability 0.9 (1 - 0.75**8), and
+frontends that do not talk to each other do not all draw the same one."""
 
 
 class Gauge:
@@ -138,7 +140,7 @@ class PoolView:
         return self._ring.own(session) if session else None
 
     def candidates(self, cached: Mapping[str, int], own: str | None, lost: Collection[str]) -> list[str]:
-        """Replicas worth a look: all of a small pool, else see SMALL_POOL.
+        """Replicas worth a look: all of a small pool, else see NUM_DRAWN.
 
         `cached` are tokens of the prompt, by replica, of any pool; `own` is the session's own replica, if it has one.
         Those that failed lately are left out, unless there is no other: one that is suspect beats none.
@@ -147,8 +149,8 @@ class PoolView:
             found: Iterable[str] = self._ids
         else:
             holders = self.replicas.keys() & cached.keys()
-            best = nlargest(SMALL_POOL, holders, key=cached.__getitem__)
-            found = {*best, *random.sample(self._ids, SMALL_POOL), *([own] if own else [])}
+            best = holders if len(holders) <= NUM_DRAWN else nlargest(NUM_DRAWN, holders, key=cached.__getitem__)
+            found = {*best, *random.sample(self._ids, NUM_DRAWN), *([own] if own else [])}
         now, replicas = self._clock(), self.replicas
         willing = [r for r in found if r not in lost and replicas[r].avoid_until <= now]
         return willing or [r for r in self._ids if r not in lost]

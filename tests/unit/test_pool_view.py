@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.messages import KvUpdate, ReplicaLoad
 from app.routing.affinity import SessionRing
-from app.routing.pool_view import SMALL_POOL, Gauge, PoolView
+from app.routing.pool_view import NUM_DRAWN, Gauge, PoolView
 from app.routing.prefix_index import PrefixIndex
 from app.routing.topology import MAX_PAIRS, Topology
 from tests.unit.routing_samples import hashes, replica_info
@@ -82,8 +82,8 @@ def test_of_a_large_pool_it_looks_at_a_few_among_them_those_that_matter():
     seen: Counter[str] = Counter()
     for _ in range(50):
         found = pool.candidates(cached, "777", ["999"])
-        assert SMALL_POOL < len(found) <= 2 * SMALL_POOL + 1
-        assert set(found) >= {str(number) for number in range(500 - SMALL_POOL, 500)} | {"777"}
+        assert NUM_DRAWN < len(found) <= 2 * NUM_DRAWN + 1
+        assert set(found) >= {str(number) for number in range(500 - NUM_DRAWN, 500)} | {"777"}
         assert "999" not in found
         seen.update(found)
     assert len(seen) > 300  # not the same ones each time
