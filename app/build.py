@@ -99,7 +99,7 @@ def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig
     pool = model.pool(role)
     assert pool is not None
     other = PoolConfig(engine=model.engine)
-    transfers = model.is_disaggregated and role != "aggregated"
+    transfers = model.transfers_kv(role)
     pools = {"decode": other, "prefill": other if transfers else None, "aggregated": None}
     pools[role] = PoolConfig(
         engine=pool.engine, tensor_parallel_size=pool.tensor_parallel_size, engine_args=pool.engine_args

@@ -205,6 +205,10 @@ class ModelConfig(Settings):
     def is_disaggregated(self) -> bool:
         return self.prefill is not None
 
+    def transfers_kv(self, role: Role) -> bool:
+        """Whether KV crosses between the engines of this pool and those of another."""
+        return self.is_disaggregated and role != "aggregated"
+
     @property
     def engine(self) -> EngineName:
         """The engine of its pools."""

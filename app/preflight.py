@@ -214,7 +214,7 @@ def _check_engine(field: str, model: ModelConfig, role: Role, pool: PoolConfig, 
         return
     spec = EngineSpec(
         role=role,
-        is_disaggregated=model.is_disaggregated and role != "aggregated",
+        is_disaggregated=model.transfers_kv(role),
         replica_id="",
         model_path=local_path(model.source),
         device=device,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import secrets
-import shlex
 import signal
 import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 
@@ -25,9 +24,8 @@ from app.bench.report import (
     TABLE_WIDTH,
     Level,
     Report,
-    describe_machine,
-    installed_versions,
     print_report,
+    this_run,
     to_json,
 )
 from app.bench.workload import GRAMMAR, LoadSpec, parse_lengths, read_trace
@@ -101,10 +99,7 @@ def bench(
     else:
         endpoints.append(find_endpoint("--against", against, against_model, tokenizer, against_pid or [], "--against-"))
     report = Report(
-        command=shlex.join(["baton", *sys.argv[1:]]),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        versions=installed_versions(),
+        **msgspec.structs.asdict(this_run()),
         baseline=endpoints[-1].name,
         endpoints=_distinct(endpoints),
         workload=workload.title,

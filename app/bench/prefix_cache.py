@@ -14,11 +14,8 @@ Every prompt begins with random words or tokens, another draw in each run: a tex
 from __future__ import annotations
 
 import random
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -31,7 +28,7 @@ from rich.table import Table
 
 from app.bench.cli import check_files
 from app.bench.endpoint import find_card, find_version, new_client, parse_url
-from app.bench.report import TABLE_WIDTH, Machine, describe_machine, installed_versions, markdown_table
+from app.bench.report import TABLE_WIDTH, Machine, markdown_table, this_run
 from app.errors import BatonError, ConfigError
 
 ANSWER_TIMEOUT_S = 300.0
@@ -303,10 +300,7 @@ def bench_cache(
         _check_length(tokens, card.get("max_model_len"))
         server = Server(client, card["id"], random.Random())
         report = CacheReport(
-            command=shlex.join(["baton", *sys.argv[1:]]),
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
-            machine=describe_machine(),
-            versions=installed_versions(),
+            **msgspec.structs.asdict(this_run()),
             url=base_url,
             model=card["id"],
             server_version=find_version(client),

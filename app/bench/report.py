@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -97,6 +99,25 @@ class Missing(msgspec.Struct, frozen=True):
     target: str
     repetition: int
     reason: str
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """How, where and when numbers came about."""
+
+    command: str
+    date: str
+    machine: Machine
+    versions: dict[str, str]
+
+
+def this_run(*program: str) -> Source:
+    """That of this process, which was called as `program` (``baton`` unless said otherwise) with its arguments."""
+    return Source(
+        command=shlex.join([*(program or ("baton",)), *sys.argv[1:]]),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(),
+        versions=installed_versions(),
+    )
 
 
 class Report(msgspec.Struct, kw_only=True):

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import msgspec
@@ -180,6 +180,14 @@ class KvEventFeed:
             socket.close()
         self._context.term()
         self._directory.cleanup()
+
+
+async def follow(feed: KvEventFeed | None) -> AsyncGenerator[list[KvEvent], None]:
+    """The batches of `feed`; none of an engine that has no feed."""
+    if feed is not None:
+        async with aclosing(feed.batches()) as batches:
+            async for events in batches:
+                yield events
 
 
 async def _receive(socket: zmq.asyncio.Socket) -> list[bytes]:

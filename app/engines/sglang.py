@@ -30,7 +30,7 @@ from typing import Any
 
 from app.engines import cpu_waits
 from app.engines.base import Emit, EngineInfo, EngineSpec
-from app.engines.kv_events import KvEventFeed
+from app.engines.kv_events import KvEventFeed, follow
 from app.engines.owner_watch import owner_environment
 from app.engines.prompt_queue import PromptQueue
 from app.engines.sglang_sampling import Translation, translate
@@ -384,11 +384,8 @@ class SglangEngine:
     def queued_tokens(self) -> int:
         return self._queue.num_tokens
 
-    async def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
-        if self._kv_feed is not None:
-            async with aclosing(self._kv_feed.batches()) as batches:
-                async for events in batches:
-                    yield events
+    def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
+        return follow(self._kv_feed)
 
     async def check_health(self) -> None:
         if self._engine is None:

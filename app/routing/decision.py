@@ -36,8 +36,8 @@ class Decision(msgspec.Struct, frozen=True):
     """Where one sequence is prefilled and decoded.
 
     `kind` and `reason` are labels of ``baton_decisions_total``.  Reasons of a local prefill: ``aggregated`` (there is
-    no prefill pool), ``requested``, ``prompt_logprobs``, ``no_prefill_replica``, ``prefill_full``, ``faster``,
-    ``short`` and ``prefill_queue`` (thresholds), ``prefill_failed`` (after a failed attempt).  Of a remote one:
+    no prefill pool), ``requested``, ``prompt_logprobs``, ``no_prefill_replica``, ``no_decode_replica`` (an aggregated
+    one serves), ``prefill_full``, ``faster``, ``short`` and ``prefill_queue`` (thresholds).  Of a remote one:
     ``requested``, ``only_way`` (nothing else can prefill), ``configured``, ``unmeasured``, ``faster``, ``long``
     (thresholds), ``local_full``.
     """

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 
 from app.engines.base import Role
 from app.messages import GenerateRequest, PrefillReport
-from app.routing.blocks import block_hashes, root_hash
 from app.routing.decision import Decision
 from app.routing.pool_view import PoolView
 from app.routing.topology import Topology
@@ -39,7 +38,9 @@ class InFlight:
         self._until_first = ExitStack()
         self._until_end = ExitStack()
         self._count()
-        _assume(views, request, decision)
+        views[decision.serving_role].assume(decision.serving.replica, request)
+        if decision.prefill is not None:
+            views["prefill"].assume(decision.prefill.replica, request)
 
     def _count(self) -> None:
         serving, prefill, decision = self._serving, self._prefill, self._decision
@@ -80,16 +81,3 @@ class InFlight:
         """The sequence is over, however it ended."""
         self._until_first.close()
         self._until_end.close()
-
-
-def _assume(views: Mapping[Role, PoolView], request: GenerateRequest, decision: Decision) -> None:
-    """Replicas that do not tell what they have cached will have this prompt."""
-    chosen: list[tuple[Role, str]] = [(decision.serving_role, decision.serving.replica)]
-    if decision.prefill is not None:
-        chosen.append(("prefill", decision.prefill.replica))
-    for role, replica in chosen:
-        view = views[role].replicas.get(replica)
-        if view is not None and view.info.prefix_cache == "silent":
-            block_size = view.info.block_size_tokens
-            hashes = block_hashes(request.prompt_token_ids, block_size, root_hash(request.cache_salt))
-            views[role].assume(replica, hashes)

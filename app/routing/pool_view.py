@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from heapq import nlargest
 
-from app.messages import KvUpdate, ReplicaInfo, ReplicaLoad
+from app.messages import GenerateRequest, KvUpdate, ReplicaInfo, ReplicaLoad
 from app.routing.affinity import SessionRing
+from app.routing.blocks import block_hashes, root_hash
 from app.routing.prefix_index import ApproximateCache, PrefixIndex
 
 AVOID_S = 10.0
@@ -81,9 +82,12 @@ class ReplicaView:
         """How many blocks hold so many tokens."""
         return -(-num_tokens // self.info.block_size_tokens)
 
-    def assume(self, hashes: Iterable[int]) -> KvUpdate | None:
+    def assume(self, request: GenerateRequest) -> KvUpdate | None:
         """What a prompt that is sent here changes in the cache, if the replica does not tell that itself."""
-        return self._assumed.assume(list(hashes)) if self._assumed is not None else None
+        if self._assumed is None:
+            return None
+        hashes = block_hashes(request.prompt_token_ids, self.info.block_size_tokens, root_hash(request.cache_salt))
+        return self._assumed.assume(list(hashes))
 
 
 class PoolView:
@@ -125,9 +129,9 @@ class PoolView:
         if replica in self.replicas:
             self.index.update(replica, update)
 
-    def assume(self, replica: str, hashes: Iterable[int]) -> None:
-        """A prompt with these blocks was sent to `replica`."""
-        if (view := self.replicas.get(replica)) is not None and (update := view.assume(hashes)) is not None:
+    def assume(self, replica: str, request: GenerateRequest) -> None:
+        """`request` is sent to `replica`, which will have its prompt cached."""
+        if (view := self.replicas.get(replica)) is not None and (update := view.assume(request)) is not None:
             self.index.update(replica, update)
 
     def avoid(self, replica: str) -> None:

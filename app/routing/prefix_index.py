@@ -16,10 +16,10 @@ MIN_LOG = 1024
 
 
 class PrefixIndex:
-    """The blocks that the replicas of one pool hold, by the hashes of app/routing/blocks.py.
+    """The blocks that the replicas of a model hold, by the hashes of app/routing/blocks.py.
 
     Takes 90 to 130 bytes for a block that one replica holds, and 8 to 18 for each further replica that holds it,
-    beside the integers of `_holders`: at most 28 bytes and 4 for every 30 replicas of the pool for each block, if no
+    beside the integers of `_holders`: at most 28 bytes and 4 for every 30 of its replicas for each block, if no
     neighbours share one.  So it is bounded by what fits into the replicas' caches (`size_bytes` measures).
 
     `update` takes about 0.3 us for each block, `match` 0.06 us for each block that it finds and 0.1 us for each

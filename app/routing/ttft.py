@@ -92,9 +92,8 @@ class TimeModel:
 
     def predict(self, row: Sequence[float]) -> float:
         """Seconds for these features."""
-        if not self.is_measured or self._coefficients is None:
-            return self._prior(row)
-        return max(SHORTEST_S, sum(c * x for c, x in zip(self._coefficients, row, strict=True)))
+        coefficients = self.coefficients()
+        return self._prior(row) if coefficients is None else max(SHORTEST_S, _dot(coefficients, row))
 
     def _fit(self) -> list[float]:
         rows = [row for _, row, _ in self._samples]
@@ -223,7 +222,7 @@ class TtftPredictor:
         expected_s = self.handover.predict(row) if self.handover.is_measured else handover_s
         self.prefill.learn(work.prefill_row(), prefill_s)
         self.handover.learn(row, handover_s)
-        return handover_s / expected_s if expected_s else None
+        return handover_s / expected_s
 
     def learn_local(self, work: PromptWork, ttft_s: float) -> None:
         self.local.learn(work.local_row(), ttft_s)
@@ -242,4 +241,8 @@ def _typical_ratio(times: Sequence[float], expected: Sequence[float]) -> float:
 
 
 def _linear(coefficients: Sequence[float]) -> Callable[[Sequence[float]], float]:
-    return lambda row: sum(c * x for c, x in zip(coefficients, row, strict=True))
+    return lambda row: _dot(coefficients, row)
+
+
+def _dot(coefficients: Sequence[float], row: Sequence[float]) -> float:
+    return sum(c * x for c, x in zip(coefficients, row, strict=True))

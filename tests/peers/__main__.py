@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Collection
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
+import msgspec
 import typer
 from rich.console import Console
 
 from app import launch
 from app.bench.cli import exit_in_order, write_files
-from app.bench.report import TABLE_WIDTH, describe_machine, installed_versions
+from app.bench.report import TABLE_WIDTH, this_run
 from app.errors import ConfigError
 from tests.peers.report import PeersReport, environment_versions, print_all
 from tests.peers.runner import WARM_UP, Runner, Schedule
@@ -60,10 +59,7 @@ def measure(
     folders = environments.absolute() if environments else None
     setup = Setup(document, launch.check_document(document), folders, chosen.token_ms)
     report = PeersReport(
-        command=shlex.join(["python", "-m", "tests.peers", *sys.argv[1:]]),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        versions=installed_versions(),
+        **msgspec.structs.asdict(this_run("python", "-m", "tests.peers")),
         device=setup.device if suite == "engine" else "",
         baseline=_names("baseline", baseline, names)[0] if baseline else names[0],
         workload=f"500 prompt tokens as {prompts}, 64 output tokens, no prompt twice, streamed, closed loop"

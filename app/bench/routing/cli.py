@@ -13,6 +13,7 @@ from rich.console import Console
 from app.bench.cli import check_files
 from app.bench.endpoint import find_card, find_version, new_client, parse_url
 from app.bench.prefix_cache import find_vocabulary
+from app.bench.report import this_run
 from app.bench.routing.decision_time import measure_decisions
 from app.bench.routing.fleet import MAX_MODEL_LEN, Fleet, FleetSpec, Timeline, spread_out
 from app.bench.routing.oracle import oracle_hit_rate
@@ -29,7 +30,6 @@ from app.bench.routing.report import (
     print_decisions,
     print_fleet,
     print_placement,
-    this_run,
     wide_console,
     write_json,
 )

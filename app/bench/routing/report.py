@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +9,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from app.bench.report import TABLE_WIDTH, Machine, describe_machine, installed_versions, markdown_table
+from app.bench.report import TABLE_WIDTH, Source, markdown_table
 from app.bench.routing.decision_time import DecisionTime
 from app.bench.routing.fleet import FleetResult
 from app.bench.routing.placement import NEAR, CaseResult, cache_mismatches, prediction_errors
@@ -27,24 +24,6 @@ AIM_DECISION_US = 200.0
 """At AIM_REPLICAS replicas and AIM_TOKENS tokens, in the median."""
 AIM_REPLICAS, AIM_TOKENS = 64, 8_000
 AIM_RIGHT = 0.9
-
-
-class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """How, where and when numbers came about."""
-
-    command: str
-    date: str
-    machine: Machine
-    versions: dict[str, str]
-
-
-def this_run() -> Source:
-    return Source(
-        command=shlex.join(["baton", *sys.argv[1:]]),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        versions=installed_versions(),
-    )
 
 
 class Oracles(msgspec.Struct, frozen=True):
