@@ -17,7 +17,16 @@ from ray.serve import Application
 from ray.serve._private.config import DeploymentConfig as ServeDeploymentConfig
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from app.config import BatonConfig, DeploymentConfig, LimitsConfig, ModelConfig, PoolConfig, RoutingConfig, parse
+from app.config import (
+    BatonConfig,
+    DeploymentConfig,
+    LimitsConfig,
+    ModelConfig,
+    PoolConfig,
+    RoutingConfig,
+    SloConfig,
+    parse,
+)
 from app.engines.base import Role
 from app.errors import ConfigError
 from app.preflight import check, gpus_of_replica, python_of_replica
@@ -105,7 +114,7 @@ def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig
         engine=pool.engine, tensor_parallel_size=pool.tensor_parallel_size, engine_args=pool.engine_args
     )
     return BatonConfig.model_construct(  # unchecked: a user's model could not have an aggregated pool without prefill
-        models=[model.model_copy(update={"server_args": {}, "routing": RoutingConfig(), **pools})],
+        models=[model.model_copy(update={"server_args": {}, "routing": RoutingConfig(), "slo": SloConfig(), **pools})],
         device=config.device,
         transfer=config.transfer if transfers else None,
         limits=LimitsConfig(prefill_timeout_s=config.limits.prefill_timeout_s),
@@ -143,6 +152,8 @@ def _options(
         "resources": resources.custom,
         "runtime_env": {"env_vars": deployment.environment},
     }
+    if resources.node_labels:
+        actor["label_selector"] = resources.node_labels
     if resources.memory_bytes is not None:
         actor["memory"] = resources.memory_bytes
     scale: dict[str, Any] = {"num_replicas": deployment.replicas or 1}

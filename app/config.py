@@ -43,7 +43,10 @@ class Resources(Settings):
     """GPUs; by default tensor_parallel_size on CUDA and 0 on a CPU."""
     memory_bytes: int | None = Field(default=None, gt=0)
     custom: dict[str, float] = {}
-    """Ray custom resources, e.g. ``{prefill_node: 1}``, to keep a pool on its worker group."""
+    """Ray custom resources that a replica takes."""
+    node_labels: dict[str, str] = {}
+    """Labels that its node must have (Ray's label selectors), e.g. ``{baton/pool: prefill}``, to keep a pool on its
+    worker group."""
 
 
 class DeploymentConfig(Settings):
@@ -160,6 +163,15 @@ class RoutingConfig(Settings):
     prefilled locally; where that is at it too, requests get 429."""
 
 
+class SloConfig(Settings):
+    """What sequences shall be served within: what the pools' autoscaling aims at, and what counts as goodput."""
+
+    ttft_ms: float = Field(default=2000.0, gt=0)
+    """Time to the first token."""
+    itl_ms: float = Field(default=50.0, gt=0)
+    """Between two tokens, the mean over a sequence."""
+
+
 class ModelConfig(Settings):
     """One model and the pools that serve it."""
 
@@ -178,6 +190,7 @@ class ModelConfig(Settings):
     """Engines beside prefill and decode that serve whole requests: those whose prompt is better not transferred.
     SGLang's decode engines cannot prefill, so with SGLang only this makes disaggregation conditional; vLLM's can."""
     routing: RoutingConfig = RoutingConfig()
+    slo: SloConfig = SloConfig()
 
     @field_validator("name")
     @classmethod
@@ -264,6 +277,9 @@ class FrontendConfig(DeploymentConfig):
 
     max_ongoing_requests: int = Field(default=10_000, ge=1)
     """Requests that one frontend replica holds before Serve's proxy makes new ones wait."""
+    metrics_port: int | None = Field(default=None, ge=1024, le=65535)
+    """Where each frontend serves its own /metrics, for Prometheus: on the HTTP port any one of them answers.  With
+    several on one node, each takes the first free port from here on."""
 
 
 class LimitsConfig(Settings):

@@ -192,3 +192,16 @@ def test_the_replicas_of_a_pool_run_in_its_python(python: str, runs: str):
     environments = {name: d.ray_actor_options["runtime_env"] for name, d in deployments(args).items()}
     assert environments["decode-org-first"] == {"env_vars": {"A": "1"}, "py_executable": runs}
     assert all("py_executable" not in environments[name] for name in ("prefill-org-first", *SECOND, *THIRD, "frontend"))
+
+
+def test_a_pool_runs_only_on_nodes_with_its_labels():
+    def label(args: dict[str, Any]) -> None:
+        args["models"][0]["prefill"]["resources"] = {"node_labels": {"baton/pool": "prefill"}}
+
+    options = {name: deployment.ray_actor_options for name, deployment in deployments(changed(label)).items()}
+    assert options["prefill-org-first"]["label_selector"] == {"baton/pool": "prefill"}
+    assert not any("label_selector" in given for name, given in options.items() if name != "prefill-org-first")
+
+
+def test_another_slo_restarts_no_engine():
+    assert restarted(changed(lambda args: args["models"][0].update(slo={"ttft_ms": 500}))) == {"frontend"}
