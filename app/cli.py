@@ -51,6 +51,42 @@ def environments(config: ConfigPath = DEFAULT_CONFIG) -> None:
 
 
 @app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Show the running application: the replicas of each pool, how many it aims at and why, and the nodes."""
+    import msgspec
+    from rich.console import Console
+
+    from app.running import print_status, read_status
+
+    found = read_status()
+    if as_json:
+        typer.echo(msgspec.json.encode(found).decode())
+    else:
+        print_status(found, Console(highlight=False))
+
+
+@app.command()
+def scale(
+    name: Annotated[str, typer.Argument(help="A model's name, or the application's if it serves one model.")],
+    targets: Annotated[list[str], typer.Argument(metavar="POOL=N|POOL=MIN..MAX...", help="frontend, prefill, decode.")],
+    file: Annotated[
+        Path | None, typer.Option(allow_dash=True, help="Change this Serve config (- is standard input) and print it.")
+    ] = None,
+) -> None:
+    """Change how many replicas pools of the running application have, or between which bounds they scale."""
+    from app.scale import parse_targets, scale_file
+
+    wanted = parse_targets(targets)
+    if file is not None:
+        typer.echo(scale_file(Path("/dev/stdin") if str(file) == "-" else file, name, wanted), nl=False)
+        return
+    from app.running import scale_running
+
+    for line in scale_running(name, wanted):
+        typer.echo(line)
+
+
+@app.command()
 def verify(
     url: Annotated[str, typer.Option(help="Where Baton serves.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="By default the first that is disaggregated.")] = None,

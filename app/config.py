@@ -7,7 +7,7 @@ port, proxies, logging) stay where Serve documents them, beside ``applications``
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -239,6 +239,10 @@ class ModelConfig(Settings):
             "aggregated": self.aggregated,
         }
         return pools[role]
+
+    def pools(self) -> dict[Role, PoolConfig]:
+        """Those that it has."""
+        return {role: pool for role in get_args(Role) if (pool := self.pool(role)) is not None}
 
     def merged_engine_args(self, pool: PoolConfig) -> dict[str, Any]:
         """The arguments that an engine of `pool` starts with."""

@@ -187,20 +187,14 @@ def stop_cluster() -> None:
 
 
 def deploy(document: dict[str, Any], console: Console, stop: threading.Event) -> None:
-    """Deploy the applications and return when they serve or `stop` is set.  Raises RuntimeError."""
-    from ray import serve
+    """Deploy the applications and return when they serve or `stop` is set.  Raises RuntimeError.
 
-    from app.build import build
+    As ``serve run`` and KubeRay do it, so that ``baton scale`` finds their configuration in the cluster.
+    """
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
 
-    targets = [
-        serve.RunTarget(
-            target=build(application["args"]),
-            name=application["name"],
-            route_prefix=application.get("route_prefix", "/"),
-        )
-        for application in document["applications"]
-    ]
-    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": document["applications"]}))
     _wait_until_running(console, stop)
 
 

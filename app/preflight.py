@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from app.config import BatonConfig, ModelConfig, PoolConfig
 from app.engines.base import EngineSpec, Role
@@ -38,7 +38,7 @@ def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
     device = choose_device(config, gpus_per_node)
     for index, model in enumerate(config.models):
         check_source(f"models.{index}.source", model.source)
-        for role, pool in _pools(model).items():
+        for role, pool in model.pools().items():
             _check_size(f"models.{index}.{role}.tensor_parallel_size", pool, device, gpus_per_node)
             if pool.engine == "sim":
                 _check_sim(f"models.{index}", role, model, pool)
@@ -72,13 +72,8 @@ def check_interpreters(config: BatonConfig) -> None:
     For where the engines run on this machine: a cluster elsewhere may have what its driver has not, and vice versa.
     """
     for index, model in enumerate(config.models):
-        for role, pool in _pools(model).items():
+        for role, pool in model.pools().items():
             _check_interpreter(f"models.{index}.{role}.python", pool)
-
-
-def _pools(model: ModelConfig) -> dict[Role, PoolConfig]:
-    """The pools that a model has."""
-    return {role: pool for role in get_args(Role) if (pool := model.pool(role)) is not None}
 
 
 def _check_interpreter(field: str, pool: PoolConfig) -> None:
@@ -100,7 +95,7 @@ def _check_sglang(config: BatonConfig, field: str, model: ModelConfig) -> None:
     if not model.server_args.get("reasoning_parser"):
         return
     # Only SGLang's engine itself can hold back a grammar until reasoning ends; vLLM's is told by the frontend.
-    pools = _pools(model)
+    pools = model.pools()
     pools.pop("prefill", None)
     if not all(model.merged_engine_args(pool).get("reasoning_parser") for pool in pools.values()):
         raise ConfigError(
@@ -124,7 +119,7 @@ def _check_total(config: BatonConfig, gpus_per_node: Sequence[int]) -> None:
     """With the device found rather than configured, the GPUs that are there are all there will be."""
     wanted = 0.0
     for model in config.models:
-        for pool in _pools(model).values():
+        for pool in model.pools().values():
             wanted += gpus_of_replica(pool, "cuda") * (pool.replicas or 1)
     if wanted > sum(gpus_per_node):
         raise ConfigError(
@@ -161,7 +156,7 @@ def check_with_vllm(config: BatonConfig, device: Device) -> None:
         if model.engine == "vllm":
             _check_names(index, model, known, "vLLM")
         _check_server(index, model)
-        for role, pool in _pools(model).items():
+        for role, pool in model.pools().items():
             _check_engine(f"models.{index}.{role}", model, role, pool, device)
 
 
@@ -188,7 +183,7 @@ def _sglang_args(python: str) -> frozenset[str]:
 
 def _check_names(index: int, model: ModelConfig, known: Collection[str], engine: str) -> None:
     arguments = {"engine_args": model.engine_args}
-    arguments |= {f"{role}.engine_args": pool.engine_args for role, pool in _pools(model).items()}
+    arguments |= {f"{role}.engine_args": pool.engine_args for role, pool in model.pools().items()}
     for section, names in arguments.items():
         for name in names:
             if name not in known:
