@@ -10,7 +10,10 @@ import typer
 from app.bench.cli import bench
 from app.bench.prefix_cache import bench_cache
 from app.bench.routing.cli import bench_routing
+from app.bench.scaling import bench_scaling
 from app.errors import BatonError
+from app.serve_document import edit
+from app.smoke import smoke
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -108,7 +111,10 @@ def verify(
 
 app.command()(bench)
 app.command()(bench_cache)
+app.command()(smoke)
+app.command()(edit)
 app.add_typer(bench_routing, name="bench-routing")
+app.command()(bench_scaling)
 
 
 @app.command()

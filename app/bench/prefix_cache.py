@@ -204,7 +204,7 @@ def find_vocabulary(client: httpx.Client, model: str) -> list[int]:
 def _read_answer(response: httpx.Response, sent_at: float) -> Answer:
     """Raises CacheBenchError if the stream ends before its end mark, or holds an error or no token."""
     ttft_s, text, usage, is_complete = None, [], _Usage(), False
-    for data in _events(response):
+    for data in read_events(response):
         now = time.perf_counter()
         if data == b"[DONE]":
             is_complete = True
@@ -224,7 +224,7 @@ def _read_answer(response: httpx.Response, sent_at: float) -> Answer:
     return Answer(ttft_s * 1000, usage.prompt_tokens, details.cached_tokens, "".join(text))
 
 
-def _events(response: httpx.Response) -> Iterator[bytes]:
+def read_events(response: httpx.Response) -> Iterator[bytes]:
     """The data of each event.  Not iter_lines: it also splits at what JSON leaves as it is, such as U+2028."""
     rest = b""
     for chunk in response.iter_bytes():

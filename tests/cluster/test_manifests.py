@@ -143,7 +143,6 @@ def test_the_environment_is_that_of_baton_run():
         "HF_HOME",
         "HOME",
         "RAY_SERVE_HAPROXY_BINARY_PATH",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S",
         "RAY_SERVE_HAPROXY_METRICS_PORT",
         "RAY_SERVE_HAPROXY_STATS_PORT",
     }
