@@ -33,8 +33,17 @@ from app.preflight import check, gpus_of_replica, python_of_replica
 
 logger = logging.getLogger("baton.build")
 
-POLICY = "deployments.autoscaling:by_sequences"
-"""How a pool that decodes scales unless its `autoscaling` names another policy."""
+POOL_POLICY = "deployments.autoscaling:PoolPolicy"
+FRONTEND_POLICY = "deployments.autoscaling:FrontendPolicy"
+"""How deployments scale unless their `autoscaling` names another policy."""
+
+REPORT_S = 2.0
+"""How often replicas report their load: Serve's 10 s would come on top of every delay.  Serve 2.60 calls this setting
+deprecated in favour of an environment variable that it does not read."""
+
+FRONTEND_REQUESTS = 200
+"""Requests in flight for each frontend.  One core carries 128 streams of an H200 at 1.13 times the ITL of vLLM's own
+server (docs/benchmarks/2026-11-21-h200.md), and of what is in flight a part waits for its first token."""
 
 UNBOUNDED = 1_000_000
 """max_ongoing_requests of the pools: an engine's own scheduler queues, and Serve must not queue before it."""
@@ -59,7 +68,7 @@ def build(args: dict[str, Any]) -> Application:
     frontend = _deployment(Frontend, given).options(
         name="frontend",
         max_ongoing_requests=config.frontend.max_ongoing_requests,
-        **_options(config.frontend, config.frontend.resources.num_gpus or 0),
+        **_options(config.frontend, config.frontend.resources.num_gpus or 0, scale_frontend(config)),
     )
     return frontend.bind(given, pools)
 
@@ -86,8 +95,7 @@ def build_pool(worker: type, role: Role, config: BatonConfig, model: ModelConfig
     """One pool of `model`."""
     pool = model.pool(role)
     assert pool is not None
-    by_sequences = {"policy": {"policy_function": POLICY}} if role != "prefill" else {}
-    options = _options(pool, gpus_of_replica(pool, device), by_sequences)
+    options = _options(pool, gpus_of_replica(pool, device), scale_pool(model, role))
     if (python := python_of_replica(pool)) is not None:
         options["ray_actor_options"]["runtime_env"]["py_executable"] = shlex.quote(python)  # Ray hands it to bash
     given = for_pool(config, model, role)
@@ -142,9 +150,30 @@ def _deployment(target: type, *given: BatonConfig | str) -> Any:
     return deployment
 
 
-def _options(
-    deployment: DeploymentConfig, num_gpus: float, default_autoscaling: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def scale_frontend(config: BatonConfig) -> dict[str, Any] | None:
+    """Serve's AutoscalingConfig of the frontends; None if their number is fixed."""
+    if config.frontend.autoscaling is None:
+        return None
+    default = {"target_ongoing_requests": FRONTEND_REQUESTS, "policy": {"policy_function": FRONTEND_POLICY}}
+    return {"metrics_interval_s": REPORT_S, **default, **config.frontend.autoscaling}
+
+
+def scale_pool(model: ModelConfig, role: Role) -> dict[str, Any] | None:
+    """Serve's AutoscalingConfig of a pool; None if the number of its replicas is fixed."""
+    pool = model.pool(role)
+    if pool is None or pool.autoscaling is None:
+        return None
+    targets = {
+        "ttft_s": model.slo.ttft_ms / 1000,
+        "itl_s": model.slo.itl_ms / 1000,
+        "sequences": pool.autoscaling.get("target_ongoing_requests"),
+        "is_for_prompts": role != "decode" or not model.is_disaggregated,
+    }
+    policy = {"policy_function": POOL_POLICY, "policy_kwargs": {"model": model.name, "role": role, **targets}}
+    return {"metrics_interval_s": REPORT_S, "policy": policy, **pool.autoscaling}
+
+
+def _options(deployment: DeploymentConfig, num_gpus: float, autoscaling: dict[str, Any] | None) -> dict[str, Any]:
     resources = deployment.resources
     actor: dict[str, Any] = {
         "num_cpus": resources.num_cpus,
@@ -157,8 +186,8 @@ def _options(
     if resources.memory_bytes is not None:
         actor["memory"] = resources.memory_bytes
     scale: dict[str, Any] = {"num_replicas": deployment.replicas or 1}
-    if deployment.autoscaling is not None:
-        scale = {"autoscaling_config": {**(default_autoscaling or {}), **deployment.autoscaling}}
+    if autoscaling is not None:
+        scale = {"autoscaling_config": autoscaling}
     return {
         "ray_actor_options": actor,
         "logging_config": {"enable_access_log": False},  # Baton logs each sequence when it ends
@@ -171,15 +200,17 @@ def _options(
 
 def check_autoscaling(config: BatonConfig) -> None:
     """Ask Serve whether it accepts the autoscaling settings.  Raises ConfigError."""
-    deployments: dict[str, DeploymentConfig | None] = {"frontend": config.frontend}
+    settings = {"frontend": scale_frontend(config)}
     for index, model in enumerate(config.models):
-        deployments |= {f"models.{index}.{role}": model.pool(role) for role in get_args(Role)}
-    for field, deployment in deployments.items():
-        if deployment is None or deployment.autoscaling is None:
+        settings |= {f"models.{index}.{role}": scale_pool(model, role) for role in get_args(Role)}
+    for field, autoscaling in settings.items():
+        if autoscaling is None:
             continue
         try:
-            AutoscalingConfig.model_validate(deployment.autoscaling)
+            accepted = AutoscalingConfig.model_validate(autoscaling)
         except ValidationError as error:
             problem = error.errors()[0]
             name = ".".join((field, "autoscaling", *map(str, problem["loc"])))
             raise ConfigError(name, problem["msg"].removeprefix("Value error, ")) from None
+        if accepted.min_replicas == 0:
+            raise ConfigError(f"{field}.autoscaling.min_replicas", "at least 1: without replicas nobody sees a load")

@@ -55,7 +55,10 @@ class DeploymentConfig(Settings):
     replicas: int | None = Field(default=None, ge=1)
     """A fixed number of replicas; 1 if neither this nor `autoscaling` is set."""
     autoscaling: dict[str, Any] | None = None
-    """Serve's AutoscalingConfig, verbatim, instead of `replicas`."""
+    """Serve's AutoscalingConfig, verbatim, instead of `replicas`: `min_replicas`, `max_replicas`, `upscale_delay_s`,
+    `downscale_delay_s`, `look_back_period_s`, ...  How many replicas the load takes is Baton's to say, by the model's
+    `slo` (app/planning/plan.py), unless this names another `policy`.  `target_ongoing_requests` is for frontends (200
+    by default); for a pool it is a bound of the user's own, beside the others."""
     resources: Resources = Resources()
     environment: dict[str, str] = {}
     """Environment variables of the replicas' processes."""
@@ -80,6 +83,9 @@ class PoolConfig(DeploymentConfig):
     """GPUs that one replica's engine is spread over."""
     engine_args: dict[str, Any] = {}
     """Arguments of the engine (vLLM: AsyncEngineArgs), untouched, over those of the model."""
+    graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
+    """How long a replica that is being removed may go on with its sequences, and a prefill replica wait until its KV
+    has been pulled."""
     python: str | None = Field(default=None, min_length=1)
     """The Python interpreter that the replicas run in, where the engine's environment is another one than that of
     Ray's workers; a relative path counts from the repository's root.  By default ``.venv-sglang/bin/python`` for
@@ -167,9 +173,10 @@ class SloConfig(Settings):
     """What sequences shall be served within: what the pools' autoscaling aims at, and what counts as goodput."""
 
     ttft_ms: float = Field(default=2000.0, gt=0)
-    """Time to the first token."""
+    """Time to the first token: what pools that compute prompts are scaled by."""
     itl_ms: float = Field(default=50.0, gt=0)
-    """Between two tokens, the mean over a sequence."""
+    """Between two tokens, the mean over a sequence: what pools that decode are scaled by, with their KV memory and the
+    sequences that wait for a place."""
 
 
 class ModelConfig(Settings):

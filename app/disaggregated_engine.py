@@ -38,6 +38,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
+from app.config import ModelConfig
 from app.errors import BatonError, EngineDead, InvalidRequest, NoReplica, Overloaded, ReplicaLost
 from app.exchange import Exchange, current_exchange
 from app.messages import GenerateRequest, Logprobs, PrefillMode, TokenDelta
@@ -64,13 +65,14 @@ _FRONTEND_FIELDS = {
 class DisaggregatedEngine(EngineClient):
     """One model, served by a decode pool and, unless it is aggregated, a prefill pool."""
 
-    def __init__(self, vllm_config: VllmConfig, model_name: str, orchestrator: Orchestrator) -> None:
+    def __init__(self, vllm_config: VllmConfig, model: ModelConfig, orchestrator: Orchestrator) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self._output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
-        self._model_name = model_name
+        self._model_name = model.name
+        self._slo = model.slo
         self._orchestrator = orchestrator
 
     async def generate(
@@ -164,7 +166,11 @@ class DisaggregatedEngine(EngineClient):
         """Feed one sequence's deltas to the output processor, and its error, if any, to the caller's queue."""
         assert request.prompt_token_ids is not None
         record = SequenceRecord(
-            self._model_name, request.request_id, len(request.prompt_token_ids), has_session=hints.session is not None
+            self._model_name,
+            request.request_id,
+            len(request.prompt_token_ids),
+            slo=self._slo,
+            has_session=hints.session is not None,
         )
         if hints.explain:
             exchange.sequences.append(record)

@@ -34,8 +34,10 @@ RAY_FLAGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a Python process would read a line for each request; /metrics has them
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 s are for load balancers outside the cluster
-    # When frontends come or go a new HAProxy takes over, and the old one ends the streams that it has: after 120 s by force.
+    # When frontends come or go a new HAProxy takes over, and the old one has this long to end its streams, by default 120 s.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
+    # Replicas report their load (deployments/autoscaling.py); by default Serve also counts the calls of handles.
+    "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",  # ten loops a second are 2 % of a core, whatever happens
     "RAY_worker_niceness": "0",  # Ray's own choice is 15: on a busy machine serving would come last
     "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few for two busy cores

@@ -133,7 +133,7 @@ async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator)
 
     arguments = server_namespace(model, index)
     vllm_config = frontend_config(arguments)
-    engine = DisaggregatedEngine(vllm_config, model.name, orchestrator)
+    engine = DisaggregatedEngine(vllm_config, model, orchestrator)
     app: FastAPI = build_app(arguments, ("generate",), vllm_config.model_config)
     await init_app_state(engine, app.state, arguments, ("generate",))
     _remove_routes(app, (*WITHOUT_MEANING, "/health"))

@@ -6,6 +6,7 @@ The cluster is the one that RAY_ADDRESS names, else the one that was started las
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,9 @@ from rich.table import Table
 from app.build import check_autoscaling
 from app.config import BatonConfig, parse
 from app.scale import Bounds, bounds_of, scale
+from deployments.autoscaling import plan_key
 
+STALE_PLAN_S = 30.0
 GROUP_LABEL = "baton/group"
 """The label of a Ray node that says which worker group it belongs to (cluster/base)."""
 
@@ -136,8 +139,10 @@ def _bounds(application: Mapping[str, Any]) -> dict[str, Bounds]:
 
 
 def _read_plan(application: str, deployment: str) -> dict[str, Any] | None:
-    value = _internal_kv_get(f"baton:autoscaling:{application}:{deployment}")
-    return dict(json.loads(value)) if value else None
+    value = _internal_kv_get(plan_key(application, deployment))
+    plan = json.loads(value) if value else None
+    # One that is not renewed is of a deployment whose number has been fixed since.
+    return dict(plan) if plan and time.time() - plan["at"] < STALE_PLAN_S else None
 
 
 def _count_nodes() -> dict[str, int]:

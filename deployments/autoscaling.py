@@ -1,21 +1,146 @@
-"""How many decode replicas there shall be, for a pool whose configuration has `autoscaling`.
+"""Serve's autoscaling of Baton's deployments: what the replicas report in, how many there shall be out, and why.
 
-Serve's own policy counts calls that it carries; sequences travel on channels, so each decode replica reports them
-(`DecodeWorker.record_autoscaling_stats`) and this policy does with that number what Serve's does with its own.
-Serve applies the factors, delays and bounds of the configuration to the result.
+The plans are made in app/planning/.  Serve calls a policy in each loop of its controller, in whose process all of this
+runs, and applies the user's delays, factors and bounds to what it returns.
+
+Each plan is told in four places: a log line in the controller's log when the wish changes, two metrics, Ray's internal
+KV (`baton status` reads it there), and by what Serve itself says of the deployment.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import math
+import time
 from typing import Any
 
+from ray.experimental.internal_kv import _internal_kv_put
 from ray.serve.config import AutoscalingContext
+from ray.util.metrics import Gauge
+
+from app.planning.load import FIELDS, Load, mean_load
+from app.planning.plan import Measured, Plan, Replicas, Targets, measure, plan_frontend, plan_pool
+
+logger = logging.getLogger("ray.serve")
+
+TELL_S = 5.0
+"""How often a plan is told that has not changed."""
 
 
-def by_sequences(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-    """Replicas such that each has `target_ongoing_requests` sequences.
+def plan_key(application: str, deployment: str) -> str:
+    """Where in Ray's internal KV the last plan of a deployment is."""
+    return f"baton:autoscaling:{application}:{deployment}"
 
-    A replica that has not reported yet counts as having none.
+
+class Policy:
+    """A deployment's policy; Serve makes one and calls it from then on."""
+
+    def __init__(self, role: str, model: str = "-") -> None:
+        self._role = role
+        self._model = model
+        self._problem = ""
+        self._told: tuple[int, int] | None = None
+        self._told_at = 0.0
+        tags = ("application", "deployment")
+        self._wanted = Gauge("baton_autoscaling_wanted_replicas", "Replicas by the load alone.", (*tags,))
+        self._signal = Gauge("baton_autoscaling_signal", "What the wish is made of.", (*tags, "signal"))
+
+    def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+        """How many replicas there shall be, and no state for Serve to keep.
+
+        An error would end this loop of the controller, for every application.
+        """
+        plan = Plan(float(context.target_num_replicas), "no plan", {})
+        try:
+            plan = self.plan(context)
+            self._tell(context, plan)
+            self._problem = ""
+        except Exception as error:  # noqa: BLE001  logged, and there is nobody else to tell
+            self._complain(context, plan, error)
+        return plan.replicas, {}
+
+    def plan(self, context: AutoscalingContext) -> Plan:
+        raise NotImplementedError
+
+    def _tell(self, context: AutoscalingContext, plan: Plan) -> None:
+        now = time.monotonic()
+        state = (context.current_num_replicas, math.ceil(plan.replicas))
+        if state == self._told and now < self._told_at + TELL_S:
+            return
+        if self._told is None or state[1] != self._told[1]:
+            logger.info(
+                f"autoscaling deployment={context.deployment_name} model={self._model} role={self._role} "
+                f"replicas={state[0]} wanted={state[1]} reason={plan.reason!r}"
+            )
+        self._told, self._told_at = state, now
+        tags = {"application": context.app_name, "deployment": context.deployment_name}
+        self._wanted.set(plan.replicas, tags)
+        for name, value in plan.signals.items():
+            self._signal.set(value, {**tags, "signal": name})
+        told = {
+            "at": time.time(),
+            "replicas": context.current_num_replicas,
+            "wanted": plan.replicas,
+            "reason": plan.reason,
+            "signals": plan.signals,
+        }
+        _internal_kv_put(plan_key(context.app_name or "", context.deployment_name), json.dumps(told))
+
+    def _complain(self, context: AutoscalingContext, plan: Plan, error: Exception) -> None:
+        """Log an error, once as long as it stays the same: this runs several times a second."""
+        if repr(error) != self._problem:
+            self._problem = repr(error)
+            logger.exception(
+                f"autoscaling deployment={context.deployment_name} failed; wanted={math.ceil(plan.replicas)} stays"
+            )
+
+
+class FrontendPolicy(Policy):
+    """The frontends."""
+
+    def __init__(self) -> None:
+        super().__init__("frontend")
+
+    def plan(self, context: AutoscalingContext) -> Plan:
+        running = context.current_num_replicas
+        replicas = Replicas(target=context.target_num_replicas, running=running, reporting=running)
+        return plan_frontend(context.total_num_requests, context.config.get_target_ongoing_requests(), replicas)
+
+
+class PoolPolicy(Policy):
+    """One pool of engines."""
+
+    def __init__(self, model: str, role: str, **targets: Any) -> None:
+        """`targets` are the fields of `Targets`."""
+        super().__init__(role, model)
+        self._targets = Targets(**targets)
+        self._measured = Measured()
+        self._measured_at = time.monotonic()
+
+    def plan(self, context: AutoscalingContext) -> Plan:
+        loads = reported_loads(context)
+        now = time.monotonic()
+        self._measured = measure(loads, self._measured, self._targets, now - self._measured_at)
+        self._measured_at = now
+        running = len(context.running_replicas)
+        replicas = Replicas(target=context.target_num_replicas, running=running, reporting=len(loads))
+        return plan_pool(loads, self._measured, self._targets, replicas)
+
+
+def reported_loads(context: AutoscalingContext) -> list[Load]:
+    """The mean loads of the running replicas over the reports that Serve keeps, those of `look_back_period_s`.
+
+    One that has not reported twice yet, or no longer does, is left out.  One that is on its way out is none of them.
     """
-    running = sum((context.aggregated_metrics or {}).get("sequences", {}).values())
-    return running / context.config.get_target_ongoing_requests(), {}
+    patience_s = context.config.look_back_period_s + 2 * context.config.metrics_interval_s
+    metrics = context.raw_metrics or {}
+    loads = []
+    for replica in context.running_replicas:
+        reports = [metrics.get(field, {}).get(replica, ()) for field in FIELDS]
+        times = [point.timestamp for point in reports[0]]
+        if len(times) < 2 or times[-1] < context.current_time - patience_s:
+            continue
+        first, last = (dict(zip(FIELDS, (points[at].value for points in reports), strict=True)) for at in (0, -1))
+        loads.append(mean_load(first, last, times[-1] - times[0]))
+    return loads

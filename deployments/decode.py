@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
-from typing import Any
+from collections import Counter, defaultdict
+from typing import Any, Literal
 
 import msgspec
 from ray import ObjectRef
@@ -20,11 +20,15 @@ from app.config import BatonConfig
 from app.engines.base import Role
 from app.engines.registry import can_decode_prefill
 from app.errors import InvalidRequest
-from app.messages import GenerateRequest, PrefillReport, TokenDelta, TransferDescriptor
+from app.messages import EngineStats, GenerateRequest, PrefillReport, ReplicaLoad, TokenDelta, TransferDescriptor
 from deployments.detached import spawn_detached
-from deployments.worker import Worker
+from deployments.worker import Worker, uncached_tokens
 
 logger = logging.getLogger("baton.decode")
+
+Phase = Literal["prefilling", "promised", "waiting", "decoding"]
+"""How far a sequence is: its prompt is computed here; elsewhere, though the descriptor is here (SGLang); was computed
+elsewhere, and it waits for a place or for its KV; it has a token."""
 
 
 class DecodeWorker(Worker):
@@ -35,7 +39,8 @@ class DecodeWorker(Worker):
     async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
         self._handoffs: defaultdict[str, dict[int, asyncio.Future[ObjectRef]]] = defaultdict(dict)
         self._releases: set[asyncio.Task[Any]] = set()
-        self._num_decoding = 0
+        self._phases: Counter[Phase] = Counter()
+        self._generated_tokens = 0
         await super().__init__(config, device)
         self._server.on_close = self._forget
 
@@ -52,22 +57,41 @@ class DecodeWorker(Worker):
     async def _generate(self, link: Link, call: Submit, descriptor: TransferDescriptor | None, reason: str) -> None:
         """Generate with the KV of `descriptor`, or without one because of `reason`."""
         began = time.monotonic()
-        is_decoding = False
+        phase = _first_phase(descriptor)
+        num_tokens = uncached_tokens(call.request) if descriptor is None else 0
 
         def emit(delta: TokenDelta) -> None:
-            nonlocal is_decoding
-            if delta.report is not None:
-                delta = _complete(delta, delta.report, reason, descriptor, time.monotonic() - began)
-                is_decoding = True
-                self._num_decoding += 1
+            nonlocal phase
+            report = delta.report
+            if report is None:
+                self._generated_tokens += len(delta.token_ids)
+            else:
+                delta = _complete(delta, report, reason, descriptor, time.monotonic() - began)
+                self._count_start(call.request, report, phase)
+                self._phases[phase] -= 1
+                phase = "decoding"
+                self._phases[phase] += 1
                 self._publisher.look_soon()
             link.put(call.number, delta)
 
+        self._phases[phase] += 1
+        self._accepted_tokens += num_tokens
         self._publisher.look_soon()
         try:
             await self._engine.generate(call.request, descriptor, emit)
         finally:
-            self._num_decoding -= is_decoding
+            self._phases[phase] -= 1
+            if phase == "prefilling":
+                self._accepted_tokens -= num_tokens
+
+    def _count_start(self, request: GenerateRequest, report: PrefillReport, phase: Phase) -> None:
+        """Count a sequence's first token, for autoscaling."""
+        if phase == "waiting":
+            self._meter.count(started=1)
+        if report.kind == "local":
+            self._meter.count(prompts=1)
+            if phase != "prefilling":  # it had a handoff, and its KV did not come
+                self._accepted_tokens += len(request.prompt_token_ids) - report.cached_tokens
 
     async def _receive(
         self, link: Link, number: int, request: GenerateRequest
@@ -117,7 +141,23 @@ class DecodeWorker(Worker):
             self._arrival(link_id, number).set_result(refs[0])
 
     def num_requests(self) -> tuple[int, int]:
-        return self._server.num_sequences(), self._num_decoding
+        return self._server.num_sequences(), self._phases["decoding"]
+
+    def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
+        """Sequences whose prompt another replica has still to compute are no load here, nor is KV kept for them."""
+        phases = self._phases
+        num_own = phases["prefilling"] + phases["waiting"] + phases["decoding"]
+        share = num_own / (num_own + phases["promised"]) if num_own else 0.0
+        return {
+            **super().levels(load, stats),
+            "prefilling": phases["prefilling"],
+            "waiting": phases["waiting"],
+            "decoding": phases["decoding"],
+            "kv_use": share * load.used_blocks / self._info.num_blocks,
+        }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {**super().record_autoscaling_stats(), "generated_tokens": self._generated_tokens}
 
     def _forget(self, link: Link) -> None:
         """Give up what was attached to sequences that a closed channel never submitted."""
@@ -143,15 +183,17 @@ class DecodeWorker(Worker):
             return
         await self._engine.release(descriptor)
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve does not see the sequences on the channels; see deployments/autoscaling.py."""
-        return {"sequences": float(self._server.num_sequences())}
-
 
 class AggregatedWorker(DecodeWorker):
     """One engine of a pool beside prefill and decode, which serves whole requests."""
 
     role = "aggregated"
+
+
+def _first_phase(descriptor: TransferDescriptor | None) -> Phase:
+    if descriptor is None:
+        return "prefilling"
+    return "promised" if descriptor.prefill_s is None else "waiting"
 
 
 def _complete(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -13,14 +14,19 @@ from starlette.types import ASGIApp
 from app.config import BatonConfig
 from app.engines.base import Role
 from app.health import overall_status
+from app.observability.metrics import MetricsServer
 from app.openai_server import build_server
 from deployments.process import adopt_serve_logging, freeze_heap
 from deployments.served_model import ServedModel
+
+logger = logging.getLogger("baton.frontend")
 
 
 @serve.ingress()
 class Frontend:
     """All models' API servers; any number of replicas serve the same pools without talking to each other."""
+
+    _metrics: MetricsServer | None = None
 
     async def __init__(self, config: BatonConfig, pools: list[Mapping[Role, Any]]) -> None:  # type: ignore[misc]  # Serve awaits it
         """`pools` holds the handles of each model's pools, in the order of `config.models`."""
@@ -30,6 +36,9 @@ class Frontend:
         ]
         orchestrators = [model.orchestrator for model in self._models]
         self._app = await build_server(config, orchestrators, self._health, self._stats)
+        if config.frontend.metrics_port is not None:
+            self._metrics = MetricsServer(config.frontend.metrics_port)
+            logger.info("metrics at port %d", self._metrics.port)
         freeze_heap()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -47,3 +56,8 @@ class Frontend:
         answers = await asyncio.gather(*(model.stats() for model in self._models))
         speeds = {model.name: model.router.predictor.speeds() for model in self._models}
         return {"replicas": list(chain.from_iterable(answers)), "speeds": speeds}
+
+    async def __del__(self) -> None:
+        """Serve calls this when the replica has ended its requests."""
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.close)

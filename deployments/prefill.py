@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
+
+import msgspec
 
 from app.config import BatonConfig
-from app.messages import GenerateRequest, TransferDescriptor
-from deployments.worker import Worker
+from app.errors import BatonError
+from app.messages import EngineStats, GenerateRequest, ReplicaLoad, TransferDescriptor
+from deployments.worker import Worker, uncached_tokens
+
+logger = logging.getLogger("baton.prefill")
+
+HELD_KV_POLL_S = 0.1
+"""How often a replica that is being removed looks whether decode has pulled its KV."""
 
 
 class PrefillWorker(Worker):
@@ -22,15 +32,45 @@ class PrefillWorker(Worker):
         self.check_is_me(replica_id)
         task = asyncio.create_task(self._engine.prefill(request), name=request.request_id)
         self._running[request.request_id] = task
+        num_tokens = uncached_tokens(request)
+        self._accepted_tokens += num_tokens
         self._publisher.look_soon()
         try:
-            return await task
+            descriptor = await task
+            self._meter.count(prompts=1)
+            return descriptor
+        except BaseException:
+            self._accepted_tokens -= num_tokens
+            raise
         finally:
             del self._running[request.request_id]
             self._publisher.look_soon()
 
     def num_requests(self) -> tuple[int, int]:
         return len(self._running), 0
+
+    def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
+        """KV that waits for decode is decode's matter, and so are prompts that only lack its place."""
+        if self._is_held_up(load, stats):
+            load = msgspec.structs.replace(load, queued_tokens=0)
+        return {**super().levels(load, stats), "prefilling": len(self._running)}
+
+    def _is_held_up(self, load: ReplicaLoad, stats: EngineStats) -> bool:
+        """Whether nothing is computed because the typical prompt that waits finds no place."""
+        free_tokens = (stats.num_blocks - stats.num_used_blocks) * self._info.block_size_tokens
+        is_short = free_tokens * max(1, len(self._running)) < load.queued_tokens
+        return stats.num_running == 0 < stats.num_waiting and is_short
+
+    async def drain(self) -> None:
+        """Also wait until decode has pulled all KV that lies here, or its leases have ended."""
+        await super().drain()
+        began = time.monotonic()
+        try:
+            while self._engine.queued_tokens() or (await self._engine.stats()).num_used_blocks:  # noqa: ASYNC110  it tells nobody
+                await asyncio.sleep(HELD_KV_POLL_S)
+        except BatonError as error:
+            logger.warning("the KV that decode has not pulled is lost: %s", error)
+        logger.info("role=prefill replica_id=%s drained_s=%.1f", self._replica_id, time.monotonic() - began)
 
     async def abandon(self, request_id: str, *, replica_id: str) -> None:
         """Stop a prefill, or what goes on of it after `prefill` has returned: nobody will pull its KV.

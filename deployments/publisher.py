@@ -11,7 +11,7 @@ from typing import Any
 from app.channel import ChannelServer
 from app.engines.base import Engine, EngineInfo
 from app.errors import BatonError
-from app.messages import AllBlocksCleared, KvUpdate, ReplicaLoad
+from app.messages import AllBlocksCleared, EngineStats, KvUpdate, ReplicaLoad
 from app.routing.kv_mirror import KvMirror
 
 logger = logging.getLogger("baton.publisher")
@@ -36,13 +36,18 @@ class Publisher:
         info: EngineInfo,
         server: ChannelServer,
         count: Callable[[], tuple[int, int]],
+        on_look: Callable[[ReplicaLoad, EngineStats], object] = lambda load, stats: None,
     ) -> None:
-        """`count` says how many requests the replica has not finished, and how many of them decode."""
+        """`count` says how many requests the replica has not finished, and how many of them decode.
+
+        `on_look` gets the load with each look, and what the engine said of itself last.
+        """
         self._replica_id = replica_id
         self._engine = engine
         self._server = server
         self._count = count
-        self._used_blocks = 0
+        self._on_look = on_look
+        self._stats = EngineStats()
         self._load = ReplicaLoad()
         self._is_busy = asyncio.Event()
         self._will_look = False
@@ -64,7 +69,8 @@ class Publisher:
     def _look(self, *, is_poll: bool = False) -> None:
         self._will_look = False
         sequences, decoding = self._count()
-        load = ReplicaLoad(sequences, self._engine.queued_tokens(), self._used_blocks, decoding)
+        load = ReplicaLoad(sequences, self._engine.queued_tokens(), self._stats.num_used_blocks, decoding)
+        self._on_look(load, self._stats)
         if is_poll or load != self._load:
             self._load = load
             self._server.tell_load(load)
@@ -83,7 +89,7 @@ class Publisher:
                 await asyncio.sleep(LOOK_S)
                 self._look()
             try:
-                self._used_blocks = (await self._engine.stats()).num_used_blocks
+                self._stats = await self._engine.stats()
             except BatonError as error:  # a dead engine, which Serve finds out too
                 logger.warning("replica_id=%s tells its load no longer: %s", self._replica_id, error)
                 return

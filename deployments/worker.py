@@ -15,11 +15,13 @@ from app.config import BatonConfig, PoolConfig
 from app.engines.base import Engine, EngineInfo, EngineSpec, Role
 from app.engines.registry import create_engine
 from app.errors import InvalidRequest, ReplicaLost
-from app.messages import EngineStats, ReplicaInfo
+from app.messages import EngineStats, GenerateRequest, ReplicaInfo, ReplicaLoad
 from app.model_source import local_path
+from app.planning.load import LoadMeter
 from app.ports import reserve_port
 from deployments.process import adopt_serve_logging, freeze_heap
 from deployments.publisher import Publisher
+from deployments.worker_metrics import WorkerMetrics
 
 logger = logging.getLogger("baton.worker")
 
@@ -37,18 +39,25 @@ class Worker:
         self._model = config.models[0]
         self._replica_id = context.replica_id.unique_id
         self._node_ip = ray.util.get_node_ip_address()
+        self._meter = LoadMeter()
+        self._accepted_tokens = 0
+        self._transfer_s = 0.0
         transfer = config.transfer
         self._port = reserve_port(transfer.port_min, transfer.port_max) if transfer else None
         pool = self._model.pool(self.role)
         assert pool is not None
-        self._engine: Engine = self.create_engine(pool.engine, self._spec(pool, device))
+        spec = self._spec(pool, device)
+        self._engine: Engine = self.create_engine(pool.engine, spec)
         try:
             self._info: EngineInfo = await self._engine.start()
         except BaseException:
             await self._engine.stop()
             raise
         self._server = ChannelServer(self._replica_id, self._run)
-        self._publisher = Publisher(self._replica_id, self._engine, self._info, self._server, self.num_requests)
+        self._publisher = Publisher(
+            self._replica_id, self._engine, self._info, self._server, self.num_requests, self._observe
+        )
+        self._metrics = WorkerMetrics(self._engine, self.num_requests, self._model.name, spec)
         self._channel_address = await self._server.start(self._node_ip)
         freeze_heap()
         logger.info("role=%s replica_id=%s engine=%s device=%s ready", self.role, self._replica_id, self._info, device)
@@ -78,6 +87,19 @@ class Worker:
     def num_requests(self) -> tuple[int, int]:
         """How many requests have not ended, waiting ones included, and how many of them decode."""
         raise NotImplementedError
+
+    def _observe(self, load: ReplicaLoad, stats: EngineStats) -> None:
+        self._transfer_s = stats.transfer_s
+        self._meter.set_levels(**self.levels(load, stats))
+
+    def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
+        """The present values of those fields of app/planning/load.py's `Load` that are no counts."""
+        return {"queued_tokens": load.queued_tokens, "busy": float(load.queued_tokens > 0)}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What deployments/autoscaling.py goes by; Serve asks regularly."""
+        computed = self._accepted_tokens - self._engine.queued_tokens()
+        return {**self._meter.read(), "computed_tokens": computed, "transferring": self._transfer_s}
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Serve asks once, when the replica is ready, and tells every frontend."""
@@ -109,11 +131,21 @@ class Worker:
     async def check_health(self) -> None:
         await self._engine.check_health()
 
+    async def drain(self) -> None:
+        """Return once nobody needs this replica any more."""
+        await self._server.drain()
+
     async def __del__(self) -> None:
         """Serve calls this once no frontend chooses this replica any more, and kills it when its patience ends."""
         if hasattr(self, "_channel_address"):
-            await self._server.drain()
+            await self.drain()
             await self._publisher.stop()
+            await self._metrics.stop()
             await self._server.stop()
         if hasattr(self, "_engine"):
             await self._engine.stop()
+
+
+def uncached_tokens(request: GenerateRequest) -> int:
+    """What a prompt adds to `Engine.queued_tokens` where it is computed."""
+    return max(0, len(request.prompt_token_ids) - request.expected_cached_tokens)

@@ -208,7 +208,7 @@ def bench_scaling(
     light: Annotated[float, typer.Option(min=0.01, help="Requests/s of light load.")] = 1.0,
     prompts: Annotated[float, typer.Option(min=0.01, help="Requests/s of long prompts.")] = 3.0,
     outputs: Annotated[float, typer.Option(min=0.01, help="Requests/s of long outputs.")] = 4.0,
-    long_prompt: Annotated[int, typer.Option(min=1, help="Tokens of a long prompt.")] = 8000,
+    long_prompt: Annotated[int, typer.Option(min=1, help="Tokens of a long prompt.")] = 7500,
     long_output: Annotated[int, typer.Option(min=2, help="Tokens of a long output.")] = 500,
     slo: Annotated[tuple[float, float], typer.Option(metavar="TTFT ITL", help="The model's, in ms, to draw.")] = (
         2000,

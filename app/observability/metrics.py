@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Histogram
+import errno
+
+from prometheus_client import Counter, Histogram, start_http_server
+
+from app.errors import ConfigError
 
 _LATENCY_BUCKETS_S = (
     0.001,
@@ -26,6 +30,9 @@ _RATIO_BUCKETS = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0, 3.0,
 """As fine below 1 as above it: the bounds are each other's inverse."""
 
 SEQUENCES = Counter("baton_sequences", "Sequences by how they ended.", ["model", "end"])
+WITHIN_SLO = Counter(
+    "baton_sequences_within_slo", "Sequences that ended well and within their model's `slo`: goodput.", ["model"]
+)
 DECISIONS = Counter(
     "baton_decisions", "Where prompts were to be prefilled and why, every attempt counted.", ["model", "kind", "reason"]
 )
@@ -60,3 +67,24 @@ INTER_TOKEN_LATENCY = Histogram(
     ["model"],
     buckets=_LATENCY_BUCKETS_S,
 )
+
+
+class MetricsServer:
+    """Serves the metrics of this process on the first free port from `first_port` on."""
+
+    def __init__(self, first_port: int) -> None:
+        for self.port in range(first_port, 65536):
+            try:
+                self._server, self._thread = start_http_server(self.port)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return
+        raise ConfigError("frontend.metrics_port", f"no free port from {first_port} on at this node")
+
+    def close(self) -> None:
+        """Blocks for up to half a second."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

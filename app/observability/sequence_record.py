@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from prometheus_client import Counter, Histogram
 
+from app.config import SloConfig
 from app.messages import PrefillReport, TokenDelta
 from app.observability import metrics
 from app.routing.decision import Decision
@@ -17,11 +18,23 @@ logger = logging.getLogger("baton.sequence")
 
 MetricT = TypeVar("MetricT", Counter, Histogram)
 
+DEFAULT_SLO = SloConfig()
+GOOD_ENDS = ("stop", "length", "repetition")
+"""Finish reasons of sequences that got all of their tokens."""
+
 
 class SequenceRecord:
     """Follows one sequence from its start to its end."""
 
-    def __init__(self, model: str, request_id: str, prompt_tokens: int, *, has_session: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        request_id: str,
+        prompt_tokens: int,
+        *,
+        slo: SloConfig = DEFAULT_SLO,
+        has_session: bool = False,
+    ) -> None:
         self.decision: Decision | None = None
         """That of the last attempt."""
         self.num_attempts = 0
@@ -31,6 +44,7 @@ class SequenceRecord:
         self._gaps = _labelled(metrics.INTER_TOKEN_LATENCY, model)
         self._request_id = request_id
         self._prompt_tokens = prompt_tokens
+        self._slo = slo
         self._has_session = has_session
         self._output_tokens = 0
         self._started_at = self._last_at = time.monotonic()
@@ -55,6 +69,7 @@ class SequenceRecord:
     def on_end(self, end: str) -> None:
         """`end` is a finish reason, ``cancelled`` or the name of an error."""
         _labelled(metrics.SEQUENCES, self._model, end).inc()
+        _labelled(metrics.WITHIN_SLO, self._model).inc(end in GOOD_ENDS and self._is_within_slo())
         _labelled(metrics.GENERATION_TOKENS, self._model).inc(self._output_tokens)
         if self.report is not None and self.ttft_s is not None:
             self._count_prompt(self.report, self.ttft_s)
@@ -71,6 +86,12 @@ class SequenceRecord:
             self._describe_decision(),
             "yes" if self._has_session else "no",
         )
+
+    def _is_within_slo(self) -> bool:
+        if self.ttft_s is None or self.ttft_s * 1e3 > self._slo.ttft_ms:
+            return False
+        decoding_s = self._last_at - self._started_at - self.ttft_s
+        return decoding_s * 1e3 <= self._slo.itl_ms * (self._output_tokens - 1)
 
     def _count_prompt(self, report: PrefillReport, ttft_s: float) -> None:
         _labelled(metrics.PREFILLS, self._model, report.kind, report.reason).inc()

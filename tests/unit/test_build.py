@@ -104,15 +104,69 @@ def test_an_aggregated_pool_has_nothing_to_do_with_transfers():
     assert deployments(ARGS)["decode-third"].init_args[0].models[0].is_disaggregated
 
 
-def test_every_pool_that_decodes_scales_by_its_sequences():
-    def scale(args: dict[str, Any]) -> None:
-        for pool in ("prefill", "decode", "aggregated"):
-            args["models"][2][pool] = {"engine": "sim", "autoscaling": {"max_replicas": 3}}
+def autoscaled(**autoscaling: Any) -> dict[str, Any]:
+    """ARGS with the frontend and the third model's pools autoscaled so."""
 
-    found = deployments(changed(scale))
-    policies = {name: found[name]._deployment_config.autoscaling_config.policy.policy_function for name in THIRD}
-    assert policies.pop("prefill-third") != building.POLICY
-    assert set(policies.values()) == {building.POLICY}
+    def scale(args: dict[str, Any]) -> None:
+        args["frontend"] = {"autoscaling": autoscaling}
+        for pool in ("prefill", "decode", "aggregated"):
+            args["models"][2][pool] = {"engine": "sim", "autoscaling": autoscaling}
+
+    return changed(scale)
+
+
+def autoscaling_of(args: dict[str, Any], name: str) -> Any:
+    return deployments(args)[name]._deployment_config.autoscaling_config
+
+
+def test_each_pool_scales_by_its_models_slo():
+    args = autoscaled(max_replicas=3)
+    args["models"][2]["slo"] = {"ttft_ms": 500, "itl_ms": 20}
+    for role, is_for_prompts in {"prefill": True, "decode": False, "aggregated": True}.items():
+        policy = autoscaling_of(args, f"{role}-third").policy
+        assert policy.policy_function == building.POOL_POLICY
+        targets = {"ttft_s": 0.5, "itl_s": 0.02, "sequences": None, "is_for_prompts": is_for_prompts}
+        assert policy.policy_kwargs == {"model": "third", "role": role, **targets}
+
+
+def test_a_decode_pool_without_prefill_is_for_prompts():
+    args = changed(lambda args: args["models"][1]["decode"].update(autoscaling={"max_replicas": 3}))
+    assert autoscaling_of(args, "decode-second").policy.policy_kwargs["is_for_prompts"]
+
+
+def test_frontends_scale_by_baton_s_target_unless_the_user_has_another():
+    assert autoscaling_of(autoscaled(max_replicas=3), "frontend").target_ongoing_requests == 200
+    own = autoscaled(max_replicas=3, target_ongoing_requests=7)
+    assert autoscaling_of(own, "frontend").target_ongoing_requests == 7
+    assert autoscaling_of(own, "decode-third").policy.policy_kwargs["sequences"] == 7
+
+
+def test_the_user_s_own_policy_counts():
+    policy = {"policy_function": "ray.serve.autoscaling_policy:replica_queue_length_autoscaling_policy"}
+    args = autoscaled(max_replicas=3, policy=policy)
+    for name in ("frontend", "decode-third"):
+        assert autoscaling_of(args, name).policy.policy_function == policy["policy_function"]
+
+
+def test_serve_gets_the_policy_and_what_it_is_given():
+    """As bytes, which its controller makes the policy of."""
+    from ray.serve._private.autoscaling_state import _resolve_policy_callable
+    from ray.serve._private.config import DeploymentConfig
+
+    config = deployments(autoscaled(max_replicas=3))["decode-third"]._deployment_config
+    received = DeploymentConfig.from_proto_bytes(config.to_proto_bytes()).autoscaling_config
+    policy = _resolve_policy_callable(received.policy)
+    assert policy._targets.ttft_s == 2.0
+
+
+@pytest.mark.parametrize("place", ["frontend", "models.2.prefill"])
+def test_none_at_all_is_refused_as_nobody_would_see_a_load(place: str):
+    args = autoscaled(min_replicas=0, max_replicas=3)
+    if place != "frontend":
+        del args["frontend"]
+    with pytest.raises(ConfigError) as caught:
+        building.build(args)
+    assert caught.value.field == f"{place}.autoscaling.min_replicas"
 
 
 def test_wrong_autoscaling_of_an_aggregated_pool_is_refused():
@@ -204,4 +258,8 @@ def test_a_pool_runs_only_on_nodes_with_its_labels():
 
 
 def test_another_slo_restarts_no_engine():
-    assert restarted(changed(lambda args: args["models"][0].update(slo={"ttft_ms": 500}))) == {"frontend"}
+    def change(args: dict[str, Any]) -> None:
+        args["models"][0]["decode"]["autoscaling"] = {"max_replicas": 3}
+        args["models"][0]["slo"] = {"ttft_ms": 500}
+
+    assert restarted(changed(change)) == {"frontend"}

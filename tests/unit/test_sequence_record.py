@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
+from app.config import SloConfig
 from app.messages import PrefillReport, TokenDelta
+from app.observability import sequence_record
 from app.observability.sequence_record import SequenceRecord
 from app.routing.decision import Prediction
 from tests.unit.decisions import decision
@@ -121,3 +123,35 @@ def test_the_prediction_is_compared_with_what_it_took(model: str):
 def test_what_went_wrong_on_the_way_is_no_error_of_the_prediction(model: str, report: Any, num_attempts: int):
     served(model, report, *[decision()] * num_attempts)
     assert count("baton_time_to_first_token_ratio_count", model=model, kind="remote") == 0
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "decoding_s", "end", "is_good"),
+    [
+        (1.0, 0.5, "stop", True),
+        (1.0, 0.5, "length", True),
+        (2.0, 0.0, "stop", True),
+        (2.001, 0.0, "stop", False),
+        (0.0, 0.5001, "stop", False),
+        (1.0, 0.5, "ReplicaLost", False),
+        (1.0, 0.5, "cancelled", False),
+    ],
+)
+def test_a_sequence_within_its_slo_is_goodput(
+    model: str, ttft_s: float, decoding_s: float, end: str, is_good: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """11 tokens, so 10 gaps of 50 ms each on average, be they in few deltas or many."""
+    now = 0.0
+    monkeypatch.setattr(sequence_record.time, "monotonic", lambda: now)
+    record = SequenceRecord(model, "r", 100, slo=SloConfig(ttft_ms=2000, itl_ms=50))
+    now = ttft_s
+    record.on_delta(TokenDelta([1]))
+    now = ttft_s + decoding_s
+    record.on_delta(TokenDelta([2] * 10))
+    record.on_end(end)
+    assert count("baton_sequences_within_slo_total", model=model) == is_good
+
+
+def test_goodput_is_0_and_not_unknown_where_no_sequence_was_good(model: str):
+    SequenceRecord(model, "r", 100).on_end("NoReplica")
+    assert REGISTRY.get_sample_value("baton_sequences_within_slo_total", {"model": model}) == 0

@@ -1,0 +1,88 @@
+"""What a replica of a pool exports to Prometheus: Ray serves it on every node, each name with ``ray_`` before it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from ray.serve.metrics import Gauge
+
+from app.engines.base import Engine, EngineSpec
+from app.errors import BatonError
+from app.messages import EngineStats
+
+logger = logging.getLogger("baton.worker_metrics")
+
+PERIOD_S = 5.0
+"""Half of Ray's own period, in which it collects the gauges of a process."""
+
+QUEUED_TOKENS = ("baton_queued_prompt_tokens", "Prompt tokens that wait to be computed.")
+SEQUENCES = ("baton_replica_sequences", "Sequences that the replica has not finished, waiting ones included.")
+DECODING = ("baton_decoding_sequences", "Those of them that decode.")
+OF_ENGINE = {
+    "num_waiting": ("baton_waiting_sequences", "Sequences that the engine has not scheduled yet."),
+    "num_blocks": ("baton_kv_blocks", "KV blocks of the engine."),
+    "num_used_blocks": ("baton_kv_blocks_used", "KV blocks that sequences or handoffs hold."),
+    "num_transfers": ("baton_kv_transfers_total", "KV transfers."),
+    "num_failed_transfers": ("baton_kv_transfer_failures_total", "KV transfers and handshakes that failed."),
+    "transferred_bytes": ("baton_kv_transferred_bytes_total", "Bytes of KV that moved."),
+    "transfer_s": ("baton_kv_transfer_seconds_total", "Seconds that transfers took, added up over them."),
+    "num_expired_handoffs": ("baton_expired_handoffs_total", "Handoffs whose lease ran out before decode pulled them."),
+}
+"""Gauges by the field of `EngineStats`.  Those ending in ``_total`` only grow.  They are no counters of Ray: such begin
+with their first event, so that it is no increase for Prometheus, and a node exports them for ever after the replica."""
+TRANSPORT = ("baton_kv_transport", "1 for what KV moved by last, beside what transfer.required_transport asks for.")
+
+
+class WorkerMetrics:
+    """Looks at one replica every `PERIOD_S`, also while it is idle."""
+
+    def __init__(self, engine: Engine, count: Callable[[], tuple[int, int]], model: str, spec: EngineSpec) -> None:
+        """`count` is `Worker.num_requests`."""
+        self._engine = engine
+        self._count = count
+        self._required_transport = spec.required_transport
+        self._transport = ""
+
+        tags_of_all = {"model": model, "role": spec.role}
+
+        def gauge(about: tuple[str, str], *tags: str) -> Gauge:
+            made = Gauge(*about, tag_keys=(*tags_of_all, *tags))
+            made.set_default_tags(dict(tags_of_all))  # a copy: Serve adds application, deployment and replica to it
+            return made
+
+        self._queued_tokens, self._sequences, self._decoding = map(gauge, (QUEUED_TOKENS, SEQUENCES, DECODING))
+        self._of_engine = {field: gauge(about) for field, about in OF_ENGINE.items()}
+        self._kv_transport = gauge(TRANSPORT, "transport", "required")
+        self._task = asyncio.create_task(self._follow(), name="worker-metrics")
+
+    async def _follow(self) -> None:
+        try:
+            while True:
+                self._tell(await self._engine.stats())
+                await asyncio.sleep(PERIOD_S)
+        except BatonError as error:  # a dead engine, which Serve finds out too
+            logger.warning("metrics are exported no longer: %s", error)
+        except Exception:
+            logger.exception("metrics are exported no longer")
+            raise
+
+    def _tell(self, stats: EngineStats) -> None:
+        sequences, decoding = self._count()
+        self._queued_tokens.set(self._engine.queued_tokens())
+        self._sequences.set(sequences)
+        self._decoding.set(decoding)
+        for field, gauge in self._of_engine.items():
+            gauge.set(getattr(stats, field))
+        if stats.transport != self._transport:
+            self._set_transport(0)
+            self._transport = stats.transport
+        self._set_transport(1)
+
+    def _set_transport(self, value: int) -> None:
+        self._kv_transport.set(value, {"transport": self._transport, "required": self._required_transport})
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])

@@ -1,0 +1,204 @@
+"""The pools scale apart, and what shrinks loses nothing: sim engines behind the real frontend."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
+from ray.experimental.internal_kv import _internal_kv_get
+from ray.serve.context import _get_global_client
+
+from tests.conftest import wait_until
+
+pytestmark = pytest.mark.serve
+
+QUICKLY = {
+    "min_replicas": 1,
+    "max_replicas": 3,
+    "upscale_delay_s": 0.5,
+    "downscale_delay_s": 1.0,
+    "metrics_interval_s": 0.3,
+    "look_back_period_s": 2.0,
+}
+LONG_PROMPTS = {"prompt_tokens": 1500, "max_tokens": 2, "every_s": 0.1}
+"""Each takes 0.18 s of a prefill replica: the work of two."""
+LONG_OUTPUTS = {"prompt_tokens": 20, "max_tokens": 80, "every_s": 0.15}
+"""Each takes 2 s of one of a decode replica's 4 places: 13 at once."""
+
+
+def arguments(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]:
+    pool = {"engine": "sim", "resources": {"num_cpus": 0.1}, "graceful_shutdown_timeout_s": 60}
+    model = {
+        "name": "tiny",
+        "source": "baton:tiny",
+        "engine_args": {"max_model_len": 2048, "profile": "h200-llama-8b", "speed_up": 0.2},
+        "prefill": {**pool, **prefill},
+        "decode": {**pool, "engine_args": {"max_num_seqs": 4}, **decode},
+        "routing": {"placement": {"policy": "remote"}},
+        "slo": {"ttft_ms": 1000},
+    }
+    return {"models": [model], "transfer": {}, "frontend": {"resources": {"num_cpus": 0.1}}}
+
+
+class Application:
+    """The running application, and what became of the requests that it was sent."""
+
+    def __init__(self, url: str) -> None:
+        self.url = f"{url}/scaling"
+        self.ended: Counter[str] = Counter()
+        self._num_sent = 0
+
+    def deploy(self, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
+        """Start it, or change the number of replicas of the running one."""
+        from app.build import build
+
+        serve.run(build(arguments(prefill, decode)), name="scaling", route_prefix="/scaling")
+        wait_until(self._is_healthy, 30, "both pools ready")
+
+    def _is_healthy(self) -> bool:
+        answer = httpx.get(f"{self.url}/health")
+        return answer.is_success and answer.json()["status"] == "healthy"
+
+    def deployments(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = _get_global_client().get_serve_details()["applications"]["scaling"][
+            "deployments"
+        ]
+        return found
+
+    def targets(self) -> dict[str, int]:
+        return {role: self.deployments()[f"{role}-tiny"]["target_num_replicas"] for role in ("prefill", "decode")}
+
+    def running(self, role: str) -> int:
+        replicas = self.deployments()[f"{role}-tiny"]["replicas"]
+        return sum(replica["state"] == "RUNNING" for replica in replicas)
+
+    def plan(self, deployment: str) -> dict[str, Any]:
+        """What the policy said last."""
+        value = _internal_kv_get(f"baton:autoscaling:scaling:{deployment}")
+        found: dict[str, Any] = json.loads(value) if value else {}
+        return found
+
+    def client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, timeout=60, limits=httpx.Limits(max_connections=None))
+
+    async def request(self, http: httpx.AsyncClient, prompt_tokens: int, max_tokens: int) -> None:
+        """Stream an answer and note how it ended."""
+        self._num_sent += 1
+        body = {
+            "model": "tiny",
+            "prompt": [300 + self._num_sent, *(position % 1000 for position in range(1, prompt_tokens))],
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        how = "cut short"
+        async with http.stream("POST", "/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                if "error" in line:
+                    how = line
+                elif line == "data: [DONE]":
+                    how = "whole"
+        self.ended[how] += 1
+
+    def pids(self, role: str) -> set[int]:
+        return {replica["pid"] for replica in self.deployments()[f"{role}-tiny"]["replicas"]}
+
+    def used_blocks(self, role: str) -> list[int]:
+        replicas = httpx.get(f"{self.url}/stats").json()["replicas"]
+        return [replica["num_used_blocks"] for replica in replicas if replica["role"] == role]
+
+    def prefills(self) -> dict[tuple[str, str], float]:
+        """How many prompts were computed where and why, by the one frontend's metrics."""
+        metrics = text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
+        (prefills,) = [metric for metric in metrics if metric.name == "baton_prefills"]
+        return {
+            (sample.labels["kind"], sample.labels["reason"]): sample.value
+            for sample in prefills.samples
+            if sample.name == "baton_prefills_total" and sample.labels["model"] == "tiny"
+        }
+
+    async def until(self, condition: Callable[[], Any], timeout_s: float, what: str) -> None:
+        """`wait_until` while requests are sent: what it asks for takes time."""
+        await asyncio.to_thread(wait_until, condition, timeout_s, what)
+
+    @asynccontextmanager
+    async def watching(self, role: str) -> AsyncIterator[set[int]]:
+        """All targets that a pool has inside the block."""
+        seen: set[int] = set()
+
+        async def look() -> None:
+            while True:
+                seen.add((await asyncio.to_thread(self.targets))[role])
+                await asyncio.sleep(0.2)
+
+        looking = asyncio.create_task(look())
+        try:
+            yield seen
+        finally:
+            looking.cancel()
+
+    @asynccontextmanager
+    async def wave(self, prompt_tokens: int, max_tokens: int, every_s: float) -> AsyncIterator[None]:
+        """Requests at this pace inside the block; at its end all that were begun are awaited."""
+        async with self.client() as http, asyncio.TaskGroup() as group:
+
+            async def keep_sending() -> None:
+                while True:
+                    group.create_task(self.request(http, prompt_tokens, max_tokens))
+                    await asyncio.sleep(every_s)
+
+            sending = group.create_task(keep_sending())
+            try:
+                yield
+            finally:
+                sending.cancel()
+
+
+@pytest.fixture(scope="module")
+def app(serve_url: str) -> Iterator[Application]:
+    app = Application(serve_url)
+    app.deploy({"replicas": 2}, {"replicas": 2})
+    yield app
+    serve.delete("scaling")
+
+
+async def test_what_shrinks_under_load_loses_neither_streams_nor_kv(app: Application) -> None:
+    """Of 48 sequences 8 decode at once, for 2 s, so the KV of others waits on the prefill replicas for up to 10 s."""
+    async with app.client() as http, asyncio.TaskGroup() as group:
+        for _ in range(48):
+            group.create_task(app.request(http, prompt_tokens=40, max_tokens=80))
+        await app.until(lambda: min(app.used_blocks("prefill")) > 0, 10, "KV waits on both prefill replicas")
+        await asyncio.to_thread(app.deploy, {"replicas": 1}, {"replicas": 1})
+    assert app.ended == {"whole": 48}
+    assert app.prefills() == {("remote", ""): 48}
+    await app.until(lambda: len(app.pids("prefill")) == len(app.pids("decode")) == 1, 20, "one of each is left")
+
+
+async def test_pools_of_a_fixed_number_scale_apart_once_they_may(app: Application) -> None:
+    before = app.pids("prefill") | app.pids("decode")
+    app.deploy({"autoscaling": QUICKLY}, {"autoscaling": QUICKLY})
+    await grows(app, "prefill", LONG_PROMPTS, while_stays="decode")
+    await grows(app, "decode", LONG_OUTPUTS, while_stays="prefill")
+    assert set(app.ended) == {"whole"}
+    assert app.prefills().keys() == {("remote", "")}
+    assert before & (app.pids("prefill") | app.pids("decode")), "Serve started anew what it could keep"
+
+
+async def grows(app: Application, role: str, wave: dict[str, Any], while_stays: str) -> None:
+    """Send a wave until a pool has grown; it has to shrink afterwards, and the other one to do neither."""
+    async with app.watching(while_stays) as seen, app.wave(**wave):
+        await app.until(lambda: app.running(role) >= 2, 25, f"{role} grows")
+        plan = app.plan(f"{role}-tiny")
+        assert plan["wanted"] > 1
+        assert plan["reason"]
+        assert plan["signals"]
+    assert seen == {1}, f"{while_stays} grew too"
+    await app.until(lambda: app.targets() == {"prefill": 1, "decode": 1}, 20, f"{role} returns")
