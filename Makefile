@@ -8,7 +8,7 @@ RESOLVE := bash scripts/uv.sh pip compile --quiet pyproject.toml --python-versio
 	--no-emit-find-links --custom-compile-command "make lock"
 RESOLVE_IMAGE := $(RESOLVE) --python-platform x86_64-manylinux_2_36 --generate-hashes
 
-.PHONY: help setup setup-sglang run test lint format bench bench-peers bench-routing lock clean
+.PHONY: help setup setup-sglang packages run test lint format bench bench-peers bench-routing lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -19,11 +19,14 @@ setup:  ## make .venv (nothing to do when it is up to date)
 setup-sglang:  ## make .venv-sglang, for pools with `engine: sglang`
 	@bash scripts/setup.sh sglang
 
+packages:  ## what tests need of Debian, where it is missing
+	@bash scripts/debian_packages.sh
+
 run: setup  ## serve CONFIG; MODEL=<path or name> replaces its model
 	@names=$$($(BIN)/baton environments $(CONFIG)) && for name in $$names; do bash scripts/setup.sh $$name || exit; done
 	$(BIN)/baton run $(CONFIG)
 
-test: lint setup-sglang  ## set up, lint, then all tests
+test: lint setup-sglang packages  ## set up, lint, then all tests
 	$(BIN)/pytest
 
 lint: setup  ## ruff and mypy

@@ -42,6 +42,8 @@ MAX_HELLO_BYTES = 1024
 MAX_FRAME_BYTES = 1 << 30
 KEEPALIVE_S = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 """A peer whose machine is gone without a word is noticed after 5 + 3 * 2 seconds."""
+UNANSWERED_MS = 10_000
+"""So is one that does not acknowledge what it was sent: keep-alive asks only where nothing is on its way."""
 TELL_PERIOD_S = 0.005
 """Load and cache updates that no delta takes along are sent at most this often; the first one goes at once."""
 MAX_WAITING_BLOCKS = 16_384
@@ -150,6 +152,7 @@ def _tune(writer: asyncio.StreamWriter) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEPALIVE_S.items():
         connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNANSWERED_MS)
 
 
 class Link:
@@ -398,6 +401,7 @@ class Sequence:
     def __init__(self, number: int, emit: Callable[[TokenDelta], None]) -> None:
         self.number = number
         self.emit = emit
+        self.has_started = False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def fail(self, error: BatonError) -> None:
@@ -428,6 +432,8 @@ class Channel:
     ) -> None:
         self.link_id = link_id
         self.is_closed = False
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the connection has ended by itself."""
         self.on_close: Callable[[], object] = lambda: None
         self._replica_id = replica_id
         self._writer = writer
@@ -510,6 +516,8 @@ class Channel:
             detail = type(error).__name__
             logger.warning("replica_id=%s connection broke: %r", self._replica_id, error)
         finally:
+            if not self._is_retired:
+                self.lost.set_result(None)
             self._end(detail)
 
     def _hand_out(self, batch: Batch) -> None:
@@ -517,6 +525,7 @@ class Channel:
             # One that was cancelled may still be in a frame that was on its way.
             if (sequence := self._sequences.get(number)) is None:
                 continue
+            sequence.has_started = True
             sequence.emit(delta)
             if delta.finish_reason is not None:
                 del self._sequences[number]

@@ -34,7 +34,7 @@ RAY_FLAGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a Python process would read a line for each request; /metrics has them
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 s are for load balancers outside the cluster
-    # When frontends come or go a new HAProxy takes over, and the old one has this long to end its streams, by default 120 s.
+    # When frontends come or go a new HAProxy takes over; the old one has so long to end its streams, by default 120 s.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
     # Replicas report their load (deployments/autoscaling.py); by default Serve also counts the calls of handles.
     "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "0",

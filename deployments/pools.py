@@ -20,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 
 from app.channel import Channel, Sequence
 from app.engines.base import Emit
-from app.errors import BatonError, ReplicaLost
+from app.errors import BatonError, PrefillFailed, ReplicaLost
 from app.messages import GenerateRequest
 from app.orchestrator import Handoff
 from app.routing.pool_view import PoolView
@@ -33,9 +33,11 @@ logger = logging.getLogger("baton.pools")
 class RayHandoff:
     """A prefill under way: the reference to its descriptor, which this process never resolves."""
 
-    def __init__(self, replica: str, ref: ObjectRef, abandon: Callable[[], None]) -> None:
+    def __init__(self, replica: str, ref: ObjectRef, lost: asyncio.Future[None], abandon: Callable[[], None]) -> None:
+        """`lost` is done when the prefill replica is gone: Ray finds that out up to half a minute later."""
         self.replica = replica
         self.ref = ref
+        self.lost = lost
         self.cancel = abandon
 
 
@@ -49,17 +51,23 @@ class RayPrefillPool:
         self._channels = PoolChannels(handle, view)
 
     async def start(self, request: GenerateRequest, replica: str) -> RayHandoff:
+        lost = self._channels.channel(replica).lost
         # Outside the HTTP request: with it Serve would cancel the call, and the descriptor might be lost (`abandon`).
         response = contextvars.Context().run(self._prefill.remote, request, replica_id=replica)
         abandon = partial(self._abandon_later, request.request_id, replica)
+        sending = asyncio.ensure_future(response._to_object_ref())
         try:
-            ref = await response._to_object_ref()
+            await asyncio.wait((sending, lost), return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                raise ReplicaLost(replica, "its connection ended")
+            return RayHandoff(replica, sending.result(), lost, abandon)
         except asyncio.CancelledError:
             abandon()
             raise
         except (RayError, RayServeException) as error:
             raise ReplicaLost(replica, type(error).__name__) from error
-        return RayHandoff(replica, ref, abandon)
+        finally:
+            sending.cancel()
 
     def _abandon_later(self, request_id: str, replica: str) -> None:
         """Goes on if the request is cancelled."""
@@ -87,13 +95,21 @@ class RayDecodePool:
     ) -> None:
         channel = self._channels.channel(replica)
         sequence = channel.submit(request, emit, has_handoff=handoff is not None, local_reason=local_reason)
+
+        def on_lost(_: object) -> None:
+            if not sequence.has_started:
+                sequence.fail(PrefillFailed("the prefill replica is gone"))
+
         try:
             if isinstance(handoff, RayHandoff):
+                handoff.lost.add_done_callback(on_lost)
                 task = spawn_detached(self._hand_over(handoff.ref, channel, sequence, replica), name="attach")
                 self._attaching.add(task)
                 task.add_done_callback(self._attaching.discard)
             await sequence.ended
         finally:
+            if isinstance(handoff, RayHandoff):
+                handoff.lost.remove_done_callback(on_lost)
             channel.finish(sequence)
 
     async def _hand_over(self, ref: ObjectRef, channel: Channel, sequence: Sequence, replica: str) -> None:

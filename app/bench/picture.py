@@ -119,7 +119,7 @@ def _draw_panel(axes: Axes, panel: Panel, measurements: list[Measurement]) -> No
     axes.minorticks_off()
     axes.set_xlim(levels[0] / 1.3, levels[-1] * 1.3)
     if panel.is_logarithmic:
-        _scale_logarithmically(axes)
+        scale_logarithmically(axes)
     else:
         axes.set_ylim(bottom=0)
     axes.grid(color="#dddddd", linewidth=0.6)
@@ -140,7 +140,7 @@ def _draw_line(axes: Axes, line: Line, measurements: list[Measurement], colour: 
         axes.fill_between(x, least, greatest, color=colour, alpha=0.15, linewidth=0)
 
 
-def _scale_logarithmically(axes: Axes) -> None:
+def scale_logarithmically(axes: Axes) -> None:
     """Ticks at 1, 2 and 5, as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -277,9 +277,8 @@ def _print_reasons(report: ScalingReport, console: Console) -> None:
         for name, pool in after.pools.items():
             was = before.pools.get(name, pool)
             if pool.target != was.target:
-                console.print(
-                    f"{after.at_s:5.0f} s  {name}: {was.target} -> {pool.target}  {pool.reason}", markup=False
-                )
+                change = f"{after.at_s:5.0f} s  {name}: {was.target} -> {pool.target}  {pool.reason}"
+                console.print(change, markup=False, soft_wrap=True)
 
 
 def _quantiles(values: Sequence[float]) -> list[str]:

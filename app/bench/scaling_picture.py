@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.bench.picture import COLOURS, PAGE_INCHES, TINT
+from app.bench.picture import COLOURS, PAGE_INCHES, TINT, scale_logarithmically
 
 if TYPE_CHECKING:
     from app.bench.scaling import ScalingReport, WaveKind
@@ -62,7 +62,7 @@ def _draw_load(axes: Any, report: ScalingReport) -> None:
             fontsize=7,
             color=TINT,
         )
-    axes.set_yscale("log")
+    scale_logarithmically(axes)
     axes.set_ylabel("load")
     axes.legend(frameon=False, loc="center right")
 
@@ -72,7 +72,7 @@ def _draw_replicas(axes: Any, report: ScalingReport) -> None:
     for role, colour in COLOUR_OF_ROLE.items():
         axes.step(times, [each.pool(role).ready for each in report.samples], where="post", color=colour, label=role)
         axes.step(times, [each.pool(role).target for each in report.samples], where="post", color=colour, linestyle=":")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.25 * max(pool.target for each in report.samples for pool in each.pools.values()))
     axes.set_ylabel("replicas (dotted: target)")
     axes.legend(frameon=False, loc="upper right", ncols=3)
 
@@ -93,6 +93,6 @@ def _draw_latency(axes: Any, report: ScalingReport, field: str, title: str, targ
     axes.annotate(
         f"slo {target_ms:g} ms", (0, target_ms), xytext=(2, 2), textcoords="offset points", fontsize=7, color=TINT
     )
-    axes.set_yscale("log")
+    scale_logarithmically(axes)
     axes.set_ylabel(f"{title} of each request, ms")
     axes.legend(frameon=False, loc="upper right", ncols=3, fontsize=7)
