@@ -30,6 +30,9 @@ HALF_LIFE = 32
 """Requests after which one counts half."""
 MAX_AGE_S = 600.0
 """A way that nobody has taken for so long counts as not measured, and is tried again."""
+RETRY_REQUESTS, RETRY_S = 256, 30.0
+"""So does one that was not taken for so many requests in at least so many seconds: what made it slow, decode replicas
+without a free place say, may have passed, and nobody would find out.  What was known of it is forgotten then."""
 REFIT_EVERY = 8
 """Requests between fits once there are so many; a fit takes 0.3 ms."""
 
@@ -66,6 +69,7 @@ class TimeModel:
         self._samples: deque[tuple[float, Sequence[float], float]] = deque(maxlen=WINDOW)
         self._coefficients: list[float] | None = None
         self._num_since_fit = 0
+        self._num_avoided = 0
 
     @property
     def num_features(self) -> int:
@@ -74,7 +78,10 @@ class TimeModel:
     @property
     def is_measured(self) -> bool:
         """Whether there is a sample that is not too old."""
-        return bool(self._samples) and self._samples[-1][0] > self._clock() - MAX_AGE_S
+        if not self._samples:
+            return False
+        age_s = self._clock() - self._samples[-1][0]
+        return age_s < MAX_AGE_S and not (age_s > RETRY_S and self._num_avoided >= RETRY_REQUESTS)
 
     def coefficients(self) -> list[float] | None:
         """Seconds for each unit of each feature; None where nothing is measured."""
@@ -82,13 +89,18 @@ class TimeModel:
 
     def learn(self, row: Sequence[float], seconds: float) -> None:
         """One measurement.  Fits anew if that is due, so that no decision has to wait for it."""
-        while self._samples and self._samples[0][0] <= self._clock() - MAX_AGE_S:
+        while self._samples and (not self.is_measured or self._samples[0][0] <= self._clock() - MAX_AGE_S):
             self._samples.popleft()
+        self._num_avoided = 0
         self._samples.append((self._clock(), row, max(seconds, SHORTEST_S)))
         self._num_since_fit += 1
         if self._num_since_fit >= min(REFIT_EVERY, len(self._samples)):
             self._coefficients = self._fit()
             self._num_since_fit = 0
+
+    def avoid(self) -> None:
+        """A request went the other way."""
+        self._num_avoided += 1
 
     def predict(self, row: Sequence[float]) -> float:
         """Seconds for these features."""
@@ -226,6 +238,8 @@ class TtftPredictor:
 
     def learn_local(self, work: PromptWork, ttft_s: float) -> None:
         self.local.learn(work.local_row(), ttft_s)
+        self.prefill.avoid()
+        self.handover.avoid()
 
 
 def _typical_ratio(times: Sequence[float], expected: Sequence[float]) -> float:

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.least_squares import fit_non_negative
-from app.routing.ttft import MAX_AGE_S, REFIT_EVERY, WINDOW, HandoverWork, PromptWork, TtftPredictor
+from app.routing.ttft import (
+    MAX_AGE_S,
+    REFIT_EVERY,
+    RETRY_REQUESTS,
+    RETRY_S,
+    WINDOW,
+    HandoverWork,
+    PromptWork,
+    TtftPredictor,
+)
 
 
 class Clock:
@@ -102,6 +111,35 @@ def test_what_was_measured_long_ago_counts_as_not_measured():
     teach(predictor, 1, 9.0)
     work = PromptWork(2000, 0, 0)
     assert predictor.remote_s(work, HandoverWork(2000)) == pytest.approx(truth(work, 9.0), rel=0.6)
+
+
+def test_what_made_handovers_slow_may_have_passed_so_they_are_tried_again_and_the_past_is_forgotten():
+    """A wave that decode had no places for, after which every prompt went to decode, and nobody saw it end."""
+    clock = Clock()
+    predictor = TtftPredictor(clock)
+    work, handover = PromptWork(4000, 0, 0), HandoverWork(4000)
+    for _ in range(WINDOW):
+        predictor.learn_remote(work, handover, 10.3, 0.3)
+    slow = predictor.remote_s(work, handover)
+    assert slow is not None
+    assert slow > 5
+    clock.now += RETRY_S + 1
+    for _ in range(RETRY_REQUESTS - 1):
+        predictor.learn_local(work, 0.4)
+    assert predictor.remote_s(work, handover) == slow
+    predictor.learn_local(work, 0.4)
+    assert predictor.remote_s(work, handover) is None
+    predictor.learn_remote(work, handover, 0.35, 0.3)
+    assert predictor.remote_s(work, handover) == pytest.approx(0.35, rel=0.1)
+
+
+def test_many_requests_in_a_moment_do_not_make_the_other_way_unknown():
+    predictor = TtftPredictor(Clock())
+    work, handover = PromptWork(4000, 0, 0), HandoverWork(4000)
+    predictor.learn_remote(work, handover, 0.35, 0.3)
+    for _ in range(2 * RETRY_REQUESTS):
+        predictor.learn_local(work, 0.1)
+    assert predictor.remote_s(work, handover) is not None
 
 
 def test_an_engine_that_tells_no_time_of_prefill_alone_is_learnt_as_a_whole():
