@@ -43,7 +43,8 @@ MAX_FRAME_BYTES = 1 << 30
 KEEPALIVE_S = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 """A peer whose machine is gone without a word is noticed after 5 + 3 * 2 seconds."""
 UNANSWERED_MS = 10_000
-"""So is one that does not acknowledge what it was sent: keep-alive asks only where nothing is on its way."""
+"""So is one that does not acknowledge what it was sent, for which keep-alive does not ask, or that reads nothing for so
+long while its buffers are full."""
 TELL_PERIOD_S = 0.005
 """Load and cache updates that no delta takes along are sent at most this often; the first one goes at once."""
 MAX_WAITING_BLOCKS = 16_384
@@ -522,15 +523,14 @@ class Channel:
 
     def _hand_out(self, batch: Batch) -> None:
         for number, delta in batch.deltas:
-            # One that was cancelled may still be in a frame that was on its way.
-            if (sequence := self._sequences.get(number)) is None:
+            # One that was cancelled or has failed may still be in a frame that was on its way.
+            if (sequence := self._sequences.get(number)) is None or sequence.ended.done():
                 continue
             sequence.has_started = True
             sequence.emit(delta)
             if delta.finish_reason is not None:
                 del self._sequences[number]
-                if not sequence.ended.done():
-                    sequence.ended.set_result(None)
+                sequence.ended.set_result(None)
         for number, failure in batch.failures:
             if (sequence := self._sequences.pop(number, None)) is not None:
                 sequence.fail(_ERRORS[failure.error](failure.detail))

@@ -305,7 +305,7 @@ class LimitsConfig(Settings):
     prefill_timeout_s: float = Field(default=60.0, gt=0)
     """How long decode waits for a handoff before it prefills itself."""
     max_attempts: int = Field(default=3, ge=1)
-    """Decode replicas that a request may try before its first token."""
+    """How often a request may be tried before its first token, the first time included."""
 
 
 class BatonConfig(Settings):

@@ -143,6 +143,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     num_running: int = 0
     num_waiting: int = 0
+    num_held_up: int = 0
+    """Those that wait for nothing but a place on decode, where the engine can tell (SGLang, on either side)."""
     num_blocks: int = 0
     num_used_blocks: int = 0
     """KV blocks that requests hold, those kept for a decode that has not pulled yet included."""

@@ -4,7 +4,7 @@
 2. If remotely, start the prefill; what comes back at once is a handoff, not its content.
 3. Give request and handoff to the decode replica, which waits for the descriptor, pulls the KV and streams.
    A prefill that fails leaves decode to prefill locally: the request succeeds and its report says why.  Where the
-   engine cannot do that (SGLang), it is decided anew without that prefill replica.
+   engine cannot do that (SGLang), or the prefill replica itself is gone, it is decided anew without that one.
 4. A decode replica that dies before the first token is replaced by another one, with a new prefill: the first
    one may have pulled the KV and thereby freed it on the prefill side, so its handoff cannot be used twice.
    After the first token the sequence fails, since tokens that were sent cannot be taken back.

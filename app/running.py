@@ -25,6 +25,7 @@ from app.config import BatonConfig, parse
 from app.scale import Bounds, bounds_of, scale
 from deployments.autoscaling import plan_key
 
+IMPORT_PATH = "app.build:build"
 STALE_PLAN_S = 30.0
 GROUP_LABEL = "baton/group"
 """The label of a Ray node that says which worker group it belongs to (cluster/base)."""
@@ -75,11 +76,13 @@ def scale_running(name: str, targets: Mapping[str, Bounds]) -> list[str]:
     Raises ConfigError before anything is changed.
     """
     client = connect()
-    before = _configured(client)
+    configured = _configured(client)
+    before = _of_baton(configured)
     after = scale(before, name, targets)
+    others = [application for application in configured if application not in before]
     for application in after:
         check_autoscaling(parse(application["args"]))
-    client.deploy_apps(ServeDeploySchema.model_validate({"applications": after}))
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [*others, *after]}))
     changes = []
     for old, new in zip(before, after, strict=True):
         was, becomes = _bounds(old), _bounds(new)
@@ -95,10 +98,15 @@ def _configured(client: Any) -> list[dict[str, Any]]:
     return [config.model_dump(exclude_unset=True) for config in configs.values()]
 
 
+def _of_baton(applications: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that are Baton's, of all that the cluster runs."""
+    return [application for application in applications if application["import_path"] == IMPORT_PATH]
+
+
 def read_status() -> list[Status]:
     """All of Baton's applications in the cluster.  Raises RuntimeError if there is none."""
     client = connect()
-    configured = {application["name"]: _bounds(application) for application in _configured(client)}
+    configured = {application["name"]: _bounds(application) for application in _of_baton(_configured(client))}
     details = client.get_serve_details()["applications"]
     nodes = _count_nodes()
     return [_describe(details[name], bounds, nodes) for name, bounds in configured.items() if name in details]

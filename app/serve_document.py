@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +51,7 @@ def edited(document: Mapping[str, Any], changes: Sequence[tuple[str, Any]]) -> d
     applications = document["applications"]
     if len(applications) != 1:
         raise ConfigError("applications", f"there are {len(applications)}: which one to change cannot be told")
-    changed = copy.deepcopy(dict(document))
+    changed: dict[str, Any] = json.loads(json.dumps(document))  # not deepcopy, which keeps what YAML anchors share
     args = changed["applications"][0].setdefault("args", {})
     for path, value in changes:
         _put(args, path, value)

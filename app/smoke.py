@@ -252,7 +252,7 @@ def check_health(baton: Endpoint) -> str:
     if health.status != "healthy":
         came = "; ".join(f"{name} {described}" for name, described in pools.items())
         raise Unexpected("status healthy", f"{health.status} ({came})")
-    return pools[baton.card.id]
+    return pools.get(baton.card.id, "not in /health")
 
 
 def check_models(baton: Endpoint) -> str:
@@ -361,7 +361,7 @@ def check_structured_output(baton: Endpoint) -> str:
     max_tokens = min(JSON_TOKENS, baton.card.max_model_len // 2)
     for _ in range(JSON_ATTEMPTS):
         answer = baton.chat(messages=messages, max_tokens=max_tokens, response_format=response_format)
-        choice = answer.choices[0]
+        choice = answer.choices[0] if answer.choices else _Choice()
         if choice.finish_reason == "stop":
             break
     text = choice.message.content if choice.message else None

@@ -95,10 +95,20 @@ write_kustomization() {
 # values KEY: what stands behind KEY anywhere in the manifests, each once.
 values() { awk -v key="$1:" '$1 == key || ($1 == "-" && $2 == key) { gsub(/"/, "", $NF); print $NF }' "$work/manifests" | sort -u; }
 
+# A component patches worker groups by name; one that a profile does not have becomes a group with nothing but the patch.
+check_groups() {
+    local names
+    names=$(grep -c 'groupName:' "$work/manifests" || true)
+    (($(grep -c 'rayStartParams:' "$work/manifests" || true) > names)) ||
+        die "a component of '${components[*]}' is for profiles with the worker groups prefill and decode, which '$name' has not"
+}
+
 check_placeholders() {
     local found
     found=$(values image | grep '^baton-' || true)
     [[ -z $found ]] || die "image '${found%%$'\n'*}' has no registry: add --set image.registry=ADDRESS"
+    found=$(values image | grep -E '/baton-[a-z]+$' || true)
+    [[ -z $found ]] || die "image '${found%%$'\n'*}' has no tag: add --set image.tag=TAG"
     found=$(grep -Eo '.*(REGISTRY|ACCOUNT_ID|CERTIFICATE_ID|REDIS_ADDRESS).*' "$work/manifests" || true)
     [[ -z $found ]] || die "a placeholder is left in cluster/, put your own value there:$(last_line "$found" | tr -s ' ')"
 }
@@ -129,6 +139,13 @@ wanted_secrets() {
     ' "$work/manifests" | sort -u
 }
 
+check_storage() {
+    local default='{range .items[?(@.metadata.annotations.storageclass\.kubernetes\.io/is-default-class=="true")]}{.metadata.name}{end}'
+    grep -q 'volumeClaimTemplates:' "$work/manifests" || return 0
+    [[ -n $(kubectl get storageclasses.storage.k8s.io --output="jsonpath=$default") ]] ||
+        die "no StorageClass is the default, which Redis' volume asks for: make one the default, or add --component redis-external"
+}
+
 check_secrets() {
     local secret key value missing=""
     while read -r secret key; do
@@ -146,6 +163,7 @@ check_secrets() {
 
 require_kubectl
 render >"$work/manifests"
+((! ${#components[@]})) || check_groups
 if [[ -n $dry_run ]]; then
     cat "$work/manifests"
     exit
@@ -154,6 +172,7 @@ check_placeholders
 require_cluster
 require_kuberay
 check_nodes
+check_storage
 kubectl get "namespace/$namespace" >/dev/null 2>&1 || kubectl create namespace "$namespace"
 check_secrets || exit 1
 kubectl apply --server-side --field-manager=baton --force-conflicts --filename="$work/manifests"
@@ -162,5 +181,6 @@ cat <<NEXT
 
 Next:
   BATON_NAMESPACE=$namespace $here/test.sh $name     waits until it serves, then checks that it does
-  kubectl --namespace $namespace port-forward service/$name-head-svc 8265     Ray's dashboard, at http://127.0.0.1:8265
+  kubectl --namespace $namespace port-forward service/$name-head-svc 8265     Ray's dashboard, at http://127.0.0.1:8265; its token:
+  kubectl --namespace $namespace get secret CLUSTER --output=jsonpath={.data.auth_token} | base64 -d     CLUSTER: kubectl get rayclusters
 NEXT

@@ -78,10 +78,13 @@ require_rayservice() {
 # rayservice NAME JSONPATH
 rayservice() { k get "rayservices.ray.io/$1" --output="jsonpath=$2"; }
 
+# active_cluster NAME: the RayCluster that serves.
+active_cluster() { rayservice "$1" '{.status.activeServiceStatus.rayClusterName}'; }
+
 # head_pod NAME: the head of the cluster that serves; while another is made ready there are two.
 head_pod() {
     local cluster pods
-    cluster=$(rayservice "$1" '{.status.activeServiceStatus.rayClusterName}')
+    cluster=$(active_cluster "$1")
     [[ -n $cluster ]] || die "RayService '$1' does not serve yet: '$here/test.sh $1' waits until it does"
     pods=$(k get pods --selector="ray.io/node-type=head,ray.io/cluster=$cluster" \
         --field-selector=status.phase=Running --output=name)
@@ -96,10 +99,18 @@ in_head() {
     k exec --stdin "$pod" --container=ray-head -- "$@"
 }
 
+# is_ready NAME: as it was last applied; during an upgrade the cluster before it is Ready all the time.
+is_ready() {
+    local ready upgrading
+    ready=$(rayservice "$1" '{.status.conditions[?(@.type=="Ready")].status} {.status.observedGeneration}')
+    upgrading=$(rayservice "$1" '{.status.conditions[?(@.type=="UpgradeInProgress")].status}')
+    [[ $ready == "True $(rayservice "$1" '{.metadata.generation}')" && $upgrading != True ]]
+}
+
 # wait_until_ready NAME SECONDS: says what is pending whenever that changes.
 wait_until_ready() {
     local name=$1 deadline=$((SECONDS + $2)) said="" pending
-    until [[ $(rayservice "$name" '{.status.conditions[?(@.type=="Ready")].status}') == True ]]; do
+    until is_ready "$name"; do
         pending=$(describe_pending "$name")
         [[ $pending == "$said" ]] || printf '%s\n' "$pending" >&2
         said=$pending

@@ -37,16 +37,19 @@ require_name NAME "$name"
 require_name --namespace "$namespace"
 require_rayservice "$name"
 
-# Ray adds no nodes beyond a worker group's maxReplicas: replicas above it would wait for ever.
+# Ray adds no nodes beyond a worker group's maxReplicas: replicas above it would wait for ever.  The RayService may say
+# another number than its running cluster has: KubeRay does not hand that one on.
 check_groups() {
     local group most target
     while read -r group most; do
         for target in "${targets[@]}"; do
             [[ ${target%%=*} != "$group" || ${target##*[=.]} -le $most ]] ||
                 die "$target: worker group '$group' of RayService '$name' has maxReplicas $most, and a node for each" \
-                    "replica is wanted: raise it in the profile and run '$here/deploy.sh $name' first"
+                    "replica is wanted: raise it in the profile for clusters to come, and in this one by" \
+                    "'kubectl --namespace $namespace edit rayclusters.ray.io'"
         done
-    done < <(rayservice "$name" '{range .spec.rayClusterConfig.workerGroupSpecs[*]}{.groupName}{" "}{.maxReplicas}{"\n"}{end}')
+    done < <(k get "rayclusters.ray.io/$(active_cluster "$name")" \
+        --output='jsonpath={range .spec.workerGroupSpecs[*]}{.groupName}{" "}{.maxReplicas}{"\n"}{end}')
 }
 
 write_patch() {
@@ -54,8 +57,8 @@ write_patch() {
     sed 's/^/    /' "$work/after"
 }
 
-check_groups
 pod=$(head_pod "$name")
+check_groups
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 rayservice "$name" '{.spec.serveConfigV2}' >"$work/before"

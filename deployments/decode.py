@@ -22,7 +22,7 @@ from app.engines.registry import can_decode_prefill
 from app.errors import InvalidRequest
 from app.messages import EngineStats, GenerateRequest, PrefillReport, ReplicaLoad, TokenDelta, TransferDescriptor
 from deployments.detached import spawn_detached
-from deployments.worker import Worker, uncached_tokens
+from deployments.worker import Worker
 
 logger = logging.getLogger("baton.decode")
 
@@ -58,7 +58,6 @@ class DecodeWorker(Worker):
         """Generate with the KV of `descriptor`, or without one because of `reason`."""
         began = time.monotonic()
         phase = _first_phase(descriptor)
-        num_tokens = uncached_tokens(call.request) if descriptor is None else 0
 
         def emit(delta: TokenDelta) -> None:
             nonlocal phase
@@ -67,7 +66,8 @@ class DecodeWorker(Worker):
                 self._generated_tokens += len(delta.token_ids)
             else:
                 delta = _complete(delta, report, reason, descriptor, time.monotonic() - began)
-                self._count_start(call.request, report, phase)
+                if phase in ("waiting", "promised"):
+                    self._meter.count(started=1)
                 self._phases[phase] -= 1
                 phase = "decoding"
                 self._phases[phase] += 1
@@ -75,23 +75,11 @@ class DecodeWorker(Worker):
             link.put(call.number, delta)
 
         self._phases[phase] += 1
-        self._accepted_tokens += num_tokens
         self._publisher.look_soon()
         try:
             await self._engine.generate(call.request, descriptor, emit)
         finally:
             self._phases[phase] -= 1
-            if phase == "prefilling":
-                self._accepted_tokens -= num_tokens
-
-    def _count_start(self, request: GenerateRequest, report: PrefillReport, phase: Phase) -> None:
-        """Count a sequence's first token, for autoscaling."""
-        if phase == "waiting":
-            self._meter.count(started=1)
-        if report.kind == "local":
-            self._meter.count(prompts=1)
-            if phase != "prefilling":  # it had a handoff, and its KV did not come
-                self._accepted_tokens += len(request.prompt_token_ids) - report.cached_tokens
 
     async def _receive(
         self, link: Link, number: int, request: GenerateRequest
@@ -144,14 +132,19 @@ class DecodeWorker(Worker):
         return self._server.num_sequences(), self._phases["decoding"]
 
     def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
-        """Sequences whose prompt another replica has still to compute are no load here, nor is KV kept for them."""
+        """Sequences whose prompt another replica has still to compute are no load here, nor is KV kept for them.
+
+        With SGLang those are among the `promised`, as are those that its engine has no memory for: they wait here, in
+        so far as the memory is taken by sequences of this replica's own.
+        """
         phases = self._phases
         num_own = phases["prefilling"] + phases["waiting"] + phases["decoding"]
-        share = num_own / (num_own + phases["promised"]) if num_own else 0.0
+        held_up = min(stats.num_held_up, phases["promised"])
+        share = num_own / (num_own + phases["promised"] - held_up) if num_own else 0.0
         return {
             **super().levels(load, stats),
             "prefilling": phases["prefilling"],
-            "waiting": phases["waiting"],
+            "waiting": phases["waiting"] + share * held_up,
             "decoding": phases["decoding"],
             "kv_use": share * load.used_blocks / self._info.num_blocks,
         }

@@ -59,6 +59,7 @@ class RayPrefillPool:
         try:
             await asyncio.wait((sending, lost), return_when=asyncio.FIRST_COMPLETED)
             if not sending.done():
+                abandon()  # the call may have reached it, if only the connection is gone
                 raise ReplicaLost(replica, "its connection ended")
             return RayHandoff(replica, sending.result(), lost, abandon)
         except asyncio.CancelledError:

@@ -11,7 +11,7 @@ import msgspec
 from app.config import BatonConfig
 from app.errors import BatonError
 from app.messages import EngineStats, GenerateRequest, ReplicaLoad, TransferDescriptor
-from deployments.worker import Worker, uncached_tokens
+from deployments.worker import Worker
 
 logger = logging.getLogger("baton.prefill")
 
@@ -32,16 +32,9 @@ class PrefillWorker(Worker):
         self.check_is_me(replica_id)
         task = asyncio.create_task(self._engine.prefill(request), name=request.request_id)
         self._running[request.request_id] = task
-        num_tokens = uncached_tokens(request)
-        self._accepted_tokens += num_tokens
         self._publisher.look_soon()
         try:
-            descriptor = await task
-            self._meter.count(prompts=1)
-            return descriptor
-        except BaseException:
-            self._accepted_tokens -= num_tokens
-            raise
+            return await task
         finally:
             del self._running[request.request_id]
             self._publisher.look_soon()
@@ -53,6 +46,10 @@ class PrefillWorker(Worker):
         """KV that waits for decode is decode's matter, and so are prompts that only lack its place."""
         if self._is_held_up(load, stats):
             load = msgspec.structs.replace(load, queued_tokens=0)
+        elif stats.num_held_up:
+            computable = max(0, stats.num_waiting + stats.num_running - stats.num_held_up)
+            share = computable / (computable + stats.num_held_up)
+            load = msgspec.structs.replace(load, queued_tokens=round(share * load.queued_tokens))
         return {**super().levels(load, stats), "prefilling": len(self._running)}
 
     def _is_held_up(self, load: ReplicaLoad, stats: EngineStats) -> bool:
@@ -66,7 +63,8 @@ class PrefillWorker(Worker):
         await super().drain()
         began = time.monotonic()
         try:
-            while self._engine.queued_tokens() or (await self._engine.stats()).num_used_blocks:  # noqa: ASYNC110  it tells nobody
+            # First whether the engine lives: what waits in a dead one waits for ever.
+            while _has_work(await self._engine.stats()) or self._engine.queued_tokens():  # noqa: ASYNC110  it tells nobody
                 await asyncio.sleep(HELD_KV_POLL_S)
         except BatonError as error:
             logger.warning("the KV that decode has not pulled is lost: %s", error)
@@ -82,3 +80,7 @@ class PrefillWorker(Worker):
         if (task := self._running.get(request_id)) is not None:
             task.cancel()
         await self._engine.abandon(request_id)
+
+
+def _has_work(stats: EngineStats) -> bool:
+    return bool(stats.num_used_blocks or stats.num_running or stats.num_waiting)

@@ -15,7 +15,7 @@ from app.config import BatonConfig, PoolConfig
 from app.engines.base import Engine, EngineInfo, EngineSpec, Role
 from app.engines.registry import create_engine
 from app.errors import InvalidRequest, ReplicaLost
-from app.messages import EngineStats, GenerateRequest, ReplicaInfo, ReplicaLoad
+from app.messages import EngineStats, ReplicaInfo, ReplicaLoad
 from app.model_source import local_path
 from app.planning.load import LoadMeter
 from app.ports import reserve_port
@@ -40,7 +40,6 @@ class Worker:
         self._replica_id = context.replica_id.unique_id
         self._node_ip = ray.util.get_node_ip_address()
         self._meter = LoadMeter()
-        self._accepted_tokens = 0
         self._transfer_s = 0.0
         transfer = config.transfer
         self._port = reserve_port(transfer.port_min, transfer.port_max) if transfer else None
@@ -98,8 +97,13 @@ class Worker:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What deployments/autoscaling.py goes by; Serve asks regularly."""
-        computed = self._accepted_tokens - self._engine.queued_tokens()
-        return {**self._meter.read(), "computed_tokens": computed, "transferring": self._transfer_s}
+        prompts, tokens = self._engine.computed_prompts()
+        return {
+            **self._meter.read(),
+            "prompts": prompts,
+            "computed_tokens": tokens,
+            "transferring": self._transfer_s,
+        }
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Serve asks once, when the replica is ready, and tells every frontend."""
@@ -144,8 +148,3 @@ class Worker:
             await self._server.stop()
         if hasattr(self, "_engine"):
             await self._engine.stop()
-
-
-def uncached_tokens(request: GenerateRequest) -> int:
-    """What a prompt adds to `Engine.queued_tokens` where it is computed."""
-    return max(0, len(request.prompt_token_ids) - request.expected_cached_tokens)

@@ -129,7 +129,9 @@ class Runner:
                     await self._sleep_until(begin + wave.duration_s)
         finally:
             watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            await asyncio.wait([watching])
+        if not watching.cancelled():
+            watching.result()  # raises what ended it
 
     def _now(self) -> float:
         return time.monotonic() - self._began

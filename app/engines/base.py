@@ -99,6 +99,9 @@ class Engine(Protocol):
         comes through a descriptor has none.
         """
 
+    def computed_prompts(self) -> tuple[int, int]:
+        """How many prompts that `queued_tokens` counted have been computed since the start, and their tokens."""
+
     def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
         """What happens to the prefix cache, in order, from the engine's start on, for one consumer.
 

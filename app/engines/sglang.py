@@ -32,7 +32,7 @@ from app.engines import cpu_waits
 from app.engines.base import Emit, EngineInfo, EngineSpec
 from app.engines.kv_events import KvEventFeed, follow
 from app.engines.owner_watch import owner_environment
-from app.engines.prompt_queue import PromptQueue
+from app.engines.prompt_queue import Leave, PromptQueue
 from app.engines.sglang_sampling import Translation, translate
 from app.engines.ucx import UcxLog
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
@@ -205,7 +205,7 @@ class SglangEngine:
         room = {"host": self._spec.kv_host, "port": self._spec.kv_port, "room": random.getrandbits(62)}
         arguments = self._arguments(request, self._translate(request), room)
         leave_queue = self._queue.enter(request)  # SGLang says of this leg no more than that it has ended
-        task = asyncio.create_task(self._prefill(request.request_id, arguments))
+        task = asyncio.create_task(self._prefill(request.request_id, arguments, leave_queue))
         self._prefills[request.request_id] = task
         task.add_done_callback(lambda _: self._prefills.pop(request.request_id))
         task.add_done_callback(lambda _: leave_queue())
@@ -219,14 +219,17 @@ class SglangEngine:
             params=room,
         )
 
-    async def _prefill(self, request_id: str, arguments: dict[str, Any]) -> None:
+    async def _prefill(self, request_id: str, arguments: dict[str, Any], leave_queue: Leave) -> None:
         """The prefill leg, which goes on after `prefill` returned: until decode has the KV, or will not come."""
+        is_computed = True
         try:
             async with aclosing(self._outputs(arguments)) as outputs:
                 async for output in outputs:
                     if (abort := _abort_of(output)) is not None:
+                        is_computed = False
                         self._num_expired_handoffs += "timed out" in abort["message"]
                         logger.warning("request_id=%s prefill ended: %s", request_id, abort["message"])
+            leave_queue(is_computed=is_computed)
         except InvalidRequest as error:  # decode refuses it too, and answers
             logger.info("request_id=%s refused: %s", request_id, error)
         except Exception:
@@ -252,7 +255,7 @@ class SglangEngine:
                         raise self._failure(abort, descriptor if is_first else None)
                     report = self._report(request, descriptor, output["meta_info"]) if is_first else None
                     is_first = False
-                    leave_queue()
+                    leave_queue(is_computed=True)
                     emit(_to_delta(output, translation, self._stop_reason(output, request), report))
         finally:
             leave_queue()
@@ -372,6 +375,7 @@ class SglangEngine:
             num_running=sum(load.num_running_reqs for load in loads)
             + sum(load.disaggregation.prefill_inflight_queue_reqs for load in loads if load.disaggregation),
             num_waiting=sum(load.num_waiting_reqs for load in loads),
+            num_held_up=sum(_held_up(load) for load in loads),
             num_blocks=sum(load.max_total_num_tokens for load in loads) // self._page_size,
             num_used_blocks=-(-used_tokens // self._page_size),
             num_transfers=self._num_transfers,
@@ -383,6 +387,9 @@ class SglangEngine:
 
     def queued_tokens(self) -> int:
         return self._queue.num_tokens
+
+    def computed_prompts(self) -> tuple[int, int]:
+        return self._queue.computed_prompts, self._queue.computed_tokens
 
     def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
         return follow(self._kv_feed)
@@ -402,6 +409,12 @@ class SglangEngine:
             await asyncio.to_thread(engine.shutdown)
         if self._kv_feed is not None:
             self._kv_feed.close()
+
+
+def _held_up(load: Any) -> int:
+    """Requests that decode has no KV memory for: on decode itself, or on a prefill engine that waits for it."""
+    on_prefill = load.disaggregation.prefill_bootstrap_queue_reqs if load.disaggregation else 0
+    return int(on_prefill + (load.queues.prealloc_ready if load.queues else 0))
 
 
 def _abort_of(output: dict[str, Any]) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Literal, Self
 
 import msgspec
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from app import __version__
 from app.engines.base import Emit, EngineInfo, EngineSpec
-from app.engines.prompt_queue import PromptQueue
+from app.engines.prompt_queue import Leave, PromptQueue
 from app.engines.sim_faults import Fault, FaultKind, FaultPlan
 from app.engines.sim_profile import load_profile
 from app.engines.sim_scheduler import Scheduler, SchedulerLimits, Sequence, Step
@@ -136,7 +136,7 @@ class _Run(msgspec.Struct):
 
     sequence: Sequence
     ended: asyncio.Future[None]
-    leave_queue: Callable[[], None]
+    leave_queue: Leave
     emit: Emit | None = None
     descriptor: TransferDescriptor | None = None
     num_logprobs: int | None = None
@@ -259,7 +259,7 @@ class SimEngine:
         report = None
         if not run.is_reported:
             run.is_reported = True
-            run.leave_queue()
+            run.leave_queue(is_computed=True)
             report = self._report(run)
         logprobs = None
         if run.num_logprobs is not None:
@@ -353,6 +353,7 @@ class SimEngine:
         self._wake.set()
         try:
             await ended
+            leave_queue(is_computed=True)
         except BaseException:
             self._free(sequence)
             raise
@@ -446,6 +447,9 @@ class SimEngine:
 
     def queued_tokens(self) -> int:
         return self._queue.num_tokens
+
+    def computed_prompts(self) -> tuple[int, int]:
+        return self._queue.computed_prompts, self._queue.computed_tokens
 
     async def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
         while self._prefix_cache == "published" and self._death is None:

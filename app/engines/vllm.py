@@ -204,6 +204,7 @@ class VllmEngine:
         leave_queue = self._queue.enter(request)
         try:
             await self._run(request, params, outputs.append)
+            leave_queue(is_computed=True)
         finally:
             leave_queue()
         last = outputs[-1]
@@ -242,7 +243,7 @@ class VllmEngine:
             report = None
             if is_first:
                 is_first = False
-                leave_queue()
+                leave_queue(is_computed=True)
                 report = self._report(output, descriptor, is_refused)
             emit(_to_delta(output, report))
 
@@ -348,6 +349,9 @@ class VllmEngine:
 
     def queued_tokens(self) -> int:
         return self._queue.num_tokens
+
+    def computed_prompts(self) -> tuple[int, int]:
+        return self._queue.computed_prompts, self._queue.computed_tokens
 
     def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
         return follow(self._kv_feed)

@@ -29,8 +29,9 @@ KINDS: dict[str, dict[str, str]] = {
     },
     "ray.io/v1": {"rayservices": "RayService", "rayclusters": "RayCluster"},
     "karpenter.sh/v1": {"nodepools": "NodePool"},
+    "storage.k8s.io/v1": {"storageclasses": "StorageClass"},
 }
-CLUSTER_WIDE = {"Namespace", "Node", "NodePool"}
+CLUSTER_WIDE = {"Namespace", "Node", "NodePool", "StorageClass"}
 VERBS = ["create", "delete", "get", "list", "patch", "watch"]
 
 
@@ -59,7 +60,13 @@ class ApiServer(ThreadingHTTPServer):
 
     def add(self, api_version: str, kind: str, name: str, namespace: str = "baton", **fields: Any) -> Object:
         """An object, with `labels` in its metadata; it goes when its `owner` does."""
-        metadata: Object = {"name": name, "labels": fields.pop("labels", {}), "uid": name, "resourceVersion": "1"}
+        metadata: Object = {
+            "name": name,
+            "labels": fields.pop("labels", {}),
+            "uid": name,
+            "resourceVersion": "1",
+            "generation": 1,
+        }
         metadata["ownerReferences"] = [{"name": fields.pop("owner", None)}]
         if kind not in CLUSTER_WIDE:
             metadata["namespace"] = namespace

@@ -157,6 +157,9 @@ def write(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(text)
 
 
+UP = {"type": "Ready", "status": "True"}
+
+
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
     """With a cluster that has everything that a profile needs."""
@@ -172,11 +175,14 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 def running(desk: Desk) -> Desk:
     """With the RayService up."""
     status = {
-        "conditions": [{"type": "Ready", "status": "True"}],
+        "conditions": [UP, {"type": "UpgradeInProgress", "status": "False"}],
+        "observedGeneration": 1,
         "activeServiceStatus": {"rayClusterName": "sample-abc"},
     }
     groups = [{"groupName": "prefill", "maxReplicas": 4}, {"groupName": "decode", "maxReplicas": 8}]
-    spec = {"serveConfigV2": SERVE_CONFIG, "rayClusterConfig": {"workerGroupSpecs": groups}}
+    newer = [{**group, "maxReplicas": 99} for group in groups]  # which KubeRay does not hand on to the cluster
+    spec = {"serveConfigV2": SERVE_CONFIG, "rayClusterConfig": {"workerGroupSpecs": newer}}
+    desk.server.add("ray.io/v1", "RayCluster", "sample-abc", owner=NAME, spec={"workerGroupSpecs": groups})
     labels = {"baton.io/service": NAME}
     desk.server.add("ray.io/v1", "RayService", NAME, labels=labels, spec=spec, status=status)
     for cluster in ("sample-old", "sample-abc"):
@@ -371,6 +377,30 @@ def test_images_without_a_registry(desk: Desk):
     check_refused(desk.run("deploy.sh", NAME), 1, "image 'baton-frontend:main' has no registry", "image.registry")
 
 
+def test_images_without_a_tag(desk: Desk):
+    service = desk.cluster / "profiles" / NAME / "service.yaml"
+    service.write_text(SERVICE.replace(":main", ""))
+    check_refused(deploy(desk), 1, "image 'example/baton-frontend' has no tag", "image.tag")
+    assert deploy(desk, "--set", "image.tag=v1").returncode == 0
+
+
+def test_a_component_for_groups_that_the_profile_does_not_have():
+    """Kustomize would add the patch as a group, of which the API server says no more than that it is not complete."""
+    command = [str(CLUSTER / "deploy.sh"), "sglang-aggregated-default", "--dry-run", "--component"]
+    done = subprocess.run([*command, "gpu-g6"], capture_output=True, text=True, check=False)
+    check_refused(done, 1, "'gpu-g6' is for profiles with the worker groups prefill and decode")
+    assert subprocess.run([*command, "ingress-alb"], capture_output=True, check=False).returncode == 0
+
+
+def test_a_volume_that_no_storage_class_would_make(desk: Desk):
+    service = desk.cluster / "profiles" / NAME / "service.yaml"
+    service.write_text(SERVICE.replace("  rayClusterConfig:", "  volumeClaimTemplates: []\n  rayClusterConfig:"))
+    check_refused(deploy(desk), 1, "no StorageClass is the default")
+    annotations = {"storageclass.kubernetes.io/is-default-class": "true"}
+    desk.server.add("storage.k8s.io/v1", "StorageClass", "gp3")["metadata"]["annotations"] = annotations
+    assert "StorageClass" not in deploy(desk).stderr
+
+
 def test_a_placeholder_that_was_left(desk: Desk):
     check_refused(deploy(desk, "--component", "public"), 1, "a placeholder is left", "CERTIFICATE_ID")
 
@@ -478,6 +508,17 @@ def test_what_is_waited_for_is_said(running: Desk):
     assert "  pod sample-decode-1 Pending: ImagePullBackOff (no such tag)" in lines
     assert "is not ready after 1 s" in lines[-1]
     assert len(lines) == 8, "said once, as it does not change"
+
+
+@pytest.mark.parametrize(
+    "change", [{"observedGeneration": 0}, {"conditions": [UP, {"type": "UpgradeInProgress", "status": "True"}]}]
+)
+def test_the_old_cluster_does_not_pass_for_the_new_one(running: Desk, change: dict[str, Any]):
+    """While the second cluster is made the first is Ready all the time."""
+    running.rayservice()["status"] |= change
+    done = running.run("test.sh", NAME, "--timeout", "0")
+    assert done.returncode == 1
+    assert "is not ready after 0 s" in done.stderr
 
 
 # scale.sh

@@ -69,12 +69,12 @@ def test_sglang_without_its_prefill_engine_says_so_and_harms_no_other_model(sgla
     """Decode cannot prefill, so the model is down; it is said at once, and nothing of it is left when it is back."""
     sglang.wait_until_healthy()
     vllm.wait_until_healthy()
-    replica = sglang.replica_process("prefill")
+    processes = engine_processes(sglang.replica_process("prefill"))
     long = random.Random(9).choices(range(300, 2000), k=3500)
     with ThreadPoolExecutor(4) as pool, Load(vllm) as load:
         under_way = [pool.submit(sglang.post, "/v1/completions", prompt=[n, *long], max_tokens=8) for n in range(4)]
         wait_until(lambda: not sglang.is_idle(), 30, "requests under way", every_s=0.01)
-        for process in engine_processes(replica):
+        for process in processes:
             process.kill()
         began = time.monotonic()
         answers = [future.result() for future in under_way]

@@ -90,6 +90,9 @@ class ScriptedEngine:
     def queued_tokens(self) -> int:
         return sum(self._queued.values())
 
+    def computed_prompts(self) -> tuple[int, int]:
+        return 0, 0
+
     async def kv_events(self) -> AsyncIterator[list[KvEvent]]:
         while True:
             yield await self._events.get()

@@ -144,6 +144,8 @@ class Application:
             yield seen
         finally:
             looking.cancel()
+            await asyncio.wait([looking])
+        assert looking.cancelled(), looking.exception()
 
     @asynccontextmanager
     async def wave(self, prompt_tokens: int, max_tokens: int, every_s: float) -> AsyncIterator[None]:

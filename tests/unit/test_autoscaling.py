@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
 from collections import Counter
 from itertools import pairwise
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from app.engines.base import EngineInfo
+from app.errors import BatonError, EngineDead
 from app.messages import EngineStats, ReplicaLoad
 from app.planning.load import FIELDS, Load, LoadMeter, mean_load
 from app.planning.plan import Measured, Plan, Replicas, Targets, measure, plan_frontend, plan_pool
@@ -210,6 +212,57 @@ def test_sequences_whose_prompt_is_computed_elsewhere_are_no_load_of_decode() ->
     assert levels == {
         "queued_tokens": 0, "busy": 0, "prefilling": 0, "waiting": 1, "decoding": 1, "kv_use": pytest.approx(0.2)
     }  # fmt: skip
+
+
+def test_sequences_that_sglang_has_no_memory_for_wait_on_decode_and_are_no_load_of_prefill() -> None:
+    """Most of this replica's KV is its own, so those that find none lack decode replicas, and prefill could do more."""
+    held_up = EngineStats(num_held_up=150, num_waiting=150)
+    decode = Decode(_phases=Counter({"promised": 150, "decoding": 50}))
+    levels = decode.levels(ReplicaLoad(sequences=200, used_blocks=96, decoding=50), held_up)
+    assert (levels["waiting"], levels["kv_use"]) == (150, 0.96)
+    prefill = Prefill(_running={})
+    assert prefill.levels(ReplicaLoad(queued_tokens=75_000), held_up)["queued_tokens"] == 0
+
+
+def test_kv_that_is_only_promised_makes_nobody_wait_for_decode() -> None:
+    """Prefill is behind: what fills decode's KV are sequences whose prompt is not computed yet."""
+    decode = Decode(_phases=Counter({"promised": 150, "decoding": 1}))
+    levels = decode.levels(ReplicaLoad(sequences=151, used_blocks=96, decoding=1), EngineStats(num_held_up=50))
+    assert levels["waiting"] < 1
+    assert levels["kv_use"] < 0.02
+
+
+class Draining:
+    """An engine as a prefill replica that is removed asks it."""
+
+    def __init__(self, *stats: EngineStats | BatonError, queued_tokens: int = 0) -> None:
+        self.answers = list(stats)
+        self.tokens = queued_tokens
+
+    async def stats(self) -> EngineStats:
+        answer = self.answers.pop(0)
+        if isinstance(answer, BatonError):
+            raise answer
+        return answer
+
+    def queued_tokens(self) -> int:
+        return self.tokens
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        Draining(EngineStats(num_used_blocks=3), EngineStats(num_waiting=1), EngineStats()),
+        Draining(EngineStats(num_used_blocks=3), EngineDead("killed"), queued_tokens=900),
+    ],
+    ids=["until decode has pulled", "not for what waits in a dead engine"],
+)
+async def test_a_prefill_replica_that_is_removed_waits(engine: Draining, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.prefill.HELD_KV_POLL_S", 0.001)
+    worker = Prefill(_engine=engine, _server=Mock(drain=AsyncMock()), _replica_id="p")
+    async with asyncio.timeout(5):
+        await worker.drain()
+    assert engine.answers == []
 
 
 def test_what_the_user_set_counts_beside_the_rest() -> None:

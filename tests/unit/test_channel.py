@@ -177,10 +177,30 @@ async def test_a_replica_that_goes_away_fails_its_sequences_and_every_later_one(
         with pytest.raises(ReplicaLost):
             await task
         assert channel.is_closed
+        assert channel.lost.done()
         with pytest.raises(ReplicaLost):
             await served(channel, [])
         with pytest.raises(ReplicaLost):
             await Channel.connect("d", replica.address, Told())
+
+
+async def test_a_sequence_that_has_failed_here_gets_nothing_more():
+    """Its first token may be on the way just then, and whoever tries again elsewhere must not have it too."""
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        received: list[TokenDelta] = []
+        sequence = channel.submit(request(), received.append, has_handoff=True, local_reason="")
+        await replica.started.wait()
+        replica.links[0].put(0, TokenDelta([1]))
+        other = asyncio.create_task(served(channel, []))
+        sequence.fail(ReplicaLost("p"))
+        await until(lambda: len(replica.calls) == 2)
+        replica.links[0].put(1, LAST)
+        await other
+        assert received == []
+        channel.finish(sequence)
+        with pytest.raises(ReplicaLost):
+            await sequence.ended
 
 
 async def test_stopping_sends_what_waits():
@@ -485,6 +505,7 @@ async def test_an_idle_channel_that_retires_ends():
         channel.retire()
         assert ended == [True]
         await until(lambda: not replica.server.links)
+        assert not channel.lost.done()  # Serve has removed the replica, which ends what it has
 
 
 async def test_a_channel_can_be_closed_before_it_has_run():

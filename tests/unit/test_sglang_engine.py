@@ -703,19 +703,22 @@ async def test_a_prefill_engine_that_has_gone_is_noticed_at_its_next_look(
 
 def load(**fields: Any) -> Any:
     usual = {"num_running_reqs": 0, "num_waiting_reqs": 0, "num_used_tokens": 0, "max_total_num_tokens": 160}
-    return SimpleNamespace(**{**usual, "disaggregation": None, **fields})
+    return SimpleNamespace(**{**usual, "disaggregation": None, "queues": None, **fields})
 
 
 async def test_its_load_is_the_sum_of_all_ranks_in_blocks(start: Start):
     engine, fake = start()
-    in_flight = SimpleNamespace(prefill_inflight_queue_reqs=3)
+    in_flight = SimpleNamespace(prefill_inflight_queue_reqs=3, prefill_bootstrap_queue_reqs=5)
+    on_decode = SimpleNamespace(prefill_inflight_queue_reqs=0, prefill_bootstrap_queue_reqs=0)
     fake.loads = [
         load(num_running_reqs=1, num_waiting_reqs=4, num_used_tokens=17),
         load(num_running_reqs=2, num_used_tokens=16, disaggregation=in_flight),
+        load(max_total_num_tokens=0, disaggregation=on_decode, queues=SimpleNamespace(prealloc_ready=7)),
     ]
     stats = await engine.stats()
     assert (stats.num_running, stats.num_waiting) == (1 + 2 + 3, 4)
     assert (stats.num_blocks, stats.num_used_blocks) == (20, 3)
+    assert stats.num_held_up == 5 + 7
 
 
 async def test_it_is_dead_with_any_of_its_processes(start: Start):

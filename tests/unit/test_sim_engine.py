@@ -606,6 +606,7 @@ async def test_prompts_are_queued_until_their_first_token_is_there(start: Any):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         assert (prefill.queued_tokens(), decode.queued_tokens()) == (0, 0)
+        assert prefill.computed_prompts() == decode.computed_prompts() == (0, 0)
     async with start("prefill") as prefill, start() as decode:
         at_tokens: list[int] = []
         await decode.generate(request(max_tokens=2), None, lambda _: at_tokens.append(decode.queued_tokens()))
@@ -619,6 +620,7 @@ async def test_prompts_are_queued_until_their_first_token_is_there(start: Any):
         await asyncio.sleep(0)
         assert decode.queued_tokens() == 0
         await task
+        assert prefill.computed_prompts() == decode.computed_prompts() == (1, 100)
 
 
 async def test_a_descriptor_tells_how_long_prefill_took(start: Any):

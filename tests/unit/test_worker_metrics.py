@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -107,6 +108,7 @@ async def test_an_engine_that_says_nothing_any_more_is_left_alone_and_logged(
 ):
     await until(lambda: engine.num_looks > 0)
     engine.error = error
-    await until(engine.looks.done)
+    with caplog.at_level(logging.WARNING, logger="baton.worker_metrics"):
+        await until(engine.looks.done)
     assert "metrics are exported no longer" in caplog.text
     engine.looks.exception()
