@@ -137,8 +137,7 @@ def run(path: Path, host: str | None, port: int | None, dashboard: bool, verbose
         **({"port": port} if port else {}),
     }
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    _set_on_signals(stop)
     # Asking vLLM takes as long as Ray takes to start, and must not touch this process's environment.
     thorough = subprocess.Popen(
         [sys.executable, "-m", "app.cli", "check", str(path)],
@@ -147,6 +146,7 @@ def run(path: Path, host: str | None, port: int | None, dashboard: bool, verbose
         text=True,
     )
     start_cluster(http, document.get("proxy_location", "EveryNode"), dashboard, verbose)
+    _set_on_signals(stop)  # again: Ray's own handler of SIGTERM ends this process at once, and leaves HAProxy behind
     try:
         _, problem = thorough.communicate()
         if thorough.returncode:
@@ -158,6 +158,11 @@ def run(path: Path, host: str | None, port: int | None, dashboard: bool, verbose
         console.print("stopping")
     finally:
         stop_cluster()
+
+
+def _set_on_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
 
 
 def ray_environment() -> dict[str, str]:
