@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from typing import Any
 
 import pytest
 
 from app.smoke import CHECKS, Endpoint, find_models, run_check, smoke
+from tests.conftest import REPOSITORY
 from tests.engines.conftest import SGLANG_AGGREGATED, Baton
 
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(600)]
@@ -34,3 +37,17 @@ def test_the_sim_engine_has_no_structured_output(sim: Baton, capsys: Any) -> Non
     said = capsys.readouterr().out
     assert said.count("skipped") == 1
     assert said.splitlines()[-1] == "passed"
+
+
+def test_the_script_for_this_machine_passes_as_well(vllm: Baton) -> None:
+    command = [REPOSITORY / "cluster/test.sh", "local", "--model", vllm.model]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "BATON_URL": vllm.url},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "passed"
