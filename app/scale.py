@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from app.config import ModelConfig, parse
 from app.errors import ConfigError
 from app.launch import load_document
+from app.serve_document import dump, unshared
 
 
 class Bounds(NamedTuple):
@@ -48,8 +46,7 @@ def scale(applications: Sequence[Mapping[str, Any]], name: str, targets: Mapping
     `name` may be the application's too where that serves one model.  The pool ``frontend`` is the application's.
     Raises ConfigError for an unknown name or pool.
     """
-    # Not deepcopy, which keeps what YAML anchors share.
-    changed: list[dict[str, Any]] = json.loads(json.dumps(list(applications)))
+    changed = unshared([dict(application) for application in applications])
     application, index = _find(changed, name)
     config = parse(application["args"])
     for pool, bounds in targets.items():
@@ -67,7 +64,7 @@ def scale_file(path: Path, name: str, targets: Mapping[str, Bounds]) -> str:
     """The Serve config in `path` with the bounds changed, as YAML without its comments.  Raises ConfigError."""
     document = load_document(path)
     document["applications"] = scale(document["applications"], name, targets)
-    return yaml.safe_dump(document, sort_keys=False)
+    return dump(document)
 
 
 def bounds_of(section: Mapping[str, Any]) -> Bounds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 import yaml
@@ -13,6 +13,8 @@ import yaml
 from app.config import parse
 from app.errors import ConfigError
 from app.launch import load_document
+
+T = TypeVar("T")
 
 
 def edit(
@@ -22,7 +24,18 @@ def edit(
     """Print a configuration with some values replaced; comments are left out.  Paths are those that errors name."""
     document = edited(load_document(file), [parse_change(change) for change in changes])
     _check(document["applications"][0]["args"])
-    typer.echo(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), nl=False)
+    typer.echo(dump(document), nl=False)
+
+
+def dump(document: Mapping[str, Any]) -> str:
+    """A Serve config as YAML."""
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def unshared(document: T) -> T:
+    """A copy in which nothing stands in two places: YAML's anchors share what they name, and deepcopy keeps that."""
+    copied: T = json.loads(json.dumps(document))
+    return copied
 
 
 def _check(args: dict[str, Any]) -> None:
@@ -51,7 +64,7 @@ def edited(document: Mapping[str, Any], changes: Sequence[tuple[str, Any]]) -> d
     applications = document["applications"]
     if len(applications) != 1:
         raise ConfigError("applications", f"there are {len(applications)}: which one to change cannot be told")
-    changed: dict[str, Any] = json.loads(json.dumps(document))  # not deepcopy, which keeps what YAML anchors share
+    changed = unshared(dict(document))
     args = changed["applications"][0].setdefault("args", {})
     for path, value in changes:
         _put(args, path, value)

@@ -43,7 +43,7 @@ class Policy:
         self._told: tuple[int, int] | None = None
         self._told_at = 0.0
         tags = ("application", "deployment")
-        self._wanted = Gauge("baton_autoscaling_wanted_replicas", "Replicas by the load alone.", (*tags,))
+        self._wanted = Gauge("baton_autoscaling_wanted_replicas", "Replicas by the load alone.", tags)
         self._signal = Gauge("baton_autoscaling_signal", "What the wish is made of.", (*tags, "signal"))
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:

@@ -38,20 +38,10 @@ def draw(report: ScalingReport, path: Path) -> None:
 
 def _draw_load(axes: Any, report: ScalingReport) -> None:
     edges = report.wave_starts()
-    axes.stairs(
-        [wave.rate * wave.input_tokens for wave in report.waves],
-        edges,
-        color=COLOUR_OF_ROLE["prefill"],
-        label="prompt tokens/s",
-        linewidth=1.6,
-    )
-    axes.stairs(
-        [wave.rate * wave.output_tokens for wave in report.waves],
-        edges,
-        color=COLOUR_OF_ROLE["decode"],
-        label="output tokens/s",
-        linewidth=1.6,
-    )
+    lines = (("prefill", "input_tokens", "prompt tokens/s"), ("decode", "output_tokens", "output tokens/s"))
+    for role, tokens, label in lines:
+        rates = [wave.rate * getattr(wave, tokens) for wave in report.waves]
+        axes.stairs(rates, edges, color=COLOUR_OF_ROLE[role], label=label, linewidth=1.6)
     for begin, wave in zip(edges, report.waves, strict=False):
         axes.annotate(
             f"{wave.kind}\n{wave.rate:g}/s of {wave.input_tokens} + {wave.output_tokens}",

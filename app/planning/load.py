@@ -71,7 +71,7 @@ class LoadMeter:
         self._levels.update(levels)
 
     def count(self, **events: float) -> None:
-        """So much of these fields has happened; less than nothing takes back what was counted too early."""
+        """So much of these fields has happened."""
         for field, number in events.items():
             self._integrals[field] += number
 
