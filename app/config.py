@@ -19,13 +19,13 @@ from pydantic import (
     model_validator,
 )
 
-from app.engines.base import Role
 from app.engines.registry import EngineName, owned_args
 from app.errors import ConfigError
-from app.tiny_model import Size
+from app.messages import Role
+from app.models.tiny import Size
 
 MADE_MODELS: dict[str, Size] = {"baton:tiny": "tiny", "baton:small": "small"}
-"""The `source` of each model that Baton makes itself (app/tiny_model.py)."""
+"""The `source` of each model that Baton makes itself (app/models/tiny.py)."""
 
 
 class Settings(BaseModel):
@@ -57,8 +57,8 @@ class DeploymentConfig(Settings):
     autoscaling: dict[str, Any] | None = None
     """Serve's AutoscalingConfig, verbatim, instead of `replicas`: `min_replicas`, `max_replicas`, `upscale_delay_s`,
     `downscale_delay_s`, `look_back_period_s`, ...  How many replicas the load takes is Baton's to say, by the model's
-    `slo` (app/planning/plan.py), unless this names another `policy`.  `target_ongoing_requests` is for frontends (200
-    by default); for a pool it is a bound of the user's own, beside the others."""
+    `slo` (app/autoscaling/replica_plan.py), unless this names another `policy`.  `target_ongoing_requests` is for
+    frontends (200 by default); for a pool it is a bound of the user's own, beside the others."""
     resources: Resources = Resources()
     environment: dict[str, str] = {}
     """Environment variables of the replicas' processes."""

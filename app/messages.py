@@ -10,6 +10,10 @@ from typing import Any, Literal
 
 import msgspec
 
+Role = Literal["prefill", "decode", "aggregated"]
+"""What a pool's engines do: compute prompts for others; decode what was computed elsewhere (and, where there is no
+prefill pool or the engine can, prompts too); or, beside two such pools, serve whole requests by themselves."""
+
 PrefillMode = Literal["auto", "local", "remote", "spoiled"]
 """How one request wants its prompt prefilled: as Baton sees fit; by the replica that decodes it; by the prefill pool;
 or there but from another prompt, so that decode gets KV that is wrong (the control run of ``baton verify``)."""
@@ -165,7 +169,7 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica tells once, when it is ready."""
 
     replica_id: str
-    role: Literal["prefill", "decode", "aggregated"]
+    role: Role
     model: str
     engine: str
     engine_version: str
@@ -195,7 +199,8 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
 class KvUpdate(msgspec.Struct, frozen=True, array_like=True):
     """What changed in a replica's prefix cache: empty it if `is_reset`, then take out `removed`, then put in `stored`.
 
-    Blocks go by the hashes of app/routing/blocks.py, which are the same for every engine; no hash is in both lists.
+    Blocks go by the hashes of app/kv_cache/block_hashes.py, which are the same for every engine; no hash is in both
+    lists.
     """
 
     stored: list[int]

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from app.config import BatonConfig, ModelConfig, PoolConfig
-from app.engines.base import EngineSpec, Role
+from app.engines.base import EngineSpec
 from app.errors import ConfigError
-from app.model_source import check_source, local_path
+from app.messages import Role
+from app.models.source import check_source, local_path
 
 Device = Literal["cpu", "cuda"]
 
@@ -131,7 +132,7 @@ def _check_total(config: BatonConfig, gpus_per_node: Sequence[int]) -> None:
 
 
 def _check_sim(field: str, role: str, model: ModelConfig, pool: PoolConfig) -> None:
-    from app.engines.sim import parse_args
+    from app.engines.sim.engine import parse_args
 
     try:
         parse_args(model.merged_engine_args(pool))
@@ -191,7 +192,7 @@ def _check_names(index: int, model: ModelConfig, known: Collection[str], engine:
 
 
 def _check_server(index: int, model: ModelConfig) -> None:
-    from app.openai_server import frontend_config, server_namespace
+    from app.frontend.openai_server import frontend_config, server_namespace
 
     arguments = server_namespace(model, index)
     try:

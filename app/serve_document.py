@@ -1,30 +1,61 @@
-"""Single values of a Serve config file, as ``baton edit`` and ``cluster/deploy.sh --set`` replace them."""
+"""A Serve config file as a document: read, edited by paths, written."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-import typer
 import yaml
 
-from app.config import parse
+from app.config import BatonConfig, parse
 from app.errors import ConfigError
-from app.launch import load_document
+from app.models.source import is_folder
 
 T = TypeVar("T")
 
 
-def edit(
-    file: Annotated[Path, typer.Argument(help="A Serve config file, which stays as it is.")],
-    changes: Annotated[list[str], typer.Argument(help="PATH=VALUE: models.0.decode.replicas=2; VALUE is YAML.")],
-) -> None:
-    """Print a configuration with some values replaced; comments are left out.  Paths are those that errors name."""
-    document = edited(load_document(file), [parse_change(change) for change in changes])
-    _check(document["applications"][0]["args"])
-    typer.echo(dump(document), nl=False)
+def load_document(path: Path) -> dict[str, Any]:
+    """The Serve config file with the environment's MODEL put into it.  Raises ConfigError."""
+    try:
+        document: Any = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(str(path), error.strerror or "cannot be read") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), f"is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), "is not text") from error
+    applications = document.get("applications") if isinstance(document, dict) else None
+    if not applications:
+        raise ConfigError(str(path), "has no `applications`: it must be a Serve config file")
+    if not isinstance(applications, list) or not all(isinstance(application, dict) for application in applications):
+        raise ConfigError(str(path), "`applications` is not a list of mappings")
+    if model := os.environ.get("MODEL"):
+        for application in document["applications"]:
+            _replace_model(application, model)
+    return dict(document)
+
+
+def _replace_model(application: dict[str, Any], source: str) -> None:
+    models = parse(application.get("args") or {}).models
+    if len(models) > 1:
+        raise ConfigError(
+            "models", f"MODEL={source} replaces the model of a configuration that has one, and here are {len(models)}"
+        )
+    application["args"]["models"][0].update(source=source, name=served_name(source))
+
+
+def served_name(source: str) -> str:
+    """What clients call a model that only its source is known of: its id, or its folder's name."""
+    return re.sub(r"[^\w.@:-]+", "-", Path(source).resolve().name) if is_folder(source) else source
+
+
+def configs(document: Mapping[str, Any]) -> list[BatonConfig]:
+    """Baton's configuration of each application.  Raises ConfigError."""
+    return [parse(application.get("args") or {}) for application in document["applications"]]
 
 
 def dump(document: Mapping[str, Any]) -> str:
@@ -36,13 +67,6 @@ def unshared(document: T) -> T:
     """A copy in which nothing stands in two places: YAML's anchors share what they name, and deepcopy keeps that."""
     copied: T = json.loads(json.dumps(document))
     return copied
-
-
-def _check(args: dict[str, Any]) -> None:
-    """What needs neither the machines nor the files of where it will run.  Raises ConfigError."""
-    from app.build import check_autoscaling
-
-    check_autoscaling(parse(args))
 
 
 def parse_change(text: str) -> tuple[str, Any]:

@@ -1,7 +1,7 @@
 """Serve's autoscaling of Baton's deployments: what the replicas report in, how many there shall be out, and why.
 
-The plans are made in app/planning/.  Serve calls a policy in each loop of its controller, in whose process all of this
-runs, and applies the user's delays, factors and bounds to what it returns.
+The plans are made in app/autoscaling/.  Serve calls a policy in each loop of its controller, in whose process all of
+this runs, and applies the user's delays, factors and bounds to what it returns.
 
 Each plan is told in four places: a log line in the controller's log when the wish changes, two metrics, Ray's internal
 KV (`baton status` reads it there), and by what Serve itself says of the deployment.
@@ -19,8 +19,8 @@ from ray.experimental.internal_kv import _internal_kv_put
 from ray.serve.config import AutoscalingContext
 from ray.util.metrics import Gauge
 
-from app.planning.load import FIELDS, Load, mean_load
-from app.planning.plan import Measured, Plan, Replicas, Targets, measure, plan_frontend, plan_pool
+from app.autoscaling.load import FIELDS, Load, mean_load
+from app.autoscaling.replica_plan import Measured, Plan, Replicas, Targets, measure, plan_frontend, plan_pool
 
 logger = logging.getLogger("ray.serve")
 

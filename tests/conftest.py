@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from app.launch import ray_environment
 from app.ports import free_port
+from deployments.cluster import ray_environment
 
 # Read when ray.serve is imported, by this process and by everything that Ray starts from it.
 os.environ.update(ray_environment())

@@ -12,7 +12,7 @@ import msgspec
 
 from app.bench.processes import read_process
 from app.errors import ConfigError
-from app.model_source import is_folder
+from app.models.source import is_folder
 
 TIMEOUT_S = 60.0
 """For one token too: an endpoint may still be loading its model."""

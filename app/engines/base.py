@@ -10,11 +10,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from app.messages import EngineStats, GenerateRequest, KvEvent, PrefixCache, TokenDelta, TransferDescriptor
-
-Role = Literal["prefill", "decode", "aggregated"]
-"""What a pool's engines do: compute prompts for others; decode what was computed elsewhere (and, where there is no
-prefill pool or the engine can, prompts too); or, beside two such pools, serve whole requests by themselves."""
+from app.messages import EngineStats, GenerateRequest, KvEvent, PrefixCache, Role, TokenDelta, TransferDescriptor
 
 Emit = Callable[[TokenDelta], None]
 """Takes one sequence's delta of one engine step.  Called on the event loop, never blocks, never raises."""

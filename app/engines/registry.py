@@ -12,7 +12,8 @@ EngineName = Literal["vllm", "sglang", "sim"]
 
 def owned_args(engine: EngineName) -> dict[str, str]:
     """The engine's arguments that Baton sets, with where the user sets them instead."""
-    from app.engines import sglang, sim, vllm
+    from app.engines import sglang, vllm
+    from app.engines.sim import engine as sim
 
     return {"vllm": vllm.OWNED_ARGS, "sglang": sglang.OWNED_ARGS, "sim": sim.OWNED_ARGS}[engine]
 
@@ -27,7 +28,8 @@ def can_decode_prefill(engine: EngineName) -> bool:
 
 def create_engine(engine: EngineName, spec: EngineSpec) -> Engine:
     """An engine that is not started yet."""
-    from app.engines import sglang, sim, vllm
+    from app.engines import sglang, vllm
+    from app.engines.sim import engine as sim
 
     engines: dict[EngineName, Callable[[EngineSpec], Engine]] = {
         "vllm": vllm.VllmEngine,

@@ -28,10 +28,10 @@ from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
-from app.engines import cpu_waits
 from app.engines.base import Emit, EngineInfo, EngineSpec
 from app.engines.kv_events import KvEventFeed, follow
-from app.engines.owner_watch import owner_environment
+from app.engines.plugins import cpu_waits
+from app.engines.plugins.owner_watch import owner_environment
 from app.engines.prompt_queue import Leave, PromptQueue
 from app.engines.sglang_sampling import Translation, translate
 from app.engines.ucx import UcxLog

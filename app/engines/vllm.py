@@ -22,10 +22,10 @@ from typing import Any
 
 import msgspec
 
-from app.engines import cpu_waits
 from app.engines.base import Emit, EngineInfo, EngineSpec
 from app.engines.kv_events import KvEventFeed, follow
-from app.engines.owner_watch import owner_environment
+from app.engines.plugins import cpu_waits
+from app.engines.plugins.owner_watch import owner_environment
 from app.engines.prompt_queue import PromptQueue
 from app.engines.ucx import UcxLog
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from app.engines.base import Role
+from app.messages import Role
 
 
 class Candidate(msgspec.Struct, frozen=True):

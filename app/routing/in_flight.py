@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
-from app.engines.base import Role
-from app.messages import GenerateRequest, PrefillReport
+from app.messages import GenerateRequest, PrefillReport, Role
 from app.routing.decision import Decision
-from app.routing.pool_view import PoolView
+from app.routing.pool_state import PoolView
 from app.routing.topology import Topology
 from app.routing.ttft import HandoverWork, PromptWork, TtftPredictor
 

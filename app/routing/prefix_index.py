@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from itertools import count
 from sys import getsizeof
 
+from app.kv_cache.block_hashes import hash_bytes
 from app.messages import KvUpdate
-from app.routing.blocks import hash_bytes
 
 MIN_LOG = 1024
 """Up to so many entries (8 KiB) the log of a replica's blocks is not worth cleaning up."""
 
 
 class PrefixIndex:
-    """The blocks that the replicas of a model hold, by the hashes of app/routing/blocks.py.
+    """The blocks that the replicas of a model hold, by the hashes of app/kv_cache/block_hashes.py.
 
     Takes 90 to 130 bytes for a block that one replica holds, and 8 to 18 for each further replica that holds it,
     beside the integers of `_holders`: at most 28 bytes and 4 for every 30 of its replicas for each block, if no

@@ -16,7 +16,7 @@ import msgspec
 
 from app.config import DecodeWeights, PrefillWeights
 from app.routing.decision import Candidate
-from app.routing.pool_view import ReplicaView
+from app.routing.pool_state import ReplicaView
 
 HALF_BATCH = 32
 """Sequences at which the `batch` score is a half.  A step of a batch of 32 takes 1.1 to 1.5 times as long as one of a

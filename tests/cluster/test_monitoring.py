@@ -194,7 +194,7 @@ def running(serve_url: str) -> Iterator[Scrape]:
     import ray
     from ray import serve
 
-    from app.build import build
+    from deployments.build import build
 
     first_port = free_port()
     serve.run(build(arguments(first_port)), name="monitored", route_prefix="/monitored")

@@ -23,12 +23,12 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 from ray.serve.schema import ServeDeploySchema
 
-from app import build as building
-from app.build import check_autoscaling
 from app.config import BatonConfig, parse
 from app.errors import ConfigError
+from app.models.tiny import ensure_tiny_model
 from app.preflight import check, check_with_sglang
-from app.tiny_model import ensure_tiny_model
+from deployments import build as building
+from deployments.build import check_autoscaling
 from tests.cluster.manifests import CLUSTER, Object, render
 from tests.cluster.test_manifests import PROFILES, groups, profile, rayservice, with_components
 
@@ -137,7 +137,7 @@ def _describe(deployment: Any) -> str:
 def test_ray_accepts_the_serve_config(name: str):
     service = rayservice(profile(name))
     schema = ServeDeploySchema.model_validate(serve_config(service))
-    assert [application.import_path for application in schema.applications] == ["app.build:build"]
+    assert [application.import_path for application in schema.applications] == ["deployments.build:build"]
     assert schema.http_options.host == "0.0.0.0"
     assert schema.http_options.port == 8000
     assert service["spec"]["serveConfigV2"] == (CLUSTER / "profiles" / name / "serve_config.yaml").read_text()

@@ -24,7 +24,7 @@ NAME = "sample"
 SERVE_CONFIG = """\
 applications:
   - name: baton
-    import_path: app.build:build
+    import_path: deployments.build:build
     args:
       device: cuda
       models:

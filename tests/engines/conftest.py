@@ -110,7 +110,7 @@ def is_of_engine(process: psutil.Process) -> bool:
 @pytest.fixture(scope="session")
 def application(serve_url: str) -> Iterator[str]:
     """The URL of the application of all models."""
-    from app.build import build
+    from deployments.build import build
 
     os.environ.pop("MODEL", None)
     arguments = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.smoke import CHECKS, Endpoint, find_models, run_check, smoke
+from app.cli.smoke import CHECKS, Endpoint, find_models, run_check, smoke
 from tests.conftest import REPOSITORY
 from tests.engines.conftest import SGLANG_AGGREGATED, Baton
 

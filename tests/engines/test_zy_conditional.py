@@ -14,7 +14,7 @@ import pytest
 import yaml
 from ray import serve
 
-from app.verify import verify
+from app.cli.verify import compare_output
 from tests.conftest import REPOSITORY, wait_until
 from tests.engines.conftest import Baton, engine_processes, running
 from tests.engines.test_zz_faults import Load
@@ -26,7 +26,7 @@ CONFIG = REPOSITORY / "cluster" / "local" / "sglang-conditional.yaml"
 
 @pytest.fixture(scope="module")
 def conditional(serve_url: str) -> Iterator[Baton]:
-    from app.build import build
+    from deployments.build import build
 
     arguments = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]
     serve.run(build(arguments), name="conditional", route_prefix="/conditional")
@@ -69,8 +69,8 @@ def test_what_its_aggregated_engines_have_cached_is_what_the_router_expects(cond
 
 
 def test_verify_compares_with_the_aggregated_pool(conditional: Baton) -> None:
-    assert verify(conditional.url, model=conditional.model, spoil=False, tolerance=0.001, seed=4)
-    assert not verify(conditional.url, model=conditional.model, spoil=True, seed=4)
+    assert compare_output(conditional.url, model=conditional.model, spoil=False, tolerance=0.001, seed=4)
+    assert not compare_output(conditional.url, model=conditional.model, spoil=True, seed=4)
 
 
 def test_prefill_engine_killed_under_load_fails_no_request(conditional: Baton) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from app.verify import verify
+from app.cli.verify import compare_output
 from tests.conftest import wait_until
 from tests.engines.conftest import SGLANG_AGGREGATED, START_TIMEOUT_S, Baton, engine_processes
 
@@ -114,4 +114,6 @@ def test_killed_decode_replica_takes_its_engine_along_and_comes_back(real: Baton
 
 
 def test_verify_passes_after_restarts(sglang: Baton) -> None:
-    assert verify(sglang.url, model=sglang.model, reference=SGLANG_AGGREGATED, spoil=False, tolerance=0.001, seed=3)
+    assert compare_output(
+        sglang.url, model=sglang.model, reference=SGLANG_AGGREGATED, spoil=False, tolerance=0.001, seed=3
+    )

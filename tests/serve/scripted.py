@@ -18,7 +18,7 @@ from typing import Any
 from ray import serve
 
 from app.config import BatonConfig, parse
-from app.engines.base import Emit, EngineInfo, EngineSpec, Role
+from app.engines.base import Emit, EngineInfo, EngineSpec
 from app.errors import EngineDead, EngineFailed
 from app.messages import (
     BlockStored,
@@ -26,12 +26,13 @@ from app.messages import (
     GenerateRequest,
     KvEvent,
     PrefillReport,
+    Role,
     TokenDelta,
     TransferDescriptor,
 )
-from deployments.decode import AggregatedWorker, DecodeWorker
-from deployments.prefill import PrefillWorker
-from deployments.served_model import ServedModel
+from deployments.frontend.served_model import ServedModel
+from deployments.replica.decode import AggregatedWorker, DecodeWorker
+from deployments.replica.prefill import PrefillWorker
 
 
 class Diary:
@@ -262,7 +263,7 @@ def scripted_application(
     **limits: Any,
 ) -> tuple[serve.Application, Diary]:
     """Caller over so many replicas of scripted engines, and the diary that they all keep."""
-    from app.build import build_pool
+    from deployments.build import build_pool
 
     pool = {"resources": {"num_cpus": 0.1}, "health_check_period_s": 0.5}
     model: dict[str, Any] = {

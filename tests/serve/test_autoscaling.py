@@ -58,7 +58,7 @@ class Application:
 
     def deploy(self, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
         """Start it, or change the number of replicas of the running one."""
-        from app.build import build
+        from deployments.build import build
 
         serve.run(build(arguments(prefill, decode)), name="scaling", route_prefix="/scaling")
         wait_until(self._is_healthy, 30, "both pools ready")

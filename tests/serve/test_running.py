@@ -10,9 +10,9 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from app import running
+from app.autoscaling.bounds import Bounds
 from app.errors import ConfigError
-from app.scale import Bounds
+from deployments import application as running
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.serve
@@ -26,7 +26,7 @@ def application(serve_url: str) -> Iterator[None]:
         "transfer": {},
         "frontend": {"resources": {"num_cpus": 0.1}},
     }
-    document = {"name": "scaled", "route_prefix": "/scaled", "import_path": "app.build:build", "args": args}
+    document = {"name": "scaled", "route_prefix": "/scaled", "import_path": "deployments.build:build", "args": args}
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [document]}))
     wait_until(lambda: status().status == "RUNNING", 60, "the application runs")
     yield

@@ -38,7 +38,7 @@ def arguments(**engine_args: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def url(serve_url: str) -> Iterator[str]:
-    from app.build import build
+    from deployments.build import build
 
     # 5 ms a step: slow enough to leave in the middle of an answer.
     serve.run(build(arguments(profile="h200-llama-8b", speed_up=1.0)), name="sim", route_prefix="/sim")
@@ -89,7 +89,7 @@ def test_blocks_return_when_the_client_leaves(url: str) -> None:
 
 
 def test_blocks_return_when_a_client_leaves_that_waits_for_the_whole_answer(url: str) -> None:
-    """Headers and body in packets of their own, as Python's clients send them; see app/haproxy.py."""
+    """Headers and body in packets of their own, as Python's clients send them; see deployments/haproxy.py."""
     host, port, path = httpx.URL(url).host, httpx.URL(url).port, httpx.URL(url).path
     body = json.dumps(completion(max_tokens=1500)).encode()
     head = f"POST {path}/v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"

@@ -36,7 +36,12 @@ class Application:
         self.pythons = pythons
 
     def deploy(self) -> None:
-        application = {"name": "two", "route_prefix": "/two", "import_path": "app.build:build", "args": self.args}
+        application = {
+            "name": "two",
+            "route_prefix": "/two",
+            "import_path": "deployments.build:build",
+            "args": self.args,
+        }
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
 
     def complete(self, model: str, **fields: Any) -> httpx.Response:
@@ -142,7 +147,7 @@ def test_models_are_listed_with_their_engine_mode_and_state(app: Application) ->
 
 
 def test_health_and_stats_tell_the_models_apart(app: Application) -> None:
-    assert app.health()["models"] == [
+    assert app.frontend.health()["models"] == [
         {
             "name": SPLIT,
             "engine": "sim",
@@ -166,7 +171,7 @@ def test_health_and_stats_tell_the_models_apart(app: Application) -> None:
         (SPLIT, "decode"),
         (WHOLE, "decode"),
     }
-    known = {endpoint["replica_id"]: endpoint["model"] for endpoint in app.health()["endpoints"]}
+    known = {endpoint["replica_id"]: endpoint["model"] for endpoint in app.frontend.health()["endpoints"]}
     assert known == {replica["replica_id"]: replica["model"] for replica in replicas}
 
 

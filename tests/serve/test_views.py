@@ -13,11 +13,11 @@ import pytest
 from ray import serve
 
 from app.errors import InvalidRequest
+from app.kv_cache.block_hashes import block_hashes, root_hash
 from app.messages import GenerateRequest
-from app.routing.blocks import block_hashes, root_hash
-from app.routing.pool_view import PoolView
+from app.routing.pool_state import PoolView
 from app.routing.prefix_index import PrefixIndex
-from deployments.pool_channels import PoolChannels
+from deployments.frontend.pool_channels import PoolChannels
 from tests.conftest import eventually
 from tests.serve.scripted import BLOCK_SIZE, PREFILL_S
 from tests.serve.test_handoff import Application, running, tokens_of

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import settings
 
-from app.cli import main
+from app.cli.main import main
 
 settings.register_profile("unit", deadline=None)
 settings.load_profile("unit")

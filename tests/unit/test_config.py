@@ -1,7 +1,6 @@
 """The configuration: what is refused, which field the error names and how it helps."""
 
 import copy
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -9,11 +8,11 @@ import yaml
 from pydantic import ValidationError
 
 from app.config import parse
-from app.engines.base import Role
 from app.engines.registry import owned_args
 from app.errors import ConfigError
+from app.messages import Role
+from tests.conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 REMOVED = object()
 MINIMAL: dict[str, Any] = {
     "models": [{"name": "tiny", "source": "baton:tiny", "prefill": {}, "decode": {}}],

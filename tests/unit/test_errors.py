@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-import app.verify  # noqa: F401  defines an error of its own
+import app.cli.verify  # noqa: F401  defines an error of its own
 from app.errors import BatonError
 
 

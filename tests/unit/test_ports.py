@@ -13,8 +13,8 @@ import pytest
 
 from app.errors import ConfigError
 from app.ports import ReservedPort, reserve_port
+from tests.conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 RESERVE = """
 import sys
 from app.ports import reserve_port

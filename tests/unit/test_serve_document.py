@@ -17,7 +17,7 @@ DOCUMENT: dict[str, Any] = {
     "applications": [
         {
             "name": "baton",
-            "import_path": "app.build:build",
+            "import_path": "deployments.build:build",
             "args": {
                 "device": "cuda",  # where this is edited there is none
                 "models": [

@@ -1,0 +1,338 @@
+"""``baton profile``: how long does an engine take?  Measures a running one and writes a profile for the sim engine.
+
+Any OpenAI endpoint will do: prompts are random token ids to /v1/completions, answers are streamed.
+
+1. *Overhead*: a prompt of one token takes as long as one step of one sequence; what its TTFT has beyond that is spent
+   outside the engine and is taken off every other TTFT.
+2. *Prefill*: TTFT of new prompts of several lengths, one at a time.  The longest must fit into one step of the engine
+   (max_num_batched_tokens): of chunks, each costs a base of its own.
+3. *Steps*: several streams at once, each prompt sent once before so that its KV is cached; the time per token while
+   all of them get tokens, and the KV that they have in the middle of that time.
+
+Every measurement is the median of `repeat`.  What an endpoint does not tell, KV bytes and the link, is given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shlex
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from app.engines.sim.profile import SimProfile, TransferTimes, fit_prefill, fit_step, to_yaml
+from app.errors import BatonError
+
+TOKEN_IDS = range(100, 1000)
+"""What prompts are drawn from: every model has these, and hardly any gives them a special meaning."""
+SHORTEST_PROMPT = 64
+STEP_TOKENS = 48
+"""Output tokens of a stream whose steps are measured."""
+ANSWER_TIMEOUT_S = 300.0
+
+
+class ProfileError(BatonError):
+    """The engine could not be measured."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """When the tokens of one stream came: seconds since it was asked for, and how many there were then."""
+
+    sent_at: float
+    arrivals: list[tuple[float, int]]
+
+    @property
+    def ttft_s(self) -> float:
+        return self.arrivals[0][0] - self.sent_at
+
+    def num_tokens_at(self, moment: float) -> int:
+        """Tokens that had come at `moment`."""
+        return max((num for at, num in self.arrivals if at <= moment), default=0)
+
+
+class StepTime(msgspec.Struct, frozen=True):
+    """One measurement of steps."""
+
+    num_sequences: int
+    num_kv_tokens: int
+    seconds: float
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """All that was measured."""
+
+    overhead_s: float
+    prefills: list[tuple[int, float]]
+    """(tokens of the prompt, seconds in the engine)."""
+    steps: list[StepTime]
+
+
+class Extent(msgspec.Struct, frozen=True):
+    """What to measure."""
+
+    prompt_lengths: list[int]
+    batches: list[int]
+    contexts: list[int]
+    """Prompt lengths of the streams whose steps are measured."""
+    repeat: int
+
+
+class Endpoint:
+    """The server under measurement."""
+
+    def __init__(self, client: httpx.AsyncClient, model: str, rng: random.Random) -> None:
+        self._client = client
+        self._model = model
+        self._rng = rng
+
+    def new_prompt(self, num_tokens: int) -> list[int]:
+        return self._rng.choices(TOKEN_IDS, k=num_tokens)
+
+    async def complete(self, prompt: list[int], max_tokens: int) -> Answer:
+        """Stream one greedy completion of exactly `max_tokens`.  Raises ProfileError."""
+        body = {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        sent_at = time.perf_counter()
+        arrivals: list[tuple[float, int]] = []
+        try:
+            async with self._client.stream("POST", "/v1/completions", json=body) as response:
+                if response.status_code != 200:
+                    said = (await response.aread()).decode(errors="replace")[:300]
+                    raise ProfileError(f"/v1/completions answered {response.status_code}: {said}")
+                rest = b""
+                # Not aiter_lines: it also splits at characters that JSON leaves as they are, such as U+2028.
+                async for chunk in response.aiter_bytes():
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    for line in lines:
+                        if line.startswith(b"data: {"):
+                            _read_event(line[6:], arrivals)
+        except (httpx.HTTPError, msgspec.DecodeError) as error:
+            raise ProfileError(f"{self._client.base_url} broke off an answer: {error!r}") from error
+        if not arrivals or arrivals[-1][1] != max_tokens:
+            got = arrivals[-1][1] if arrivals else 0
+            raise ProfileError(f"{got} of {max_tokens} tokens came: does the server know ignore_eos?")
+        return Answer(sent_at, arrivals)
+
+
+def _read_event(text: bytes, arrivals: list[tuple[float, int]]) -> None:
+    """Take the time and the number of tokens so far out of one event of a stream."""
+    now = time.perf_counter()
+    event = msgspec.json.decode(text)
+    if "error" in event:
+        raise ProfileError(f"the server broke off an answer: {event['error']}")
+    if not event.get("choices"):
+        return
+    so_far = arrivals[-1][1] if arrivals else 0
+    num = (event.get("usage") or {}).get("completion_tokens", so_far + 1)
+    if num > so_far:
+        arrivals.append((now, num))
+
+
+def step_time(answers: list[Answer], context: int) -> StepTime | None:
+    """What streams of `context` prompt tokens each say of a step; None if they hardly ran at the same time."""
+    begin = max(answer.arrivals[0][0] for answer in answers)
+    end = min(answer.arrivals[-1][0] for answer in answers)
+    counts = [(answer.num_tokens_at(begin), answer.num_tokens_at(end)) for answer in answers]
+    steps = sum(last - first for first, last in counts) / len(counts)
+    if end <= begin or steps < STEP_TOKENS / 4:
+        return None
+    kv_tokens = sum(context + (first + last) / 2 for first, last in counts)
+    return StepTime(len(answers), round(kv_tokens), (end - begin) / steps)
+
+
+async def measure(endpoint: Endpoint, extent: Extent, say: Callable[[str], None]) -> Measured:
+    """Measure everything, one thing at a time.  Raises ProfileError.
+
+    Once each and then all again: what disturbs the machine for a moment spoils one round and not one measurement.
+    """
+    await endpoint.complete(endpoint.new_prompt(extent.prompt_lengths[-1]), STEP_TOKENS)  # a server's first is slow
+    ttfts: defaultdict[int, list[float]] = defaultdict(list)
+    steps: defaultdict[tuple[int, int], list[StepTime]] = defaultdict(list)  # by context and batch
+    for number in range(1, extent.repeat + 1):
+        for context in extent.contexts:
+            for batch in extent.batches:
+                step = await _time_steps(endpoint, batch, context)
+                if step is None:
+                    say(f"round {number}: {batch} x {context} tokens did not run at the same time: left out")
+                    continue
+                steps[context, batch].append(step)
+                say(f"round {number}: a step of {batch} x {context} tokens takes {step.seconds * 1e3:.2f} ms")
+        for num_tokens in (1, *extent.prompt_lengths):
+            answer = await endpoint.complete(endpoint.new_prompt(num_tokens), 1)
+            ttfts[num_tokens].append(answer.ttft_s)
+            say(f"round {number}: the first token after {num_tokens} takes {answer.ttft_s * 1e3:.2f} ms")
+    return _middle(ttfts, steps)
+
+
+def _middle(ttfts: dict[int, list[float]], steps: dict[tuple[int, int], list[StepTime]]) -> Measured:
+    if not steps:
+        raise ProfileError("no steps could be measured: streams never ran at the same time")
+    middle = [
+        StepTime(times[0].num_sequences, times[0].num_kv_tokens, median(step.seconds for step in times))
+        for _, times in sorted(steps.items())
+    ]
+    alone = min(middle, key=lambda step: (step.num_sequences, step.num_kv_tokens))
+    overhead_s = max(0.0, median(ttfts.pop(1)) - alone.seconds)
+    prefills = [(num_tokens, median(times) - overhead_s) for num_tokens, times in ttfts.items()]
+    if any(seconds <= 0 for _, seconds in prefills):
+        raise ProfileError(
+            f"prompts are computed too fast to be seen beside the {overhead_s * 1e3:.2f} ms of each TTFT that pass "
+            "outside the engine"
+        )
+    return Measured(overhead_s, prefills, middle)
+
+
+async def _time_steps(endpoint: Endpoint, batch: int, context: int) -> StepTime | None:
+    prompts = [endpoint.new_prompt(context) for _ in range(batch)]
+    for prompt in prompts:
+        await endpoint.complete(prompt, 1)
+    answers = await asyncio.gather(*(endpoint.complete(prompt, STEP_TOKENS) for prompt in prompts))
+    return step_time(answers, context)
+
+
+def measure_profile(
+    url: str,
+    model: str | None,
+    output: Path,
+    *,
+    max_prompt: int,
+    max_batch: int,
+    repeat: int,
+    transfer: TransferTimes,
+    kv_bytes_per_token: int,
+    about: str,
+) -> SimProfile:
+    """Measure the engine behind `url`, print what fits and how well, and write the profile.
+
+    `about` says what runs there: the endpoint itself does not tell engine, version and machine.  Raises ProfileError
+    if the endpoint cannot be measured or the file cannot be written.
+    """
+    console = Console(stderr=True, highlight=False)
+    if not output.parent.is_dir():
+        raise ProfileError(f"{output}: there is no such folder")
+
+    async def run(client: httpx.AsyncClient) -> tuple[str, Measured]:
+        name, max_model_len = await _find_model(client, model)
+        longest = min(max_prompt, max_model_len - STEP_TOKENS)
+        if longest < 2 * SHORTEST_PROMPT:
+            raise ProfileError(f"{name} takes {max_model_len} tokens: too few to measure anything")
+        extent = choose_extent(longest, max_batch, repeat)
+        return name, await measure(Endpoint(client, name, random.Random(time.time_ns())), extent, console.print)
+
+    name, measured = asyncio.run(_with_client(url, run))
+    fitted = SimProfile(
+        source=_describe(url, name, measured, about),
+        prefill=fit_prefill(measured.prefills),
+        step=fit_step([(step.num_sequences, step.num_kv_tokens, step.seconds) for step in measured.steps]),
+        transfer=transfer,
+        kv_bytes_per_token=kv_bytes_per_token,
+    )
+    print_fit(fitted, measured, Console(highlight=False))
+    try:
+        output.write_text(to_yaml(fitted))
+    except OSError as error:
+        raise ProfileError(f"{output}: {error.strerror}") from error
+    console.print(f"written to {output}")
+    return fitted
+
+
+def choose_extent(longest: int, max_batch: int, repeat: int) -> Extent:
+    """Prompt lengths that double up to `longest`, batches that double up to `max_batch`, three contexts."""
+    return Extent(
+        prompt_lengths=[*_doubling(SHORTEST_PROMPT, longest // 2), longest],
+        batches=[*_doubling(1, max_batch // 2), max_batch],
+        contexts=sorted({SHORTEST_PROMPT, longest // 4, longest // 2}),
+        repeat=repeat,
+    )
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    values = []
+    while first <= last:
+        values.append(first)
+        first *= 2
+    return values
+
+
+async def _with_client(
+    url: str, run: Callable[[httpx.AsyncClient], Awaitable[tuple[str, Measured]]]
+) -> tuple[str, Measured]:
+    try:
+        client = httpx.AsyncClient(
+            base_url=url, timeout=ANSWER_TIMEOUT_S, limits=httpx.Limits(max_connections=None), trust_env=False
+        )
+    except httpx.InvalidURL as error:
+        raise ProfileError(f"{url} is no URL: {error}") from error
+    async with client:
+        return await run(client)
+
+
+async def _find_model(client: httpx.AsyncClient, model: str | None) -> tuple[str, int]:
+    """The model's name and max_model_len; the first one if none is named."""
+    try:
+        response = await client.get("/v1/models")
+    except (httpx.HTTPError, httpx.UnsupportedProtocol) as error:
+        raise ProfileError(f"{client.base_url} does not answer ({error!r})") from error
+    if response.status_code != 200:
+        raise ProfileError(f"/v1/models answered {response.status_code}: {response.text[:300]}")
+    try:
+        models: dict[str, Any] = {entry["id"]: entry for entry in response.json()["data"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProfileError("/v1/models answered no list of models; is it an OpenAI server?") from error
+    name = model or next(iter(models), "")
+    if name not in models:
+        raise ProfileError(f"there is no model {name!r} at {client.base_url}; known are {', '.join(models)}")
+    return name, int(models[name].get("max_model_len") or 4096)
+
+
+def _describe(url: str, model: str, measured: Measured, about: str) -> str:
+    return (
+        f"prefill and step: {about}, as model {model} at {url}.\n"
+        f"Measured on {datetime.now(UTC).date()} by `{shlex.join(['baton', *sys.argv[1:]])}`, client on a machine with "
+        f"{len(os.sched_getaffinity(0))} cores;\n"
+        f"{measured.overhead_s * 1e3:.2f} ms of each TTFT, spent outside the engine, are taken off.\n"
+        "transfer and kv_bytes_per_token: given on the command line, not measured."
+    )
+
+
+def print_fit(fitted: SimProfile, measured: Measured, console: Console) -> None:
+    """Measured times beside those of the profile."""
+    prefill = Table(title="prefill, ms")
+    for heading in ("prompt tokens", "measured", "profile", "difference"):
+        prefill.add_column(heading, justify="right")
+    for tokens, seconds in measured.prefills:
+        prefill.add_row(str(tokens), *_compare(seconds, fitted.prefill_s(tokens)))
+    steps = Table(title="step, ms")
+    for heading in ("sequences", "KV tokens", "measured", "profile", "difference"):
+        steps.add_column(heading, justify="right")
+    for step in measured.steps:
+        modelled = fitted.step_s(step.num_sequences, step.num_kv_tokens)
+        steps.add_row(str(step.num_sequences), str(step.num_kv_tokens), *_compare(step.seconds, modelled))
+    console.print(prefill, steps)
+    console.print(to_yaml(fitted), soft_wrap=True, markup=False)
+
+
+def _compare(measured_s: float, modelled_s: float) -> tuple[str, str, str]:
+    return f"{measured_s * 1e3:.3f}", f"{modelled_s * 1e3:.3f}", f"{(modelled_s / measured_s - 1) * 100:+.1f} %"

@@ -1,1 +1,0 @@
-"""``baton bench-routing``: how well and how fast the router decides."""

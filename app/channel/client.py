@@ -1,0 +1,199 @@
+"""A frontend's end of the channel to one replica: sequences out, their deltas and the replica's state in."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from app.channel.protocol import (
+    CONNECT_TIMEOUT_S,
+    ERRORS,
+    MAX_HELLO_BYTES,
+    READ_BYTES,
+    Batch,
+    Cancel,
+    Hello,
+    Submit,
+    decode_batch,
+    decode_welcome,
+    merge_kv,
+    read_frames,
+    read_one,
+    to_frame,
+    tune,
+)
+from app.errors import BatonError, ReplicaLost
+from app.messages import GenerateRequest, KvUpdate, ReplicaLoad, TokenDelta, merge_deltas
+
+logger = logging.getLogger("baton.channel")
+
+
+class Sequence:
+    """One sequence on a channel, as its frontend sees it."""
+
+    def __init__(self, number: int, emit: Callable[[TokenDelta], None]) -> None:
+        self.number = number
+        self.emit = emit
+        self.has_started = False
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def fail(self, error: BatonError) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error)
+
+
+class Listener(Protocol):
+    """Who is told what a replica tells of itself; a frontend's view of the replica's pool."""
+
+    def on_load(self, replica: str, load: ReplicaLoad) -> None:
+        """What the replica has to do now."""
+
+    def on_kv(self, replica: str, update: KvUpdate) -> None:
+        """What changed in its prefix cache; the first update of a connection is the whole of it."""
+
+
+class Channel:
+    """A frontend's end of the connection to one replica."""
+
+    def __init__(
+        self,
+        replica_id: str,
+        link_id: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        listener: Listener,
+    ) -> None:
+        self.link_id = link_id
+        self.is_closed = False
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the connection has ended by itself."""
+        self.on_close: Callable[[], object] = lambda: None
+        self._replica_id = replica_id
+        self._writer = writer
+        self._listener = listener
+        self._is_retired = False
+        self._numbers = itertools.count()
+        self._sequences: dict[int, Sequence] = {}
+        self._task = asyncio.create_task(self._receive(reader), name=f"channel-{replica_id}")
+
+    @classmethod
+    async def connect(cls, replica_id: str, address: dict[str, str], listener: Listener) -> Channel:
+        """Connect to what `ChannelServer.start` returned.  Raises ReplicaLost.
+
+        `listener` is told nothing before the event loop's next turn.
+        """
+        link_id = uuid.uuid4().hex
+        writer = None
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                reader, writer = await asyncio.open_connection(address["host"], int(address["port"]), limit=READ_BYTES)
+                tune(writer)
+                writer.write(to_frame(Hello(address["token"], link_id)))
+                welcome = decode_welcome(await read_one(reader, MAX_HELLO_BYTES))
+            if welcome.replica_id != replica_id:
+                raise ConnectionError(f"{welcome.replica_id} is there instead")
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
+            if writer is not None:
+                writer.close()
+            raise ReplicaLost(replica_id, f"cannot be reached: {error!r}") from error
+        except asyncio.CancelledError:  # the replica is no longer wanted
+            if writer is not None:
+                writer.close()
+            raise
+        return cls(replica_id, link_id, reader, writer, listener)
+
+    def submit(
+        self, request: GenerateRequest, emit: Callable[[TokenDelta], None], *, has_handoff: bool, local_reason: str
+    ) -> Sequence:
+        """Start a sequence; await its `ended`, and give it to `finish` in any case.  Raises ReplicaLost."""
+        if self.is_closed:
+            raise ReplicaLost(self._replica_id)
+        sequence = Sequence(next(self._numbers), emit)
+        self._sequences[sequence.number] = sequence
+        self._writer.write(to_frame(Submit(sequence.number, request, has_handoff, local_reason)))
+        return sequence
+
+    def finish(self, sequence: Sequence) -> None:
+        """Forget a sequence; one that has not ended is cancelled."""
+        if self._sequences.pop(sequence.number, None) is not None and not self.is_closed:
+            self._writer.write(to_frame(Cancel(sequence.number)))
+        if self._is_retired and not self._sequences:
+            self.close()
+
+    def retire(self) -> None:
+        """Close as soon as no sequence runs; its listener is told nothing more."""
+        self._is_retired = True
+        if not self._sequences:
+            self.close()
+
+    def close(self) -> None:
+        """End the connection and thereby every sequence."""
+        self._task.cancel()
+        self._end("its connection was closed")
+
+    def _end(self, detail: str) -> None:
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._writer.close()
+        self.on_close()  # first, so that no sequence that fails now is begun here again
+        for sequence in self._sequences.values():
+            sequence.fail(ReplicaLost(self._replica_id, detail))
+
+    async def _receive(self, reader: asyncio.StreamReader) -> None:
+        detail = "its connection ended"
+        try:
+            async for frames in read_frames(reader):
+                self._hand_out(_merge([decode_batch(frame) for frame in frames]))
+        except (OSError, msgspec.DecodeError) as error:
+            detail = type(error).__name__
+            logger.warning("replica_id=%s connection broke: %r", self._replica_id, error)
+        finally:
+            if not self._is_retired:
+                self.lost.set_result(None)
+            self._end(detail)
+
+    def _hand_out(self, batch: Batch) -> None:
+        for number, delta in batch.deltas:
+            # One that was cancelled or has failed may still be in a frame that was on its way.
+            if (sequence := self._sequences.get(number)) is None or sequence.ended.done():
+                continue
+            sequence.has_started = True
+            sequence.emit(delta)
+            if delta.finish_reason is not None:
+                del self._sequences[number]
+                sequence.ended.set_result(None)
+        for number, failure in batch.failures:
+            if (sequence := self._sequences.pop(number, None)) is not None:
+                sequence.fail(ERRORS[failure.error](failure.detail))
+        if batch.load is not None or batch.kv is not None:
+            # Once whoever waits for a sequence that ended just now has counted it out, as this load does.
+            asyncio.get_running_loop().call_soon(self._tell, batch.load, batch.kv)
+
+    def _tell(self, load: ReplicaLoad | None, kv: KvUpdate | None) -> None:
+        if self.is_closed or self._is_retired:
+            return
+        if kv is not None:
+            self._listener.on_kv(self._replica_id, kv)
+        if load is not None:
+            self._listener.on_load(self._replica_id, load)
+
+
+def _merge(batches: list[Batch]) -> Batch:
+    """One batch of those that arrived together, which happens when this process was behind."""
+    if len(batches) == 1:
+        return batches[0]
+    deltas: dict[int, TokenDelta] = {}
+    for batch in batches:
+        for number, delta in batch.deltas:
+            deltas[number] = merge_deltas(deltas[number], delta) if number in deltas else delta
+    failures = [failure for batch in batches for failure in batch.failures]
+    loads = [batch.load for batch in batches if batch.load is not None]
+    kv = [batch.kv for batch in batches if batch.kv is not None]
+    return Batch(list(deltas.items()), failures, loads[-1] if loads else None, merge_kv(kv))

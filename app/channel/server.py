@@ -1,0 +1,260 @@
+"""A replica's end of its channels: runs the sequences that frontends submit, and sends them what there is."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from app.channel.protocol import (
+    CONNECT_TIMEOUT_S,
+    ERRORS,
+    MAX_HELLO_BYTES,
+    READ_BYTES,
+    Batch,
+    Failure,
+    Submit,
+    Welcome,
+    decode_call,
+    decode_hello,
+    merge_kv,
+    read_frames,
+    read_one,
+    to_frame,
+    tune,
+)
+from app.errors import BatonError, EngineFailed
+from app.messages import KvUpdate, ReplicaLoad, TokenDelta, merge_deltas
+
+logger = logging.getLogger("baton.channel")
+
+CLOSE_TIMEOUT_S = 1.0
+TELL_PERIOD_S = 0.005
+"""Load and cache updates that no delta takes along are sent at most this often; the first one goes at once."""
+MAX_WAITING_BLOCKS = 16_384
+"""Changes of the prefix cache that may wait for a frontend; when there are more it gets a snapshot instead."""
+
+
+class Link:
+    """A frontend, as a replica sees it: its sequences, and what waits to be sent to it."""
+
+    def __init__(self, link_id: str, load: ReplicaLoad | None, snapshot: Callable[[], KvUpdate | None]) -> None:
+        """`load` is the present one; `snapshot` tells the whole prefix cache, or None if the replica does not know."""
+        self.id = link_id
+        self.last_number = -1
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._deltas: dict[int, TokenDelta] = {}
+        self._failures: list[tuple[int, Failure]] = []
+        self._load = load
+        self._kv: list[KvUpdate] = []
+        self._num_waiting_blocks = 0
+        self._snapshot = snapshot
+        self._needs_snapshot = True
+        self._has_some = asyncio.Event()
+        self._has_some.set()
+        self._loop = asyncio.get_running_loop()
+        self._told_at = -TELL_PERIOD_S
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        """How many sequences run."""
+        return len(self._tasks)
+
+    def is_running(self, number: int) -> bool:
+        return number in self._tasks
+
+    def put(self, number: int, delta: TokenDelta) -> None:
+        """Send a delta of a sequence, with what else there is in this turn of the event loop."""
+        waiting = self._deltas.get(number)
+        self._deltas[number] = delta if waiting is None else merge_deltas(waiting, delta)
+        self._has_some.set()
+
+    def put_load(self, load: ReplicaLoad) -> None:
+        """Send the replica's load; a newer one replaces it while it waits."""
+        self._load = load
+        self._send_soon()
+
+    def put_kv(self, update: KvUpdate) -> None:
+        """Send a change of the prefix cache; changes are merged when they are sent."""
+        if self._needs_snapshot:  # which is made when it is sent, and has this in it
+            return
+        self._kv.append(update)
+        self._num_waiting_blocks += len(update.stored) + len(update.removed)
+        if self._num_waiting_blocks > MAX_WAITING_BLOCKS and len(self._kv) > 1:
+            self._forget_waiting_kv()
+            self._needs_snapshot = True
+        self._send_soon()
+
+    def _forget_waiting_kv(self) -> None:
+        self._kv.clear()
+        self._num_waiting_blocks = 0
+
+    def _send_soon(self) -> None:
+        """Send what waits with the next delta, but no later than TELL_PERIOD_S after what was told last."""
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._told_at + TELL_PERIOD_S, self._has_some.set)
+
+    def start(self, number: int, sequence: Coroutine[Any, Any, None]) -> None:
+        """Run `sequence`; a BatonError that it raises is sent to the frontend."""
+        self.last_number = number
+        self._tasks[number] = asyncio.create_task(self._run(number, sequence), name=f"sequence-{number}")
+
+    async def _run(self, number: int, sequence: Coroutine[Any, Any, None]) -> None:
+        try:
+            await sequence
+        except asyncio.CancelledError:
+            self._deltas.pop(number, None)
+            raise
+        except BatonError as error:
+            self._fail(number, error)
+        except Exception as error:
+            logger.exception("a sequence of link_id=%s failed", self.id)
+            self._fail(number, EngineFailed(type(error).__name__))
+        finally:
+            del self._tasks[number]
+
+    def _fail(self, number: int, error: BatonError) -> None:
+        kind = type(error).__name__
+        self._failures.append((number, Failure(kind if kind in ERRORS else "EngineFailed", str(error))))
+        self._has_some.set()
+
+    def cancel(self, number: int) -> None:
+        if task := self._tasks.get(number):
+            task.cancel()
+
+    def cancel_all(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        return list(self._tasks.values())
+
+    async def take(self) -> Batch:
+        """Everything that waits, as soon as there is something."""
+        await self._has_some.wait()
+        return self.take_now()
+
+    def take_now(self) -> Batch:
+        """Everything that waits, be it nothing."""
+        self._has_some.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer, self._told_at = None, self._loop.time()
+        kv = self._snapshot() if self._needs_snapshot else merge_kv(self._kv)
+        batch = Batch(list(self._deltas.items()), self._failures, self._load, kv)
+        self._deltas, self._failures, self._load = {}, [], None
+        self._forget_waiting_kv()
+        self._needs_snapshot = False
+        return batch
+
+    def close(self) -> None:
+        """Nothing is sent any more, and no sequence runs."""
+        self.cancel_all()
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class ChannelServer:
+    """A replica's end of all its channels."""
+
+    def __init__(self, replica_id: str, run: Callable[[Link, Submit], Coroutine[Any, Any, None]]) -> None:
+        """`run` serves one sequence; it is cancelled when the frontend cancels it or goes away."""
+        self.links: dict[str, Link] = {}
+        self.on_close: Callable[[Link], object] = lambda link: None
+        self.snapshot: Callable[[], KvUpdate | None] = lambda: None
+        """The whole prefix cache, for a frontend that has heard nothing so far; None if nobody knows."""
+        self._replica_id = replica_id
+        self._run = run
+        self._load: ReplicaLoad | None = None
+        self._token = secrets.token_urlsafe()
+        self._server: asyncio.Server | None = None
+        self._writers: dict[Link, asyncio.StreamWriter] = {}
+        self._attending: set[asyncio.Task[Any]] = set()
+
+    async def start(self, host: str) -> dict[str, str]:
+        """Listen on a free port; returns what a `Channel` needs to know, which is a secret of the cluster."""
+        self._server = await asyncio.start_server(self._serve, host, 0, limit=READ_BYTES)
+        port = self._server.sockets[0].getsockname()[1]
+        return {"host": host, "port": str(port), "token": self._token}
+
+    def num_sequences(self) -> int:
+        return sum(len(link) for link in self.links.values())
+
+    def tell_load(self, load: ReplicaLoad) -> None:
+        """Tell all frontends, also those that connect later."""
+        self._load = load
+        for link in self.links.values():
+            link.put_load(load)
+
+    def tell_kv(self, update: KvUpdate) -> None:
+        """Tell all frontends of a change, which `snapshot` has in it from now on."""
+        for link in self.links.values():
+            link.put_kv(update)
+
+    async def drain(self) -> None:
+        """Return once no sequence runs."""
+        while tasks := [task for link in self.links.values() for task in link.tasks]:
+            await asyncio.wait(tasks)
+
+    async def stop(self) -> None:
+        """Send what waits, end every connection and thereby every sequence, and stop listening."""
+        if self._server is not None:
+            self._server.close()
+        for link, writer in self._writers.items():
+            writer.write(to_frame(link.take_now()))
+            writer.close()
+        if self._attending:
+            await asyncio.wait(self._attending, timeout=CLOSE_TIMEOUT_S)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._attending.add(task)
+        task.add_done_callback(self._attending.discard)
+        try:
+            if (link := await self._greet(reader, writer)) is not None:
+                await self._attend(link, reader, writer)
+        except (OSError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
+            logger.warning("a frontend's connection broke: %r", error)
+        finally:
+            writer.close()
+
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Link | None:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            hello = decode_hello(await read_one(reader, MAX_HELLO_BYTES))
+        if not hmac.compare_digest(hello.token, self._token):
+            logger.warning("a connection without the right token was refused")
+            return None
+        tune(writer)
+        writer.write(to_frame(Welcome(self._replica_id)))
+        return Link(hello.link_id, self._load, self.snapshot)
+
+    async def _attend(self, link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.links[link.id] = link
+        self._writers[link] = writer
+        sender = asyncio.create_task(_send(link, writer), name=f"send-{link.id}")
+        try:
+            async for frames in read_frames(reader):
+                for frame in frames:
+                    call = decode_call(frame)
+                    if isinstance(call, Submit):
+                        link.start(call.number, self._run(link, call))
+                    else:
+                        link.cancel(call.number)
+        finally:
+            sender.cancel()
+            link.close()
+            del self.links[link.id], self._writers[link]
+            self.on_close(link)
+
+
+async def _send(link: Link, writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(to_frame(await link.take()))
+        await writer.drain()  # waits only if the peer does not keep up; meanwhile deltas merge

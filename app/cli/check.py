@@ -1,0 +1,49 @@
+"""``baton check``: can a configuration work?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from app.cli.options import DEFAULT_CONFIG, ConfigPath
+from app.preflight import check as check_config
+from app.preflight import check_interpreters, check_with_sglang, check_with_vllm
+from app.serve_document import configs, load_document
+from deployments.cluster import runs_here
+
+
+def check(config: ConfigPath = DEFAULT_CONFIG) -> None:
+    """Say whether a configuration can work, without starting anything."""
+    device = check_thoroughly(load_document(config))
+    typer.echo(f"{config}: ok; engines would run on {device}")
+
+
+def local_gpus() -> int:
+    """NVIDIA GPUs of this machine, without importing anything that would initialise them."""
+    folder = Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def check_document(document: dict[str, Any]) -> str:
+    """Check what can be checked in an instant and return the device.  Raises ConfigError."""
+    found = configs(document)
+    devices = [check_config(config, [local_gpus()]) for config in found]
+    if runs_here():
+        for config in found:
+            check_interpreters(config)
+    return devices[0]
+
+
+def check_thoroughly(document: dict[str, Any]) -> str:
+    """Also ask Serve and the engines, which takes seconds, and return the device.  Raises ConfigError."""
+    from deployments.build import check_autoscaling
+
+    device = check_document(document)
+    for config in configs(document):
+        check_autoscaling(config)
+        check_with_vllm(config, check_config(config, [local_gpus()]))
+        if runs_here():
+            check_with_sglang(config)
+    return device

@@ -1,0 +1,85 @@
+"""``baton run``: Ray, Serve and the application in one foreground process, with progress.
+
+What it starts is what ``serve run`` starts from the same file; it adds the check before, the progress during, the
+hints after and Serve flags that make streaming cheap (deployments/cluster.py).
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from app.cli.check import check_document
+from app.cli.options import DEFAULT_CONFIG, ConfigPath
+from app.serve_document import configs, load_document
+from deployments.cluster import start_cluster, stop_cluster
+
+
+def run(
+    config: ConfigPath = DEFAULT_CONFIG,
+    host: Annotated[str | None, typer.Option(help="Instead of http_options.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Instead of http_options.port.")] = None,
+    dashboard: Annotated[bool, typer.Option(help="Ray's dashboard, if Ray is started here.")] = True,
+    verbose: Annotated[bool, typer.Option(help="Show the replicas' logs here.")] = False,
+) -> None:
+    """Start Ray and the application here and serve until Ctrl-C.  MODEL=... replaces the only model."""
+    console = Console(stderr=True, highlight=False)
+    started_at = time.monotonic()
+    document = load_document(config)
+    device = check_document(document)
+    console.print(f"{config}: ok; engines run on {device}" + ("" if device == "cuda" else " (no GPU found)"))
+    http = {
+        **document.get("http_options", {}),
+        **({"host": host} if host else {}),
+        **({"port": port} if port else {}),
+    }
+    stop = threading.Event()
+    _set_on_signals(stop)
+    # Asking vLLM takes as long as Ray takes to start, and must not touch this process's environment.
+    thorough = subprocess.Popen(
+        [sys.executable, "-m", "app.cli.main", "check", str(config)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    start_cluster(http, document.get("proxy_location", "EveryNode"), dashboard, verbose)
+    _set_on_signals(stop)  # again: Ray's own handler of SIGTERM ends this process at once, and leaves HAProxy behind
+    try:
+        _, problem = thorough.communicate()
+        if thorough.returncode:
+            raise RuntimeError(problem.strip().splitlines()[-1].removeprefix("baton: "))
+        from deployments.application import deploy
+
+        deploy(document, console.print, stop)
+        if not stop.is_set():
+            _say_ready(document, http, console, time.monotonic() - started_at)
+            stop.wait()
+        console.print("stopping")
+    finally:
+        stop_cluster()
+
+
+def _set_on_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def _say_ready(document: dict[str, Any], http: dict[str, Any], console: Console, seconds: float) -> None:
+    base = f"http://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"
+    models = [model.name for config in configs(document) for model in config.models]
+    console.print(f"\n[bold]Baton serves {', '.join(models)} at {base}[/bold] (after {seconds:.0f} s).  Try:")
+    console.print(
+        f"""  curl {base}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "{models[0]}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
+  curl {base}/health      baton verify --url {base}
+API reference: {base}/docs      Ctrl-C stops it.""",
+        markup=False,
+        soft_wrap=True,  # or a terminal's width would break the commands
+    )

@@ -1,0 +1,42 @@
+"""``baton status``: the running application as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from deployments.application import Status
+
+
+def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Show the running application: the replicas of each pool, how many it aims at and why, and the nodes."""
+    from deployments.application import read_status  # which imports Ray: seconds that other commands need not wait
+
+    found = read_status()
+    if as_json:
+        typer.echo(msgspec.json.encode(found).decode())
+    else:
+        print_status(found, Console(highlight=False))
+
+
+def print_status(found: Sequence[Status], console: Console) -> None:
+    for status in found:
+        nodes = ", ".join(f"{count} {group}" for group, count in status.nodes.items())
+        console.print(f"[bold]{status.application}[/bold]: {status.status}   nodes: {nodes}")
+        if status.message:
+            console.print(status.message, markup=False)
+        table = Table("deployment", "replicas", "target", "bounds", "why", box=None, pad_edge=False)
+        for pool in status.pools:
+            replicas = ", ".join(f"{count} {state}" for state, count in pool.replicas.items()) or "none"
+            why = pool.plan["reason"] if pool.plan else "a fixed number"
+            table.add_row(pool.name, replicas, str(pool.target), pool.bounds, why)
+        console.print(table)
+        for pool in status.pools:
+            if pool.status != "HEALTHY" and pool.message:
+                console.print(f"{pool.name} {pool.status}: {pool.message}", markup=False)

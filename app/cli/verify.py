@@ -1,0 +1,299 @@
+"""``baton verify``: does disaggregation change the output?
+
+Each prompt is served by the running application, greedily: prefilled remotely and prefilled where it is decoded
+(aggregated serving on the same weights), or served by an aggregated model of the same application, if `reference`
+names one.  Without one, a model that only its prefill pool can prefill (SGLang without an `aggregated` pool) is
+compared with that pool: prompt and answer so far are prefilled again for each token, so that no token depends on KV
+that was moved.  Under disaggregation decode computes the last prompt token by itself from KV that it did not make, as
+it does after a hit in its own prefix cache; in low precision that alone changes logprobs a little.  So the engine's
+own noise is the difference between aggregated serving with and without such a hit.  A token may differ only where noise
+can flip it: where the two best candidates are closer than what passes as equal.  Every serving has a cache salt of its
+own, so that none can reuse another's KV.  With `spoil` the remote prefill computes another prompt's KV, and a
+comparison that still passes would prove nothing.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from typing import Annotated, Any
+
+import httpx
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app.errors import BatonError
+from app.messages import PrefillMode
+
+PROMPT_LENGTHS = (7, 64, 65, 500, 2000)
+SHARED_PREFIX_TOKENS = 500
+OUTPUT_TOKENS = 24
+ANSWER_TIMEOUT_S = 300.0
+TOLERANCE = 0.03
+"""Logprob difference that passes, whatever the noise."""
+TOLERANCE_OF_PREFILL = 0.2
+"""The same where prefill alone is the reference: it computes by other kernels than decode, in bfloat16 with differences
+up to 0.06 here (tiny model, SGLang on a CPU).  KV that is wrong differs in the first tokens, by more than 1."""
+LARGEST_NOISE = 0.25
+"""With more logprob noise than this the engine's own prefix cache changes its output: nothing can be compared."""
+WORDS = "The quick brown fox jumps over 13 lazy dogs; while (x < 42) { return f(x, y) + 'value'; } # Größe, 東京, Ωmega"
+"""Text whose tokens the random prompts are drawn from, whatever the model's vocabulary."""
+
+
+def verify(
+    url: Annotated[str, typer.Option(help="Where Baton serves.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="By default the first that is disaggregated.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="An aggregated model there of the same weights, to compare with.")
+    ] = None,
+    spoil: Annotated[bool, typer.Option(help="Give decode wrong KV: the check must then fail.")] = False,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Logprob difference that always passes; by default 0.03, or 0.2 by prefill.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+) -> None:
+    """Compare output under disaggregation with output without it, on the running application."""
+    if not compare_output(url, model=model, reference=reference, spoil=spoil, tolerance=tolerance, seed=seed):
+        raise typer.Exit(1)
+
+
+class VerifyError(BatonError):
+    """The comparison could not be made."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What one serving of a prompt produced, a value for each token.
+
+    `margins` are the logprob differences between the two likeliest candidates: greedy decoding took the first.
+    """
+
+    token_ids: list[str]
+    logprobs: list[float]
+    margins: list[float]
+
+    def num_equal(self, other: Answer) -> int:
+        """How many leading tokens are the same."""
+        pairs = zip(self.token_ids, other.token_ids, strict=False)
+        shorter = min(len(self.token_ids), len(other.token_ids))
+        return next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), shorter)
+
+    def max_difference(self, other: Answer) -> float:
+        """The largest logprob difference before the first token that differs; infinite if the first one does."""
+        num = self.num_equal(other)
+        pairs = zip(self.logprobs[:num], other.logprobs[:num], strict=True)
+        return max((abs(a - b) for a, b in pairs), default=float("inf"))
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One prompt's comparison."""
+
+    name: str
+    prompt_tokens: int
+    remote: Answer
+    local: Answer
+    noise: float
+
+    def passes(self, tolerance: float) -> bool:
+        if self.noise > LARGEST_NOISE:
+            return False
+        allowed = max(tolerance, 2 * self.noise)
+        num_equal = self.remote.num_equal(self.local)
+        if num_equal < len(self.local.token_ids) and self.local.margins[num_equal] > allowed:
+            return False
+        return num_equal > 0 and self.remote.max_difference(self.local) <= allowed
+
+
+class Transfers(msgspec.Struct, frozen=True):
+    """What the decode replicas have pulled so far."""
+
+    num: int
+    num_bytes: int
+    transports: list[str]
+
+
+class Endpoint:
+    """The application under test."""
+
+    def __init__(self, client: httpx.Client, model: str | None = None, reference: str | None = None) -> None:
+        self._client = client
+        card = self._find(model, "disaggregated")
+        self.model: str = card["id"]
+        self.reference: str | None = self._find(reference, "aggregated")["id"] if reference else None
+        self.max_model_len: int = card["max_model_len"]
+        self.can_prefill_locally: bool = card["local_prefill"]
+        self.num_remote_requests = 0
+        self._vocabulary: list[int] = self._post("/tokenize", {"model": self.model, "prompt": WORDS})["tokens"]
+
+    def _find(self, name: str | None, mode: str) -> Any:
+        """What the server says of the model called `name`, or of its first one in `mode`."""
+        cards = self._get("/v1/models")["data"]
+        for card in cards:
+            if card.get("mode") == mode and card["id"] == (name or card["id"]):
+                return card
+        served = ", ".join(f"{card['id']} ({card.get('mode')})" for card in cards)
+        wanted = f"{mode} model {name}" if name else f"{mode} model"
+        raise VerifyError(f"{self._client.base_url} serves no {wanted}; it serves {served or 'none'}")
+
+    def random_prompt(self, rng: random.Random, num_tokens: int) -> list[int]:
+        return rng.choices(self._vocabulary, k=num_tokens)
+
+    @property
+    def tolerance(self) -> float:
+        """The logprob difference that passes if the caller does not say."""
+        return TOLERANCE if self.reference or self.can_prefill_locally else TOLERANCE_OF_PREFILL
+
+    def serve(self, prompts: list[list[int]], mode: PrefillMode) -> Answer:
+        """The greedy answer to the last of `prompts`, all of which share one cache salt."""
+        salt = uuid.uuid4().hex
+        answers = [self._complete(prompt, mode, salt, OUTPUT_TOKENS) for prompt in prompts]
+        return answers[-1]
+
+    def serve_without_transfer(self, prompts: list[list[int]], *, after_hit: bool) -> Answer:
+        """The answer to the last of `prompts` from KV that was not moved, with or `after_hit` of a prefix cache."""
+        if self.reference is None and not self.can_prefill_locally:
+            return self._serve_by_prefill(prompts[-1], share_prefixes=after_hit)
+        return self.serve([*prompts, prompts[-1]] if after_hit else prompts, "local")
+
+    def _serve_by_prefill(self, prompt: list[int], *, share_prefixes: bool) -> Answer:
+        """The greedy answer, each token of which a prefill replica computed from all tokens before it."""
+        salt = uuid.uuid4().hex
+        whole = Answer([], [], [])
+        for _ in range(OUTPUT_TOKENS):
+            so_far = prompt + [int(token.removeprefix("token_id:")) for token in whole.token_ids]
+            salt = salt if share_prefixes else uuid.uuid4().hex
+            next_one = self._complete(so_far, "remote", salt, 1)
+            whole = Answer(
+                whole.token_ids + next_one.token_ids,
+                whole.logprobs + next_one.logprobs,
+                whole.margins + next_one.margins,
+            )
+        return whole
+
+    def _complete(self, prompt: list[int], mode: PrefillMode, salt: str, max_tokens: int) -> Answer:
+        is_reference = mode == "local" and self.reference is not None
+        self.num_remote_requests += mode != "local"
+        body = {
+            "model": self.reference if is_reference else self.model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 2,
+            "return_tokens_as_token_ids": True,
+            "cache_salt": salt,
+            "vllm_xargs": {"baton_prefill": mode},
+        }
+        logprobs = self._post("/v1/completions", body)["choices"][0]["logprobs"]
+        best = [sorted(candidates.values(), reverse=True) for candidates in logprobs["top_logprobs"]]
+        margins = [first - second for first, second, *_ in best]
+        return Answer(logprobs["tokens"], logprobs["token_logprobs"], margins)
+
+    def transfers(self) -> Transfers:
+        replicas = self._get("/stats")["replicas"]
+        decode = [replica for replica in replicas if replica["role"] == "decode" and replica["model"] == self.model]
+        if silent := [replica["replica_id"] for replica in decode if "error" in replica]:
+            raise VerifyError(f"decode replica {silent[0]} does not tell what it received: {decode}")
+        return Transfers(
+            sum(replica["num_transfers"] for replica in decode),
+            sum(replica["transferred_bytes"] for replica in decode),
+            sorted({replica["transport"] for replica in decode if replica["transport"]}),
+        )
+
+    def _get(self, path: str) -> Any:
+        return self._answer("GET", path)
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        return self._answer("POST", path, body)
+
+    def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        try:
+            response = self._client.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise VerifyError(f"{self._client.base_url} does not answer ({error}); is Baton running there?") from error
+        if response.status_code != 200:
+            raise VerifyError(f"{method} {path} answered {response.status_code}: {response.text[:300]}")
+        try:
+            return response.json()
+        except ValueError as error:
+            raise VerifyError(f"{method} {path} answered no JSON; is it Baton that runs there?") from error
+
+
+def compare_output(
+    url: str,
+    *,
+    model: str | None = None,
+    reference: str | None = None,
+    spoil: bool,
+    tolerance: float | None = None,
+    seed: int,
+) -> bool:
+    """Print the comparison of `model` (the first disaggregated one) as a table and return whether all of it passed.
+
+    `reference` is an aggregated model of the same application, with the same weights and engine.
+
+    Raises VerifyError if the application cannot be reached or did not transfer the KV of every prompt.
+    """
+    try:
+        new_client = httpx.Client(base_url=url, timeout=ANSWER_TIMEOUT_S)
+    except httpx.InvalidURL as error:
+        raise VerifyError(f"{url} is no URL: {error}") from error
+    with new_client as client:
+        endpoint = Endpoint(client, model, reference)
+        before = endpoint.transfers()
+        prompts = _prompts(endpoint, random.Random(seed))
+        cases = [_compare(endpoint, name, group, "spoiled" if spoil else "remote") for name, group in prompts]
+        after = endpoint.transfers()
+    num_remote = endpoint.num_remote_requests
+    tolerance = endpoint.tolerance if tolerance is None else tolerance
+    _print(cases, tolerance, Console(highlight=False))
+    num, num_bytes = after.num - before.num, after.num_bytes - before.num_bytes
+    by = ", ".join(after.transports) or "nothing"
+    print(f"KV of {num} of {num_remote} prompts moved: {num_bytes / 1e6:.1f} MB by {by}")
+    if num < num_remote:
+        raise VerifyError(f"only {num} of {num_remote} prompts were prefilled remotely: nothing was verified")
+    passed = all(case.passes(tolerance) for case in cases)
+    print("passed" if passed else "FAILED: output under disaggregation differs from aggregated output")
+    return passed
+
+
+def _prompts(endpoint: Endpoint, rng: random.Random) -> list[tuple[str, list[list[int]]]]:
+    """Named groups of prompts; the last of a group is compared."""
+    longest = endpoint.max_model_len - OUTPUT_TOKENS
+    groups = [
+        (f"{length} tokens", [endpoint.random_prompt(rng, length)]) for length in PROMPT_LENGTHS if length <= longest
+    ]
+    prefix = endpoint.random_prompt(rng, max(1, min(SHARED_PREFIX_TOKENS, longest - 64)))
+    shared = [prefix + endpoint.random_prompt(rng, 64) for _ in range(3)]
+    return [
+        *groups,
+        (f"shared prefix of {len(prefix)}", shared),
+        ("the same prompt again", [shared[0], shared[0]]),
+    ]
+
+
+def _compare(endpoint: Endpoint, name: str, prompts: list[list[int]], mode: PrefillMode) -> Case:
+    remote = endpoint.serve(prompts, mode)
+    local = endpoint.serve_without_transfer(prompts, after_hit=False)
+    after_hit = endpoint.serve_without_transfer(prompts, after_hit=True)
+    return Case(name, len(prompts[-1]), remote, local, noise=local.max_difference(after_hit))
+
+
+def _print(cases: list[Case], tolerance: float, console: Console) -> None:
+    table = Table(title="disaggregated against aggregated, greedy")
+    for heading in ("prompt", "tokens", "equal output tokens", "max logprob difference", "noise", ""):
+        table.add_column(heading, justify="left" if heading in ("prompt", "") else "right")
+    for case in cases:
+        table.add_row(
+            case.name,
+            str(case.prompt_tokens),
+            f"{case.remote.num_equal(case.local)}/{len(case.local.token_ids)}",
+            f"{case.remote.max_difference(case.local):.2g}",
+            f"{case.noise:.2g}",
+            "ok" if case.passes(tolerance) else "DIFFERS",
+        )
+    console.print(table)

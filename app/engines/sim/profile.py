@@ -1,0 +1,125 @@
+"""How long an engine takes: the numbers of one machine with one model, and how they follow from measurements.
+
+An engine step that computes `n` new prompt tokens of sequences, each from position `p` on, and one token for each
+of `b` others, which have `k` tokens of KV together, takes
+
+    max(prefill.base_s, if n; step.base_s, if b)
+    + prefill.per_token_s * n + prefill.per_token_squared_s * sum((p + n)^2 - p^2)
+    + step.per_sequence_s * b + step.per_kv_token_s * k
+
+so a prompt costs the same squares whether it is computed whole, in chunks, or after a prefix that was cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.errors import ConfigError
+from app.routing.least_squares import fit_non_negative
+
+FOLDER = Path(__file__).with_name("profiles")
+"""The profiles that come with Baton."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PrefillTimes(_Section):
+    """Seconds for a prompt: `base_s` and what each uncached token, and its square, adds."""
+
+    base_s: float = Field(ge=0)
+    per_token_s: float = Field(ge=0)
+    per_token_squared_s: float = Field(ge=0)
+
+
+class StepTimes(_Section):
+    """Seconds for one token of each running sequence: `base_s` and what each sequence and token of KV adds."""
+
+    base_s: float = Field(ge=0)
+    per_sequence_s: float = Field(ge=0)
+    per_kv_token_s: float = Field(ge=0)
+
+
+class TransferTimes(_Section):
+    """Seconds for pulling one prompt's KV."""
+
+    base_s: float = Field(ge=0)
+    bytes_per_s: float = Field(gt=0)
+
+
+class SimProfile(_Section):
+    """One engine's times."""
+
+    source: str = Field(min_length=1)
+    """Where each number comes from."""
+    prefill: PrefillTimes
+    step: StepTimes
+    transfer: TransferTimes
+    kv_bytes_per_token: int = Field(gt=0)
+    """2 (key and value) * layers * KV heads * head size * bytes of one number."""
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """Seconds for a prompt of `num_tokens`, computed alone and at once."""
+        times = self.prefill
+        return times.base_s + times.per_token_s * num_tokens + times.per_token_squared_s * num_tokens**2
+
+    def step_s(self, num_sequences: int, num_kv_tokens: int) -> float:
+        """Seconds for one token of each of `num_sequences` that have `num_kv_tokens` of KV together."""
+        times = self.step
+        return times.base_s + times.per_sequence_s * num_sequences + times.per_kv_token_s * num_kv_tokens
+
+    def transfer_s(self, num_bytes: int) -> float:
+        """Seconds for pulling `num_bytes` of KV."""
+        return self.transfer.base_s + num_bytes / self.transfer.bytes_per_s
+
+
+def built_in_profiles() -> list[str]:
+    """The names of the profiles that come with Baton."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_profile(name: str) -> SimProfile:
+    """The built-in profile `name`, or the one in the YAML file that `name` is the path of.  Raises ConfigError."""
+    is_path = "/" in name or name.endswith((".yaml", ".yml"))
+    if not is_path and name not in built_in_profiles():
+        known = ", ".join(built_in_profiles())
+        raise ConfigError("engine_args.profile", f"there is no profile {name!r}; known are {known}, or a file's path")
+    path = Path(name).expanduser() if is_path else FOLDER / f"{name}.yaml"
+    try:
+        fields: Any = yaml.safe_load(path.read_text())
+        return SimProfile.model_validate(fields)
+    except OSError as error:
+        raise ConfigError("engine_args.profile", f"{path}: {error.strerror or 'cannot be read'}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("engine_args.profile", f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise ConfigError("engine_args.profile", f"{path}: {field}: {problem['msg']}") from None
+
+
+def fit_prefill(measured: Sequence[tuple[int, float]]) -> PrefillTimes:
+    """The times that come closest to `measured`: (tokens of a prompt, seconds)."""
+    rows = [[1.0, tokens, tokens**2] for tokens, _ in measured]
+    base_s, per_token_s, per_token_squared_s = fit_non_negative(rows, [seconds for _, seconds in measured])
+    return PrefillTimes(base_s=base_s, per_token_s=per_token_s, per_token_squared_s=per_token_squared_s)
+
+
+def fit_step(measured: Sequence[tuple[int, int, float]]) -> StepTimes:
+    """The times that come closest to `measured`: (sequences, tokens of KV that they have together, seconds)."""
+    rows = [[1.0, sequences, kv_tokens] for sequences, kv_tokens, _ in measured]
+    base_s, per_sequence_s, per_kv_token_s = fit_non_negative(rows, [seconds for *_, seconds in measured])
+    return StepTimes(base_s=base_s, per_sequence_s=per_sequence_s, per_kv_token_s=per_kv_token_s)
+
+
+def to_yaml(profile: SimProfile) -> str:
+    """The file that `load_profile` reads."""
+    fields = profile.model_dump(exclude={"source"})
+    source = "".join(f"  {line}\n" for line in profile.source.splitlines())
+    return f"source: |\n{source}{yaml.safe_dump(fields, sort_keys=False)}"

@@ -1,0 +1,421 @@
+"""vLLM's `EngineClient`, served by Baton's pools instead of an engine in this process.
+
+vLLM's API server calls `generate` with a rendered prompt.  Here the prompt becomes token ids and plain sampling
+fields, `Orchestrator.run` has them served, and the token deltas that come back go through vLLM's own output
+processor: detokenization, stop strings, logprobs and the merging of ``n`` sequences are vLLM's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from copy import copy
+from http import HTTPStatus
+from typing import Any, NoReturn, cast, get_args
+
+import msgspec
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import (
+    GenerationError,
+    GracefulHTTPError,
+    RetryableRequestError,
+    VLLMError,
+    VLLMValidationError,
+)
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.renderers import renderer_from_config
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.metrics.stats import PrefillStats
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+
+from app.config import ModelConfig
+from app.errors import BatonError, EngineDead, InvalidRequest, NoReplica, Overloaded, ReplicaLost
+from app.frontend.orchestrator import Orchestrator
+from app.frontend.request_context import Exchange, current_exchange
+from app.frontend.sequence_record import SequenceRecord
+from app.messages import GenerateRequest, Logprobs, PrefillMode, TokenDelta
+from app.routing.decision import RoutingHints
+
+logger = logging.getLogger("baton.disaggregated_engine")
+
+_DEFAULT_SAMPLING = SamplingParams()
+_FINISH_REASONS = {str(reason): reason for reason in FinishReason}
+# Baton's output processor detokenizes and streams, whatever the caller of the engine asked for.
+_FRONTEND_FIELDS = {
+    "output_kind",
+    "detokenize",
+    "skip_clone",
+    "n",
+    "stop",
+    "include_stop_str_in_output",
+    "output_text_buffer_length",
+}
+
+
+class DisaggregatedEngine(EngineClient):
+    """One model, served by a decode pool and, unless it is aggregated, a prefill pool."""
+
+    def __init__(self, vllm_config: VllmConfig, model: ModelConfig, orchestrator: Orchestrator) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.renderer = renderer_from_config(vllm_config)
+        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self._output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
+        self._model_name = model.name
+        self._slo = model.slo
+        self._orchestrator = orchestrator
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        prompt_text: str | None = None,
+        lora_request: LoRARequest | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+        session_id: str | None = None,
+        kv_hints: Any = None,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Serve one prompt, `sampling_params.n` sequences of it.
+
+        Closing or cancelling the generator cancels them all.  Raises vLLM's errors, which its server turns into
+        the right HTTP status: validation (400), overload (429), no replica (503), timeout (504), anything else (500).
+        """
+        exchange = current_exchange()
+        try:
+            prefill_mode = _prefill_mode(prompt, sampling_params)
+            request = self._to_engine_request(prompt, sampling_params, request_id, lora_request, priority)
+            request.reasoning_ended = reasoning_ended
+            request.reasoning_parser_kwargs = reasoning_parser_kwargs
+            hints = RoutingHints(session=session_id, explain=exchange.wants_explanation)
+            queue, tasks = self._start(request, prompt_text, prefill_mode, hints, exchange)
+            try:
+                is_finished = False
+                while not is_finished:
+                    output = queue.get_nowait() or await queue.get()
+                    assert isinstance(output, RequestOutput)
+                    is_finished = output.finished
+                    exchange.has_begun = True
+                    yield output
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self._output_processor.abort_requests([request.request_id], internal=True)
+                queue.close()
+        except Exception as error:
+            exchange.failure = create_error_response(error).error.model_dump()
+            raise
+
+    def _to_engine_request(
+        self, prompt: Any, params: SamplingParams, request_id: str, lora_request: LoRARequest | None, priority: int
+    ) -> EngineCoreRequest:
+        _refuse_what_cannot_be_served(prompt, params, lora_request)
+        request = self.input_processor.process_inputs(
+            request_id, prompt, params, supported_tasks=("generate",), priority=priority
+        )
+        assert request.sampling_params is not None
+        # Resolved for this process, which has no engine; the engine resolves it for itself.
+        request.sampling_params.watermarking = params.watermarking
+        self.input_processor.assign_request_id(request)
+        return request
+
+    def _start(
+        self,
+        request: EngineCoreRequest,
+        prompt_text: str | None,
+        prefill_mode: PrefillMode,
+        hints: RoutingHints,
+        exchange: Exchange,
+    ) -> tuple[RequestOutputCollector, list[asyncio.Task[None]]]:
+        """Begin the sequences of `request`: where their outputs arrive, and the tasks that bring them there."""
+        assert request.sampling_params is not None
+        queue = RequestOutputCollector(request.sampling_params.output_kind, request.request_id)
+        parent, children = _fan_out(request)
+        tasks = []
+        for index, child in enumerate(children):
+            self._output_processor.add_request(child, prompt_text, parent, index, queue)
+            sequence = self._run_sequence(child, prefill_mode, hints, exchange, queue)
+            tasks.append(asyncio.create_task(sequence, name=child.request_id))
+        return queue, tasks
+
+    async def _run_sequence(
+        self,
+        request: EngineCoreRequest,
+        prefill_mode: PrefillMode,
+        hints: RoutingHints,
+        exchange: Exchange,
+        queue: RequestOutputCollector,
+    ) -> None:
+        """Feed one sequence's deltas to the output processor, and its error, if any, to the caller's queue."""
+        assert request.prompt_token_ids is not None
+        record = SequenceRecord(
+            self._model_name,
+            request.request_id,
+            len(request.prompt_token_ids),
+            slo=self._slo,
+            has_session=hints.session is not None,
+        )
+        if hints.explain:
+            exchange.sequences.append(record)
+        task = asyncio.current_task()
+        assert task is not None
+        end = ""
+
+        def emit(delta: TokenDelta) -> None:
+            nonlocal end
+            record.on_delta(delta)
+            try:
+                processed = self._output_processor.process_outputs([_to_core_output(request, delta)])
+            except Exception as error:
+                end = type(error).__name__
+                logger.exception("request_id=%s failed", request.request_id)
+                queue.put(GenerationError())
+                task.cancel()
+                return
+            if processed.reqs_to_abort:  # a stop string, which only this side knows
+                end = "stop"
+                task.cancel()
+            end = end or delta.finish_reason or ""
+
+        try:
+            generate_request = _to_generate_request(request, prefill_mode)
+            await self._orchestrator.run(generate_request, emit, hints=hints, on_decision=record.on_decision)
+        except (BatonError, TimeoutError) as error:
+            end = type(error).__name__
+            if isinstance(error, Overloaded):
+                exchange.refuse_for(error.retry_after_s)
+            queue.put(_to_vllm_error(error))
+        except Exception as error:
+            end = type(error).__name__
+            logger.exception("request_id=%s failed", request.request_id)
+            queue.put(GenerationError())
+            raise
+        finally:
+            record.on_end(end or "cancelled")
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """Nothing to do: a request is aborted by closing its generator."""
+
+    @property
+    def is_running(self) -> bool:
+        return True
+
+    @property
+    def is_stopped(self) -> bool:
+        return False
+
+    @property
+    def errored(self) -> bool:
+        return False
+
+    @property
+    def dead_error(self) -> BaseException:
+        error: BaseException = GenerationError()
+        return error
+
+    async def check_health(self) -> None:
+        """Never raises: /health is answered by Baton from the state of the pools."""
+
+    async def is_tracing_enabled(self) -> bool:
+        return False
+
+    async def do_log_stats(self) -> None:
+        """Baton logs one line per sequence instead."""
+
+    async def is_sleeping(self) -> bool:
+        return False
+
+    async def is_paused(self) -> bool:
+        return False
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.renderer.shutdown()
+
+    async def notify_kv_transfer_request_rejected(
+        self, request_id: str, kv_transfer_params: dict[str, Any], *, data_parallel_rank: int | None = None
+    ) -> None:
+        """Never needed: clients cannot bring KV transfer parameters."""
+
+    async def encode(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _not_offered("pooling")
+
+    async def start_profile(self, *args: Any, **kwargs: Any) -> None:
+        _not_offered("profiling through the frontend")
+
+    async def stop_profile(self) -> None:
+        _not_offered("profiling through the frontend")
+
+    async def reset_mm_cache(self) -> None:
+        _not_offered("multi-modal input")
+
+    async def reset_encoder_cache(self) -> None:
+        _not_offered("multi-modal input")
+
+    async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        _not_offered("resetting the prefix caches")
+
+    async def sleep(self, level: int = 1, mode: Any = "abort") -> None:
+        _not_offered("sleep mode")
+
+    async def wake_up(self, tags: list[str] | None = None) -> bool:
+        _not_offered("sleep mode")
+
+    async def release_kv_cache_memory(self) -> None:
+        _not_offered("sleep mode")
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        _not_offered("LoRA")
+
+    async def pause_generation(self, *, mode: Any = "abort", clear_cache: bool = True) -> None:
+        _not_offered("pausing")
+
+    async def resume_generation(self) -> None:
+        _not_offered("pausing")
+
+
+def _not_offered(what: str) -> NoReturn:
+    raise NotImplementedError(f"{what} is not offered by this server")
+
+
+def _refuse_what_cannot_be_served(prompt: Any, params: SamplingParams, lora_request: LoRARequest | None) -> None:
+    if "kv_transfer_params" in (params.extra_args or {}):
+        raise VLLMValidationError(
+            "kv_transfer_params cannot be set by a client: it would give access to another request's KV cache",
+            parameter="kv_transfer_params",
+        )
+    if "kv_cache_report_mode" in (params.extra_args or {}):
+        raise VLLMValidationError(
+            "kv_cache_report_mode cannot be set by a client: routing counts on each cached block being told once",
+            parameter="kv_cache_report_mode",
+        )
+    if lora_request is not None:
+        raise VLLMValidationError("LoRA adapters are not offered by this server", parameter="model")
+    kind = prompt.get("type", "token") if isinstance(prompt, dict) else "token"
+    if kind != "token":
+        raise VLLMValidationError(f"only text prompts are served, got {kind} input", parameter="prompt")
+
+
+def _prefill_mode(prompt: Any, params: SamplingParams) -> PrefillMode:
+    """Take ``vllm_xargs: {"baton_prefill": ...}`` of the request out of its sampling parameters."""
+    mode = (params.extra_args or {}).pop("baton_prefill", "auto")
+    if mode not in get_args(PrefillMode):
+        raise VLLMValidationError(
+            f"baton_prefill must be one of {', '.join(get_args(PrefillMode))}",
+            parameter="baton_prefill",
+            value=mode,
+        )
+    if mode == "spoiled" and not prompt.get("cache_salt"):
+        # Without a salt of its own the wrong KV would serve other requests from the prefix cache.
+        raise VLLMValidationError("baton_prefill=spoiled needs a cache_salt", parameter="cache_salt")
+    return cast(PrefillMode, mode)
+
+
+def _fan_out(request: EngineCoreRequest) -> tuple[ParentRequest | None, list[EngineCoreRequest]]:
+    """One engine request for each of ``n`` sequences, seeded as vLLM does it."""
+    params = request.sampling_params
+    assert params is not None
+    if params.n == 1:
+        return None, [request]
+    parent = ParentRequest(request)
+    children = []
+    for index in range(params.n):
+        child = copy(request)
+        child.request_id, child.sampling_params = parent.get_child_info(index)
+        children.append(child)
+    return parent, children
+
+
+def _to_generate_request(request: EngineCoreRequest, prefill_mode: PrefillMode) -> GenerateRequest:
+    assert request.prompt_token_ids is not None
+    assert request.sampling_params is not None
+    return GenerateRequest(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=sampling_fields(request.sampling_params),
+        cache_salt=request.cache_salt,
+        priority=request.priority,
+        prefill_mode=prefill_mode,
+        reasoning_ended=request.reasoning_ended,
+        reasoning_parser_kwargs=request.reasoning_parser_kwargs,
+    )
+
+
+def sampling_fields(params: SamplingParams) -> dict[str, Any]:
+    """The fields that an engine needs and that are not at their defaults, as plain values.
+
+    Fields that begin with an underscore are derived from the model; the engine derives them again.
+    """
+    fields = {}
+    for name in SamplingParams.__struct_fields__:
+        value = getattr(params, name)
+        if name.startswith("_") or name in _FRONTEND_FIELDS or value == getattr(_DEFAULT_SAMPLING, name):
+            continue
+        plain = msgspec.to_builtins(value)
+        if name == "structured_outputs":
+            plain = {key: item for key, item in plain.items() if item is not None and not key.startswith("_")}
+        fields[name] = plain
+    return fields
+
+
+def _to_core_output(request: EngineCoreRequest, delta: TokenDelta) -> EngineCoreOutput:
+    return EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=delta.token_ids,
+        new_logprobs=_to_lists(delta.logprobs) if delta.logprobs else None,
+        new_prompt_logprobs_tensors=_to_tensors(delta.prompt_logprobs) if delta.prompt_logprobs else None,
+        finish_reason=_FINISH_REASONS[delta.finish_reason] if delta.finish_reason else None,
+        stop_reason=delta.stop_reason,
+        prefill_stats=PrefillStats(num_cached_tokens=delta.report.cached_tokens) if delta.report else None,
+    )
+
+
+def _to_lists(logprobs: Logprobs) -> LogprobsLists:
+    return LogprobsLists(
+        np.asarray(logprobs.token_ids, dtype=np.int32),
+        np.asarray(logprobs.logprobs, dtype=np.float32),
+        np.asarray(logprobs.ranks, dtype=np.int32),
+    )
+
+
+def _to_tensors(logprobs: Logprobs) -> LogprobsTensors:
+    return LogprobsTensors(
+        torch.tensor(logprobs.token_ids, dtype=torch.int32),
+        torch.tensor(logprobs.logprobs, dtype=torch.float32),
+        torch.tensor(logprobs.ranks, dtype=torch.int32),
+    )
+
+
+class _TooBusy(GracefulHTTPError, GenerationError):
+    """The one for its status, the other as vLLM's streams log the traceback of anything else: not under overload."""
+
+
+def _to_vllm_error(error: BatonError | TimeoutError) -> VLLMError:
+    """What the client is told: never the text of an exception from the inside, unless it is about the request."""
+    if isinstance(error, InvalidRequest):
+        return VLLMValidationError(error.message)
+    if isinstance(error, NoReplica):
+        return RetryableRequestError("No replica is ready to serve this request; please retry.")
+    if isinstance(error, Overloaded):
+        return _TooBusy("Too many prompts wait to be computed; please retry later.", HTTPStatus.TOO_MANY_REQUESTS)
+    if isinstance(error, ReplicaLost | EngineDead):
+        return RetryableRequestError("The replica that generated this answer was lost; please retry.")
+    if isinstance(error, TimeoutError):
+        return GracefulHTTPError("The model took too long to answer.", HTTPStatus.GATEWAY_TIMEOUT)
+    return GenerationError("The engine failed to serve this request.")

@@ -1,0 +1,193 @@
+"""Pure ASGI middlewares that vLLM's server lacks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from http import HTTPStatus
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.frontend.explain import explain_header
+from app.frontend.request_context import Exchange, begin_exchange, current_exchange
+
+EXPLAIN_HEADER = b"x-baton-explain"
+"""``1`` in a request asks for it in the response; any other value does not."""
+
+
+def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's API shapes it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class BodyLimit:
+    """Answers 413 to a body over `max_body_bytes`, declared or not, before anything parses it."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._max_body_bytes:
+            await self._refuse(scope, receive, send)
+            return
+        received = 0
+        is_answering = is_refused = False
+
+        async def counting_receive() -> Message:
+            nonlocal received, is_refused
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_body_bytes and not is_answering and not is_refused:
+                is_refused = True
+                await self._refuse(scope, receive, send)
+            return {"type": "http.disconnect"} if is_refused else message
+
+        async def noting_send(message: Message) -> None:
+            nonlocal is_answering
+            is_answering = True
+            if not is_refused:
+                await send(message)
+
+        try:
+            await self._app(scope, counting_receive, noting_send)
+        except Exception:
+            if not is_refused:
+                raise
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message = f"The request body is larger than {self._max_body_bytes} bytes."
+        response = JSONResponse(error_body(message, "BadRequestError", 413), status_code=413)
+        await response(scope, receive, send)
+
+
+class RoutingHeaders:
+    """Tells the client what the engine side of its request has for it besides an answer (request_context.py).
+
+    That is an explanation, if the request had ``x-baton-explain: 1``, and how long to wait after a 429.  Around
+    `ErrorBeforeStream`: when that lets an answer start, its first token is there or nothing will come.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        wants_explanation = dict(scope["headers"]).get(EXPLAIN_HEADER) == b"1"
+        with begin_exchange(wants_explanation=wants_explanation) as exchange:
+
+            async def telling_send(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    headers = [*message.get("headers", ()), *_headers(exchange, message["status"])]
+                    message = {**message, "headers": headers}
+                await send(message)
+
+            await self._app(scope, receive, telling_send)
+
+
+def _headers(exchange: Exchange, status: int) -> Iterator[tuple[bytes, bytes]]:
+    if exchange.sequences:
+        yield EXPLAIN_HEADER, explain_header(exchange.sequences).encode("ascii")
+    if exchange.retry_after_s is not None and status == HTTPStatus.TOO_MANY_REQUESTS:
+        yield b"retry-after", str(exchange.retry_after_s).encode("ascii")
+
+
+class ErrorBeforeStream:
+    """Gives a stream that fails before its first token a plain response with that error's status instead.
+
+    vLLM starts a streamed answer with 200 before it asks the engine; what fails before the first token could
+    still have had its status.  The start of a stream is held back until the engine has begun or failed, together with
+    the events that vLLM sends before (``response.created``).  A comment that keeps the connection alive lets it go.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = _Answer(scope, receive, send)
+        try:
+            await self._app(scope, receive, answer.send)
+        except Exception:
+            # Some of vLLM's streams raise what others send as an event.
+            if not await answer.end_with_failure():
+                raise
+
+
+class _Answer:
+    """Passes one answer on, the start of a stream only when it is known not to fail."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._exchange = current_exchange()
+        self._held: list[Message] = []
+        self._is_replaced = False
+
+    async def send(self, message: Message) -> None:
+        if self._is_replaced:
+            return
+        if not self._held and not _is_start_of_event_stream(message):
+            await self._send(message)
+            return
+        self._held.append(message)
+        body = message.get("body", b"")
+        if (error := self._exchange.early_failure or _first_error(body)) is not None:
+            await self._replace(error)
+        elif message["type"] == "http.response.body" and not self._has_to_wait(message):
+            held, self._held = self._held, []
+            for each in held:
+                await self._send(each)
+
+    async def end_with_failure(self) -> bool:
+        """Send the request's failure if no other answer has begun; returns whether a failure was sent."""
+        if self._held and not self._is_replaced and (error := self._exchange.early_failure) is not None:
+            await self._replace(error)
+        return self._is_replaced
+
+    def _has_to_wait(self, message: Message) -> bool:
+        """Whether the engine has said nothing yet, and the stream goes on when it has."""
+        asks_an_engine = self._scope.get("method") == "POST"  # GET: what another request began, once more
+        is_comment = message.get("body", b"").startswith(b":")
+        return asks_an_engine and not self._exchange.has_begun and not is_comment and message.get("more_body", False)
+
+    async def _replace(self, error: dict[str, Any]) -> None:
+        self._is_replaced = True
+        response = JSONResponse(_shaped(error, self._scope), status_code=error["code"])
+        await response(self._scope, self._receive, self._send)
+
+
+def _is_start_of_event_stream(message: Message) -> bool:
+    return message["type"] == "http.response.start" and any(
+        name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message.get("headers", ())
+    )
+
+
+def _shaped(error: dict[str, Any], scope: Scope) -> dict[str, Any]:
+    """The body that says `error` in the API of the request: Anthropic's at its one path, else OpenAI's."""
+    if scope.get("path", "").endswith("/v1/messages"):
+        return {"type": "error", "error": {"type": error["type"], "message": error["message"]}}
+    return {"error": error}
+
+
+def _first_error(body: bytes) -> dict[str, Any] | None:
+    """The error in a stream's first bytes, if that is what they are."""
+    for line in body.split(b"\n"):
+        if line.startswith(b"data: {"):
+            try:
+                event = json.loads(line.removeprefix(b"data: "))
+            except ValueError:  # not all of the event, or none of ours
+                return None
+            error = event.get("error")
+            if isinstance(error, dict) and isinstance(error.get("code"), int) and 400 <= error["code"] < 600:
+                return error
+            return None
+    return None

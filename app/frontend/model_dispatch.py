@@ -1,0 +1,112 @@
+"""Several models' servers behind one endpoint: the request's ``model`` says whose it is.
+
+With one model there is nothing here to do, and `build_server` leaves it out.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.frontend.http_middleware import error_body
+
+
+class _Body(msgspec.Struct):
+    """The one field that is looked at; everything else is skipped without being made into objects."""
+
+    model: str | None = None
+
+
+_DECODER = msgspec.json.Decoder(_Body)
+
+
+class ModelDispatch:
+    """Gives each request to the application of the model that its body names.
+
+    What has no body is the same for all models (/metrics, /docs, /version) and goes to the first.  Bodies must be
+    bounded before (`BodyLimit`), as they are read whole; the application gets the same bytes, and a client's
+    disconnection as it happens.
+    """
+
+    def __init__(self, apps: dict[str, ASGIApp]) -> None:
+        self._apps = apps
+        self._first = next(iter(apps.values()))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._first(scope, receive, send)
+        elif (body := await _read(receive)) is None:
+            return
+        elif _is_about_a_stored_response(scope):
+            await self._ask_all(scope, body, receive, send)
+        else:
+            await self._choose(body)(scope, _replay(body, receive), send)
+
+    def _choose(self, body: bytes) -> ASGIApp:
+        try:
+            model = _DECODER.decode(body).model
+        except msgspec.DecodeError:  # there is none, or whichever is asked says what is wrong with it
+            return self._first
+        if model is None:
+            return self._refusal("The field `model` is missing", 400, "BadRequestError")
+        return self._apps.get(model) or self._refusal(f"The model `{model}` does not exist", 404, "NotFoundError")
+
+    def _refusal(self, problem: str, status: int, kind: str) -> ASGIApp:
+        names = ", ".join(f"`{name}`" for name in self._apps)
+        message = f"{problem}; this server has {names}."
+        return JSONResponse(error_body(message, kind, status, "model"), status_code=status)
+
+    async def _ask_all(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """The first answer other than 404, or else the last 404: a response is kept where it was made."""
+        *others, last = self._apps.values()
+        for app in others:
+            attempt = _UnlessNotFound(send)
+            await app(dict(scope), _replay(body, receive), attempt.send)
+            if not attempt.is_not_found:
+                return
+        await last(scope, _replay(body, receive), send)
+
+
+class _UnlessNotFound:
+    """Passes an answer on unless its status is 404."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.is_not_found = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.is_not_found = message["status"] == 404
+        if not self.is_not_found:
+            await self._send(message)
+
+
+def _is_about_a_stored_response(scope: Scope) -> bool:
+    """GET /v1/responses/{id} and POST /v1/responses/{id}/cancel know an earlier answer by its id alone."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path.startswith("/v1/responses/") and (scope["method"] == "GET" or path.endswith("/cancel"))
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body; None if the client went away before its end, or `BodyLimit` has refused it."""
+    chunks: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives `body` once and then what else comes, which is the client's disconnection."""
+    unread = [body]
+
+    async def replayed() -> Message:
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+        return await receive()
+
+    return replayed

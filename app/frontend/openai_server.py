@@ -1,0 +1,173 @@
+"""vLLM's own OpenAI and Anthropic server over the disaggregated engine, with what Baton adds to it.
+
+Each model has a server application of its own, as vLLM's serves one.  Baton adds: the choice between them, /health
+and /stats over the pools, /v1/models over all models, a bound on the body's size, an HTTP error status where a
+stream would otherwise begin with 200 and an error event, and headers that explain or that say when to come back.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
+
+from app.config import BatonConfig, ModelConfig
+from app.engines.vllm import cpu_defaults
+from app.errors import ConfigError
+from app.frontend.http_middleware import BodyLimit, ErrorBeforeStream, RoutingHeaders
+from app.frontend.model_dispatch import ModelDispatch
+from app.frontend.orchestrator import Orchestrator
+from app.frontend.vllm_surface import (
+    allow_several_greedy_sequences,
+    count_tool_calls_by_model,
+    let_cancellation_through,
+    share_http_metrics,
+    take_the_user_for_the_session,
+)
+from app.models.source import local_path
+
+WITHOUT_MEANING = (
+    "/scale_elastic_ep",
+    "/is_scaling_elastic_ep",
+    "/load",
+    "/start_profile",
+    "/stop_profile",
+    "/ping",
+)
+"""Routes of vLLM's server that speak of an engine in the same process."""
+
+NAMES_AT_THE_SERVER = {
+    "sglang": {"context_length": "max_model_len", "trust_remote_code": "trust_remote_code"},
+    "sim": {"max_model_len": "max_model_len"},
+}
+"""Which arguments of an engine that is not vLLM's the server has to know, and what vLLM calls them."""
+
+HealthReport = Callable[[], dict[str, Any]]
+StatsReport = Callable[[], Awaitable[dict[str, Any]]]
+
+
+def server_namespace(model: ModelConfig, index: int) -> argparse.Namespace:
+    """The arguments of vLLM's server for model number `index`.  Raises ConfigError for one that it refuses."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    arguments: argparse.Namespace = parser.parse_args(
+        ["--model", local_path(model.source), "--served-model-name", model.name]
+    )
+    arguments.disable_log_stats = True
+    arguments.enable_prompt_tokens_details = True  # usage reports cached tokens
+    decode_args = {**cpu_defaults("cpu"), **_args_of_server(model)}
+    for section, fields in (("engine_args", decode_args), ("server_args", model.server_args)):
+        for name, value in fields.items():
+            if not hasattr(arguments, name):
+                raise ConfigError(f"models.{index}.{section}.{name}", "vLLM's server knows no such argument")
+            setattr(arguments, name, value)
+    try:
+        validate_parsed_serve_args(arguments)
+        validate_api_server_args(arguments)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"models.{index}.server_args", f"vLLM's server refuses them: {error}") from error
+    return arguments
+
+
+def _args_of_server(model: ModelConfig) -> dict[str, Any]:
+    """What vLLM's server has to know of the engines' arguments."""
+    engine_args = model.merged_engine_args(model.decode)
+    if model.engine == "vllm":
+        return engine_args
+    names = NAMES_AT_THE_SERVER[model.engine]
+    return {names[name]: value for name, value in engine_args.items() if name in names and value is not None}
+
+
+def frontend_config(arguments: argparse.Namespace) -> Any:
+    """A VllmConfig for a process without an engine: no device is looked for, no weights are read."""
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    engine_args = AsyncEngineArgs.from_cli_args(arguments)
+    model_config = engine_args.create_model_config()
+    # Quantisation is the engines' affair: checking it here would ask for a GPU's capabilities.
+    model_config.quantization = None
+    config = VllmConfig(
+        model_config=model_config, structured_outputs_config=engine_args.create_structured_outputs_config()
+    )
+    arguments.structured_outputs_config = config.structured_outputs_config
+    return config
+
+
+async def build_server(
+    config: BatonConfig, orchestrators: Sequence[Orchestrator], health: HealthReport, stats: StatsReport
+) -> ASGIApp:
+    """The ASGI application of all models; there is an orchestrator for each of `config.models`."""
+    allow_several_greedy_sequences()
+    let_cancellation_through()
+    take_the_user_for_the_session()
+    if len(config.models) > 1:
+        count_tool_calls_by_model()
+        share_http_metrics()
+    apps = {
+        model.name: await _build_app(index, model, orchestrator)
+        for index, (model, orchestrator) in enumerate(zip(config.models, orchestrators, strict=True))
+    }
+    for app in apps.values():
+        app.router.routes[:0] = _baton_routes(list(apps.values()), health, stats)
+    served: ASGIApp = ModelDispatch(dict(apps)) if len(apps) > 1 else apps[config.models[0].name]
+    # Around the applications and not inside them: vLLM has already closed its list of middlewares.
+    return BodyLimit(RoutingHeaders(ErrorBeforeStream(served)), config.limits.max_body_bytes)
+
+
+async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator) -> FastAPI:
+    """vLLM's server of one model, less what speaks of an engine in its process."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+
+    from app.frontend.engine_client import DisaggregatedEngine
+
+    arguments = server_namespace(model, index)
+    vllm_config = frontend_config(arguments)
+    engine = DisaggregatedEngine(vllm_config, model, orchestrator)
+    app: FastAPI = build_app(arguments, ("generate",), vllm_config.model_config)
+    await init_app_state(engine, app.state, arguments, ("generate",))
+    _remove_routes(app, (*WITHOUT_MEANING, "/health"))
+    return app
+
+
+def _baton_routes(apps: Sequence[FastAPI], health: HealthReport, stats: StatsReport) -> list[BaseRoute]:
+    async def get_health(_: Request) -> JSONResponse:
+        report = health()
+        return JSONResponse(report, status_code=503 if report["status"] == "unhealthy" else 200)
+
+    async def get_stats(_: Request) -> JSONResponse:
+        return JSONResponse(await stats())
+
+    async def get_models(_: Request) -> JSONResponse:
+        """vLLM's list for each of the applications, with what Baton knows of their models."""
+        cards: list[dict[str, Any]] = []
+        for app, model in zip(apps, health()["models"], strict=True):
+            listed = await app.state.openai_serving_models.show_available_models()
+            added = {name: model[name] for name in ("engine", "mode", "local_prefill", "state")}
+            cards += [{**card, **added} for card in listed.model_dump()["data"]]
+        return JSONResponse({"object": "list", "data": cards})
+
+    return [Route("/health", get_health), Route("/stats", get_stats), Route("/v1/models", get_models)]
+
+
+def _remove_routes(app: FastAPI, paths: tuple[str, ...]) -> None:
+    """Take `paths` out of the application, from routers included in it as well."""
+
+    def prune(routes: list[BaseRoute]) -> None:
+        for route in list(routes):
+            if getattr(route, "path", None) in paths:
+                routes.remove(route)
+            elif (included := getattr(route, "original_router", None)) is not None:
+                prune(included.routes)
+
+    prune(app.router.routes)

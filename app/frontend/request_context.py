@@ -1,0 +1,58 @@
+"""What the HTTP side and the engine side of one request tell each other, past vLLM's server in between.
+
+http_middleware.py opens one for each request, engine_client.py finds it in a context variable.  That reaches all that
+the request starts: vLLM's handlers, generators and tasks run in copies of its context, and all copies hold the same
+object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from app.frontend.sequence_record import SequenceRecord
+
+
+class Exchange:
+    """One HTTP request and its answer."""
+
+    def __init__(self, *, wants_explanation: bool = False) -> None:
+        self.wants_explanation = wants_explanation
+        self.sequences: list[SequenceRecord] = []
+        """The request's sequences in the order in which they were begun, if an explanation is wanted."""
+        self.has_begun = False
+        """Whether any token came out of an engine."""
+        self.failure: dict[str, Any] | None = None
+        """The ``error`` object that ended the request: ``message``, ``type``, ``param`` and the status as ``code``."""
+        self.retry_after_s: int | None = None
+        """Whole seconds, at least one, if the request was refused for overload."""
+
+    @property
+    def early_failure(self) -> dict[str, Any] | None:
+        """The failure of a request that got no token."""
+        return None if self.has_begun else self.failure
+
+    def refuse_for(self, seconds: float) -> None:
+        """Ask the client to come back in so many seconds; of several sequences the one that waits longest counts."""
+        self.retry_after_s = max(self.retry_after_s or 1, math.ceil(seconds))
+
+
+_current: ContextVar[Exchange | None] = ContextVar("baton_exchange", default=None)
+
+
+def current_exchange() -> Exchange:
+    """That of the request which is being served; one that nobody looks at where there is none."""
+    return _current.get() or Exchange()
+
+
+@contextmanager
+def begin_exchange(*, wants_explanation: bool) -> Iterator[Exchange]:
+    """Have everything that the block starts see one exchange."""
+    token = _current.set(exchange := Exchange(wants_explanation=wants_explanation))
+    try:
+        yield exchange
+    finally:
+        _current.reset(token)

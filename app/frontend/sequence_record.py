@@ -1,0 +1,144 @@
+"""What is known of one sequence when it ends: one log line and the metrics, both from the same facts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import cache
+from typing import TypeVar
+
+from prometheus_client import Counter, Histogram
+
+from app.config import SloConfig
+from app.frontend import metrics
+from app.messages import PrefillReport, TokenDelta
+from app.routing.decision import Decision
+
+logger = logging.getLogger("baton.sequence")
+
+MetricT = TypeVar("MetricT", Counter, Histogram)
+
+DEFAULT_SLO = SloConfig()
+GOOD_ENDS = ("stop", "length", "repetition")
+"""Finish reasons of sequences that got all of their tokens."""
+
+
+class SequenceRecord:
+    """Follows one sequence from its start to its end."""
+
+    def __init__(
+        self,
+        model: str,
+        request_id: str,
+        prompt_tokens: int,
+        *,
+        slo: SloConfig = DEFAULT_SLO,
+        has_session: bool = False,
+    ) -> None:
+        self.decision: Decision | None = None
+        """That of the last attempt."""
+        self.num_attempts = 0
+        self.ttft_s: float | None = None
+        self.report: PrefillReport | None = None
+        self._model = model
+        self._gaps = _labelled(metrics.INTER_TOKEN_LATENCY, model)
+        self._request_id = request_id
+        self._prompt_tokens = prompt_tokens
+        self._slo = slo
+        self._has_session = has_session
+        self._output_tokens = 0
+        self._started_at = self._last_at = time.monotonic()
+
+    def on_decision(self, decision: Decision) -> None:
+        """Take note of an attempt that is about to begin."""
+        self.decision = decision
+        self.num_attempts += 1
+        _labelled(metrics.DECISIONS, self._model, decision.kind, decision.reason).inc()
+        _labelled(metrics.DECISION_TIME, self._model).observe(decision.decided_in_s)
+
+    def on_delta(self, delta: TokenDelta) -> None:
+        now = time.monotonic()
+        if self.ttft_s is None:
+            self.ttft_s = now - self._started_at
+        else:
+            self._gaps.observe(now - self._last_at)
+        self._last_at = now
+        self._output_tokens += len(delta.token_ids)
+        self.report = delta.report or self.report
+
+    def on_end(self, end: str) -> None:
+        """`end` is a finish reason, ``cancelled`` or the name of an error."""
+        _labelled(metrics.SEQUENCES, self._model, end).inc()
+        _labelled(metrics.WITHIN_SLO, self._model).inc(end in GOOD_ENDS and self._is_within_slo())
+        _labelled(metrics.GENERATION_TOKENS, self._model).inc(self._output_tokens)
+        if self.report is not None and self.ttft_s is not None:
+            self._count_prompt(self.report, self.ttft_s)
+        logger.info(
+            "request_id=%s model=%s end=%s prompt_tokens=%d output_tokens=%d ttft_ms=%s total_ms=%.1f %s %s session=%s",
+            self._request_id,
+            self._model,
+            end,
+            self._prompt_tokens,
+            self._output_tokens,
+            _ms(self.ttft_s),
+            (time.monotonic() - self._started_at) * 1e3,
+            _describe_prefill(self.report),
+            self._describe_decision(),
+            "yes" if self._has_session else "no",
+        )
+
+    def _is_within_slo(self) -> bool:
+        if self.ttft_s is None or self.ttft_s * 1e3 > self._slo.ttft_ms:
+            return False
+        decoding_s = self._last_at - self._started_at - self.ttft_s
+        return decoding_s * 1e3 <= self._slo.itl_ms * (self._output_tokens - 1)
+
+    def _count_prompt(self, report: PrefillReport, ttft_s: float) -> None:
+        _labelled(metrics.PREFILLS, self._model, report.kind, report.reason).inc()
+        _labelled(metrics.PROMPT_TOKENS, self._model).inc(self._prompt_tokens)
+        _labelled(metrics.CACHED_TOKENS, self._model).inc(report.cached_tokens)
+        _labelled(metrics.TIME_TO_FIRST_TOKEN, self._model, report.kind).observe(ttft_s)
+        if report.transferred_tokens:
+            _labelled(metrics.TRANSFERRED_TOKENS, self._model, report.transport).inc(report.transferred_tokens)
+        if (decision := self.decision) is None:
+            return
+        _labelled(metrics.EXPECTED_CACHED_TOKENS, self._model).inc(decision.expected_cached_tokens)
+        # A replica that failed on the way says nothing about the prediction.
+        went_as_decided = self.num_attempts == 1 and report.kind == decision.kind
+        if went_as_decided and decision.predicted_ttft_s:
+            ratio = ttft_s / decision.predicted_ttft_s
+            _labelled(metrics.TIME_TO_FIRST_TOKEN_RATIO, self._model, decision.kind).observe(ratio)
+
+    def _describe_decision(self) -> str:
+        """The candidates that were not taken are left out: an explanation has them (app/frontend/explain.py)."""
+        decision = self.decision
+        if decision is None:
+            return "decision=none"
+        prefill = decision.prefill.replica if decision.prefill else "none"
+        return (
+            f"decision={decision.kind} decision_reason={decision.reason} decided_prefill={prefill} "
+            f"decided_{decision.serving_role}={decision.serving.replica} "
+            f"expected_cached_tokens={decision.expected_cached_tokens} "
+            f"predicted_ttft_ms={_ms(decision.predicted_ttft_s)} "
+            f"decided_us={decision.decided_in_s * 1e6:.0f} attempts={self.num_attempts}"
+        )
+
+
+@cache
+def _labelled(metric: MetricT, *labels: str) -> MetricT:
+    """The part of a metric with these labels, found once: to look for it costs as much as handling a token."""
+    return metric.labels(*labels)
+
+
+def _ms(seconds: float | None) -> str:
+    return "none" if seconds is None else f"{seconds * 1e3:.1f}"
+
+
+def _describe_prefill(report: PrefillReport | None) -> str:
+    if report is None:
+        return "prefill=none"
+    return (
+        f"prefill={report.kind} reason={report.reason or 'none'} prefill_replica={report.prefill_replica or 'none'} "
+        f"decode_replica={report.decode_replica} cached_tokens={report.cached_tokens} "
+        f"kv_tokens_moved={report.transferred_tokens} transport={report.transport!r}"
+    )

@@ -1,0 +1,160 @@
+"""What a frontend knows of one pool: its replicas, how busy each is, and what each has cached.
+
+Load is what the replica reported, corrected by what this frontend has sent and seen finished since that report came.
+So a frontend's own requests count at once, and those of other frontends after one message from the replica.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from heapq import nlargest
+
+from app.kv_cache.block_hashes import block_hashes, root_hash
+from app.messages import GenerateRequest, KvUpdate, ReplicaInfo, ReplicaLoad
+from app.routing.affinity import SessionRing
+from app.routing.prefix_index import ApproximateCache, PrefixIndex
+
+AVOID_S = 10.0
+"""How long a replica that failed is passed over; Serve needs three failed health checks to replace it."""
+
+SMALL_POOL = 16
+"""Up to so many replicas all are looked at."""
+NUM_DRAWN = 8
+"""Of a larger pool it is so many that have cached the most of the prompt, the session's own, and so many drawn at
+random: the best of 8 drawn is among the least loaded quarter of a pool with probability 0.9 (1 - 0.75**8), and
+frontends that do not talk to each other do not all draw the same one."""
+
+
+class Gauge:
+    """A quantity of which a replica reports the whole and this frontend knows its own part."""
+
+    __slots__ = ("_others", "own", "value")
+
+    def __init__(self) -> None:
+        self.own = 0
+        self.value = 0
+        """The best guess of the whole: kept up to date, as it is read far more often than it changes."""
+        self._others = 0
+
+    def report(self, value: int) -> None:
+        self._others = value - self.own  # may be below 0: of our own, what is on its way was not counted
+        self._update()
+
+    def _update(self) -> None:
+        self.value = max(self.own, self._others + self.own)
+
+    @contextmanager
+    def counting(self, amount: int) -> Iterator[None]:
+        """Count `amount` as this frontend's own while the block runs."""
+        self.own += amount
+        self._update()
+        try:
+            yield
+        finally:
+            self.own -= amount
+            self._update()
+
+
+class ReplicaView:
+    """One replica, as this frontend knows it."""
+
+    __slots__ = ("_assumed", "avoid_until", "decoding", "info", "queued_tokens", "sequences", "used_blocks")
+
+    def __init__(self, info: ReplicaInfo) -> None:
+        self.info = info
+        self.sequences = Gauge()
+        self.queued_tokens = Gauge()
+        self.used_blocks = Gauge()
+        self.decoding = Gauge()
+        self.avoid_until = 0.0
+        self._assumed = ApproximateCache(info.num_blocks) if info.prefix_cache == "silent" else None
+
+    def report(self, load: ReplicaLoad) -> None:
+        self.sequences.report(load.sequences)
+        self.queued_tokens.report(load.queued_tokens)
+        self.used_blocks.report(load.used_blocks)
+        self.decoding.report(load.decoding)
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """How many blocks hold so many tokens."""
+        return -(-num_tokens // self.info.block_size_tokens)
+
+    def assume(self, request: GenerateRequest) -> KvUpdate | None:
+        """What a prompt that is sent here changes in the cache, if the replica does not tell that itself."""
+        if self._assumed is None:
+            return None
+        hashes = block_hashes(request.prompt_token_ids, self.info.block_size_tokens, root_hash(request.cache_salt))
+        return self._assumed.assume(list(hashes))
+
+
+class PoolView:
+    """The replicas of one pool that can be reached."""
+
+    def __init__(self, index: PrefixIndex, clock: Callable[[], float] = time.monotonic) -> None:
+        """`index` may be other pools' as well: one walk over a prompt's blocks then finds all that hold it."""
+        self.replicas: dict[str, ReplicaView] = {}
+        self.index = index
+        self._ids: list[str] = []
+        self._ring = SessionRing()
+        self._clock = clock
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens of a block, which all replicas of a pool share; None if there is no replica."""
+        return self.replicas[self._ids[0]].info.block_size_tokens if self._ids else None
+
+    def join(self, info: ReplicaInfo) -> None:
+        """A replica can be reached from now on; nothing is known of its load and cache yet."""
+        self.leave(info.replica_id)
+        self.replicas[info.replica_id] = ReplicaView(info)
+        self._ids.append(info.replica_id)
+        self._ring.add(info.replica_id)
+
+    def leave(self, replica: str) -> None:
+        """Forget a replica; nothing happens if it is not known."""
+        if self.replicas.pop(replica, None) is None:
+            return
+        self._ids.remove(replica)
+        self._ring.remove(replica)
+        self.index.forget(replica)
+
+    def on_load(self, replica: str, load: ReplicaLoad) -> None:
+        if (view := self.replicas.get(replica)) is not None:
+            view.report(load)
+
+    def on_kv(self, replica: str, update: KvUpdate) -> None:
+        if replica in self.replicas:
+            self.index.update(replica, update)
+
+    def assume(self, replica: str, request: GenerateRequest) -> None:
+        """`request` is sent to `replica`, which will have its prompt cached."""
+        if (view := self.replicas.get(replica)) is not None and (update := view.assume(request)) is not None:
+            self.index.update(replica, update)
+
+    def avoid(self, replica: str) -> None:
+        """Pass over `replica` for AVOID_S seconds."""
+        if (view := self.replicas.get(replica)) is not None:
+            view.avoid_until = self._clock() + AVOID_S
+
+    def own_replica(self, session: str | None) -> str | None:
+        """The replica that a session's requests prefer."""
+        return self._ring.own(session) if session else None
+
+    def candidates(self, cached: Mapping[str, int], own: str | None, lost: Collection[str]) -> list[str]:
+        """Replicas worth a look: all of a small pool, else see NUM_DRAWN.
+
+        `cached` are tokens of the prompt, by replica, of any pool; `own` is the session's own replica, if it has one.
+        Those that failed lately are left out, unless there is no other: one that is suspect beats none.
+        """
+        if len(self._ids) <= SMALL_POOL:
+            found: Iterable[str] = self._ids
+        else:
+            holders = self.replicas.keys() & cached.keys()
+            best = holders if len(holders) <= NUM_DRAWN else nlargest(NUM_DRAWN, holders, key=cached.__getitem__)
+            found = {*best, *random.sample(self._ids, NUM_DRAWN), *([own] if own else [])}
+        now, replicas = self._clock(), self.replicas
+        willing = [r for r in found if r not in lost and replicas[r].avoid_until <= now]
+        return willing or [r for r in self._ids if r not in lost]

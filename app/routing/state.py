@@ -1,0 +1,50 @@
+"""What the router of one model knows, and how it is set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from app.config import RoutingConfig
+from app.messages import Role
+from app.routing.pool_state import PoolView
+from app.routing.prefix_index import PrefixIndex
+from app.routing.scores import weights_of
+from app.routing.topology import Topology
+from app.routing.ttft import TtftPredictor
+
+
+class RouterState:
+    """The pools as this frontend sees them, and what it has learnt of their speed."""
+
+    def __init__(
+        self,
+        config: RoutingConfig,
+        *,
+        has_prefill: bool,
+        has_aggregated: bool = False,
+        can_decode_prefill: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`can_decode_prefill`: whether an engine that decodes for a prefill pool can prefill as well."""
+        self.config = config
+        self.clock = clock
+        self.has_prefill = has_prefill
+        self.predictor = TtftPredictor(clock)
+        self.topology = Topology()
+        self.index = PrefixIndex()
+        roles: dict[Role, bool] = {"prefill": has_prefill, "decode": True, "aggregated": has_aggregated}
+        self.views = {role: PoolView(self.index, clock) for role, is_there in roles.items() if is_there}
+        self._can_decode_prefill = can_decode_prefill or not has_prefill
+        decode_weights = weights_of(config.decode_weights)
+        self.weights: dict[Role, tuple[float, ...]] = {
+            "prefill": weights_of(config.prefill_weights),
+            "decode": decode_weights,
+            "aggregated": decode_weights,
+        }
+
+    def local_role(self) -> Role | None:
+        """The pool that prefills locally: the aggregated one if any of it is ready; None if there is none."""
+        if "aggregated" in self.views and self.views["aggregated"].replicas:
+            return "aggregated"
+        return "decode" if self._can_decode_prefill else None

@@ -1,0 +1,104 @@
+"""Starting a target, waiting until it serves, and ending every process of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from app.bench.processes import Process, end_all, read_tree
+from benchmarks.peers.targets import Command, NotMeasurable, Plan, last_line
+
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 60.0
+ISOLATED_FROM = ("RAY_ADDRESS", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", "RAY_SERVE_ENABLE_HA_PROXY", "PYTHONPATH")
+"""Environment variables that would make a target join another cluster or be another target."""
+
+
+class Servers:
+    """The processes of one target."""
+
+    def __init__(self) -> None:
+        self._started: list[tuple[Command, subprocess.Popen[bytes], Path]] = []
+
+    def start(self, command: Command, logs: Path) -> None:
+        """Start one process; its output goes into a file in `logs`."""
+        inherited = {name: value for name, value in os.environ.items() if name not in ISOLATED_FROM}
+        log = logs / f"{command.role.replace(' ', '-')}.log"
+        with log.open("ab") as sink:
+            process = subprocess.Popen(
+                command.argv,
+                env=inherited | command.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the benchmark, which then ends them in order
+            )
+        self._started.append((command, process, log))
+
+    @property
+    def roots(self) -> dict[int, str]:
+        """Process id to role of those that were started here."""
+        return {process.pid: command.role for command, process, _ in self._started}
+
+    def tree(self) -> list[Process]:
+        return read_tree(*self.roots)
+
+    def check_alive(self) -> None:
+        """Raises NotMeasurable, with the end of its log, if one has ended."""
+        for command, process, log in self._started:
+            if process.poll() is not None:
+                raise NotMeasurable(f"{command.role} ended with {process.returncode}: {last_line(log)}")
+
+    def stop(self) -> None:
+        """Ask them to end, then kill what is left, children included."""
+        tree = self.tree()
+        for _, process, _ in reversed(self._started):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for _, process, _ in self._started:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                tree += read_tree(process.pid)  # what it has started since, too
+                process.kill()
+                process.wait()
+        end_all(tree)
+
+
+@contextmanager
+def running(plan: Plan, model: str, logs: Path) -> Iterator[Servers]:
+    """The target, serving.  Raises NotMeasurable if it does not come up; ends all of it in any case."""
+    servers = Servers()
+    try:
+        for command in plan.commands:
+            servers.start(command, logs)
+        _wait_until_ready(plan, model, servers)
+        yield servers
+    finally:
+        servers.stop()
+
+
+def _wait_until_ready(plan: Plan, model: str, servers: Servers) -> None:
+    """Return once a completion succeeds: Ray Serve LLM answers everything else long before it can serve."""
+    request = {"model": model, "prompt": "Ready?", "max_tokens": 1}
+    said = "no answer"
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        servers.check_alive()
+        try:
+            answer = httpx.post(f"{plan.base_url}/v1/completions", json=request, timeout=10.0)
+            if answer.is_success:
+                return
+            said = f"{answer.status_code} {answer.text[:200]}"
+        except httpx.TransportError:
+            pass  # not listening yet, or holding the request until it can serve
+        time.sleep(0.5)
+    raise NotMeasurable(f"not ready within {START_TIMEOUT_S:.0f} s: {said}")

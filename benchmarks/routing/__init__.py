@@ -1,0 +1,1 @@
+"""``python -m benchmarks.routing``: how well and how fast the router decides."""

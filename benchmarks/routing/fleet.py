@@ -1,0 +1,397 @@
+"""A fleet of sim engines in virtual time: no sockets, no event loop, the same numbers for the same seed.
+
+1. A request arrives and the policy places it, in no time.
+2. The prefill replica's scheduler computes the prompt and keeps its blocks.
+3. The decode replica pulls what it has not cached; what that takes follows from the profile, whatever else moves at
+   the time.  Then prefill's blocks are free, and decode's scheduler gives out the tokens.
+4. A prompt that is placed locally goes to decode at once.
+5. After each engine step, and whenever a request comes or goes, a replica tells its load and what changed in its prefix
+   cache; both are with the router `message_s` later, as in production by way of `EventTranslator`.
+
+So what runs here is the production's router, on the sim engine's scheduler and caches.  Left out are network and
+frontend (requests and tokens travel in no time) and the answers in later prompts: a trace gives the blocks of a turn's
+whole prompt, but not which of them the turn before has generated, so decode cannot reuse these.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Mapping
+from heapq import heappop, heappush
+from itertools import chain, groupby, pairwise
+from typing import Any
+
+import msgspec
+
+from app.bench.workload import MOONCAKE_BLOCK_TOKENS, Request
+from app.engines.sim.profile import SimProfile
+from app.engines.sim.scheduler import Scheduler, SchedulerLimits, Sequence, Step
+from app.errors import Overloaded
+from app.kv_cache.event_translator import EventTranslator
+from app.messages import GenerateRequest, PrefillReport, ReplicaInfo, ReplicaLoad, Role
+from app.routing.pool_state import PoolView
+from benchmarks.routing.policies import Placement, Policy
+
+MAX_MODEL_LEN = 131_072
+
+
+class FleetSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How many engines there are, and what each is like."""
+
+    profile: SimProfile
+    num_prefill: int = 8
+    num_decode: int = 8
+    num_blocks: int
+    """Of each replica."""
+    block_size: int
+    max_model_len: int = MAX_MODEL_LEN
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    """vLLM's default, and that of the runs that the profile h200-llama-8b was fitted to."""
+    message_s: float = 0.001
+    """What load and cache updates take to the router: one way through a channel."""
+
+    def names(self, role: Role) -> list[str]:
+        """The ids of a pool's replicas."""
+        return [f"{role}-{index}" for index in range(self.num_prefill if role == "prefill" else self.num_decode)]
+
+
+class Timeline:
+    """Virtual time in seconds: calls come in the order of their moments, those of one moment as they were made."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._due: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._num_calls = 0
+
+    def at(self, moment: float, call: Callable[..., None], *arguments: Any) -> None:
+        self._num_calls += 1
+        heappush(self._due, (moment, self._num_calls, call, arguments))
+
+    def after(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
+        self.at(self.now + seconds, call, *arguments)
+
+    def run(self) -> None:
+        """Until nothing is due."""
+        due = self._due
+        while due:
+            self.now, _, call, arguments = heappop(due)
+            call(*arguments)
+
+
+class Replica:
+    """One engine, which steps as long as there is something to compute."""
+
+    def __init__(
+        self,
+        role: Role,
+        name: str,
+        spec: FleetSpec,
+        timeline: Timeline,
+        begin_pull: Callable[[Sequence], None],
+        hand_out: Callable[[list[Sequence]], None],
+        view: PoolView | None,
+    ) -> None:
+        """`view` is told what goes on; without it nobody is."""
+        self.name = name
+        self.scheduler = Scheduler(
+            SchedulerLimits(
+                num_blocks=spec.num_blocks,
+                block_size=spec.block_size,
+                max_model_len=spec.max_model_len,
+                max_num_seqs=spec.max_num_seqs,
+                max_num_batched_tokens=spec.max_num_batched_tokens,
+            ),
+            spec.profile,
+            vocabulary=range(1),
+            seed=0,
+        )
+        self.num_sequences = 0
+        self.queued_tokens = 0
+        self.busy_s = 0.0
+        self._timeline = timeline
+        self._begin_pull = begin_pull
+        self._hand_out = hand_out
+        self._is_stepping = False
+        self._view = view
+        self._message_s = spec.message_s
+        self._told = ReplicaLoad()
+        self._mirror = EventTranslator(num_blocks=spec.num_blocks, block_size=spec.block_size)
+        if view is not None:
+            self.scheduler.pool.take_events()  # from here on they are recorded
+            view.join(self._info(role, spec))
+
+    def _info(self, role: Role, spec: FleetSpec) -> ReplicaInfo:
+        return ReplicaInfo(
+            replica_id=self.name,
+            role=role,
+            model="sim",
+            engine="sim",
+            engine_version="",
+            node_ip=f"node-of-{self.name}",
+            pid=0,
+            num_blocks=spec.num_blocks,
+            block_size_tokens=spec.block_size,
+            max_model_len=spec.max_model_len,
+            prefix_cache="published",
+        )
+
+    def add(self, sequence: Sequence) -> None:
+        self.scheduler.add(sequence)
+        self.wake()
+
+    def cancel(self, sequence: Sequence) -> None:
+        self.scheduler.cancel(sequence)
+        self.wake()  # others may wait for its blocks
+
+    def wake(self) -> None:
+        """Something may be there to compute."""
+        self.tell()
+        if not self._is_stepping:
+            self._step()
+
+    def _step(self) -> None:
+        step = self.scheduler.step()
+        self._is_stepping = step is not None
+        if step is None:
+            return
+        for sequence in step.pulls:
+            self._begin_pull(sequence)
+        self.busy_s += step.duration_s
+        self._timeline.after(step.duration_s, self._end_step, step)
+
+    def _end_step(self, step: Step) -> None:
+        self._hand_out(step.outputs)
+        self.tell()
+        self._step()
+
+    def tell(self) -> None:
+        """Send the load and the cache's changes, if there are any."""
+        view = self._view
+        if view is None:
+            return
+        if (self.num_sequences, self.queued_tokens) != (self._told.sequences, self._told.queued_tokens):
+            self._told = ReplicaLoad(
+                self.num_sequences, self.queued_tokens, self.scheduler.num_used_blocks, self.scheduler.num_running
+            )
+            self._timeline.after(self._message_s, view.on_load, self.name, self._told)
+        if events := self.scheduler.pool.take_events():
+            self._timeline.after(self._message_s, view.on_kv, self.name, self._mirror.apply(events))
+
+
+class Run(msgspec.Struct, eq=False):
+    """One request under way."""
+
+    request: GenerateRequest
+    placement: Placement
+    output_tokens: int
+    arrived_at: float
+    prefill: Sequence | None = None
+    """Until its blocks were given back."""
+    prefill_cached_tokens: int = 0
+    handed_off_at: float = 0.0
+    last_token_at: float | None = None
+
+
+class FleetResult(msgspec.Struct, kw_only=True):
+    """What happened to the requests, in the order of their first tokens."""
+
+    ttft_s: array[float]
+    itl_s: array[float]
+    """The gap before each token but a request's first."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that the engine which computed the prompt had cached."""
+    transferred_tokens: int = 0
+    num_local: int = 0
+    num_refused: int = 0
+    num_ended: int = 0
+    reasons: Counter[str]
+    """Of the decisions, as the policy gives them."""
+    predicted_to_actual: array[float]
+    """TTFT, where the policy predicts it."""
+    end_s: float = 0.0
+    prefill_utilisation: float = 0.0
+    """Share of the time until the last request's end in which a replica computes, mean over the pool."""
+    decode_utilisation: float = 0.0
+
+
+class Fleet:
+    """The replicas and the requests under way."""
+
+    def __init__(self, spec: FleetSpec, policy: Policy, timeline: Timeline) -> None:
+        self._spec = spec
+        self._policy = policy
+        self._timeline = timeline
+        self._runs: dict[Sequence, Run] = {}
+        self.replicas: dict[str, Replica] = {}
+        pools: tuple[tuple[Role, Callable[[list[Sequence]], None]], ...] = (
+            ("prefill", self._hand_off),
+            ("decode", self._give_out),
+        )
+        views: Mapping[Role, PoolView] = policy.views
+        for role, hand_out in pools:
+            for name in spec.names(role):
+                self.replicas[name] = Replica(role, name, spec, timeline, self._begin_pull, hand_out, views.get(role))
+        self.result = FleetResult(
+            ttft_s=array("d"), itl_s=array("d"), reasons=Counter(), predicted_to_actual=array("d")
+        )
+
+    def run(self, requests: list[Request]) -> FleetResult:
+        """Serve `requests` to the end of the last one."""
+        timeline, result = self._timeline, self.result
+        for number, request in enumerate(requests):
+            timeline.at(request.at_s, self._arrive, number, request)
+        timeline.run()
+        result.end_s = timeline.now
+        result.prefill_utilisation = self._utilisation("prefill")
+        result.decode_utilisation = self._utilisation("decode")
+        return result
+
+    def _utilisation(self, role: Role) -> float:
+        names = self._spec.names(role)
+        return sum(self.replicas[name].busy_s for name in names) / len(names) / self._timeline.now
+
+    def _arrive(self, number: int, request: Request) -> None:
+        generate = GenerateRequest(
+            request_id=str(number),
+            prompt_token_ids=prompt_tokens(request),
+            sampling={"max_tokens": request.output_tokens},
+        )
+        try:
+            placement = self._policy.place(generate)
+        except Overloaded:
+            self.result.num_refused += 1
+            return
+        self.result.reasons[placement.reason] += 1
+        run = Run(generate, placement, request.output_tokens, self._timeline.now)
+        decode = self.replicas[placement.decode]
+        decode.num_sequences += 1
+        if placement.prefill is None:
+            self._compute_prompt(run, decode, self._decode_sequence(run, is_pulled=False))
+            return
+        decode.tell()
+        run.prefill = Sequence(generate.prompt_token_ids, max_tokens=1, is_handoff=True)
+        self.replicas[placement.prefill].num_sequences += 1
+        self._compute_prompt(run, self.replicas[placement.prefill], run.prefill)
+
+    def _decode_sequence(self, run: Run, *, is_pulled: bool) -> Sequence:
+        return Sequence(run.request.prompt_token_ids, max_tokens=run.output_tokens, is_pulled=is_pulled)
+
+    def _compute_prompt(self, run: Run, replica: Replica, sequence: Sequence) -> None:
+        self._runs[sequence] = run
+        replica.queued_tokens += queued_tokens(run)
+        replica.add(sequence)
+
+    def _hand_off(self, sequences: list[Sequence]) -> None:
+        """Prompts were computed by prefill: decode may pull them."""
+        for sequence in sequences:
+            run = self._runs[sequence]
+            assert run.placement.prefill is not None
+            prefill = self.replicas[run.placement.prefill]
+            prefill.num_sequences -= 1
+            prefill.queued_tokens -= queued_tokens(run)
+            run.prefill_cached_tokens = sequence.cached_tokens
+            run.handed_off_at = self._timeline.now
+            decoding = self._decode_sequence(run, is_pulled=True)
+            self._runs[decoding] = run
+            self.replicas[run.placement.decode].add(decoding)
+
+    def _begin_pull(self, sequence: Sequence) -> None:
+        num_blocks = -(-sequence.transferred_tokens // self._spec.block_size)
+        profile = self._spec.profile
+        num_bytes = num_blocks * self._spec.block_size * profile.kv_bytes_per_token
+        self._timeline.after(profile.transfer_s(num_bytes), self._end_pull, sequence)
+
+    def _end_pull(self, sequence: Sequence) -> None:
+        run = self._runs[sequence]
+        replica = self.replicas[run.placement.decode]
+        replica.scheduler.end_transfer(sequence, sequence.digest)
+        replica.wake()
+        self._release(run)
+
+    def _release(self, run: Run) -> None:
+        """Prefill's blocks are no longer needed."""
+        if run.prefill is not None:
+            assert run.placement.prefill is not None
+            del self._runs[run.prefill]
+            self.replicas[run.placement.prefill].cancel(run.prefill)
+            run.prefill = None
+
+    def _give_out(self, sequences: list[Sequence]) -> None:
+        """Tokens were computed by decode."""
+        now, runs, gaps = self._timeline.now, self._runs, self.result.itl_s
+        for sequence in sequences:
+            run = runs[sequence]
+            if run.last_token_at is None:
+                self._first_token(run, sequence)
+            else:
+                gaps.append(now - run.last_token_at)
+            run.last_token_at = now
+            if sequence.finish_reason is not None:
+                self._end(run, sequence)
+
+    def _first_token(self, run: Run, sequence: Sequence) -> None:
+        placement, result, ttft_s = run.placement, self.result, self._timeline.now - run.arrived_at
+        is_local = placement.prefill is None
+        if is_local:
+            self.replicas[placement.decode].queued_tokens -= queued_tokens(run)
+        self._release(run)  # where decode had it all and pulled nothing
+        result.ttft_s.append(ttft_s)
+        result.num_local += is_local
+        result.prompt_tokens += sequence.prompt_tokens
+        result.cached_tokens += sequence.cached_tokens if is_local else run.prefill_cached_tokens
+        result.transferred_tokens += sequence.transferred_tokens
+        if placement.predicted_ttft_s is not None:
+            result.predicted_to_actual.append(placement.predicted_ttft_s / ttft_s)
+        placement.first_token(self._report(run, sequence))
+
+    def _report(self, run: Run, sequence: Sequence) -> PrefillReport:
+        """What the sim engine and its worker report."""
+        now, prefill = self._timeline.now, run.placement.prefill
+        return PrefillReport(
+            kind="remote" if sequence.transferred_tokens else "local",
+            reason="already_cached" if prefill and not sequence.transferred_tokens else "",
+            prefill_replica=prefill if sequence.transferred_tokens else None,
+            decode_replica=run.placement.decode,
+            cached_tokens=max(run.prefill_cached_tokens, sequence.cached_tokens),
+            transferred_tokens=sequence.transferred_tokens,
+            transport="sim" if sequence.transferred_tokens else "",
+            prefill_s=run.handed_off_at - run.arrived_at if prefill else None,
+            prefill_cached_tokens=run.prefill_cached_tokens if prefill else None,
+            first_token_s=now - (run.handed_off_at if prefill else run.arrived_at),
+        )
+
+    def _end(self, run: Run, sequence: Sequence) -> None:
+        del self._runs[sequence]
+        self.replicas[run.placement.decode].num_sequences -= 1
+        self.result.num_ended += 1
+        run.placement.end()
+
+
+def queued_tokens(run: Run) -> int:
+    """What a run adds to the queue of the replica that computes its prompt."""
+    return max(0, len(run.request.prompt_token_ids) - run.placement.expected_cached_tokens)
+
+
+def spread_out(requests: list[Request]) -> list[Request]:
+    """Requests of one recorded moment, evenly over the time until the next one.
+
+    Mooncake's conversation trace is recorded in steps of 3 s: some ten requests have the same timestamp.
+    """
+    groups = [list(group) for _, group in groupby(requests, key=lambda request: request.at_s)]
+    moments = [group[0].at_s for group in groups]
+    gaps = [later - earlier for earlier, later in pairwise(moments)]
+    gaps.append(gaps[-1] if gaps else 0.0)
+    return [
+        msgspec.structs.replace(request, at_s=request.at_s + gap * index / len(group))
+        for group, gap in zip(groups, gaps, strict=True)
+        for index, request in enumerate(group)
+    ]
+
+
+def prompt_tokens(request: Request) -> list[int]:
+    """Token ids that are the same for the same numbered piece and otherwise differ."""
+    starts = ((number * MOONCAKE_BLOCK_TOKENS, length) for number, length in request.pieces)
+    return list(chain.from_iterable(range(start, start + length) for start, length in starts))

@@ -1,0 +1,107 @@
+"""The policies that are compared: the production's router, and what others do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from random import Random
+from typing import Protocol
+
+import msgspec
+
+from app.config import RoutingConfig
+from app.messages import GenerateRequest, PrefillReport, Role
+from app.routing.pool_state import PoolView
+from app.routing.router import Router
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Where one request goes, and whom to tell of its progress."""
+
+    prefill: str | None
+    """None: decode prefills."""
+    decode: str
+    first_token: Callable[[PrefillReport], None]
+    end: Callable[[], None]
+    reason: str = ""
+    expected_cached_tokens: int = 0
+    """On the replica that computes the prompt."""
+    predicted_ttft_s: float | None = None
+
+
+class Policy(Protocol):
+    """What places requests."""
+
+    views: Mapping[Role, PoolView]
+    """What replicas are to tell their load and caches to; empty where the policy knows only what it placed."""
+
+    def place(self, request: GenerateRequest) -> Placement:
+        """Raises Overloaded."""
+
+
+class RoundRobin:
+    """Each pool's replicas in turn."""
+
+    views: Mapping[Role, PoolView] = {}
+
+    def __init__(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
+        self._prefill = prefill
+        self._decode = decode
+        self._turns = count()
+
+    def place(self, request: GenerateRequest) -> Placement:
+        turn = next(self._turns)
+        prefill, decode = (pool[turn % len(pool)] for pool in (self._prefill, self._decode))
+        return Placement(prefill, decode, first_token=lambda report: None, end=lambda: None)
+
+
+class PowerOfTwo:
+    """In each pool two replicas at random, and of these the one with the shorter queue of requests.
+
+    A queue is exactly what was placed and has not ended, for prefill what has no first token yet: better than what a
+    router with several frontends knows.
+    """
+
+    views: Mapping[Role, PoolView] = {}
+
+    def __init__(self, prefill: Sequence[str], decode: Sequence[str], seed: int) -> None:
+        self._prefill = prefill
+        self._decode = decode
+        self._random = Random(seed)
+        self._queues: Counter[str] = Counter()
+
+    def place(self, request: GenerateRequest) -> Placement:
+        prefill, decode = self._choose(self._prefill), self._choose(self._decode)
+        self._queues.update((prefill, decode))
+        return Placement(
+            prefill,
+            decode,
+            first_token=lambda report: self._queues.subtract((prefill,)),
+            end=lambda: self._queues.subtract((decode,)),
+        )
+
+    def _choose(self, pool: Sequence[str]) -> str:
+        return min(self._random.sample(pool, min(2, len(pool))), key=self._queues.__getitem__)
+
+
+class Baton:
+    """The production's router."""
+
+    def __init__(self, config: RoutingConfig, clock: Callable[[], float]) -> None:
+        self._router = Router(config, has_prefill=True, can_decode_prefill=True, has_aggregated=False, clock=clock)
+        self.views: Mapping[Role, PoolView] = self._router.views
+
+    def place(self, request: GenerateRequest) -> Placement:
+        decision = self._router.decide(request)
+        in_flight = self._router.begin(request, decision)
+        prefill = decision.prefill if decision.kind == "remote" else None
+        return Placement(
+            prefill=prefill.replica if prefill else None,
+            decode=decision.serving.replica,
+            first_token=in_flight.first_token,
+            end=in_flight.end,
+            reason=f"{decision.kind} {decision.reason}",
+            expected_cached_tokens=(prefill or decision.serving).cached_tokens,
+            predicted_ttft_s=decision.predicted_ttft_s,
+        )

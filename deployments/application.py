@@ -1,0 +1,167 @@
+"""The application in a Ray cluster, from outside: deployed, seen and changed."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import ray
+from ray import serve
+from ray.experimental.internal_kv import _internal_kv_get
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+from app.autoscaling.bounds import Bounds, bounds_of, scale
+from app.config import BatonConfig, parse
+from deployments.autoscaling import plan_key
+from deployments.build import check_autoscaling
+from deployments.cluster import connect
+
+IMPORT_PATH = "deployments.build:build"
+STALE_PLAN_S = 30.0
+GROUP_LABEL = "baton/group"
+"""The label of a Ray node that says which worker group it belongs to (cluster/base)."""
+
+
+class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One deployment as Serve sees it, and what its autoscaling made of its load."""
+
+    name: str
+    status: str
+    replicas: dict[str, int]
+    """How many are in which state, for example ``{"running": 2, "starting": 1}``."""
+    target: int
+    """How many Serve aims at now."""
+    bounds: str
+    message: str
+    plan: dict[str, Any] | None
+    """The last one of app/planning, ``reason`` and ``signals`` included; None of a fixed number of replicas."""
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """An application and the nodes that it may use."""
+
+    application: str
+    status: str
+    message: str
+    pools: list[PoolStatus]
+    nodes: dict[str, int]
+    """How many nodes each worker group has now; ``none`` for those without a group."""
+
+
+def deploy(document: dict[str, Any], say: Callable[[str], object], stop: threading.Event) -> None:
+    """Deploy the applications and return when they serve or `stop` is set.  Raises RuntimeError.
+
+    As ``serve run`` and KubeRay do it, so that ``baton scale`` finds their configuration in the cluster.
+    """
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": document["applications"]}))
+    _wait_until_running(say, stop)
+
+
+def _wait_until_running(say: Callable[[str], object], stop: threading.Event) -> None:
+    began = time.monotonic()
+    said: dict[str, str] = {}
+    while not stop.wait(0.5):
+        applications = serve.status().applications
+        for application in applications.values():
+            for name, deployment in application.deployments.items():
+                state = " ".join(f"{count} {state.lower()}" for state, count in deployment.replica_states.items())
+                if state and said.get(name) != state:
+                    said[name] = state
+                    say(f"{time.monotonic() - began:5.0f} s  {name}: {state}")
+            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise RuntimeError(f"the application did not come up: {application.message}")
+        if all(application.status == "RUNNING" for application in applications.values()):
+            return
+
+
+def scale_running(name: str, targets: Mapping[str, Bounds]) -> list[str]:
+    """Change a running application's numbers of replicas, and say what changes.
+
+    Raises ConfigError before anything is changed.
+    """
+    client = connect()
+    configured = _configured(client)
+    before = _of_baton(configured)
+    after = scale(before, name, targets)
+    others = [application for application in configured if application not in before]
+    for application in after:
+        check_autoscaling(parse(application["args"]))
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [*others, *after]}))
+    changes = []
+    for old, new in zip(before, after, strict=True):
+        was, becomes = _bounds(old), _bounds(new)
+        changes += [f"{name}: {was[name]} -> {becomes[name]}" for name in was if was[name] != becomes[name]]
+    return [*changes, "asked for; `baton status` shows when it is so"] if changes else ["nothing to change"]
+
+
+def _configured(client: Any) -> list[dict[str, Any]]:
+    """The running applications as a Serve config has them."""
+    configs = ray.get(client._controller.get_app_configs.remote())
+    if not configs:
+        raise RuntimeError("nothing was deployed from a Serve config, so there is no configuration to change")
+    return [config.model_dump(exclude_unset=True) for config in configs.values()]
+
+
+def _of_baton(applications: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that are Baton's, of all that the cluster runs."""
+    return [application for application in applications if application["import_path"] == IMPORT_PATH]
+
+
+def read_status() -> list[Status]:
+    """All of Baton's applications in the cluster.  Raises RuntimeError if there is none."""
+    client = connect()
+    configured = {application["name"]: _bounds(application) for application in _of_baton(_configured(client))}
+    details = client.get_serve_details()["applications"]
+    nodes = _count_nodes()
+    return [_describe(details[name], bounds, nodes) for name, bounds in configured.items() if name in details]
+
+
+def _describe(application: Mapping[str, Any], bounds: Mapping[str, Bounds], nodes: dict[str, int]) -> Status:
+    pools = []
+    for name, deployment in application["deployments"].items():
+        states = [replica["state"].value.lower() for replica in deployment["replicas"]]
+        pools.append(
+            PoolStatus(
+                name=name,
+                status=deployment["status"].value,
+                replicas={state: states.count(state) for state in sorted(set(states))},
+                target=deployment["target_num_replicas"],
+                bounds=str(bounds[name]) if name in bounds else "",
+                message=deployment["message"],
+                plan=_read_plan(application["name"], name),
+            )
+        )
+    return Status(
+        application=application["name"],
+        status=application["status"].value,
+        message=application["message"],
+        pools=pools,
+        nodes=nodes,
+    )
+
+
+def _bounds(application: Mapping[str, Any]) -> dict[str, Bounds]:
+    """Those of each deployment."""
+    args = application["args"]
+    config: BatonConfig = parse(args)
+    found = {"frontend": bounds_of(args.get("frontend") or {})}
+    for model, section in zip(config.models, args["models"], strict=True):
+        found |= {model.deployment_name(role): bounds_of(section[role]) for role in model.pools()}
+    return found
+
+
+def _read_plan(application: str, deployment: str) -> dict[str, Any] | None:
+    value = _internal_kv_get(plan_key(application, deployment))
+    plan = json.loads(value) if value else None
+    # One that is not renewed is of a deployment whose number has been fixed since.
+    return dict(plan) if plan and time.time() - plan["at"] < STALE_PLAN_S else None
+
+
+def _count_nodes() -> dict[str, int]:
+    groups = [node.get("Labels", {}).get(GROUP_LABEL, "none") for node in ray.nodes() if node["Alive"]]
+    return {group: groups.count(group) for group in sorted(set(groups))}

@@ -1,0 +1,218 @@
+"""The Serve application: ``import_path: deployments.build:build``.
+
+The whole topology is in `build`.  (No ``from __future__ import annotations`` here: with it Serve would hand over
+the arguments unparsed.)
+"""
+
+import hashlib
+import json
+import logging
+import shlex
+from typing import Any, get_args
+
+import ray
+from pydantic import ValidationError
+from ray import serve
+from ray.serve import Application
+from ray.serve._private.config import DeploymentConfig as ServeDeploymentConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+from app.config import (
+    BatonConfig,
+    DeploymentConfig,
+    LimitsConfig,
+    ModelConfig,
+    PoolConfig,
+    RoutingConfig,
+    SloConfig,
+    parse,
+)
+from app.errors import ConfigError
+from app.messages import Role
+from app.preflight import check, gpus_of_replica, python_of_replica
+
+logger = logging.getLogger("baton.build")
+
+POOL_POLICY = "deployments.autoscaling:PoolPolicy"
+FRONTEND_POLICY = "deployments.autoscaling:FrontendPolicy"
+"""How deployments scale unless their `autoscaling` names another policy."""
+
+REPORT_S = 2.0
+"""How often replicas report their load: Serve's 10 s would come on top of every delay.  Serve 2.60 calls this setting
+deprecated in favour of an environment variable that it does not read."""
+
+FRONTEND_REQUESTS = 200
+"""Requests in flight for each frontend.  One core carries 128 streams of an H200 at 1.13 times the ITL of vLLM's own
+server (docs/benchmarks/2026-11-21-h200.md), and of what is in flight a part waits for its first token."""
+
+UNBOUNDED = 1_000_000
+"""max_ongoing_requests of the pools: an engine's own scheduler queues, and Serve must not queue before it."""
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Frontend over each model's pools.  Raises ConfigError before any starts."""
+    from deployments.frontend.deployment import Frontend
+    from deployments.replica.decode import AggregatedWorker, DecodeWorker
+    from deployments.replica.prefill import PrefillWorker
+
+    config = parse(args)
+    check_autoscaling(config)
+    device = check(config, _gpus_per_node())
+    logger.info("device=%s models=%s", device, ",".join(model.source for model in config.models))
+    workers: dict[Role, type] = {"decode": DecodeWorker, "prefill": PrefillWorker, "aggregated": AggregatedWorker}
+    pools = [
+        {role: build_pool(worker, role, config, model, device) for role, worker in workers.items() if model.pool(role)}
+        for model in config.models
+    ]
+    given = without_scale(config)
+    frontend = _deployment(Frontend, given).options(
+        name="frontend",
+        max_ongoing_requests=config.frontend.max_ongoing_requests,
+        **_options(config.frontend, config.frontend.resources.num_gpus or 0, scale_frontend(config)),
+    )
+    return frontend.bind(given, pools)
+
+
+def without_scale(config: BatonConfig) -> BatonConfig:
+    """The configuration as frontends get it: a new number of replicas changes nothing but that number."""
+    unscaled = {"replicas": None, "autoscaling": None}
+
+    def strip(model: ModelConfig) -> ModelConfig:
+        pools = {role: model.pool(role) for role in get_args(Role)}
+        return model.model_copy(
+            update={role: pool.model_copy(update=unscaled) if pool else None for role, pool in pools.items()}
+        )
+
+    frontend = config.frontend.model_copy(update=unscaled)
+    return config.model_copy(update={"models": [strip(model) for model in config.models], "frontend": frontend})
+
+
+def _gpus_per_node() -> list[int]:
+    return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def build_pool(worker: type, role: Role, config: BatonConfig, model: ModelConfig, device: str) -> Application:
+    """One pool of `model`."""
+    pool = model.pool(role)
+    assert pool is not None
+    options = _options(pool, gpus_of_replica(pool, device), scale_pool(model, role))
+    if (python := python_of_replica(pool)) is not None:
+        options["ray_actor_options"]["runtime_env"]["py_executable"] = shlex.quote(python)  # Ray hands it to bash
+    given = for_pool(config, model, role)
+    deployment = _deployment(worker, given, device).options(
+        name=model.deployment_name(role),
+        max_ongoing_requests=UNBOUNDED,
+        request_router_config=RequestRouterConfig(
+            request_router_class="deployments.frontend.request_router.PoolRequestRouter"
+        ),
+        **options,
+    )
+    return deployment.bind(given, device)
+
+
+def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig:
+    """What the replicas of one pool use of the configuration: nothing else may restart them.
+
+    Those of an aggregated pool know of no prefill: nothing is transferred from or to them.
+    """
+    pool = model.pool(role)
+    assert pool is not None
+    other = PoolConfig(engine=model.engine)
+    transfers = model.transfers_kv(role)
+    pools = {"decode": other, "prefill": other if transfers else None, "aggregated": None}
+    pools[role] = PoolConfig(
+        engine=pool.engine, tensor_parallel_size=pool.tensor_parallel_size, engine_args=pool.engine_args
+    )
+    return BatonConfig.model_construct(  # unchecked: a user's model could not have an aggregated pool without prefill
+        models=[model.model_copy(update={"server_args": {}, "routing": RoutingConfig(), "slo": SloConfig(), **pools})],
+        device=config.device,
+        transfer=config.transfer if transfers else None,
+        limits=LimitsConfig(prefill_timeout_s=config.limits.prefill_timeout_s),
+    )
+
+
+class FixedVersion(ServeDeploymentConfig):
+    """Serve's settings of a deployment, whose version stays what it is made with.
+
+    Serve restarts a deployment's replicas when its version changes, and would give all of an application's deployments
+    a new one whenever anything in `args` changed, and in ``serve.run`` always.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "version":
+            super().__setattr__(name, value)
+
+
+def _deployment(target: type, *given: BatonConfig | str) -> Any:
+    """A deployment whose version is what its replicas are `given`: as long as that is the same, they stay."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BatonConfig) else part for part in given]
+    deployment = serve.deployment(target)
+    version = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    deployment._deployment_config = FixedVersion(version=version)
+    return deployment
+
+
+def scale_frontend(config: BatonConfig) -> dict[str, Any] | None:
+    """Serve's AutoscalingConfig of the frontends; None if their number is fixed."""
+    if config.frontend.autoscaling is None:
+        return None
+    default = {"target_ongoing_requests": FRONTEND_REQUESTS, "policy": {"policy_function": FRONTEND_POLICY}}
+    return {"metrics_interval_s": REPORT_S, **default, **config.frontend.autoscaling}
+
+
+def scale_pool(model: ModelConfig, role: Role) -> dict[str, Any] | None:
+    """Serve's AutoscalingConfig of a pool; None if the number of its replicas is fixed."""
+    pool = model.pool(role)
+    if pool is None or pool.autoscaling is None:
+        return None
+    targets = {
+        "ttft_s": model.slo.ttft_ms / 1000,
+        "itl_s": model.slo.itl_ms / 1000,
+        "sequences": pool.autoscaling.get("target_ongoing_requests"),
+        "is_for_prompts": role != "decode" or not model.is_disaggregated,
+    }
+    policy = {"policy_function": POOL_POLICY, "policy_kwargs": {"model": model.name, "role": role, **targets}}
+    return {"metrics_interval_s": REPORT_S, "policy": policy, **pool.autoscaling}
+
+
+def _options(deployment: DeploymentConfig, num_gpus: float, autoscaling: dict[str, Any] | None) -> dict[str, Any]:
+    resources = deployment.resources
+    actor: dict[str, Any] = {
+        "num_cpus": resources.num_cpus,
+        "num_gpus": num_gpus,
+        "resources": resources.custom,
+        "runtime_env": {"env_vars": deployment.environment},
+    }
+    if resources.node_labels:
+        actor["label_selector"] = resources.node_labels
+    if resources.memory_bytes is not None:
+        actor["memory"] = resources.memory_bytes
+    scale: dict[str, Any] = {"num_replicas": deployment.replicas or 1}
+    if autoscaling is not None:
+        scale = {"autoscaling_config": autoscaling}
+    return {
+        "ray_actor_options": actor,
+        "logging_config": {"enable_access_log": False},  # Baton logs each sequence when it ends
+        "health_check_period_s": deployment.health_check_period_s,
+        "health_check_timeout_s": deployment.health_check_timeout_s,
+        "graceful_shutdown_timeout_s": deployment.graceful_shutdown_timeout_s,
+        **scale,
+    }
+
+
+def check_autoscaling(config: BatonConfig) -> None:
+    """Ask Serve whether it accepts the autoscaling settings.  Raises ConfigError."""
+    settings = {"frontend": scale_frontend(config)}
+    for index, model in enumerate(config.models):
+        settings |= {f"models.{index}.{role}": scale_pool(model, role) for role in get_args(Role)}
+    for field, autoscaling in settings.items():
+        if autoscaling is None:
+            continue
+        try:
+            accepted = AutoscalingConfig.model_validate(autoscaling)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = ".".join((field, "autoscaling", *map(str, problem["loc"])))
+            raise ConfigError(name, problem["msg"].removeprefix("Value error, ")) from None
+        if accepted.min_replicas == 0:
+            raise ConfigError(f"{field}.autoscaling.min_replicas", "at least 1: without replicas nobody sees a load")

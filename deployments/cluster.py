@@ -1,0 +1,84 @@
+"""A Ray cluster with Serve on it, from outside: started here, or joined where it runs.
+
+The cluster is the one that RAY_ADDRESS names, else one of this machine.  Ray reads its flags when it is imported, so
+nothing here imports it before they are set.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from app.ports import free_port
+from deployments import haproxy
+
+RAY_FLAGS = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    # HTTP goes through HAProxy to the frontends, instead of through a Python proxy and a call for each chunk.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a Python process would read a line for each request; /metrics has them
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 s are for load balancers outside the cluster
+    # When frontends come or go a new HAProxy takes over; the old one has so long to end its streams, by default 120 s.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
+    # Replicas report their load (deployments/autoscaling.py); by default Serve also counts the calls of handles.
+    "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",  # ten loops a second are 2 % of a core, whatever happens
+    "RAY_worker_niceness": "0",  # Ray's own choice is 15: on a busy machine serving would come last
+    "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few for two busy cores
+}
+"""Environment of every Ray and Serve process, unless the user has set it otherwise."""
+
+
+def runs_here() -> bool:
+    """Whether Ray is started on this machine; RAY_ADDRESS names a cluster that runs elsewhere."""
+    return "RAY_ADDRESS" not in os.environ
+
+
+def ray_environment() -> dict[str, str]:
+    """RAY_FLAGS, Baton's HAProxy, and ports of its own for what would else listen on a fixed one."""
+    ports = {name: str(free_port()) for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")}
+    return {**RAY_FLAGS, "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy.command(), **ports}
+
+
+def start_cluster(http: dict[str, Any], proxy_location: str, dashboard: bool, verbose: bool) -> None:
+    """Start Ray here, or connect to the cluster that RAY_ADDRESS names, and Serve on it."""
+    for name, value in ray_environment().items():
+        os.environ.setdefault(name, value)
+    import ray
+    from ray import serve
+
+    if runs_here():
+        ray.init(address="local", include_dashboard=dashboard, log_to_driver=verbose)
+    else:
+        ray.init(log_to_driver=verbose)
+    serve.start(proxy_location=proxy_location, http_options=http)
+
+
+def stop_cluster() -> None:
+    """End Serve, and Ray if it was started here."""
+    import ray
+    from ray import serve
+
+    if ray.is_initialized():
+        serve.shutdown()
+        ray.shutdown()
+
+
+def connect() -> Any:
+    """Serve's client.  Raises RuntimeError if there is no cluster, or no Serve in it."""
+    import ray
+    from ray.exceptions import RaySystemError
+    from ray.serve.context import _get_global_client
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+        return _get_global_client()
+    except (ConnectionError, RaySystemError) as error:
+        raise RuntimeError(
+            f"no Ray cluster can be reached; is Baton running, or should RAY_ADDRESS name another?  ({error})"
+        ) from None
+    except RayServeException as error:
+        raise RuntimeError("the Ray cluster runs no Serve application") from error

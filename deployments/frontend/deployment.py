@@ -1,0 +1,63 @@
+"""The frontend deployment: HTTP in, calls on the pools out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+from ray import serve
+from starlette.types import ASGIApp
+
+from app.config import BatonConfig
+from app.frontend.health import overall_status
+from app.frontend.metrics import MetricsServer
+from app.frontend.openai_server import build_server
+from app.messages import Role
+from deployments.frontend.served_model import ServedModel
+from deployments.process import adopt_serve_logging, freeze_heap
+
+logger = logging.getLogger("baton.frontend")
+
+
+@serve.ingress()
+class Frontend:
+    """All models' API servers; any number of replicas serve the same pools without talking to each other."""
+
+    _metrics: MetricsServer | None = None
+
+    async def __init__(self, config: BatonConfig, pools: list[Mapping[Role, Any]]) -> None:  # type: ignore[misc]  # Serve awaits it
+        """`pools` holds the handles of each model's pools, in the order of `config.models`."""
+        adopt_serve_logging()
+        self._models = [
+            ServedModel(model, handles, config.limits) for model, handles in zip(config.models, pools, strict=True)
+        ]
+        orchestrators = [model.orchestrator for model in self._models]
+        self._app = await build_server(config, orchestrators, self._health, self._stats)
+        if config.frontend.metrics_port is not None:
+            self._metrics = MetricsServer(config.frontend.metrics_port)
+            logger.info("metrics at port %d", self._metrics.port)
+        freeze_heap()
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._app
+
+    def _health(self) -> dict[str, Any]:
+        models = [model.health() for model in self._models]
+        return {
+            "status": overall_status(model["state"] for model in models),
+            "models": models,
+            "endpoints": [endpoint for model in self._models for endpoint in model.endpoints()],
+        }
+
+    async def _stats(self) -> dict[str, Any]:
+        answers = await asyncio.gather(*(model.stats() for model in self._models))
+        speeds = {model.name: model.router.predictor.speeds() for model in self._models}
+        return {"replicas": list(chain.from_iterable(answers)), "speeds": speeds}
+
+    async def __del__(self) -> None:
+        """Serve calls this when the replica has ended its requests."""
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.close)

@@ -1,0 +1,86 @@
+"""A frontend's channels to the replicas of one pool, and through them its view of the pool.
+
+A replica is in the view while its channel stands: from the moment that a connection succeeds, which begins with all
+that is known of its load and cache, until the connection breaks or Serve removes the replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from app.channel.client import Channel
+from app.errors import ReplicaLost
+from app.messages import ReplicaInfo
+from app.routing.pool_state import PoolView
+from deployments.detached import spawn_detached
+from deployments.frontend.ready_replicas import membership_of
+
+logger = logging.getLogger("baton.pool_channels")
+
+RECONNECT_S = 0.5
+"""Between attempts to reach a replica that Serve still counts as ready."""
+
+
+class PoolChannels:
+    """Connects to every replica that Serve knows as ready, again if need be."""
+
+    def __init__(self, handle: Any, view: PoolView) -> None:
+        self._view = view
+        self._channels: dict[str, Channel] = {}
+        self._connecting: dict[str, asyncio.Task[None]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._membership = membership_of(handle.deployment_id)
+        self._membership.on_change = partial(self._loop.call_soon_threadsafe, self._follow_membership)
+        self._follow_membership()
+
+    def channel(self, replica: str) -> Channel:
+        """The channel to a replica of the view.  Raises ReplicaLost for another."""
+        channel = self._channels.get(replica)
+        if channel is None:
+            raise ReplicaLost(replica)
+        return channel
+
+    def _follow_membership(self) -> None:
+        ready = self._membership.metadata()
+        for replica in ready.keys() - self._channels.keys() - self._connecting.keys():
+            self._connect_later(replica, ready[replica], delay_s=0)
+        for replica in self._connecting.keys() - ready.keys():
+            self._connecting.pop(replica).cancel()
+        for replica in self._channels.keys() - ready.keys():
+            # What it has runs to its end on this channel.  If Serve brings it back it gets another one, so that the
+            # view starts afresh.
+            self._leave(replica).retire()
+
+    def _connect_later(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
+        connecting = self._connect(replica, metadata, delay_s)
+        self._connecting[replica] = spawn_detached(connecting, name=f"connect-{replica}")
+
+    async def _connect(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
+        """Connect, be it late; cancelled once Serve has removed the replica."""
+        channel = None
+        while channel is None:
+            await asyncio.sleep(delay_s)
+            try:
+                channel = await Channel.connect(replica, metadata["channel"], self._view)
+            except ReplicaLost as error:
+                logger.warning("%s", error)
+                delay_s = RECONNECT_S
+        # No await from here on: the view must know the replica before the channel tells of it.
+        del self._connecting[replica]
+        self._channels[replica] = channel
+        channel.on_close = partial(self._on_close, replica, metadata, channel)
+        self._view.join(msgspec.convert(metadata["info"], ReplicaInfo))
+
+    def _on_close(self, replica: str, metadata: dict[str, Any], channel: Channel) -> None:
+        if self._channels.get(replica) is channel:
+            self._leave(replica)
+            self._connect_later(replica, metadata, RECONNECT_S)
+
+    def _leave(self, replica: str) -> Channel:
+        self._view.leave(replica)
+        return self._channels.pop(replica)

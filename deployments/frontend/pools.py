@@ -1,0 +1,122 @@
+"""The pools as a frontend calls them: the Ray half of app/frontend/orchestrator.py.
+
+Each keeps the router's view of it up to date, by the channels to its replicas (pool_channels.py).  A
+sequence travels on the channel to the replica that decodes it, both ways.  If it has been handed to prefill, Ray brings
+the *reference* to its transfer descriptor after it (``attach``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ray import ObjectRef
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from app.channel.client import Channel, Sequence
+from app.engines.base import Emit
+from app.errors import BatonError, PrefillFailed, ReplicaLost
+from app.frontend.orchestrator import Handoff
+from app.messages import GenerateRequest
+from app.routing.pool_state import PoolView
+from deployments.detached import spawn_detached
+from deployments.frontend.pool_channels import PoolChannels
+
+logger = logging.getLogger("baton.pools")
+
+
+class RayHandoff:
+    """A prefill under way: the reference to its descriptor, which this process never resolves."""
+
+    def __init__(self, replica: str, ref: ObjectRef, lost: asyncio.Future[None], abandon: Callable[[], None]) -> None:
+        """`lost` is done when the prefill replica is gone: Ray finds that out up to half a minute later."""
+        self.replica = replica
+        self.ref = ref
+        self.lost = lost
+        self.cancel = abandon
+
+
+class RayPrefillPool:
+    """The prefill replicas."""
+
+    def __init__(self, handle: Any, view: PoolView) -> None:
+        self._prefill = handle.options(method_name="prefill", _by_reference=True)
+        self._abandon = handle.options(method_name="abandon", _by_reference=True)
+        self._abandoning: set[asyncio.Task[None]] = set()
+        self._channels = PoolChannels(handle, view)
+
+    async def start(self, request: GenerateRequest, replica: str) -> RayHandoff:
+        lost = self._channels.channel(replica).lost
+        # Outside the HTTP request: with it Serve would cancel the call, and the descriptor might be lost (`abandon`).
+        response = contextvars.Context().run(self._prefill.remote, request, replica_id=replica)
+        abandon = partial(self._abandon_later, request.request_id, replica)
+        sending = asyncio.ensure_future(response._to_object_ref())
+        try:
+            await asyncio.wait((sending, lost), return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                abandon()  # the call may have reached it, if only the connection is gone
+                raise ReplicaLost(replica, "its connection ended")
+            return RayHandoff(replica, sending.result(), lost, abandon)
+        except asyncio.CancelledError:
+            abandon()
+            raise
+        except (RayError, RayServeException) as error:
+            raise ReplicaLost(replica, type(error).__name__) from error
+        finally:
+            sending.cancel()
+
+    def _abandon_later(self, request_id: str, replica: str) -> None:
+        """Goes on if the request is cancelled."""
+        task = spawn_detached(self._abandon_now(request_id, replica), name="abandon-prefill")
+        self._abandoning.add(task)
+        task.add_done_callback(self._abandoning.discard)
+
+    async def _abandon_now(self, request_id: str, replica: str) -> None:
+        try:
+            await self._abandon.remote(request_id, replica_id=replica)
+        except (BatonError, RayError, RayServeException) as error:  # gone, and its prefills with it
+            logger.info("prefill_replica=%s cannot abandon: %r", replica, error)
+
+
+class RayDecodePool:
+    """Replicas that decode: those of the decode pool, or of the aggregated one."""
+
+    def __init__(self, handle: Any, view: PoolView) -> None:
+        self._attach = handle.options(method_name="attach", _by_reference=True)
+        self._attaching: set[asyncio.Task[None]] = set()
+        self._channels = PoolChannels(handle, view)
+
+    async def generate(
+        self, request: GenerateRequest, handoff: Handoff | None, local_reason: str, replica: str, emit: Emit
+    ) -> None:
+        channel = self._channels.channel(replica)
+        sequence = channel.submit(request, emit, has_handoff=handoff is not None, local_reason=local_reason)
+
+        def on_lost(_: object) -> None:
+            if not sequence.has_started:
+                sequence.fail(PrefillFailed("the prefill replica is gone"))
+
+        try:
+            if isinstance(handoff, RayHandoff):
+                handoff.lost.add_done_callback(on_lost)
+                task = spawn_detached(self._hand_over(handoff.ref, channel, sequence, replica), name="attach")
+                self._attaching.add(task)
+                task.add_done_callback(self._attaching.discard)
+            await sequence.ended
+        finally:
+            if isinstance(handoff, RayHandoff):
+                handoff.lost.remove_done_callback(on_lost)
+            channel.finish(sequence)
+
+    async def _hand_over(self, ref: ObjectRef, channel: Channel, sequence: Sequence, replica: str) -> None:
+        """Goes on if the request is cancelled: decode then has the prefilled KV released."""
+        try:
+            await self._attach.remote(channel.link_id, sequence.number, [ref], replica_id=replica)
+        except (BatonError, RayError, RayServeException) as error:
+            logger.warning("decode_replica=%s attach failed: %r", replica, error)
+            sequence.fail(ReplicaLost(replica, type(error).__name__))

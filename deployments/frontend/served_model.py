@@ -1,0 +1,91 @@
+"""One model as a frontend serves it: its pools, the router that looks at them, and how they are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from app.config import LimitsConfig, ModelConfig
+from app.engines.registry import can_decode_prefill
+from app.errors import BatonError
+from app.frontend.health import model_state
+from app.frontend.orchestrator import Orchestrator
+from app.messages import Role
+from app.routing.router import Router
+from deployments.frontend.pools import RayDecodePool, RayPrefillPool
+from deployments.frontend.ready_replicas import membership_of
+
+
+class ServedModel:
+    """`handles` are the Serve handles of the model's pools."""
+
+    def __init__(self, model: ModelConfig, handles: Mapping[Role, Any], limits: LimitsConfig) -> None:
+        self.name = model.name
+        self._model = model
+        self._handles = handles
+        self.router = Router(
+            model.routing,
+            has_prefill="prefill" in handles,
+            has_aggregated="aggregated" in handles,
+            can_decode_prefill=can_decode_prefill(model.engine),
+        )
+        views = self.router.views
+        decode = RayDecodePool(handles["decode"], views["decode"])
+        prefill = RayPrefillPool(handles["prefill"], views["prefill"]) if "prefill" in handles else None
+        aggregated = RayDecodePool(handles["aggregated"], views["aggregated"]) if "aggregated" in handles else None
+        self.orchestrator = Orchestrator(self.router, prefill, decode, limits, aggregated=aggregated)
+        self._memberships = {role: membership_of(handle.deployment_id) for role, handle in handles.items()}
+
+    def health(self) -> dict[str, Any]:
+        """What /health says of the model; /v1/models takes it from here."""
+        return {
+            "name": self._model.name,
+            "engine": self._model.engine,
+            "mode": "disaggregated" if self._model.is_disaggregated else "aggregated",
+            "local_prefill": self.router.local_role() is not None,
+            "state": model_state(self._model, {role: len(view.replicas) for role, view in self.router.views.items()}),
+            "pools": {role: {"ready": len(pool.ids())} for role, pool in self._memberships.items()},
+        }
+
+    def endpoints(self) -> list[dict[str, Any]]:
+        """What each ready replica told of itself."""
+        return [
+            {"status": "ready", **metadata["info"]}
+            for pool in self._memberships.values()
+            for metadata in pool.metadata().values()
+        ]
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """Every ready replica's load, asked for now, and beside it what this frontend goes by."""
+        asked = [(role, replica) for role, pool in self._memberships.items() for replica in pool.ids()]
+        return await asyncio.gather(*(self._ask(role, replica) for role, replica in asked))
+
+    async def _ask(self, role: Role, replica: str) -> dict[str, Any]:
+        about = {
+            "model": self._model.name,
+            "role": role,
+            "replica_id": replica,
+            "view": self._describe_view(role, replica),
+        }
+        try:
+            stats = await self._handles[role].stats.remote(replica_id=replica)
+        except (BatonError, RayError, RayServeException) as error:
+            return {**about, "error": type(error).__name__}
+        return {**about, **msgspec.to_builtins(stats)}
+
+    def _describe_view(self, role: Role, replica: str) -> dict[str, int] | None:
+        """What this frontend believes of a replica; None if it has no connection to it."""
+        pool = self.router.views[role]
+        if (view := pool.replicas.get(replica)) is None:
+            return None
+        gauges = {"sequences": view.sequences, "queued_tokens": view.queued_tokens, "used_blocks": view.used_blocks}
+        return {
+            **{name: gauge.value for name, gauge in gauges.items()},
+            **{f"own_{name}": gauge.own for name, gauge in gauges.items()},
+            "cached_blocks": pool.index.num_blocks(replica),
+        }

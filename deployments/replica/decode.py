@@ -1,0 +1,204 @@
+"""The decode deployment: sequences in, token deltas out.
+
+Both travel on the frontends' channels (app/channel/).  Only the reference to a transfer descriptor comes by Ray,
+in `attach`: Ray follows references in its own calls and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, defaultdict
+from typing import Any, Literal
+
+import msgspec
+from ray import ObjectRef
+
+from app.channel.protocol import Submit
+from app.channel.server import Link
+from app.config import BatonConfig
+from app.engines.registry import can_decode_prefill
+from app.errors import InvalidRequest
+from app.messages import EngineStats, GenerateRequest, PrefillReport, ReplicaLoad, Role, TokenDelta, TransferDescriptor
+from deployments.detached import spawn_detached
+from deployments.replica.worker import Worker
+
+logger = logging.getLogger("baton.decode")
+
+Phase = Literal["prefilling", "promised", "waiting", "decoding"]
+"""How far a sequence is: its prompt is computed here; elsewhere, though the descriptor is here (SGLang); was computed
+elsewhere, and it waits for a place or for its KV; it has a token."""
+
+
+class DecodeWorker(Worker):
+    """One decode engine, or the only engine of an aggregated deployment."""
+
+    role: Role = "decode"
+
+    async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._handoffs: defaultdict[str, dict[int, asyncio.Future[ObjectRef]]] = defaultdict(dict)
+        self._releases: set[asyncio.Task[Any]] = set()
+        self._phases: Counter[Phase] = Counter()
+        self._generated_tokens = 0
+        await super().__init__(config, device)
+        self._server.on_close = self._forget
+
+    async def _run(self, link: Link, call: Submit) -> None:
+        self._publisher.look_soon()
+        try:
+            descriptor, reason = None, call.local_reason
+            if call.has_handoff:
+                descriptor, reason = await self._receive(link, call.number, call.request)
+            await self._generate(link, call, descriptor, reason)
+        finally:
+            self._publisher.look_soon()
+
+    async def _generate(self, link: Link, call: Submit, descriptor: TransferDescriptor | None, reason: str) -> None:
+        """Generate with the KV of `descriptor`, or without one because of `reason`."""
+        began = time.monotonic()
+        phase = _first_phase(descriptor)
+
+        def emit(delta: TokenDelta) -> None:
+            nonlocal phase
+            report = delta.report
+            if report is None:
+                self._generated_tokens += len(delta.token_ids)
+            else:
+                delta = _complete(delta, report, reason, descriptor, time.monotonic() - began)
+                if phase in ("waiting", "promised"):
+                    self._meter.count(started=1)
+                self._phases[phase] -= 1
+                phase = "decoding"
+                self._phases[phase] += 1
+                self._publisher.look_soon()
+            link.put(call.number, delta)
+
+        self._phases[phase] += 1
+        self._publisher.look_soon()
+        try:
+            await self._engine.generate(call.request, descriptor, emit)
+        finally:
+            self._phases[phase] -= 1
+
+    async def _receive(
+        self, link: Link, number: int, request: GenerateRequest
+    ) -> tuple[TransferDescriptor | None, str]:
+        """The descriptor once prefill has it, or None and why decode has to prefill itself."""
+        arrival = self._arrival(link.id, number)
+        try:
+            async with asyncio.timeout(self._config.limits.prefill_timeout_s):
+                descriptor: TransferDescriptor = await (await asyncio.shield(arrival))
+        except asyncio.CancelledError:
+            self._abandon(arrival)
+            raise
+        except TimeoutError:
+            self._abandon(arrival)
+            reason = "prefill_timeout"
+        except Exception as error:
+            if isinstance(error, InvalidRequest) and not can_decode_prefill(self._model.engine):
+                # Ray's error is a class of its own, which the channel would not know.
+                raise InvalidRequest(error.message) from error
+            logger.warning("request_id=%s prefill failed: %r", request.request_id, error)
+            reason = "prefill_failed"
+        else:
+            if not descriptor.has_expired(time.time()):
+                return descriptor, ""
+            self._abandon(arrival)
+            reason = "descriptor_expired"
+        finally:
+            # A channel that closed has taken all of its own along.
+            self._handoffs.get(link.id, {}).pop(number, None)
+        return None, reason
+
+    def _arrival(self, link_id: str, number: int) -> asyncio.Future[ObjectRef]:
+        """What `attach` fulfils for a sequence, whichever of the two comes first."""
+        return self._handoffs[link_id].setdefault(number, asyncio.get_running_loop().create_future())
+
+    async def attach(self, link_id: str, number: int, refs: list[ObjectRef], *, replica_id: str) -> None:
+        """Give sequence `number` of a channel the reference to its transfer descriptor.
+
+        `refs` holds that one reference: as an argument of its own Ray would resolve it before the call runs.
+        """
+        self.check_is_me(replica_id)
+        link = self._server.links.get(link_id)
+        is_over = link is None or (number <= link.last_number and number not in self._handoffs[link_id])
+        if is_over:
+            self._release_later(refs[0])
+        else:
+            self._arrival(link_id, number).set_result(refs[0])
+
+    def num_requests(self) -> tuple[int, int]:
+        return self._server.num_sequences(), self._phases["decoding"]
+
+    def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
+        """Sequences whose prompt another replica has still to compute are no load here, nor is KV kept for them.
+
+        With SGLang those are among the `promised`, as are those that its engine has no memory for: they wait here, in
+        so far as the memory is taken by sequences of this replica's own.
+        """
+        phases = self._phases
+        num_own = phases["prefilling"] + phases["waiting"] + phases["decoding"]
+        held_up = min(stats.num_held_up, phases["promised"])
+        share = num_own / (num_own + phases["promised"] - held_up) if num_own else 0.0
+        return {
+            **super().levels(load, stats),
+            "prefilling": phases["prefilling"],
+            "waiting": phases["waiting"] + share * held_up,
+            "decoding": phases["decoding"],
+            "kv_use": share * load.used_blocks / self._info.num_blocks,
+        }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {**super().record_autoscaling_stats(), "generated_tokens": self._generated_tokens}
+
+    def _forget(self, link: Link) -> None:
+        """Give up what was attached to sequences that a closed channel never submitted."""
+        for number, arrival in self._handoffs.pop(link.id, {}).items():
+            if not link.is_running(number):
+                self._abandon(arrival)
+
+    def _abandon(self, arrival: asyncio.Future[ObjectRef]) -> None:
+        if arrival.done():
+            self._release_later(arrival.result())
+
+    def _release_later(self, ref: ObjectRef) -> None:
+        task = spawn_detached(self._release(ref), name="release-handoff")
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def _release(self, ref: ObjectRef) -> None:
+        """Free the KV of a prefill that nobody will pull, if it still comes to that."""
+        try:
+            descriptor = await ref
+        except Exception as error:  # noqa: BLE001  a prefill that failed or was cancelled holds no KV
+            logger.info("abandoned prefill ended: %s", type(error).__name__)
+            return
+        await self._engine.release(descriptor)
+
+
+class AggregatedWorker(DecodeWorker):
+    """One engine of a pool beside prefill and decode, which serves whole requests."""
+
+    role = "aggregated"
+
+
+def _first_phase(descriptor: TransferDescriptor | None) -> Phase:
+    if descriptor is None:
+        return "prefilling"
+    return "promised" if descriptor.prefill_s is None else "waiting"
+
+
+def _complete(
+    delta: TokenDelta, report: PrefillReport, reason: str, descriptor: TransferDescriptor | None, first_token_s: float
+) -> TokenDelta:
+    """The report with what this replica knows and the engine cannot: why decode prefilled itself, and how long it took.
+
+    `report` is the delta's.
+    """
+    changed: dict[str, Any] = {"first_token_s": first_token_s}
+    if reason:
+        changed["reason"] = reason
+    if descriptor is not None and descriptor.prefill_s is not None and report.kind == "remote":
+        changed |= {"prefill_s": descriptor.prefill_s, "prefill_cached_tokens": descriptor.cached_tokens}
+    return msgspec.structs.replace(delta, report=msgspec.structs.replace(report, **changed))

@@ -1,0 +1,86 @@
+"""The prefill deployment: a prompt in, the descriptor of its KV out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import msgspec
+
+from app.config import BatonConfig
+from app.errors import BatonError
+from app.messages import EngineStats, GenerateRequest, ReplicaLoad, TransferDescriptor
+from deployments.replica.worker import Worker
+
+logger = logging.getLogger("baton.prefill")
+
+HELD_KV_POLL_S = 0.1
+"""How often a replica that is being removed looks whether decode has pulled its KV."""
+
+
+class PrefillWorker(Worker):
+    """One prefill engine."""
+
+    role = "prefill"
+
+    async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._running: dict[str, asyncio.Task[TransferDescriptor]] = {}
+        await super().__init__(config, device)
+
+    async def prefill(self, request: GenerateRequest, *, replica_id: str) -> TransferDescriptor:
+        self.check_is_me(replica_id)
+        task = asyncio.create_task(self._engine.prefill(request), name=request.request_id)
+        self._running[request.request_id] = task
+        self._publisher.look_soon()
+        try:
+            return await task
+        finally:
+            del self._running[request.request_id]
+            self._publisher.look_soon()
+
+    def num_requests(self) -> tuple[int, int]:
+        return len(self._running), 0
+
+    def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
+        """KV that waits for decode is decode's matter, and so are prompts that only lack its place."""
+        if self._is_held_up(load, stats):
+            load = msgspec.structs.replace(load, queued_tokens=0)
+        elif stats.num_held_up:
+            computable = max(0, stats.num_waiting + stats.num_running - stats.num_held_up)
+            share = computable / (computable + stats.num_held_up)
+            load = msgspec.structs.replace(load, queued_tokens=round(share * load.queued_tokens))
+        return {**super().levels(load, stats), "prefilling": len(self._running)}
+
+    def _is_held_up(self, load: ReplicaLoad, stats: EngineStats) -> bool:
+        """Whether nothing is computed because the typical prompt that waits finds no place."""
+        free_tokens = (stats.num_blocks - stats.num_used_blocks) * self._info.block_size_tokens
+        is_short = free_tokens * max(1, len(self._running)) < load.queued_tokens
+        return stats.num_running == 0 < stats.num_waiting and is_short
+
+    async def drain(self) -> None:
+        """Also wait until decode has pulled all KV that lies here, or its leases have ended."""
+        await super().drain()
+        began = time.monotonic()
+        try:
+            # First whether the engine lives: what waits in a dead one waits for ever.
+            while _has_work(await self._engine.stats()) or self._engine.queued_tokens():  # noqa: ASYNC110  it tells nobody
+                await asyncio.sleep(HELD_KV_POLL_S)
+        except BatonError as error:
+            logger.warning("the KV that decode has not pulled is lost: %s", error)
+        logger.info("role=prefill replica_id=%s drained_s=%.1f", self._replica_id, time.monotonic() - began)
+
+    async def abandon(self, request_id: str, *, replica_id: str) -> None:
+        """Stop a prefill, or what goes on of it after `prefill` has returned: nobody will pull its KV.
+
+        Cancelling the call of `prefill` would not do: it can strike between the engine's answer and Serve's, and the
+        descriptor, by which decode has the KV freed, would be lost.
+        """
+        self.check_is_me(replica_id)
+        if (task := self._running.get(request_id)) is not None:
+            task.cancel()
+        await self._engine.abandon(request_id)
+
+
+def _has_work(stats: EngineStats) -> bool:
+    return bool(stats.num_used_blocks or stats.num_running or stats.num_waiting)

@@ -1,0 +1,131 @@
+"""What a replica tells the frontends of itself, on their channels: what it has to do, and what its cache holds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from app.channel.server import ChannelServer
+from app.engines.base import Engine, EngineInfo
+from app.errors import BatonError
+from app.kv_cache.event_translator import EventTranslator
+from app.messages import AllBlocksCleared, EngineStats, KvUpdate, ReplicaLoad
+
+logger = logging.getLogger("baton.publisher")
+
+LOOK_S = 0.01
+"""How often a busy engine's queue is looked at between the moments that `look_soon` knows of."""
+LOOKS_PER_POLL = 10
+"""How many of those looks there are for each question how many blocks are used, which costs more."""
+
+
+class Publisher:
+    """Tells the load when it changes, and each change of the prefix cache.
+
+    While there is any load it is told again with each poll, so that what a frontend made of an earlier message and of
+    its own requests that began or ended while that was on its way does not stay wrong.
+    """
+
+    def __init__(
+        self,
+        replica_id: str,
+        engine: Engine,
+        info: EngineInfo,
+        server: ChannelServer,
+        count: Callable[[], tuple[int, int]],
+        on_look: Callable[[ReplicaLoad, EngineStats], object] = lambda load, stats: None,
+    ) -> None:
+        """`count` says how many requests the replica has not finished, and how many of them decode.
+
+        `on_look` gets the load with each look, and what the engine said of itself last.
+        """
+        self._replica_id = replica_id
+        self._engine = engine
+        self._server = server
+        self._count = count
+        self._on_look = on_look
+        self._stats = EngineStats()
+        self._load = ReplicaLoad()
+        self._is_busy = asyncio.Event()
+        self._will_look = False
+        self._loop = asyncio.get_running_loop()
+        self._num_orphans_logged = 0
+        self._tasks = [self._spawn(self._watch_load(), "watch-load")]
+        server.tell_load(self._load)
+        if info.prefix_cache == "published":
+            mirror = EventTranslator(info.num_blocks, info.block_size_tokens)
+            server.snapshot = mirror.snapshot
+            self._tasks.append(self._spawn(self._follow_cache(mirror), "follow-cache"))
+
+    def look_soon(self) -> None:
+        """The load changes now: tell it when all that waits for this turn of the event loop has run."""
+        if not self._will_look:
+            self._will_look = True
+            self._loop.call_soon(self._look)
+
+    def _look(self, *, is_poll: bool = False) -> None:
+        self._will_look = False
+        sequences, decoding = self._count()
+        load = ReplicaLoad(sequences, self._engine.queued_tokens(), self._stats.num_used_blocks, decoding)
+        self._on_look(load, self._stats)
+        if is_poll or load != self._load:
+            self._load = load
+            self._server.tell_load(load)
+        if load != ReplicaLoad():
+            self._is_busy.set()
+
+    async def _watch_load(self) -> None:
+        """Notice what `look_soon` is not called for: queues that the engine works off by itself, and used blocks.
+
+        The last thing before it rests is to ask for those: a prefill that is over may leave some to decode.
+        """
+        while True:
+            await self._is_busy.wait()
+            self._is_busy.clear()
+            for _ in range(LOOKS_PER_POLL):
+                await asyncio.sleep(LOOK_S)
+                self._look()
+            try:
+                self._stats = await self._engine.stats()
+            except BatonError as error:  # a dead engine, which Serve finds out too
+                logger.warning("replica_id=%s tells its load no longer: %s", self._replica_id, error)
+                return
+            self._look(is_poll=True)
+
+    async def _follow_cache(self, mirror: EventTranslator) -> None:
+        try:
+            async with aclosing(self._engine.kv_events()) as batches:
+                async for events in batches:
+                    self._tell_kv(mirror.apply(events))
+                    self._log_orphans(mirror)
+        finally:  # nobody follows any more, so nothing is known to be there
+            self._tell_kv(mirror.apply([AllBlocksCleared()]))
+
+    def _tell_kv(self, update: KvUpdate) -> None:
+        if update.is_reset:
+            logger.info("replica_id=%s all cached blocks are forgotten", self._replica_id)
+        if update.stored or update.removed or update.is_reset:
+            self._server.tell_kv(update)
+
+    def _log_orphans(self, mirror: EventTranslator) -> None:
+        """Each time that they have doubled: what follows a lost event is many."""
+        if mirror.num_orphans > 2 * self._num_orphans_logged:
+            self._num_orphans_logged = mirror.num_orphans
+            logger.warning("replica_id=%s cached blocks left out so far: %d", self._replica_id, mirror.num_orphans)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._log_failure)
+        return task
+
+    def _log_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("replica_id=%s %s failed", self._replica_id, task.get_name(), exc_info=error)
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)

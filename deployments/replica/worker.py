@@ -1,0 +1,151 @@
+"""What the deployments of all pools share: one engine per replica, its start, health and end, and what it tells."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import msgspec
+import ray
+from ray import serve
+
+from app.autoscaling.load import LoadMeter
+from app.channel.protocol import Submit
+from app.channel.server import ChannelServer, Link
+from app.config import BatonConfig, PoolConfig
+from app.engines.base import Engine, EngineInfo, EngineSpec
+from app.engines.registry import create_engine
+from app.errors import InvalidRequest, ReplicaLost
+from app.messages import EngineStats, ReplicaInfo, ReplicaLoad, Role
+from app.models.source import local_path
+from app.ports import reserve_port
+from deployments.process import adopt_serve_logging, freeze_heap
+from deployments.replica.metrics import WorkerMetrics
+from deployments.replica.publisher import Publisher
+
+logger = logging.getLogger("baton.worker")
+
+
+class Worker:
+    """A Serve replica around an engine."""
+
+    role: Role
+    create_engine = staticmethod(create_engine)
+
+    async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        adopt_serve_logging()
+        context = serve.get_replica_context()
+        self._config = config
+        self._model = config.models[0]
+        self._replica_id = context.replica_id.unique_id
+        self._node_ip = ray.util.get_node_ip_address()
+        self._meter = LoadMeter()
+        self._transfer_s = 0.0
+        transfer = config.transfer
+        self._port = reserve_port(transfer.port_min, transfer.port_max) if transfer else None
+        pool = self._model.pool(self.role)
+        assert pool is not None
+        spec = self._spec(pool, device)
+        self._engine: Engine = self.create_engine(pool.engine, spec)
+        try:
+            self._info: EngineInfo = await self._engine.start()
+        except BaseException:
+            await self._engine.stop()
+            raise
+        self._server = ChannelServer(self._replica_id, self._run)
+        self._publisher = Publisher(
+            self._replica_id, self._engine, self._info, self._server, self.num_requests, self._observe
+        )
+        self._metrics = WorkerMetrics(self._engine, self.num_requests, self._model.name, spec)
+        self._channel_address = await self._server.start(self._node_ip)
+        freeze_heap()
+        logger.info("role=%s replica_id=%s engine=%s device=%s ready", self.role, self._replica_id, self._info, device)
+
+    def _spec(self, pool: PoolConfig, device: str) -> EngineSpec:
+        model, transfer = self._model, self._config.transfer
+        return EngineSpec(
+            role=self.role,
+            is_disaggregated=model.is_disaggregated,
+            replica_id=self._replica_id,
+            model_path=local_path(model.source),
+            device="cuda" if device == "cuda" else "cpu",
+            tensor_parallel_size=pool.tensor_parallel_size,
+            engine_args=model.merged_engine_args(pool),
+            kv_host=self._node_ip,
+            kv_port=self._port.number if self._port else 0,
+            transfer_backends=transfer.backends if transfer else [],
+            required_transport=transfer.required_transport if transfer else "any",
+            transfer_lease_s=transfer.lease_s if transfer else 0,
+            transfer_timeout_s=self._config.limits.prefill_timeout_s,
+        )
+
+    async def _run(self, link: Link, call: Submit) -> None:
+        """Run one sequence that came on a channel, to its end."""
+        raise InvalidRequest(f"a {self.role} replica takes no sequences")
+
+    def num_requests(self) -> tuple[int, int]:
+        """How many requests have not ended, waiting ones included, and how many of them decode."""
+        raise NotImplementedError
+
+    def _observe(self, load: ReplicaLoad, stats: EngineStats) -> None:
+        self._transfer_s = stats.transfer_s
+        self._meter.set_levels(**self.levels(load, stats))
+
+    def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
+        """The present values of those fields of app/autoscaling/load.py's `Load` that are no counts."""
+        return {"queued_tokens": load.queued_tokens, "busy": float(load.queued_tokens > 0)}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What deployments/autoscaling.py goes by; Serve asks regularly."""
+        prompts, tokens = self._engine.computed_prompts()
+        return {
+            **self._meter.read(),
+            "prompts": prompts,
+            "computed_tokens": tokens,
+            "transferring": self._transfer_s,
+        }
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Serve asks once, when the replica is ready, and tells every frontend."""
+        info = ReplicaInfo(
+            replica_id=self._replica_id,
+            role=self.role,
+            model=self._model.name,
+            engine=self._info.engine,
+            engine_version=self._info.version,
+            node_ip=self._node_ip,
+            pid=os.getpid(),
+            num_blocks=self._info.num_blocks,
+            block_size_tokens=self._info.block_size_tokens,
+            max_model_len=self._info.max_model_len,
+            kv_address=f"{self._node_ip}:{self._port.number}" if self._port else "",
+            prefix_cache=self._info.prefix_cache,
+        )
+        return {"info": msgspec.to_builtins(info), "channel": self._channel_address}
+
+    def check_is_me(self, replica_id: str) -> None:
+        """Refuse a call that was meant for another replica."""
+        if replica_id != self._replica_id:
+            raise ReplicaLost(replica_id, f"the call reached {self._replica_id}")
+
+    async def stats(self, *, replica_id: str) -> EngineStats:
+        self.check_is_me(replica_id)
+        return await self._engine.stats()
+
+    async def check_health(self) -> None:
+        await self._engine.check_health()
+
+    async def drain(self) -> None:
+        """Return once nobody needs this replica any more."""
+        await self._server.drain()
+
+    async def __del__(self) -> None:
+        """Serve calls this once no frontend chooses this replica any more, and kills it when its patience ends."""
+        if hasattr(self, "_channel_address"):
+            await self.drain()
+            await self._publisher.stop()
+            await self._metrics.stop()
+            await self._server.stop()
+        if hasattr(self, "_engine"):
+            await self._engine.stop()

@@ -1,1 +1,0 @@
-"""``python -m tests.peers``: Baton and its peers, started and measured one after another under the same load."""

@@ -1,7 +1,0 @@
-#!/usr/bin/env bash
-# Makes the virtual environment DIR with sglang-router.
-#   tests/peers/sglang_router_env.sh DIR
-set -euo pipefail
-. "$(dirname "$0")/venv.sh" # makes it, at $directory
-
-scripts/uv.sh pip install --python "$directory/bin/python" 'sglang-router==0.3.2'

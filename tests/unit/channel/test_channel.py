@@ -1,0 +1,534 @@
+"""The connection between a frontend and a replica, over real sockets."""
+
+import asyncio
+import itertools
+import struct
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.channel import server
+from app.channel.client import Channel, _merge
+from app.channel.protocol import Batch, Hello, Submit, to_frame
+from app.channel.server import ChannelServer, Link
+from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost
+from app.messages import GenerateRequest, KvUpdate, ReplicaLoad, TokenDelta
+from tests.unit.waiting import PATIENCE_S, until
+
+LAST = TokenDelta([3], finish_reason="stop")
+
+
+def request(request_id: str = "r", tokens: int = 3) -> GenerateRequest:
+    return GenerateRequest(request_id=request_id, prompt_token_ids=list(range(tokens)), sampling={"max_tokens": 4})
+
+
+class Replica:
+    """A replica whose sequences do what the test puts."""
+
+    def __init__(self) -> None:
+        self.calls: list[Submit] = []
+        self.cancelled: list[str] = []
+        self.closed: list[Link] = []
+        self.started = asyncio.Event()
+        self.error: Exception | None = None
+        self.script: list[TokenDelta] = []
+        self.hangs = False
+        self.links: list[Link] = []
+        self.server = ChannelServer("d", self.run)
+        self.server.on_close = self.closed.append
+        self.address: dict[str, str] = {}
+
+    async def run(self, link: Link, call: Submit) -> None:
+        self.calls.append(call)
+        self.links.append(link)
+        self.started.set()
+        try:
+            for delta in self.script:
+                link.put(call.number, delta)
+            if self.error is not None:
+                raise self.error
+            if self.hangs:
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(call.request.request_id)
+            raise
+
+
+class Told:
+    """What a frontend was told of its replicas, and what it has got by the updates: those say what changes."""
+
+    def __init__(self) -> None:
+        self.loads: list[ReplicaLoad] = []
+        self.updates: list[KvUpdate] = []
+        self.blocks: set[int] = set()
+
+    def on_load(self, replica: str, load: ReplicaLoad) -> None:
+        assert replica == "d"
+        self.loads.append(load)
+
+    def on_kv(self, replica: str, update: KvUpdate) -> None:
+        assert replica == "d"
+        self.updates.append(update)
+        if update.is_reset:
+            self.blocks.clear()
+        self.blocks -= set(update.removed)
+        self.blocks |= set(update.stored)
+
+
+@asynccontextmanager
+async def connected(told: Told | None = None) -> AsyncGenerator[tuple[Replica, Channel], None]:
+    replica = Replica()
+    replica.address = await replica.server.start("127.0.0.1")
+    channel = await Channel.connect("d", replica.address, told or Told())
+    try:
+        yield replica, channel
+    finally:
+        channel.close()
+        await replica.server.stop()
+
+
+async def served(channel: Channel, into: list[TokenDelta], **options: bool | str) -> None:
+    arguments = {"has_handoff": False, "local_reason": "", **options}
+    sequence = channel.submit(request(), into.append, **arguments)  # type: ignore[arg-type]
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await sequence.ended
+    finally:
+        channel.finish(sequence)
+
+
+async def test_a_sequence_gets_its_deltas_in_order():
+    async with connected() as (replica, channel):
+        replica.script = [LAST]
+        received: list[TokenDelta] = []
+        await served(channel, received, has_handoff=True, local_reason="why")
+        assert received == [LAST]
+        assert replica.calls == [Submit(0, request(), True, "why")]
+
+
+async def test_what_waits_is_merged_and_nothing_is_lost():
+    async with connected() as (replica, channel):
+        replica.script = [TokenDelta([1]), TokenDelta([2]), LAST]
+        received: list[TokenDelta] = []
+        await served(channel, received)
+        assert received == [TokenDelta([1, 2, 3], finish_reason="stop")]
+
+
+async def test_many_sequences_share_the_connection():
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        received: list[list[TokenDelta]] = [[] for _ in range(50)]
+        tasks = [asyncio.create_task(served(channel, into)) for into in received]
+        await until(lambda: len(replica.calls) == len(tasks))
+        for call in replica.calls:
+            replica.links[0].put(call.number, TokenDelta([call.number], finish_reason="length"))
+        await asyncio.gather(*tasks)
+        assert [deltas[0].token_ids for deltas in received] == [[number] for number in range(50)]
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("no such thing"), EngineDead("gone"), EngineFailed("broke")])
+async def test_an_error_ends_the_sequence_after_its_deltas(error: BatonError):
+    async with connected() as (replica, channel):
+        replica.script, replica.error = [TokenDelta([1])], error
+        received: list[TokenDelta] = []
+        with pytest.raises(type(error), match=str(error)):
+            await served(channel, received)
+        assert received == [TokenDelta([1])]
+
+
+async def test_an_error_that_nobody_foresaw_is_told_without_its_text():
+    async with connected() as (replica, channel):
+        replica.error = RuntimeError("secret")
+        with pytest.raises(EngineFailed, match=r"^RuntimeError$"):
+            await served(channel, [])
+        replica.error, replica.script = None, [LAST]
+        await served(channel, [])
+
+
+async def test_cancelling_reaches_the_replica():
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        task = asyncio.create_task(served(channel, []))
+        await replica.started.wait()
+        task.cancel()
+        await until(lambda: replica.cancelled == ["r"])
+        assert replica.server.num_sequences() == 0
+
+
+async def test_a_frontend_that_goes_away_takes_its_sequences_along():
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        task = asyncio.create_task(served(channel, []))
+        await replica.started.wait()
+        channel.close()
+        await until(lambda: replica.cancelled == ["r"])
+        await until(lambda: [link.id for link in replica.closed] == [channel.link_id])
+        with pytest.raises(ReplicaLost):
+            await task
+
+
+async def test_a_replica_that_goes_away_fails_its_sequences_and_every_later_one():
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        task = asyncio.create_task(served(channel, []))
+        await replica.started.wait()
+        await replica.server.stop()
+        with pytest.raises(ReplicaLost):
+            await task
+        assert channel.is_closed
+        assert channel.lost.done()
+        with pytest.raises(ReplicaLost):
+            await served(channel, [])
+        with pytest.raises(ReplicaLost):
+            await Channel.connect("d", replica.address, Told())
+
+
+async def test_a_sequence_that_has_failed_here_gets_nothing_more():
+    """Its first token may be on the way just then, and whoever tries again elsewhere must not have it too."""
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        received: list[TokenDelta] = []
+        sequence = channel.submit(request(), received.append, has_handoff=True, local_reason="")
+        await replica.started.wait()
+        replica.links[0].put(0, TokenDelta([1]))
+        other = asyncio.create_task(served(channel, []))
+        sequence.fail(ReplicaLost("p"))
+        await until(lambda: len(replica.calls) == 2)
+        replica.links[0].put(1, LAST)
+        await other
+        assert received == []
+        channel.finish(sequence)
+        with pytest.raises(ReplicaLost):
+            await sequence.ended
+
+
+async def test_stopping_sends_what_waits():
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        received: list[TokenDelta] = []
+        task = asyncio.create_task(served(channel, received))
+        await replica.started.wait()
+        replica.links[0].put(0, LAST)
+        await replica.server.stop()
+        await task
+        assert received == [LAST]
+
+
+async def test_draining_waits_for_the_sequences():
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        task = asyncio.create_task(served(channel, []))
+        await replica.started.wait()
+        drain = asyncio.create_task(replica.server.drain())
+        await asyncio.wait([drain], timeout=0.05)
+        assert not drain.done()
+        task.cancel()
+        async with asyncio.timeout(PATIENCE_S):
+            await drain
+
+
+async def test_a_wrong_token_gets_nothing():
+    async with connected() as (replica, _):
+        with pytest.raises(ReplicaLost):
+            await Channel.connect("d", {**replica.address, "token": "guessed"}, Told())
+
+
+async def test_another_replica_behind_the_address_is_noticed():
+    async with connected() as (replica, _):
+        with pytest.raises(ReplicaLost, match="d is there instead"):
+            await Channel.connect("e", replica.address, Told())
+
+
+@pytest.mark.parametrize("noise", [b"GET / HTTP/1.1\r\n\r\n", struct.pack("<I", 3) + b"abc", b""])
+async def test_a_stranger_is_sent_away_and_the_others_go_on(noise: bytes):
+    async with connected() as (replica, channel):
+        reader, writer = await asyncio.open_connection(replica.address["host"], int(replica.address["port"]))
+        writer.write(noise)
+        writer.write_eof()
+        async with asyncio.timeout(PATIENCE_S):
+            assert await reader.read() == b""
+        writer.close()
+        replica.script = [LAST]
+        await served(channel, [])
+
+
+async def test_a_long_prompt_arrives_whole():
+    async with connected() as (replica, channel):
+        replica.script = [LAST]
+        long = request(tokens=300_000)
+        sequence = channel.submit(long, lambda delta: None, has_handoff=False, local_reason="")
+        async with asyncio.timeout(PATIENCE_S):
+            await sequence.ended
+        assert replica.calls[0].request == long
+
+
+async def test_a_frontend_that_does_not_read_holds_up_nobody_else_and_its_tokens_merge():
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        reader, writer = await asyncio.open_connection(replica.address["host"], int(replica.address["port"]))
+        writer.write(to_frame(Hello(replica.address["token"], "slow")))
+        writer.write(to_frame(Submit(0, request("slow"), False, "")))
+        await replica.started.wait()
+        slow = replica.links[0]
+        chunk = list(range(10_000))
+        for _ in range(300):
+            slow.put(0, TokenDelta(chunk))
+            await asyncio.sleep(0)
+        (waiting,) = slow.take_now().deltas
+        assert len(waiting[1].token_ids) > 2 * len(chunk)
+        replica.script = [LAST]
+        replica.hangs = False
+        await served(channel, [])
+        del reader
+        writer.close()
+
+
+# What a replica tells of itself
+
+
+class Cache:
+    """A replica's prefix cache, each change of which the replica tells."""
+
+    def __init__(self, replica: Replica) -> None:
+        self.blocks: set[int] = set()
+        self._server = replica.server
+        self._server.snapshot = self.snapshot
+
+    def snapshot(self) -> KvUpdate:
+        return KvUpdate(sorted(self.blocks), [], is_reset=True)
+
+    def store(self, *blocks: int) -> None:
+        self.blocks |= set(blocks)
+        self._server.tell_kv(KvUpdate(list(blocks), []))
+
+    def remove(self, *blocks: int) -> None:
+        self.blocks -= set(blocks)
+        self._server.tell_kv(KvUpdate([], list(blocks)))
+
+
+async def test_a_new_connection_begins_with_the_whole_cache_and_the_load():
+    async with connected() as (replica, _):
+        cache = Cache(replica)
+        replica.server.tell_load(ReplicaLoad(3, 4, 5))
+        cache.store(1, 2)
+        told = Told()
+        late = await Channel.connect("d", replica.address, told)
+        assert not told.updates  # nothing before whoever connects can be ready for it
+        await until(lambda: told.loads)
+        assert told.loads == [ReplicaLoad(3, 4, 5)]
+        assert told.updates == [KvUpdate([1, 2], [], is_reset=True)]
+        cache.store(3)
+        await until(lambda: told.blocks == {1, 2, 3})
+        assert len(told.updates) == 2
+        late.close()
+
+
+async def test_a_change_that_comes_before_the_snapshot_is_sent_is_in_it_once():
+    link = Link("l", None, lambda: KvUpdate([1, 2], [], is_reset=True))
+    link.put_kv(KvUpdate([2], []))
+    assert not link._kv
+    assert link.take_now().kv == KvUpdate([1, 2], [], is_reset=True)
+    assert link.take_now().kv is None
+
+
+async def test_changes_reach_all_frontends_in_order():
+    one, two = Told(), Told()
+    async with connected(one) as (replica, _):
+        cache = Cache(replica)
+        second = await Channel.connect("d", replica.address, two)
+        for number in range(1, 50):
+            cache.store(number)
+            if number % 3 == 0:
+                cache.remove(number // 3)
+            replica.server.tell_load(ReplicaLoad(number))
+            await asyncio.sleep(0.001)
+        for told in (one, two):
+            await until(lambda told=told: told.loads and told.loads[-1] == ReplicaLoad(49))
+            assert told.blocks == cache.blocks
+            assert told.loads == sorted(told.loads, key=lambda load: load.sequences)
+            assert len(told.loads) > 2
+        second.close()
+
+
+async def test_what_nobody_knows_is_not_told():
+    told = Told()
+    async with connected(told) as (replica, _):
+        replica.server.tell_load(ReplicaLoad())
+        await until(lambda: told.loads)
+        assert not told.updates
+
+
+async def test_the_load_arrives_after_whoever_waits_for_a_sequence_has_counted_it_out():
+    """Or the frontend would take off a sequence that this load does not have in it any more."""
+    order: list[object] = []
+    told = Told()
+    async with connected(told) as (replica, channel):
+        replica.hangs = True
+
+        async def count_out() -> None:
+            await served(channel, [])
+            order.append(list(told.loads))
+
+        task = asyncio.create_task(count_out())
+        await replica.started.wait()
+        replica.server.tell_load(ReplicaLoad(7))
+        replica.links[0].put(0, LAST)
+        await task
+        await until(lambda: told.loads)
+        assert order == [[]]
+
+
+async def test_what_no_delta_takes_along_goes_at_once_and_then_once_in_a_while(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server, "TELL_PERIOD_S", 0.3)
+    clock = asyncio.get_running_loop().time
+    told = Told()
+    async with connected(told) as (replica, _):
+        cache = Cache(replica)
+        await until(lambda: replica.server.links)
+        began = clock()
+        replica.server.tell_load(ReplicaLoad(1))
+        await until(lambda: told.loads)
+        assert clock() - began < 0.2
+        for number in range(2, 20):
+            replica.server.tell_load(ReplicaLoad(number))
+            cache.store(number)
+            await asyncio.sleep(0.001)
+        await until(lambda: len(told.loads) > 1)
+        assert clock() - began > 0.25
+        assert told.loads == [ReplicaLoad(1), ReplicaLoad(19)]
+        assert told.blocks == cache.blocks
+
+
+async def test_deltas_take_along_what_else_there_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server, "TELL_PERIOD_S", 60.0)
+    told = Told()
+    async with connected(told) as (replica, channel):
+        cache = Cache(replica)
+        replica.server.tell_load(ReplicaLoad(1))
+        await until(lambda: told.loads)
+        replica.server.tell_load(ReplicaLoad(2))
+        cache.store(5)
+        replica.script = [LAST]
+        await served(channel, [])
+        await until(lambda: told.blocks == {5})
+        assert told.loads == [ReplicaLoad(1), ReplicaLoad(2)]
+
+
+async def test_frames_that_arrive_together_are_one():
+    batches = [
+        Batch([], [], ReplicaLoad(1), KvUpdate([1, 2], [], is_reset=True)),
+        Batch([(0, LAST)], []),
+        Batch([], [], ReplicaLoad(2), KvUpdate([3], [1])),
+        Batch([], [], None, KvUpdate([], [3])),
+    ]
+    assert _merge(batches) == Batch([(0, LAST)], [], ReplicaLoad(2), KvUpdate([2], [], is_reset=True))
+
+
+async def test_what_waits_for_a_frontend_that_does_not_read_is_bounded():
+    snapshots = itertools.count()
+    link = Link("slow", None, lambda: KvUpdate([next(snapshots)], [], is_reset=True))
+    link.take_now()
+    many = list(range(server.MAX_WAITING_BLOCKS // 100))
+    for _ in range(1000):
+        for update in (KvUpdate(many, []), KvUpdate([], many)):
+            link.put_kv(update)
+            waiting = sum(len(update.stored) + len(update.removed) for update in link._kv)
+            assert waiting <= server.MAX_WAITING_BLOCKS
+    assert link.take_now().kv == KvUpdate([1], [], is_reset=True)
+
+
+async def test_one_change_of_any_size_goes_as_it_is():
+    link = Link("l", None, lambda: None)
+    link.take_now()
+    large = KvUpdate(list(range(server.MAX_WAITING_BLOCKS + 1)), [])
+    link.put_kv(large)
+    assert link.take_now().kv == large
+
+
+@given(st.lists(st.sampled_from(["take", "connect", "clear", *range(6)]), max_size=60), st.integers(1, 8))
+def test_a_frontend_knows_the_cache_whenever_it_has_read_all(steps: list[str | int], max_waiting: int):
+    """Numbers are blocks that come, or go if they are there."""
+
+    async def follow(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(server, "MAX_WAITING_BLOCKS", max_waiting)
+        cache: set[int] = set()
+
+        def connect() -> tuple[Link, Told]:
+            return Link("l", None, lambda: KvUpdate(list(cache), [], is_reset=True)), Told()
+
+        link, told = connect()
+        for step in steps:
+            if step == "connect":
+                link, told = connect()
+            elif step == "clear":
+                cache.clear()
+                link.put_kv(KvUpdate([], [], is_reset=True))
+            elif isinstance(step, int):
+                is_there = step in cache
+                cache ^= {step}
+                link.put_kv(KvUpdate([], [step]) if is_there else KvUpdate([step], []))
+            else:
+                if (update := link.take_now().kv) is not None:
+                    told.on_kv("d", update)
+                assert told.blocks == cache
+        link.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        asyncio.run(follow(patch))
+
+
+async def test_a_retired_channel_ends_with_its_last_sequence_and_tells_nothing_more():
+    told = Told()
+    async with connected(told) as (replica, channel):
+        replica.hangs = True
+        received: list[TokenDelta] = []
+        task = asyncio.create_task(served(channel, received))
+        await replica.started.wait()
+        channel.retire()
+        replica.server.tell_load(ReplicaLoad(1))
+        replica.links[0].put(0, TokenDelta([1]))
+        await until(lambda: received)
+        assert not channel.is_closed
+        replica.links[0].put(0, LAST)
+        await task
+        assert received == [TokenDelta([1]), LAST]
+        assert channel.is_closed
+        assert not told.loads
+
+
+async def test_an_idle_channel_that_retires_ends():
+    async with connected() as (replica, channel):
+        await until(lambda: replica.server.links)
+        ended: list[bool] = []
+        channel.on_close = lambda: ended.append(channel.is_closed)
+        channel.retire()
+        assert ended == [True]
+        await until(lambda: not replica.server.links)
+        assert not channel.lost.done()  # Serve has removed the replica, which ends what it has
+
+
+async def test_a_channel_can_be_closed_before_it_has_run():
+    replica = Replica()
+    replica.address = await replica.server.start("127.0.0.1")
+    channel = await Channel.connect("d", replica.address, Told())
+    channel.close()
+    assert channel.is_closed
+    await until(lambda: replica.closed)
+    await replica.server.stop()
+
+
+async def test_no_sequence_fails_before_whoever_routes_knows_that_the_replica_is_lost():
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        task = asyncio.create_task(served(channel, []))
+        await replica.started.wait()
+        was_done: list[bool] = []
+        sequence = channel._sequences[0]
+        channel.on_close = lambda: was_done.append(sequence.ended.done())
+        await replica.server.stop()
+        with pytest.raises(ReplicaLost):
+            await task
+        assert was_done == [False]

@@ -1,0 +1,437 @@
+"""``baton verify``: when two answers count as the same, and when nothing was verified."""
+
+import json
+import math
+import random
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+import pytest
+
+from app.cli.verify import (
+    OUTPUT_TOKENS,
+    TOLERANCE_OF_PREFILL,
+    Answer,
+    Case,
+    Endpoint,
+    VerifyError,
+    _prompts,
+    compare_output,
+)
+from app.cli.verify import TOLERANCE as USUAL_TOLERANCE
+
+TOLERANCE = 0.02
+NUM_PROMPTS = 10
+"""Prompts that one run prefills remotely: five lengths, three with a shared prefix and one twice."""
+NUM_BY_PREFILL = 7 * 2 * OUTPUT_TOKENS
+"""Requests that make the reference by prefill: for each group of prompts two answers, token by token."""
+BETWEEN = (USUAL_TOLERANCE + TOLERANCE_OF_PREFILL) / 2
+"""A logprob difference that passes where prefill alone is the reference."""
+
+
+def answer(tokens: str, *logprobs: float, margin: float = 5.0) -> Answer:
+    return Answer(list(tokens), list(logprobs), [margin] * len(tokens))
+
+
+# Comparing
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "difference"),
+    [
+        (answer("ab", -1.0, -2.0), answer("ab", -1.0, -2.0), 0.0),
+        (answer("ab", -1.0, -2.0), answer("ab", -1.25, -1.5), 0.5),
+        (answer("ab", -1.0, -2.0), answer("ac", -1.25, -9.0), 0.25),
+        (answer("abc", -1.0, -2.0, -3.0), answer("a", -1.5), 0.5),
+        (answer("ab", -1.0, -2.0), answer("xb", -1.0, -2.0), math.inf),
+        (answer(""), answer(""), math.inf),
+    ],
+    ids=["same", "largest", "until tokens differ", "until one ends", "first token differs", "empty"],
+)
+def test_the_difference_counts_until_the_tokens_differ(ours: Answer, theirs: Answer, difference: float):
+    assert ours.max_difference(theirs) == theirs.max_difference(ours) == difference
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "num"),
+    [("abc", "abc", 3), ("abx", "abc", 2), ("xbc", "abc", 0), ("axc", "abc", 1), ("ab", "abc", 2), ("", "abc", 0)],
+)
+def test_equal_tokens_are_counted_until_the_first_that_differs_or_lacks(ours: str, theirs: str, num: int):
+    one, other = answer(ours, *[0.0] * len(ours)), answer(theirs, *[0.0] * len(theirs))
+    assert one.num_equal(other) == other.num_equal(one) == num
+
+
+def passes(remote: Answer, margin: float = 5.0, noise: float = 0.0) -> bool:
+    return Case("case", 7, remote, answer("ab", -1.0, -2.0, margin=margin), noise).passes(TOLERANCE)
+
+
+@pytest.mark.parametrize("difference", [0.0, TOLERANCE / 2, -TOLERANCE / 2])
+def test_equal_tokens_with_near_logprobs_pass(difference: float):
+    assert passes(answer("ab", -1.0, -2.0 + difference))
+
+
+@pytest.mark.parametrize("difference", [TOLERANCE * 2, -TOLERANCE * 2])
+def test_equal_tokens_with_other_logprobs_fail(difference: float):
+    assert not passes(answer("ab", -1.0, -2.0 + difference))
+
+
+def test_noise_raises_what_passes_to_twice_the_noise():
+    assert passes(answer("ab", -1.0, -2.5), noise=0.25)
+    assert not passes(answer("ab", -1.0, -2.75), noise=0.25)
+
+
+def test_a_token_may_differ_where_noise_can_flip_it():
+    assert passes(answer("ax", -1.0, -2.0), margin=TOLERANCE / 2)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_a_token_that_noise_cannot_flip_must_not_differ(noise: float):
+    assert not passes(answer("ax", -1.0, -2.0), margin=5.0, noise=noise)
+
+
+def test_the_first_token_must_not_differ():
+    assert not passes(answer("xb", -1.0, -2.0), margin=0.0)
+
+
+def test_an_answer_that_ends_early_fails():
+    assert not passes(answer("a", -1.0))
+
+
+def test_noise_without_bounds_does_not_make_everything_pass():
+    # The engine's own answers differ from the first token on: nothing can be told from a comparison.
+    assert not passes(answer("ax", -1.0, -9.0), noise=math.inf)
+
+
+# Against an application
+
+
+class FakeBaton(ThreadingHTTPServer):
+    """Answers like Baton; what a prefill mode does to the answer is up to the test."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), FakeBatonHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.max_model_len = 4096
+        self.engine = "vllm"
+        self.modes = {"tiny": "disaggregated"}
+        """How each model is served."""
+        self.after_transfer: tuple[str, float] | None = None
+        """Token and logprob that decode computes after the first token of what was prefilled remotely, if others."""
+        self.token_by_mode: dict[str, str] = {}
+        self.logprob_by_mode: dict[str, float] = {}
+        self.num_local = 0
+        """How many of the next prompts decode prefills itself although it should not."""
+        self.num_transfers = 100
+        self.completions: list[dict[str, Any]] = []
+        self.fixed: dict[str, tuple[int, str]] = {}
+        """Status and body of what some paths answer instead."""
+
+    def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        if path == "/v1/models":
+            facts = {
+                "engine": self.engine,
+                "max_model_len": self.max_model_len,
+                "local_prefill": self.engine != "sglang",
+            }
+            return {"data": [{"id": name, "mode": mode, **facts} for name, mode in self.modes.items()]}
+        if path == "/tokenize":
+            return {"tokens": [3, 4, 5]}
+        if path == "/stats":
+            counted = {"num_transfers": self.num_transfers, "transferred_bytes": 0, "transport": "tcp"}
+            busy = {"num_transfers": len(self.completions), "transferred_bytes": 0, "transport": "shm"}
+            return {
+                "replicas": [
+                    {"model": "tiny", "role": "prefill", **counted},
+                    {"model": "tiny", "role": "decode", **counted},
+                    {"model": "busy", "role": "decode", **busy},
+                ]
+            }
+        return self.complete(body)
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.completions.append(body)
+        mode = body["vllm_xargs"]["baton_prefill"]
+        if mode in ("remote", "spoiled"):  # without either it would be Baton's own choice
+            self.num_local -= 1
+            self.num_transfers += self.num_local < 0
+        first = self.token_by_mode.get(mode, "token_id:7"), self.logprob_by_mode.get(mode, -1.0)
+        rest = first if mode == "local" or self.after_transfer is None else self.after_transfer
+        tokens, logprobs = zip(first, *[rest] * (body["max_tokens"] - 1), strict=True)
+        candidates = [{token: logprob, "token_id:1": -6.0} for token, logprob in zip(tokens, logprobs, strict=True)]
+        return {"choices": [{"logprobs": {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": candidates}}]}
+
+
+class FakeBatonHandler(BaseHTTPRequestHandler):
+    server: FakeBaton
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "{}")
+        status, text = self.server.fixed.get(self.path) or (200, json.dumps(self.server.reply(self.path, body)))
+        self.send_response(status)
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(server: FakeBaton) -> Iterator[None]:
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture
+def baton(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBaton]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with FakeBaton() as server, serving(server):
+        yield server
+
+
+@pytest.fixture
+def sglang(baton: FakeBaton) -> FakeBaton:
+    """An engine whose decode replicas cannot prefill."""
+    baton.engine = "sglang"
+    return baton
+
+
+def verified(url: str, spoil: bool = False, tolerance: float | None = TOLERANCE, **models: str) -> bool:
+    return compare_output(url, spoil=spoil, tolerance=tolerance, seed=0, **models)
+
+
+def test_equal_output_passes(baton: FakeBaton, capsys: pytest.CaptureFixture[str]):
+    assert verified(baton.url)
+    assert f"KV of {NUM_PROMPTS} of {NUM_PROMPTS} prompts moved" in capsys.readouterr().out
+
+
+def test_other_tokens_fail(baton: FakeBaton):
+    baton.token_by_mode["remote"] = "token_id:8"
+    assert not verified(baton.url)
+
+
+def test_other_logprobs_fail(baton: FakeBaton):
+    baton.logprob_by_mode["remote"] = -1.0 - 2 * TOLERANCE
+    assert not verified(baton.url)
+
+
+def test_spoiling_asks_for_wrong_kv_and_fails_if_it_arrives(baton: FakeBaton):
+    baton.token_by_mode["spoiled"] = "token_id:8"
+    assert not verified(baton.url, spoil=True)
+
+
+def test_a_spoiled_run_that_still_passes_is_not_hidden(baton: FakeBaton):
+    assert verified(baton.url, spoil=True)
+
+
+@pytest.mark.parametrize("num_local", [1, NUM_PROMPTS])
+def test_prompts_that_were_prefilled_locally_verify_nothing(baton: FakeBaton, num_local: int):
+    baton.num_local = num_local
+    with pytest.raises(VerifyError, match=f"only {NUM_PROMPTS - num_local} of {NUM_PROMPTS} prompts"):
+        verified(baton.url)
+
+
+def test_no_serving_can_reuse_the_kv_of_another(baton: FakeBaton):
+    verified(baton.url)
+    modes_by_salt: dict[str, set[str]] = {}
+    for body in baton.completions:
+        modes_by_salt.setdefault(body["cache_salt"], set()).add(body["vllm_xargs"]["baton_prefill"])
+    # seven groups of prompts, served three times each: once remotely and twice locally
+    assert sorted(sorted(modes) for modes in modes_by_salt.values()) == [["local"]] * 14 + [["remote"]] * 7
+
+
+@pytest.mark.parametrize("max_model_len", [128, 512, 1024, 2048, 4096])
+def test_every_prompt_leaves_room_for_the_output(baton: FakeBaton, max_model_len: int):
+    baton.max_model_len = max_model_len
+    with httpx.Client(base_url=baton.url) as client:
+        groups = _prompts(Endpoint(client), random.Random(0))
+    assert max(len(prompt) for _, prompts in groups for prompt in prompts) + OUTPUT_TOKENS <= max_model_len
+
+
+# Which model, and what it is compared with
+
+
+def asked(baton: FakeBaton) -> set[tuple[str, str]]:
+    """Which models were asked to prefill how."""
+    return {(body["model"], body["vllm_xargs"]["baton_prefill"]) for body in baton.completions}
+
+
+def test_the_first_disaggregated_model_is_verified(baton: FakeBaton):
+    baton.modes = {"alone": "aggregated", "tiny": "disaggregated", "other": "disaggregated"}
+    assert verified(baton.url)
+    assert asked(baton) == {("tiny", "remote"), ("tiny", "local")}
+
+
+def test_a_model_can_be_named(baton: FakeBaton):
+    baton.modes = {"other": "disaggregated", "tiny": "disaggregated"}
+    assert verified(baton.url, model="tiny")
+    assert asked(baton) == {("tiny", "remote"), ("tiny", "local")}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_reference_answers_what_would_have_been_prefilled_locally(baton: FakeBaton, engine: str):
+    baton.engine = engine
+    baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
+    assert verified(baton.url, reference="alone")
+    assert asked(baton) == {("tiny", "remote"), ("alone", "local")}
+    assert {body["max_tokens"] for body in baton.completions} == {OUTPUT_TOKENS}
+
+
+def test_a_reference_that_answers_otherwise_fails(baton: FakeBaton):
+    baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
+    baton.token_by_mode["local"] = "token_id:8"
+    assert not verified(baton.url, reference="alone")
+
+
+@pytest.mark.parametrize(
+    ("modes", "named", "words"),
+    [
+        ({"tiny": "aggregated"}, {}, r"serves no disaggregated model; it serves tiny \(aggregated\)"),
+        ({}, {}, "serves no disaggregated model"),
+        (
+            {"tiny": "disaggregated"},
+            {"model": "huge"},
+            r"no disaggregated model huge; it serves tiny \(disaggregated\)",
+        ),
+        ({"tiny": "disaggregated", "a": "aggregated"}, {"model": "a"}, "no disaggregated model a; it serves tiny"),
+        ({"tiny": "disaggregated"}, {"reference": "huge"}, "no aggregated model huge; it serves tiny"),
+        ({"tiny": "disaggregated"}, {"reference": "tiny"}, "no aggregated model tiny; it serves tiny"),
+    ],
+    ids=["aggregated only", "none", "unknown", "aggregated", "unknown reference", "disaggregated reference"],
+)
+def test_a_model_that_is_not_there_is_an_error(
+    baton: FakeBaton, modes: dict[str, str], named: dict[str, str], words: str
+):
+    baton.modes = modes
+    with pytest.raises(VerifyError, match=words):
+        verified(baton.url, **named)
+    assert baton.completions == []
+
+
+def test_another_server_than_batons_is_an_error(baton: FakeBaton):
+    baton.fixed["/v1/models"] = 200, json.dumps({"data": [{"id": "tiny", "max_model_len": 4096}]})
+    with pytest.raises(VerifyError, match="serves no disaggregated model"):
+        verified(baton.url)
+
+
+# An engine whose decode replicas cannot prefill: compared with what its prefill replicas compute
+
+
+def by_prefill(baton: FakeBaton) -> list[dict[str, Any]]:
+    return [body for body in baton.completions if body["max_tokens"] == 1]
+
+
+def test_equal_output_by_prefill_passes(sglang: FakeBaton, capsys: pytest.CaptureFixture[str]):
+    assert verified(sglang.url)
+    num = NUM_PROMPTS + NUM_BY_PREFILL
+    assert f"KV of {num} of {num} prompts moved" in capsys.readouterr().out
+
+
+def test_nothing_asks_for_local_prefill_of_an_engine_that_cannot(sglang: FakeBaton):
+    verified(sglang.url, spoil=True)
+    assert asked(sglang) == {("tiny", "remote"), ("tiny", "spoiled")}
+    assert {body["vllm_xargs"]["baton_prefill"] for body in by_prefill(sglang)} == {"remote"}
+
+
+def test_each_token_of_the_reference_is_prefilled_from_all_before_it(sglang: FakeBaton):
+    verified(sglang.url)
+    requests = by_prefill(sglang)
+    assert len(requests) == NUM_BY_PREFILL
+    for start in range(0, len(requests), OUTPUT_TOKENS):
+        prompts = [body["prompt"] for body in requests[start : start + OUTPUT_TOKENS]]
+        assert prompts == [prompts[0] + [7] * num for num in range(OUTPUT_TOKENS)]
+
+
+def test_the_reference_by_prefill_is_made_without_and_with_a_prefix_cache(sglang: FakeBaton):
+    verified(sglang.url)
+    salts = [body["cache_salt"] for body in by_prefill(sglang)]
+    answers = [salts[start : start + OUTPUT_TOKENS] for start in range(0, len(salts), OUTPUT_TOKENS)]
+    assert [len(set(answer)) for answer in answers] == [OUTPUT_TOKENS, 1] * 7
+    others = {body["cache_salt"] for body in sglang.completions if body["max_tokens"] > 1}
+    assert len(set(salts) | others) == 7 * (OUTPUT_TOKENS + 1 + 1)
+
+
+@pytest.mark.parametrize("tolerance", [None, TOLERANCE])
+def test_wrong_kv_is_found_by_prefill(sglang: FakeBaton, tolerance: float | None):
+    sglang.after_transfer = "token_id:8", -1.0
+    assert not verified(sglang.url, tolerance=tolerance)
+
+
+def test_wrong_kv_that_leaves_the_tokens_equal_is_found_by_prefill(sglang: FakeBaton):
+    sglang.after_transfer = "token_id:7", -1.0 - 2 * TOLERANCE_OF_PREFILL
+    assert not verified(sglang.url, tolerance=None)
+
+
+def test_spoiling_fails_by_prefill_too(sglang: FakeBaton):
+    sglang.token_by_mode["spoiled"] = "token_id:8"
+    assert not verified(sglang.url, spoil=True, tolerance=None)
+
+
+def test_a_prompt_of_the_reference_that_was_not_prefilled_remotely_verifies_nothing(sglang: FakeBaton):
+    sglang.num_local = 1
+    num = NUM_PROMPTS + NUM_BY_PREFILL
+    with pytest.raises(VerifyError, match=f"only {num - 1} of {num} prompts"):
+        verified(sglang.url)
+
+
+@pytest.mark.parametrize(
+    ("engine", "named", "tolerance", "passes"),
+    [
+        ("vllm", {}, None, False),
+        ("sglang", {}, None, True),
+        ("sglang", {"reference": "alone"}, None, False),
+        ("sglang", {}, TOLERANCE, False),
+        ("vllm", {}, TOLERANCE_OF_PREFILL, True),
+    ],
+    ids=["local prefill", "by prefill", "reference", "by prefill, told otherwise", "local, told otherwise"],
+)
+def test_a_small_logprob_difference_passes_by_prefill_only(
+    baton: FakeBaton, engine: str, named: dict[str, str], tolerance: float | None, passes: bool
+):
+    baton.engine = engine
+    baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
+    baton.after_transfer = "token_id:7", -1.0 - BETWEEN
+    assert verified(baton.url, tolerance=tolerance, **named) is passes
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "http://127.0.0.1:80x"])
+def test_a_url_where_nothing_answers_is_named(url: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    url = url.format(port=closed_port())
+    with pytest.raises(VerifyError) as caught:
+        verified(url)
+    assert url in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/tokenize", "/v1/completions", "/stats"])
+def test_an_error_in_an_answer_is_passed_on_with_its_path(baton: FakeBaton, path: str):
+    baton.fixed[path] = 500, "no engine"
+    with pytest.raises(VerifyError, match=f"{path} answered 500: no engine"):
+        verified(baton.url)
+
+
+def test_a_url_where_something_else_answers_is_an_error(baton: FakeBaton):
+    baton.fixed["/v1/models"] = 200, "<html>welcome</html>"
+    with pytest.raises(VerifyError, match="/v1/models"):
+        verified(baton.url)

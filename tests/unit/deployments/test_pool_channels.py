@@ -1,0 +1,199 @@
+"""Who is in a pool's view and when, with replicas behind real sockets and Serve's word played by the test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from app.channel.protocol import Submit
+from app.channel.server import ChannelServer, Link
+from app.errors import ReplicaLost
+from app.messages import GenerateRequest, KvUpdate, ReplicaInfo, ReplicaLoad, TokenDelta
+from app.routing.pool_state import PoolView
+from app.routing.prefix_index import PrefixIndex
+from deployments.frontend import pool_channels
+from deployments.frontend.pool_channels import PoolChannels
+from deployments.frontend.ready_replicas import Membership
+from tests.unit.waiting import until
+
+LAST = TokenDelta([1], finish_reason="stop")
+
+
+class Replica:
+    """A replica with two cached blocks and as much to do as `load` says."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.links: list[Link] = []
+        self.server = ChannelServer(name, self._run)
+        self.server.snapshot = lambda: KvUpdate([1, 2], [], is_reset=True)
+        self.server.tell_load(ReplicaLoad(sequences=3, used_blocks=4))
+        self.address: dict[str, str] = {}
+
+    async def _run(self, link: Link, call: Submit) -> None:
+        self.links.append(link)
+        await asyncio.Event().wait()
+
+    async def start(self) -> None:
+        self.address = await self.server.start("127.0.0.1")
+
+    def as_serve_tells_it(self) -> Any:
+        info = ReplicaInfo(
+            replica_id=self.name,
+            role="decode",
+            model="m",
+            engine="sim",
+            engine_version="1",
+            node_ip="127.0.0.1",
+            pid=1,
+            num_blocks=8,
+            block_size_tokens=16,
+            max_model_len=64,
+            prefix_cache="published",
+        )
+        metadata = {"info": msgspec.to_builtins(info), "channel": self.address}
+        return SimpleNamespace(replica_id=SimpleNamespace(unique_id=self.name), replica_metadata=metadata)
+
+
+class Pool:
+    """A pool as a frontend sees it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.membership = Membership()
+        self.view = PoolView(PrefixIndex())
+        monkeypatch.setattr(pool_channels, "membership_of", lambda deployment_id: self.membership)
+        monkeypatch.setattr(pool_channels, "RECONNECT_S", 0.01)
+        self.channels = PoolChannels(SimpleNamespace(deployment_id=None), self.view)
+
+    def consist_of(self, *replicas: Replica) -> None:
+        """What Serve says."""
+        self.membership.update([replica.as_serve_tells_it() for replica in replicas])
+
+    def knows(self, replica: Replica) -> bool:
+        """Whether the view has all that the replica tells at first."""
+        view = self.view.replicas.get(replica.name)
+        return view is not None and view.sequences.value == 3 and self.view.index.num_blocks(replica.name) == 2
+
+
+@pytest.fixture
+async def replica() -> AsyncIterator[Replica]:
+    replica = Replica("r")
+    await replica.start()
+    yield replica
+    await replica.server.stop()
+
+
+@pytest.fixture
+async def pool(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pool]:
+    pool = Pool(monkeypatch)
+    yield pool
+    pool.consist_of()
+    await asyncio.sleep(0)
+
+
+def submit(pool: Pool, replica: Replica, into: list[TokenDelta]) -> Any:
+    request = GenerateRequest(request_id="q", prompt_token_ids=[1], sampling={})
+    return pool.channels.channel(replica.name).submit(request, into.append, has_handoff=False, local_reason="")
+
+
+async def test_a_replica_joins_with_what_it_knows(pool: Pool, replica: Replica):
+    pool.consist_of(replica)
+    assert not pool.view.replicas
+    await until(lambda: pool.knows(replica))
+    assert pool.view.replicas["r"].info.num_blocks == 8
+
+
+async def test_replicas_that_serve_knew_before_are_connected_too(replica: Replica, monkeypatch: pytest.MonkeyPatch):
+    pool = Pool(monkeypatch)
+    pool.consist_of(replica)
+    later = PoolChannels(SimpleNamespace(deployment_id=None), view := PoolView(PrefixIndex()))
+    await until(lambda: "r" in view.replicas)
+    pool.membership.update([])
+    await until(lambda: not view.replicas)
+    with pytest.raises(ReplicaLost):
+        later.channel("r")
+
+
+async def test_a_replica_that_cannot_be_reached_is_not_in_the_view_until_it_can(pool: Pool, replica: Replica):
+    good, replica.address = replica.address, {**replica.address, "port": "1"}
+    pool.consist_of(replica)
+    await asyncio.sleep(0.1)  # it would be there by now
+    assert not pool.view.replicas
+    with pytest.raises(ReplicaLost):
+        pool.channels.channel("r")
+    replica.address["port"] = good["port"]
+    await until(lambda: pool.knows(replica))
+
+
+async def test_a_broken_connection_takes_the_replica_out_at_once_and_a_new_one_starts_afresh(
+    pool: Pool, replica: Replica
+):
+    pool.consist_of(replica)
+    await until(lambda: pool.knows(replica))
+    replica.server.tell_kv(KvUpdate([3], []))
+    await until(lambda: pool.view.index.num_blocks("r") == 3)
+    sequence = submit(pool, replica, [])
+    await until(lambda: replica.links)
+    left_first: list[bool] = []
+    sequence.ended.add_done_callback(lambda _: left_first.append("r" not in pool.view.replicas))
+    (writer,) = replica.server._writers.values()
+    writer.transport.abort()
+    with pytest.raises(ReplicaLost):
+        await sequence.ended
+    assert left_first == [True]
+    await until(lambda: pool.knows(replica))  # two blocks again: the third was not in the snapshot
+    assert len(replica.server.links) == 1
+
+
+async def test_a_replica_that_serve_removes_leaves_at_once_but_ends_its_sequences(pool: Pool, replica: Replica):
+    pool.consist_of(replica)
+    await until(lambda: pool.knows(replica))
+    received: list[TokenDelta] = []
+    channel = pool.channels.channel("r")
+    sequence = submit(pool, replica, received)
+    await until(lambda: replica.links)
+    pool.consist_of()
+    await until(lambda: not pool.view.replicas)
+    with pytest.raises(ReplicaLost):
+        pool.channels.channel("r")
+    assert not channel.is_closed
+    replica.links[0].put(sequence.number, LAST)
+    await sequence.ended
+    channel.finish(sequence)
+    assert received == [LAST]
+    assert channel.is_closed
+    await until(lambda: not replica.server.links)
+
+
+async def test_a_replica_that_serve_brings_back_joins_on_another_connection(pool: Pool, replica: Replica):
+    pool.consist_of(replica)
+    await until(lambda: pool.knows(replica))
+    old = pool.channels.channel("r")
+    submit(pool, replica, [])
+    pool.consist_of()
+    await until(lambda: not pool.view.replicas)
+    pool.consist_of(replica)
+    await until(lambda: pool.knows(replica))
+    assert pool.channels.channel("r") is not old
+    assert not old.is_closed
+    old.close()
+    assert pool.knows(replica)
+
+
+async def test_replicas_do_not_disturb_each_other(pool: Pool, replica: Replica):
+    other = Replica("other")
+    await other.start()
+    pool.consist_of(replica, other)
+    await until(lambda: pool.knows(replica) and pool.knows(other))
+    await other.server.stop()
+    await until(lambda: not pool.knows(other))
+    assert pool.knows(replica)
+    pool.consist_of(replica)
+    await asyncio.sleep(0)
+    assert pool.knows(replica)
+    assert not pool.channels._connecting

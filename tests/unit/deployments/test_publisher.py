@@ -1,0 +1,231 @@
+"""What a replica tells of itself, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from app.channel.server import ChannelServer, Link
+from app.engines.base import EngineInfo
+from app.errors import EngineDead
+from app.kv_cache.block_hashes import block_hashes, root_hash
+from app.messages import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    EngineStats,
+    KvEvent,
+    KvUpdate,
+    PrefixCache,
+    ReplicaLoad,
+)
+from deployments.replica import publisher as publishing
+from deployments.replica.publisher import Publisher
+from tests.unit.waiting import until
+
+FIRST, SECOND = BlockStored([11], None, [1, 2], 2), BlockStored([12], 11, [3, 4], 2)
+NAMES = list(block_hashes([1, 2, 3, 4], 2, root_hash(None)))
+
+
+class Engine:
+    """What a publisher asks of an engine."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.used_blocks = 0
+        self.num_polls = 0
+        self.is_dead = False
+        self.events: asyncio.Queue[list[KvEvent] | Exception | None] = asyncio.Queue()
+
+    def queued_tokens(self) -> int:
+        return self.tokens
+
+    async def stats(self) -> EngineStats:
+        self.num_polls += 1
+        if self.is_dead:
+            raise EngineDead
+        return EngineStats(num_used_blocks=self.used_blocks)
+
+    async def kv_events(self) -> AsyncIterator[list[KvEvent]]:
+        while (events := await self.events.get()) is not None:
+            if isinstance(events, Exception):
+                raise events
+            yield events
+
+
+class Replica:
+    """A replica around that engine, and the one frontend that listens to it."""
+
+    def __init__(self, *, prefix_cache: PrefixCache = "published") -> None:
+        self.engine = Engine()
+        self.num_requests = 0
+        self.server = ChannelServer("r", self._run)
+        info = EngineInfo(
+            engine="sim",
+            version="1",
+            num_blocks=8,
+            block_size_tokens=2,
+            max_model_len=64,
+            prefix_cache=prefix_cache,
+        )
+        engine: Any = self.engine
+        self.publisher = Publisher("r", engine, info, self.server, lambda: (self.num_requests, 0))
+        self.link = Link("l", None, self.server.snapshot)
+        self.server.links["l"] = self.link
+        self.loads: list[ReplicaLoad] = []
+        self.updates: list[KvUpdate] = []
+
+    async def _run(self, *_: Any) -> None: ...
+
+    def heard(self) -> tuple[list[ReplicaLoad], list[KvUpdate]]:
+        """All that the frontend was told so far."""
+        batch = self.link.take_now()
+        self.loads += [batch.load] if batch.load else []
+        self.updates += [batch.kv] if batch.kv else []
+        return self.loads, self.updates
+
+
+@pytest.fixture
+async def replica() -> AsyncIterator[Replica]:
+    replica = Replica()
+    yield replica
+    await replica.publisher.stop()
+    replica.link.close()
+
+
+async def turn() -> None:
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+
+async def test_a_change_of_load_is_told_in_the_next_turn_of_the_loop(replica: Replica):
+    replica.heard()
+    replica.publisher.look_soon()
+    replica.num_requests, replica.engine.tokens = 2, 30  # what happens before the loop turns is in it
+    await turn()
+    assert replica.heard()[0][-1] == ReplicaLoad(2, 30)
+    replica.num_requests = 3
+    replica.publisher.look_soon()
+    replica.publisher.look_soon()
+    await turn()
+    assert replica.heard()[0][-1] == ReplicaLoad(3, 30)
+
+
+async def test_a_load_that_did_not_change_is_told_again_with_each_poll_only(replica: Replica):
+    """A frontend that misjudged its own part of the load is put right by the next one."""
+    replica.num_requests = 1
+    replica.publisher.look_soon()
+    await turn()
+    assert replica.heard()[0].pop() == ReplicaLoad(1)
+    replica.publisher.look_soon()
+    await turn()
+    assert not replica.heard()[0]
+    await until(lambda: replica.engine.num_polls >= 2)
+    await turn()
+    assert set(replica.heard()[0]) == {ReplicaLoad(1)}
+
+
+async def test_an_idle_replica_says_so_to_a_new_frontend_and_asks_its_engine_nothing(replica: Replica):
+    replica.publisher.look_soon()
+    await asyncio.sleep(2 * publishing.LOOK_S * publishing.LOOKS_PER_POLL)
+    assert replica.engine.num_polls == 0
+    assert replica.server._load == ReplicaLoad()
+
+
+async def test_a_busy_engine_is_watched_until_it_is_idle(replica: Replica):
+    replica.engine.tokens = 10
+    replica.publisher.look_soon()
+    await turn()
+    replica.engine.tokens, replica.engine.used_blocks = 0, 5  # the engine says nothing of it
+    await until(lambda: replica.server._load == ReplicaLoad(0, 0, 5))
+    replica.engine.used_blocks = 0
+    await until(lambda: replica.server._load == ReplicaLoad())
+    polls = replica.engine.num_polls
+    await asyncio.sleep(4 * publishing.LOOK_S * publishing.LOOKS_PER_POLL)
+    assert replica.engine.num_polls <= polls + 1
+
+
+async def test_a_queue_that_the_engine_works_off_is_noticed_between_polls(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(publishing, "LOOKS_PER_POLL", 10_000)
+    replica.engine.tokens = 10
+    replica.publisher.look_soon()
+    await until(lambda: replica.server._load == ReplicaLoad(0, 10))
+    replica.engine.tokens = 4
+    await until(lambda: replica.server._load == ReplicaLoad(0, 4))
+    assert replica.engine.num_polls == 0
+
+
+async def test_a_dead_engine_is_asked_once(replica: Replica, caplog: pytest.LogCaptureFixture):
+    replica.engine.is_dead = True
+    replica.num_requests = 1
+    replica.publisher.look_soon()
+    await until(lambda: "replica_id=r tells its load no longer" in caplog.text)
+    replica.publisher.look_soon()
+    await asyncio.sleep(2 * publishing.LOOK_S * publishing.LOOKS_PER_POLL)
+    assert replica.engine.num_polls == 1
+
+
+async def test_the_caches_changes_are_told_by_the_shared_names(replica: Replica):
+    replica.heard()
+    replica.updates.clear()
+    await replica.engine.events.put([FIRST])
+    await until(lambda: replica.heard()[1])
+    await replica.engine.events.put([SECOND, BlockRemoved([11])])
+    await until(lambda: len(replica.heard()[1]) == 2)
+    assert replica.updates == [KvUpdate([NAMES[0]], []), KvUpdate([NAMES[1]], [NAMES[0]])]
+    assert replica.server.snapshot() == KvUpdate([NAMES[1]], [], is_reset=True)
+
+
+async def test_what_changes_nothing_is_not_told(replica: Replica):
+    replica.heard()
+    await replica.engine.events.put([FIRST, BlockRemoved([11])])
+    await replica.engine.events.put([BlockRemoved([99])])
+    await until(replica.engine.events.empty)
+    await turn()
+    assert not replica.link._kv
+
+
+async def test_a_reset_reaches_the_frontends_and_the_log(replica: Replica, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    replica.heard()
+    await replica.engine.events.put([FIRST])
+    await replica.engine.events.put([AllBlocksCleared()])
+    await until(lambda: any(update.is_reset for update in replica.heard()[1][1:]))
+    assert replica.updates[-1].stored == []
+    assert "replica_id=r all cached blocks are forgotten" in caplog.text
+
+
+async def test_orphans_are_logged_each_time_they_double(replica: Replica, caplog: pytest.LogCaptureFixture):
+    for key in range(20, 28):
+        await replica.engine.events.put([BlockStored([key], 99, [1, 2], 2)])
+    await until(replica.engine.events.empty)
+    await turn()
+    lines = [record.message for record in caplog.records if "left out" in record.message]
+    assert lines == [f"replica_id=r cached blocks left out so far: {count}" for count in (1, 3, 7)]
+
+
+@pytest.mark.parametrize("ending", [RuntimeError("broken"), None])
+async def test_when_nobody_follows_the_cache_any_more_it_is_forgotten(
+    replica: Replica, ending: Exception | None, caplog: pytest.LogCaptureFixture
+):
+    replica.heard()
+    await replica.engine.events.put([FIRST])
+    await until(lambda: replica.server.snapshot().stored)  # type: ignore[union-attr]
+    replica.heard()
+    await replica.engine.events.put(ending)
+    await until(lambda: replica.heard()[1][-1].is_reset)
+    assert replica.server.snapshot() == KvUpdate([], [], is_reset=True)
+    assert ("replica_id=r follow-cache failed" in caplog.text) == (ending is not None)
+
+
+async def test_a_replica_without_events_tells_nothing_of_its_cache():
+    replica = Replica(prefix_cache="none")
+    await turn()
+    assert replica.link.take_now().kv is None
+    await replica.publisher.stop()

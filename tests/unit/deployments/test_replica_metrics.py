@@ -1,0 +1,114 @@
+"""What a replica exports, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from app.engines.base import EngineSpec
+from app.errors import EngineDead
+from app.messages import EngineStats
+from deployments.replica import metrics as worker_metrics
+from deployments.replica.metrics import WorkerMetrics
+from tests.unit.waiting import until
+
+SPEC = EngineSpec(
+    role="decode",
+    is_disaggregated=True,
+    replica_id="r",
+    model_path="model",
+    device="cpu",
+    tensor_parallel_size=1,
+    engine_args={},
+    required_transport="rdma",
+)
+
+
+class Gauge:
+    """Ray's, that keeps what it is told."""
+
+    exported: dict[tuple[str, ...], float]
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        self._name = name
+        self._tag_keys = tag_keys
+        self._default: dict[str, str] = {}
+
+    def set_default_tags(self, tags: dict[str, str]) -> None:
+        self._default = tags
+
+    def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+        all_tags = {**self._default, **(tags or {})}
+        self.exported[self._name, *(all_tags.pop(key) for key in self._tag_keys)] = value
+        assert not all_tags
+
+
+class Engine:
+    def __init__(self) -> None:
+        self.answer = EngineStats(num_blocks=100)
+        self.error: Exception | None = None
+        self.num_looks = 0
+        self.looks: asyncio.Task[None]
+
+    def queued_tokens(self) -> int:
+        return 300
+
+    async def stats(self) -> EngineStats:
+        self.num_looks += 1
+        if self.error is not None:
+            raise self.error
+        return self.answer
+
+
+@pytest.fixture
+async def engine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
+    """That of a decode replica with five sequences, of which three decode."""
+    monkeypatch.setattr(worker_metrics, "PERIOD_S", 0.001)
+    monkeypatch.setattr(worker_metrics, "Gauge", Gauge)
+    Gauge.exported = {}
+    engine: Any = Engine()
+    metrics = WorkerMetrics(engine, lambda: (5, 3), "m", SPEC)
+    engine.looks = metrics._task
+    yield engine
+    await metrics.stop()
+
+
+def exported(name: str, *tags: str) -> float | None:
+    return Gauge.exported.get((name, "m", "decode", *tags))
+
+
+async def test_what_the_engine_says_is_exported_again_and_again(engine: Engine):
+    await until(lambda: exported("baton_kv_blocks") == 100)
+    engine.answer = EngineStats(num_transfers=7, num_failed_transfers=2, transferred_bytes=9000, transfer_s=0.5)
+    await until(lambda: exported("baton_kv_transfers_total") == 7)
+    assert exported("baton_kv_transfer_failures_total") == 2
+    assert exported("baton_kv_transferred_bytes_total") == 9000
+    assert exported("baton_kv_transfer_seconds_total") == 0.5
+    assert (exported("baton_replica_sequences"), exported("baton_decoding_sequences")) == (5, 3)
+    assert exported("baton_queued_prompt_tokens") == 300
+
+
+async def test_a_replica_has_one_transport_at_a_time(engine: Engine):
+    await until(lambda: exported("baton_kv_transport", "", "rdma") == 1)
+    engine.answer = EngineStats(transport="rc")
+    await until(lambda: exported("baton_kv_transport", "rc", "rdma") == 1)
+    assert exported("baton_kv_transport", "", "rdma") == 0
+    engine.answer = EngineStats(transport="tcp")
+    await until(lambda: exported("baton_kv_transport", "tcp", "rdma") == 1)
+    assert exported("baton_kv_transport", "rc", "rdma") == 0
+
+
+@pytest.mark.parametrize("error", [EngineDead("gone"), RuntimeError("broken")])
+async def test_an_engine_that_says_nothing_any_more_is_left_alone_and_logged(
+    engine: Engine, error: Exception, caplog: pytest.LogCaptureFixture
+):
+    await until(lambda: engine.num_looks > 0)
+    engine.error = error
+    with caplog.at_level(logging.WARNING, logger="baton.worker_metrics"):
+        await until(engine.looks.done)
+    assert "metrics are exported no longer" in caplog.text
+    engine.looks.exception()

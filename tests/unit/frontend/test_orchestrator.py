@@ -1,0 +1,573 @@
+"""The order in which a sequence is served, and how every ending unwinds it."""
+
+import asyncio
+from collections import Counter
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from app.config import LimitsConfig, RemotePlacement, RoutingConfig
+from app.engines.base import Emit
+from app.errors import EngineDead, EngineFailed, InvalidRequest, NoReplica, PrefillFailed, ReplicaLost
+from app.frontend.orchestrator import Handoff, Orchestrator
+from app.messages import GenerateRequest, PrefillMode, PrefillReport, TokenDelta
+from app.routing.decision import Decision, RoutingHints
+from app.routing.router import Router
+from tests.unit.routing.samples import replica_info
+
+HANG = "hang"
+PROMPT = [1, 2, 3]
+FIRST = TokenDelta([10])
+LAST = TokenDelta([11], finish_reason="stop")
+LOST = ReplicaLost("d", "killed")
+NO_KV = PrefillFailed("the prefill engine died")
+DEADLINE_S = 5.0
+
+Script = list[TokenDelta | Exception | str]
+
+
+def request(prefill_mode: PrefillMode = "auto") -> GenerateRequest:
+    return GenerateRequest(request_id="r", prompt_token_ids=PROMPT, sampling={}, prefill_mode=prefill_mode)
+
+
+def first_delta(kind: Any, reason: str) -> TokenDelta:
+    report = PrefillReport(kind, reason, None, "d", cached_tokens=0, transferred_tokens=0, transport="")
+    return TokenDelta([10], report=report)
+
+
+REMOTE = first_delta("remote", "")
+"""A first token for which decode has got the KV."""
+
+
+class FakeHandoff:
+    def __init__(self, replica: str) -> None:
+        self.replica = replica
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class FakePrefill:
+    """Starts prefills at once, or loses its replicas, or never gets to it."""
+
+    def __init__(self, *replicas: str, fails: Exception | None = None, hangs: bool = False) -> None:
+        self.ready = list(replicas)
+        self.fails = fails
+        self.picked: list[str] = []
+        self.prompts: list[list[int]] = []
+        self.request_ids: list[str] = []
+        self.handoffs: list[FakeHandoff] = []
+        self.may_start = asyncio.Event()
+        self.num_called = asyncio.Semaphore(0)
+        self.is_cancelled = False
+        if not hangs:
+            self.may_start.set()
+
+    async def start(self, request: GenerateRequest, replica: str) -> FakeHandoff:
+        self.picked.append(replica)
+        self.prompts.append(request.prompt_token_ids)
+        self.request_ids.append(request.request_id)
+        self.num_called.release()
+        try:
+            await self.may_start.wait()
+        except asyncio.CancelledError:
+            self.is_cancelled = True
+            raise
+        if self.fails is not None:
+            raise self.fails
+        self.handoffs.append(FakeHandoff(replica))
+        return self.handoffs[-1]
+
+
+class Call(NamedTuple):
+    request: GenerateRequest
+    handoff: Handoff | None
+    local_reason: str
+    replica: str
+
+
+class FakeDecode:
+    """Follows a script for each call in turn, the last one for all further calls."""
+
+    def __init__(self, replicas: list[str], *scripts: Script) -> None:
+        self.ready = replicas
+        self.scripts = scripts
+        self.calls: list[Call] = []
+        self.num_open = 0
+        self.is_hanging = asyncio.Event()
+
+    async def generate(
+        self, request: GenerateRequest, handoff: Handoff | None, local_reason: str, replica: str, emit: Emit
+    ) -> None:
+        script = self.scripts[min(len(self.calls), len(self.scripts) - 1)]
+        self.calls.append(Call(request, handoff, local_reason, replica))
+        self.num_open += 1
+        try:
+            for step in script:
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, TokenDelta):
+                    emit(step)
+                    await asyncio.sleep(0)
+                else:
+                    self.is_hanging.set()
+                    await asyncio.Event().wait()
+        finally:
+            self.num_open -= 1
+
+
+def orchestrator(
+    prefill: FakePrefill | None,
+    decode: FakeDecode,
+    *,
+    aggregated: FakeDecode | None = None,
+    can_decode_prefill: bool = True,
+    **limits: Any,
+) -> Orchestrator:
+    router = Router(
+        RoutingConfig(placement=RemotePlacement(policy="remote")),
+        has_prefill=prefill is not None,
+        has_aggregated=aggregated is not None,
+        can_decode_prefill=can_decode_prefill,
+    )
+    for role, pool in (("prefill", prefill), ("decode", decode), ("aggregated", aggregated)):
+        for replica in pool.ready if pool else ():
+            router.views[role].join(replica_info(replica, role))
+    return Orchestrator(router, prefill, decode, LimitsConfig(**limits), aggregated=aggregated)
+
+
+def loads(server: Orchestrator) -> dict[str, Counter[str]]:
+    """The sequences that the router counts on each replica, by role."""
+    return {
+        role: Counter({name: view.sequences.own for name, view in pool.replicas.items() if view.sequences.own})
+        for role, pool in server._router.views.items()
+    }
+
+
+def depending_on_prefill(prefill: FakePrefill, decode: FakeDecode, **limits: Any) -> Orchestrator:
+    """With an engine whose decode replicas cannot prefill."""
+    return orchestrator(prefill, decode, can_decode_prefill=False, **limits)
+
+
+async def served(
+    orchestrator: Orchestrator, prefill_mode: PrefillMode = "auto", into: list[TokenDelta] | None = None
+) -> list[TokenDelta]:
+    received = [] if into is None else into
+    async with asyncio.timeout(DEADLINE_S):
+        await orchestrator.run(request(prefill_mode), received.append)
+    return received
+
+
+# Placement
+
+
+async def test_decode_gets_the_handoff_of_the_prefill_that_was_started():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [FIRST, LAST])
+    assert await served(orchestrator(prefill, decode)) == [FIRST, LAST]
+    assert prefill.prompts == [PROMPT]
+    assert decode.calls == [Call(request(), prefill.handoffs[0], "", "d")]
+
+
+async def test_without_a_prefill_pool_decode_serves_alone():
+    decode = FakeDecode(["d"], [LAST])
+    assert await served(orchestrator(None, decode)) == [LAST]
+    assert decode.calls == [Call(request(), None, "aggregated", "d")]
+
+
+async def test_a_request_that_asks_for_local_prefill_starts_no_other():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
+    await served(orchestrator(prefill, decode), "local")
+    assert prefill.picked == []
+    assert decode.calls[0].local_reason == "requested"
+
+
+@pytest.mark.parametrize(
+    ("replicas", "fails"), [([], None), (["p"], ReplicaLost("p"))], ids=["no replica", "a lost replica"]
+)
+async def test_decode_prefills_itself_when_no_prefill_replica_can(replicas: list[str], fails: Exception | None):
+    decode = FakeDecode(["d"], [LAST])
+    assert await served(orchestrator(FakePrefill(*replicas, fails=fails), decode)) == [LAST]
+    assert decode.calls[0].handoff is None
+    assert decode.calls[0].local_reason == "no_prefill_replica"
+
+
+async def test_a_prefill_replica_that_was_lost_is_avoided():
+    prefill = FakePrefill("p0", "p1", fails=ReplicaLost("p"))
+    server = orchestrator(prefill, FakeDecode(["d"], [LAST]))
+    await served(server)
+    prefill.fails = None
+    for _ in range(10):
+        await served(server)
+    assert set(prefill.picked[1:]) == {"p0", "p1"} - {prefill.picked[0]}
+
+
+async def test_a_prefill_replica_whose_handoff_did_not_work_is_avoided():
+    prefill = FakePrefill("p0", "p1")
+    decode = FakeDecode(["d"], [first_delta("local", "prefill_failed"), LAST], [REMOTE, LAST])
+    server = orchestrator(prefill, decode)
+    for _ in range(11):
+        await served(server)
+    assert set(prefill.picked[1:]) == {"p0", "p1"} - {prefill.picked[0]}
+
+
+async def test_a_prefill_replica_is_not_blamed_when_decode_had_the_prompt_cached():
+    prefill = FakePrefill("p0", "p1")
+    server = orchestrator(prefill, FakeDecode(["d"], [first_delta("local", "already_cached"), LAST]))
+    for _ in range(4):
+        await served(server)
+    assert not any(replica.avoid_until for replica in server._router.views["prefill"].replicas.values())
+
+
+async def test_a_spoiled_request_prefills_another_prompt_than_it_decodes():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
+    await served(orchestrator(prefill, decode), "spoiled")
+    assert prefill.prompts[0] != PROMPT
+    assert decode.calls[0].request.prompt_token_ids == PROMPT
+
+
+async def test_requests_spread_over_the_prefill_replicas_even_while_those_still_start():
+    prefill = FakePrefill(*(f"p{number}" for number in range(10)), hangs=True)
+    server = orchestrator(prefill, FakeDecode(["d"], [LAST]))
+    tasks = [asyncio.create_task(served(server)) for _ in prefill.ready]
+    for _ in tasks:
+        await prefill.num_called.acquire()
+    prefill.may_start.set()
+    await asyncio.gather(*tasks)
+    assert sorted(prefill.picked) == sorted(prefill.ready)
+
+
+# Failover
+
+
+@pytest.mark.parametrize("error", [LOST, EngineDead()], ids=["replica lost", "engine dead"])
+async def test_before_the_first_token_another_replica_decodes_with_a_prefill_of_its_own(error: Exception):
+    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], [error], [FIRST, LAST])
+    assert await served(orchestrator(prefill, decode)) == [FIRST, LAST]
+    first, second = decode.calls
+    assert {first.replica, second.replica} == {"d0", "d1"}
+    assert [first.handoff, second.handoff] == prefill.handoffs
+    assert len(prefill.handoffs) == 2
+    assert prefill.handoffs[0].is_cancelled
+
+
+async def test_after_the_first_token_the_sequence_fails_and_nothing_is_tried_again():
+    decode = FakeDecode(["d0", "d1"], [FIRST, LOST])
+    received: list[TokenDelta] = []
+    with pytest.raises(ReplicaLost, match="killed") as caught:
+        await served(orchestrator(FakePrefill("p"), decode), into=received)
+    assert received == [FIRST]
+    assert len(decode.calls) == 1
+    assert caught.value.replica_id == decode.calls[0].replica
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("no"), EngineFailed("no")])
+async def test_an_error_of_the_request_itself_is_not_tried_again(error: Exception):
+    decode = FakeDecode(["d0", "d1"], [error])
+    with pytest.raises(type(error)):
+        await served(orchestrator(FakePrefill("p"), decode))
+    assert len(decode.calls) == 1
+
+
+async def test_no_replica_is_left_once_each_was_tried():
+    decode = FakeDecode(["d0", "d1"], [LOST])
+    with pytest.raises(NoReplica, match="decode"):
+        await served(orchestrator(FakePrefill("p"), decode))
+    assert sorted(call.replica for call in decode.calls) == ["d0", "d1"]
+
+
+async def test_without_a_decode_replica_no_prefill_is_started():
+    prefill = FakePrefill("p")
+    with pytest.raises(NoReplica, match="decode"):
+        await served(orchestrator(prefill, FakeDecode([], [LAST])))
+    assert prefill.picked == []
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2, 3])
+async def test_no_more_replicas_are_tried_than_allowed(max_attempts: int):
+    decode = FakeDecode([f"d{number}" for number in range(5)], [LOST])
+    with pytest.raises(NoReplica):
+        await served(orchestrator(FakePrefill("p"), decode, max_attempts=max_attempts))
+    assert len(decode.calls) == max_attempts
+
+
+async def test_a_decode_replica_that_was_lost_is_avoided():
+    decode = FakeDecode(["d0", "d1"], [LOST], [LAST])
+    server = orchestrator(None, decode)
+    for _ in range(10):
+        await served(server)
+    assert {call.replica for call in decode.calls[1:]} == {"d0", "d1"} - {decode.calls[0].replica}
+
+
+# Prefill that fails where decode cannot do it
+
+
+async def test_decode_that_cannot_prefill_needs_a_prefill_replica():
+    decode = FakeDecode(["d0", "d1"], [LAST])
+    with pytest.raises(NoReplica, match="prefill"):
+        await served(depending_on_prefill(FakePrefill(), decode))
+    assert decode.calls == []
+
+
+async def test_a_failed_prefill_is_tried_again_elsewhere_for_the_same_decode_replica():
+    prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
+    assert await served(depending_on_prefill(prefill, decode)) == [REMOTE, LAST]
+    assert sorted(prefill.picked) == ["p0", "p1"]
+    assert [call.replica for call in decode.calls] == ["d", "d"]
+    assert [call.handoff for call in decode.calls] == prefill.handoffs
+
+
+async def test_a_prefill_replica_that_is_lost_as_it_starts_is_replaced():
+    class LosesTheFirst(FakePrefill):
+        async def start(self, request: GenerateRequest, replica: str) -> FakeHandoff:
+            self.fails = None if self.picked else ReplicaLost(replica)
+            return await super().start(request, replica)
+
+    prefill, decode = LosesTheFirst("p0", "p1"), FakeDecode(["d"], [REMOTE, LAST])
+    assert await served(depending_on_prefill(prefill, decode)) == [REMOTE, LAST]
+    assert sorted(prefill.picked) == ["p0", "p1"]
+    assert len(decode.calls) == 1
+
+
+async def test_a_prefill_replica_that_gave_no_kv_is_avoided_by_the_next_requests_too():
+    prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
+    server = depending_on_prefill(prefill, decode)
+    for _ in range(10):
+        await served(server)
+    assert set(prefill.picked[1:]) == {"p0", "p1"} - {prefill.picked[0]}
+
+
+async def test_the_only_prefill_replica_is_tried_again():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
+    assert await served(depending_on_prefill(prefill, decode)) == [REMOTE, LAST]
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2, 3])
+@pytest.mark.parametrize("fails", [None, ReplicaLost("p")], ids=["no KV", "lost as it starts"])
+async def test_no_more_prefills_are_tried_than_allowed(fails: Exception | None, max_attempts: int):
+    prefill = FakePrefill(*(f"p{number}" for number in range(5)), fails=fails)
+    with pytest.raises(NoReplica, match="prefill"):
+        await served(depending_on_prefill(prefill, FakeDecode(["d"], [NO_KV]), max_attempts=max_attempts))
+    assert len(prefill.picked) == len(set(prefill.picked)) == max_attempts
+
+
+@pytest.mark.parametrize("error", [NO_KV, LOST, EngineDead()], ids=["no KV", "decode lost", "decode engine dead"])
+async def test_each_prefill_of_a_sequence_has_a_request_id_of_its_own(error: Exception):
+    prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d0", "d1", "d2"], [error], [error], [REMOTE, LAST])
+    await served(depending_on_prefill(prefill, decode, max_attempts=3))
+    assert len(set(prefill.request_ids)) == 3
+    assert all(request_id.startswith("r") for request_id in prefill.request_ids)  # the log can be searched for it
+    assert {call.request.request_id for call in decode.calls} == {"r"}
+
+
+async def test_a_retried_prefill_is_spoiled_again():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
+    await served(depending_on_prefill(prefill, decode), "spoiled")
+    assert prefill.prompts[0] == prefill.prompts[1] != PROMPT
+
+
+async def test_local_prefill_is_refused_where_decode_cannot_do_it():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
+    with pytest.raises(InvalidRequest, match="baton_prefill"):
+        await served(depending_on_prefill(prefill, decode), "local")
+    assert (prefill.picked, decode.calls) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("error", "pool"), [(NO_KV, "prefill"), (LOST, "decode")], ids=["no KV", "decode replica lost"]
+)
+async def test_the_error_names_the_pool_that_failed_last(error: Exception, pool: str):
+    decode = FakeDecode(["d0", "d1", "d2"], [LOST if error is NO_KV else NO_KV], [error])
+    with pytest.raises(NoReplica, match=pool):
+        await served(depending_on_prefill(FakePrefill("p0", "p1"), decode, max_attempts=2))
+
+
+endings = st.sampled_from([NO_KV, LOST, EngineDead(), EngineFailed("no"), REMOTE])
+
+
+@given(st.lists(endings, min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4))
+@example([NO_KV], 2, 2, 1)
+@example([LOST, NO_KV, REMOTE], 3, 2, 2)
+def test_a_decode_that_cannot_prefill_never_has_to(
+    attempts: list[TokenDelta | Exception], max_attempts: int, num_prefill: int, num_decode: int
+):
+    prefill = FakePrefill(*(f"p{number}" for number in range(num_prefill)))
+    decode = FakeDecode([f"d{number}" for number in range(num_decode)], *([ending, LAST] for ending in attempts))
+
+    async def serve() -> None:
+        server = depending_on_prefill(prefill, decode, max_attempts=max_attempts)
+        await asyncio.gather(served(server), return_exceptions=True)
+
+    asyncio.run(serve())
+    assert len(prefill.picked) <= max_attempts
+    assert all(call.local_reason == "" for call in decode.calls)
+    assert [call.handoff for call in decode.calls] == prefill.handoffs
+    arrived = [attempts[min(number, len(attempts) - 1)] is REMOTE for number in range(len(decode.calls))]
+    assert [handoff.is_cancelled for handoff in prefill.handoffs] == [not has_kv for has_kv in arrived]
+
+
+# An aggregated pool beside
+
+
+async def test_what_is_to_be_prefilled_locally_goes_to_the_aggregated_pool():
+    prefill, decode, aggregated = FakePrefill("p"), FakeDecode(["d"], [LAST]), FakeDecode(["a"], [LAST])
+    server = orchestrator(prefill, decode, aggregated=aggregated, can_decode_prefill=False)
+    await served(server, "local")
+    assert (prefill.picked, decode.calls) == ([], [])
+    assert aggregated.calls == [Call(request("local"), None, "requested", "a")]
+
+
+async def test_the_aggregated_pool_serves_what_prefill_failed_to():
+    prefill, decode, aggregated = FakePrefill("p"), FakeDecode(["d"], [NO_KV]), FakeDecode(["a"], [LAST])
+    server = orchestrator(prefill, decode, aggregated=aggregated, can_decode_prefill=False)
+    assert await served(server) == [LAST]
+    assert [call.local_reason for call in aggregated.calls] == ["no_prefill_replica"]
+
+
+async def test_a_lost_replica_of_the_aggregated_pool_is_replaced_by_the_other_two():
+    prefill, decode, aggregated = FakePrefill("p"), FakeDecode(["d"], [REMOTE, LAST]), FakeDecode(["a"], [LOST])
+    server = orchestrator(prefill, decode, aggregated=aggregated, can_decode_prefill=False)
+    with pytest.raises(NoReplica, match="aggregated"):
+        await served(server, "local")
+    assert await served(server) == [REMOTE, LAST]
+
+
+# What is told of the decisions
+
+
+async def test_every_attempt_tells_its_decision_before_anything_is_sent():
+    decode = FakeDecode(["d0", "d1"], [LOST], [LAST])
+    told: list[tuple[Decision, int]] = []
+    server = orchestrator(None, decode)
+    await server.run(
+        request(),
+        lambda delta: None,
+        hints=RoutingHints(explain=True),
+        on_decision=lambda decision: told.append((decision, len(decode.calls))),
+    )
+    assert [num_calls for _, num_calls in told] == [0, 1]
+    assert [decision.serving.replica for decision, _ in told] == [call.replica for call in decode.calls]
+    assert [len(decision.others.get("decode", [])) for decision, _ in told] == [1, 0]
+
+
+# Endings
+
+
+@pytest.mark.parametrize(
+    ("script", "has_kv"),
+    [
+        ([REMOTE, LAST], True),
+        ([REMOTE, EngineFailed("no")], True),
+        ([REMOTE, LOST], True),
+        ([first_delta("local", "prefill_failed"), LAST], False),
+        ([first_delta("local", "already_cached"), LAST], False),
+        ([EngineFailed("no")], False),
+        ([InvalidRequest("no")], False),
+        ([LOST], False),
+        ([NO_KV], False),
+    ],
+    ids=["remote", "failed later", "lost later", "local", "cached", "failed", "refused", "lost", "no KV"],
+)
+async def test_a_prefill_is_cancelled_unless_decode_has_its_kv(script: Script, has_kv: bool):
+    prefill = FakePrefill("p")
+    server = orchestrator(prefill, FakeDecode(["d"], script), max_attempts=1)
+    await asyncio.gather(served(server), return_exceptions=True)
+    assert [handoff.is_cancelled for handoff in prefill.handoffs] == [not has_kv]
+
+
+async def test_a_prefill_whose_kv_has_arrived_is_not_cancelled_meanwhile_either():
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [REMOTE, FIRST, LAST])
+    cancelled: list[bool] = []
+    server = orchestrator(prefill, decode)
+    await server.run(request(), lambda delta: cancelled.append(prefill.handoffs[0].is_cancelled))
+    assert cancelled == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("script", "has_kv"), [([HANG], False), ([REMOTE, HANG], True)], ids=["before the first token", "after it"]
+)
+async def test_cancelling_ends_decode_and_the_prefill_that_it_waits_for(script: Script, has_kv: bool):
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], script)
+    task = asyncio.create_task(served(orchestrator(prefill, decode)))
+    await decode.is_hanging.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert decode.num_open == 0
+    assert prefill.handoffs[0].is_cancelled is not has_kv
+
+
+async def test_cancelling_while_the_prefill_is_being_started_cancels_the_start():
+    prefill, decode = FakePrefill("p", hangs=True), FakeDecode(["d"], [LAST])
+    task = asyncio.create_task(served(orchestrator(prefill, decode)))
+    await prefill.num_called.acquire()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert prefill.is_cancelled
+    assert decode.calls == []
+
+
+@pytest.mark.parametrize(
+    ("script", "limits", "has_kv"),
+    [
+        ([HANG], {"ttft_timeout_s": 0.01}, False),
+        ([REMOTE, HANG], {"itl_timeout_s": 0.01}, True),
+    ],
+    ids=["first token", "next token"],
+)
+async def test_a_token_that_does_not_come_in_time_ends_the_sequence(
+    script: Script, limits: dict[str, float], has_kv: bool
+):
+    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], script)
+    task = asyncio.create_task(served(orchestrator(prefill, decode, **limits)))
+    await asyncio.wait([task], timeout=DEADLINE_S / 2)  # well before the deadline of `served`
+    assert task.done()
+    assert isinstance(task.exception(), TimeoutError)
+    assert len(decode.calls) == 1
+    assert decode.num_open == 0
+    assert prefill.handoffs[0].is_cancelled is not has_kv
+
+
+async def test_a_prefill_that_does_not_start_counts_against_the_time_to_the_first_token():
+    prefill = FakePrefill("p", hangs=True)
+    task = asyncio.create_task(served(orchestrator(prefill, FakeDecode(["d"], [LAST]), ttft_timeout_s=0.01)))
+    await asyncio.wait([task], timeout=0.5)
+    is_in_time = task.done()
+    task.cancel()
+    await asyncio.wait([task])
+    assert is_in_time
+    assert isinstance(task.exception(), TimeoutError)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [[FIRST, LAST], [LOST], [FIRST, LOST], [NO_KV], [EngineFailed("no")], [HANG], [FIRST, HANG]],
+    ids=["served", "lost", "lost later", "no KV", "failed", "first token late", "next token late"],
+)
+async def test_every_ending_takes_its_load_off_the_replicas(script: Script):
+    decode = FakeDecode(["d0", "d1"], script)
+    server = orchestrator(FakePrefill("p"), decode, ttft_timeout_s=0.02, itl_timeout_s=0.02)
+    await asyncio.gather(*(served(server) for _ in range(4)), return_exceptions=True)
+    assert len(decode.calls) >= 4
+    assert loads(server) == {"prefill": Counter(), "decode": Counter()}
+
+
+async def test_the_prefill_replica_is_relieved_at_the_first_token_and_the_decode_replica_at_the_last():
+    server = orchestrator(FakePrefill("p"), FakeDecode(["d"], [FIRST, LAST]))
+    seen: list[dict[str, Counter[str]]] = []
+    await server.run(request(), lambda delta: seen.append(loads(server)))
+    assert seen == [{"prefill": Counter(), "decode": Counter(d=1)}] * 2
+
+
+async def test_tokens_that_come_in_time_never_end_a_sequence_however_long_it_takes():
+    class Slow(FakeDecode):
+        async def generate(self, *arguments: Any) -> None:
+            for _ in range(10):
+                await asyncio.sleep(0.02)
+                arguments[-1](FIRST)
+
+    received = await served(orchestrator(None, Slow(["d"]), ttft_timeout_s=0.1, itl_timeout_s=0.1))
+    assert received == [FIRST] * 10

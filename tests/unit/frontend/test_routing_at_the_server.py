@@ -1,0 +1,294 @@
+"""What a client of vLLM's server gets of routing: explanations, its session's replica, and 429 under overload.
+
+The server is the real one, over an orchestrator that says what the test wants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from typing import Any, cast
+
+import httpx
+import pytest
+import pytest_asyncio
+from starlette.types import ASGIApp
+
+from app.config import parse
+from app.engines.base import Emit
+from app.errors import InvalidRequest, NoReplica, Overloaded
+from app.frontend.http_middleware import error_body
+from app.frontend.orchestrator import Orchestrator
+from app.messages import GenerateRequest, PrefillReport, TokenDelta
+from app.routing.decision import Candidate, Decision, RoutingHints
+from tests.unit.decisions import decision
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+CONFIG = {"models": [{"name": "tiny", "source": "baton:tiny", "decode": {"engine": "sim"}}]}
+EXPLAIN = {"x-baton-explain": "1"}
+TTFT_S = 0.02
+REPORT = PrefillReport("remote", "", "prefill-1", "decode-1", 48, 52, "shm")
+OTHER = Candidate("decode-2", 0, 0, {"prefix": 0.0}, 0.0)
+MESSAGES = [{"role": "user", "content": "hi"}]
+APIS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "hi", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 2},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 2},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 2},
+}
+USER = {
+    "/v1/completions": {"user": "ann"},
+    "/v1/chat/completions": {"user": "ann"},
+    "/v1/responses": {"user": "ann"},
+    "/v1/messages": {"metadata": {"user_id": "ann"}},
+}
+STREAM = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+
+
+class FakeOrchestrator:
+    """Serves two tokens, or fails before or between them."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.fails: Exception | None = None
+        self.is_late = False
+        """Whether it fails after the first token."""
+        self.num_decisions = 1
+        self.hints: list[RoutingHints] = []
+
+    async def run(
+        self,
+        request: GenerateRequest,
+        emit: Emit,
+        *,
+        hints: RoutingHints,
+        on_decision: Callable[[Decision], object],
+    ) -> None:
+        self.hints.append(hints)
+        if self.fails and not self.is_late:
+            raise self.fails
+        for _ in range(self.num_decisions):
+            on_decision(decision(others={"decode": [OTHER]} if hints.explain else {}))
+        await asyncio.sleep(TTFT_S)
+        emit(TokenDelta([20], report=REPORT))
+        await asyncio.sleep(0.001)
+        if self.fails:
+            raise self.fails
+        emit(TokenDelta([21], finish_reason="length"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served() -> AsyncIterator[tuple[ASGIApp, FakeOrchestrator]]:
+    from app.frontend.openai_server import build_server
+
+    async def no_stats() -> dict[str, Any]:
+        return {}
+
+    before = dict(os.environ)
+    orchestrator = FakeOrchestrator()
+    app = await build_server(parse(CONFIG), [cast(Orchestrator, orchestrator)], dict, no_stats)
+    yield app, orchestrator
+    # vLLM sets variables as it is imported, which is nothing for other tests' processes.
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def orchestrator(served: tuple[ASGIApp, FakeOrchestrator]) -> FakeOrchestrator:
+    served[1].reset()
+    return served[1]
+
+
+Ask = Callable[..., Any]
+
+
+@pytest.fixture
+def ask(served: tuple[ASGIApp, FakeOrchestrator], orchestrator: FakeOrchestrator) -> Ask:
+    async def post(path: str, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(served[0])
+        async with httpx.AsyncClient(transport=transport, base_url="http://baton") as client:
+            body = {"model": "tiny", **APIS[path], **fields}
+            return await client.post(path, json=body, headers=headers)
+
+    return post
+
+
+def explanation(response: httpx.Response) -> list[dict[str, Any]]:
+    explanations: list[dict[str, Any]] = json.loads(response.headers["x-baton-explain"])
+    return explanations
+
+
+# Explanations
+
+
+@STREAM
+@pytest.mark.parametrize("path", APIS)
+async def test_an_answer_explains_itself_on_request(ask: Ask, path: str, stream: bool):
+    response = await ask(path, EXPLAIN, stream=stream)
+    assert response.status_code == 200, response.text
+    (said,) = explanation(response)
+    assert (said["kind"], said["reason"], said["attempts"], said["decided_us"]) == ("remote", "faster", 1, 120.0)
+    assert (said["prefill"]["replica"], said["decode"]["replica"]) == ("prefill-1", "decode-1")
+    assert said["expected"]["cached_tokens"] == 64
+    assert said["actual"]["cached_tokens"] == 48
+    assert said["actual"]["ttft_ms"] >= TTFT_S * 1e3
+    assert [other["replica"] for other in said["others"]["decode"]] == ["decode-2"]
+    assert response.headers["content-type"].startswith("text/event-stream" if stream else "application/json")
+
+
+@STREAM
+async def test_every_sequence_is_explained(ask: Ask, stream: bool):
+    response = await ask("/v1/completions", EXPLAIN, stream=stream, prompt=["hi", "there"], n=2)
+    assert len(explanation(response)) == 4
+
+
+async def test_only_the_attempt_that_served_is_explained(ask: Ask, orchestrator: FakeOrchestrator):
+    orchestrator.num_decisions = 3
+    (said,) = explanation(await ask("/v1/completions", EXPLAIN))
+    assert said["attempts"] == 3
+
+
+@STREAM
+@pytest.mark.parametrize("value", [None, "", "0", "true", "11", "1, 1", "yes"])
+async def test_nothing_else_asks_for_an_explanation(
+    ask: Ask, orchestrator: FakeOrchestrator, value: str | None, stream: bool
+):
+    headers = {} if value is None else {"x-baton-explain": value}
+    response = await ask("/v1/completions", headers, stream=stream)
+    assert response.status_code == 200
+    assert "x-baton-explain" not in response.headers
+    assert [hints.explain for hints in orchestrator.hints] == [False]
+
+
+async def test_requests_at_the_same_time_keep_their_explanations_apart(ask: Ask):
+    responses = await asyncio.gather(
+        ask("/v1/completions", EXPLAIN, n=2), ask("/v1/completions"), ask("/v1/chat/completions", EXPLAIN, n=3)
+    )
+    counts = [len(explanation(each)) if "x-baton-explain" in each.headers else 0 for each in responses]
+    assert counts == [2, 0, 3]
+
+
+# Sessions
+
+
+@pytest.mark.parametrize("path", APIS)
+@pytest.mark.parametrize(
+    ("headers", "has_user", "session"),
+    [
+        ({}, False, None),
+        ({}, True, "ann"),
+        ({"X-Session-ID": "s1"}, False, "s1"),
+        ({"X-Session-ID": "s1"}, True, "s1"),
+    ],
+    ids=["none", "user", "header", "header before user"],
+)
+async def test_the_session_is_the_headers_or_else_the_user(
+    ask: Ask, orchestrator: FakeOrchestrator, path: str, headers: dict[str, str], has_user: bool, session: str | None
+):
+    response = await ask(path, headers, **(USER[path] if has_user else {}))
+    assert response.status_code == 200
+    assert [hints.session for hints in orchestrator.hints] == [session]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+async def test_vllms_own_field_goes_before_the_user(ask: Ask, orchestrator: FakeOrchestrator, path: str):
+    await ask(path, user="ann", session_id="s2")
+    assert [hints.session for hints in orchestrator.hints] == ["s2"]
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"user_id": 7}, {"user_id": None}, {"user_id": ""}])
+async def test_metadata_without_a_user_is_no_session(ask: Ask, orchestrator: FakeOrchestrator, metadata: Any):
+    response = await ask("/v1/messages", metadata=metadata)
+    assert response.status_code == 200
+    assert [hints.session for hints in orchestrator.hints] == [None]
+
+
+# Failures
+
+
+def said_error(path: str, response: httpx.Response) -> dict[str, Any]:
+    """The error that a body of the API at `path` holds."""
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    error: dict[str, Any] = body["error"]
+    if path == "/v1/messages":
+        assert body == {"type": "error", "error": {"type": error["type"], "message": error["message"]}}
+    else:
+        assert body == error_body(error["message"], error["type"], response.status_code, error["param"])
+    return error
+
+
+@STREAM
+@pytest.mark.parametrize("path", APIS)
+@pytest.mark.parametrize(("waits_s", "told"), [(0.0, "1"), (0.3, "1"), (2.0, "2"), (2.1, "3")])
+async def test_overload_is_a_429_that_says_when_to_come_back(
+    ask: Ask, orchestrator: FakeOrchestrator, path: str, stream: bool, waits_s: float, told: str
+):
+    orchestrator.fails = Overloaded(waits_s)
+    response = await ask(path, stream=stream)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == told
+    assert said_error(path, response)["type"] == "Too Many Requests"
+
+
+@STREAM
+@pytest.mark.parametrize("path", [path for path in APIS if path != "/v1/messages"])  # vLLM logs any failure there
+async def test_overload_does_not_fill_the_log(
+    ask: Ask, orchestrator: FakeOrchestrator, caplog: pytest.LogCaptureFixture, path: str, stream: bool
+):
+    orchestrator.fails = Overloaded(1)
+    await ask(path, stream=stream)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@STREAM
+async def test_of_several_sequences_the_longest_wait_is_told(ask: Ask, orchestrator: FakeOrchestrator, stream: bool):
+    orchestrator.fails = Overloaded(5)
+    response = await ask("/v1/completions", stream=stream, n=3)
+    assert (response.status_code, response.headers["retry-after"]) == (429, "5")
+
+
+@STREAM
+@pytest.mark.parametrize("path", APIS)
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [(NoReplica("decode"), 503), (InvalidRequest("bad"), 400), (TimeoutError(), 504), (RuntimeError("inside"), 500)],
+    ids=["503", "400", "504", "500"],
+)
+async def test_any_failure_before_the_first_token_has_its_status(
+    ask: Ask, orchestrator: FakeOrchestrator, path: str, stream: bool, failure: Exception, status: int
+):
+    orchestrator.fails = failure
+    response = await ask(path, EXPLAIN, stream=stream)
+    assert response.status_code == status
+    assert "retry-after" not in response.headers
+    assert "inside" not in said_error(path, response)["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
+async def test_a_failure_after_the_first_token_leaves_the_stream_its_status(
+    ask: Ask, orchestrator: FakeOrchestrator, path: str
+):
+    orchestrator.fails, orchestrator.is_late = NoReplica("decode"), True
+    response = await ask(path, stream=True)
+    assert response.status_code == 200
+    # vLLM's converter to Anthropic's events does not understand the error's and says so.
+    assert ("event: error" if path == "/v1/messages" else "please retry") in response.text
+
+
+@STREAM
+async def test_a_prompt_that_vllm_refuses_has_its_status(ask: Ask, stream: bool):
+    response = await ask("/v1/completions", EXPLAIN, stream=stream, vllm_xargs={"baton_prefill": "nowhere"})
+    assert response.status_code == 400
+    assert "remote" in said_error("/v1/completions", response)["message"]
+
+
+async def test_a_responses_stream_begins_with_its_first_event(ask: Ask):
+    response = await ask("/v1/responses", stream=True)
+    assert response.text.startswith("event: response.created\n")
+    assert response.text.count("event: response.created\n") == response.text.count("event: response.completed\n") == 1

@@ -1,0 +1,157 @@
+"""What is logged and counted of a sequence: once, and both from the same facts."""
+
+import logging
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+from app.config import SloConfig
+from app.frontend import sequence_record
+from app.frontend.sequence_record import SequenceRecord
+from app.messages import PrefillReport, TokenDelta
+from app.routing.decision import Prediction
+from tests.unit.decisions import decision
+
+REMOTE = PrefillReport("remote", "", "prefill-1", "decode-1", 48, 52, "shm")
+LOCAL = PrefillReport("local", "prefill_failed", None, "decode-1", 16, 0, "")
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> str:
+    """A name of its own for each test: metrics last as long as the process."""
+    name: str = request.node.name
+    return name
+
+
+def count(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def fields(caplog: pytest.LogCaptureFixture) -> dict[str, str]:
+    """The one line that was logged, by its names."""
+    (line,) = caplog.messages
+    return dict(field.split("=", 1) for field in line.split())
+
+
+def served(model: str, report: PrefillReport = REMOTE, *decisions: Any, **facts: Any) -> None:
+    record = SequenceRecord(model, "r", 100, **facts)
+    for each in decisions or (decision(),):
+        record.on_decision(each)
+    record.on_delta(TokenDelta([1], report=report))
+    record.on_delta(TokenDelta([2, 3], finish_reason="stop"))
+    record.on_end("stop")
+
+
+@pytest.fixture(autouse=True)
+def log_is_kept(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level(logging.INFO, "baton.sequence")
+    # Whoever adopted Serve's logging before in this process keeps the lines from propagating.
+    monkeypatch.setattr(logging.getLogger("baton"), "propagate", True)
+
+
+def test_one_line_says_all_of_a_sequence_and_its_decision(model: str, caplog: pytest.LogCaptureFixture):
+    served(model, has_session=True)
+    said = fields(caplog)
+    assert float(said.pop("ttft_ms")) <= float(said.pop("total_ms"))
+    assert said == {
+        "request_id": "r",
+        "model": model,
+        "end": "stop",
+        "prompt_tokens": "100",
+        "output_tokens": "3",
+        "prefill": "remote",
+        "reason": "none",
+        "prefill_replica": "prefill-1",
+        "decode_replica": "decode-1",
+        "cached_tokens": "48",
+        "kv_tokens_moved": "52",
+        "transport": "'shm'",
+        "decision": "remote",
+        "decision_reason": "faster",
+        "decided_prefill": "prefill-1",
+        "decided_decode": "decode-1",
+        "expected_cached_tokens": "64",
+        "predicted_ttft_ms": "10.0",
+        "decided_us": "120",
+        "attempts": "1",
+        "session": "yes",
+    }
+
+
+def test_a_sequence_that_got_nowhere_is_logged_too(model: str, caplog: pytest.LogCaptureFixture):
+    SequenceRecord(model, "r", 100).on_end("Overloaded")
+    said = fields(caplog)
+    assert (said["end"], said["decision"], said["prefill"], said["session"]) == ("Overloaded", "none", "none", "no")
+
+
+def test_a_way_without_a_prediction_has_none(model: str, caplog: pytest.LogCaptureFixture):
+    served(model, LOCAL, decision(kind="local", prefill=None, serving_role="aggregated", predicted=Prediction(0.01)))
+    said = fields(caplog)
+    assert (said["predicted_ttft_ms"], said["decided_prefill"]) == ("none", "none")
+    assert said["decided_aggregated"] == "decode-1"
+    assert count("baton_time_to_first_token_ratio_count", model=model, kind="local") == 0
+
+
+def test_expected_and_reported_cached_tokens_count_the_same_prompts(model: str):
+    served(model)
+    served(model)
+    without_token = SequenceRecord(model, "r", 100)
+    without_token.on_decision(decision())
+    without_token.on_end("ReplicaLost")
+    assert count("baton_expected_cached_tokens_total", model=model) == 2 * 64
+    assert count("baton_cached_prompt_tokens_total", model=model) == 2 * 48
+
+
+def test_every_attempts_decision_counts(model: str):
+    served(model, REMOTE, decision(), decision(reason="only_way"), decision(reason="only_way", decided_in_s=0.002))
+    assert count("baton_decisions_total", model=model, kind="remote", reason="faster") == 1
+    assert count("baton_decisions_total", model=model, kind="remote", reason="only_way") == 2
+    assert count("baton_decision_seconds_count", model=model) == 3
+    assert count("baton_decision_seconds_sum", model=model) == pytest.approx(0.00012 * 2 + 0.002)
+
+
+def test_the_prediction_is_compared_with_what_it_took(model: str):
+    served(model, REMOTE, decision(predicted=Prediction(remote_s=1e9, local_s=1e-9)))
+    assert count("baton_time_to_first_token_ratio_count", model=model, kind="remote") == 1
+    assert count("baton_time_to_first_token_ratio_sum", model=model, kind="remote") < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("report", "num_attempts"), [(LOCAL, 1), (REMOTE, 2)], ids=["fell back on a local prefill", "second attempt"]
+)
+def test_what_went_wrong_on_the_way_is_no_error_of_the_prediction(model: str, report: Any, num_attempts: int):
+    served(model, report, *[decision()] * num_attempts)
+    assert count("baton_time_to_first_token_ratio_count", model=model, kind="remote") == 0
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "decoding_s", "end", "is_good"),
+    [
+        (1.0, 0.5, "stop", True),
+        (1.0, 0.5, "length", True),
+        (2.0, 0.0, "stop", True),
+        (2.001, 0.0, "stop", False),
+        (0.0, 0.5001, "stop", False),
+        (1.0, 0.5, "ReplicaLost", False),
+        (1.0, 0.5, "cancelled", False),
+    ],
+)
+def test_a_sequence_within_its_slo_is_goodput(
+    model: str, ttft_s: float, decoding_s: float, end: str, is_good: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """11 tokens, so 10 gaps of 50 ms each on average, be they in few deltas or many."""
+    now = 0.0
+    monkeypatch.setattr(sequence_record.time, "monotonic", lambda: now)
+    record = SequenceRecord(model, "r", 100, slo=SloConfig(ttft_ms=2000, itl_ms=50))
+    now = ttft_s
+    record.on_delta(TokenDelta([1]))
+    now = ttft_s + decoding_s
+    record.on_delta(TokenDelta([2] * 10))
+    record.on_end(end)
+    assert count("baton_sequences_within_slo_total", model=model) == is_good
+
+
+def test_goodput_is_0_and_not_unknown_where_no_sequence_was_good(model: str):
+    SequenceRecord(model, "r", 100).on_end("NoReplica")
+    assert REGISTRY.get_sample_value("baton_sequences_within_slo_total", {"model": model}) == 0
