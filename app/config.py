@@ -176,7 +176,7 @@ class SloConfig(Settings):
     """Time to the first token: what pools that compute prompts are scaled by."""
     itl_ms: float = Field(default=50.0, gt=0)
     """Between two tokens, the mean over a sequence: what pools that decode are scaled by, with their KV memory and the
-    sequences that wait for a place."""
+    sequences that wait for a slot."""
 
 
 class ModelConfig(Settings):

@@ -14,7 +14,7 @@ Role = Literal["prefill", "decode", "aggregated"]
 """What a pool's engines do: compute prompts for others; decode what was computed elsewhere (and, where there is no
 prefill pool or the engine can, prompts too); or, beside two such pools, serve whole requests by themselves."""
 
-PrefillMode = Literal["auto", "local", "remote", "spoiled"]
+PrefillMode = Literal["auto", "local", "remote", "corrupted"]
 """How one request wants its prompt prefilled: as Baton sees fit; by the replica that decodes it; by the prefill pool;
 or there but from another prompt, so that decode gets KV that is wrong (the control run of ``baton verify``)."""
 
@@ -148,7 +148,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int = 0
     num_waiting: int = 0
     num_held_up: int = 0
-    """Those that wait for nothing but a place on decode, where the engine can tell (SGLang, on either side)."""
+    """Those that wait for nothing but a slot on decode, where the engine can tell (SGLang, on either side)."""
     num_blocks: int = 0
     num_used_blocks: int = 0
     """KV blocks that requests hold, those kept for a decode that has not pulled yet included."""

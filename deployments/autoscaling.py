@@ -20,11 +20,11 @@ from ray.serve.config import AutoscalingContext
 from ray.util.metrics import Gauge
 
 from app.autoscaling.load import FIELDS, Load, mean_load
-from app.autoscaling.replica_plan import Measured, Plan, Replicas, Targets, measure, plan_frontend, plan_pool
+from app.autoscaling.replica_plan import Plan, Replicas, SeenCapacity, Targets, measure, plan_frontend, plan_pool
 
 logger = logging.getLogger("ray.serve")
 
-TELL_S = 5.0
+PUBLISH_S = 5.0
 """How often a plan is told that has not changed."""
 
 
@@ -40,8 +40,8 @@ class Policy:
         self._role = role
         self._model = model
         self._problem = ""
-        self._told: tuple[int, int] | None = None
-        self._told_at = 0.0
+        self._published: tuple[int, int] | None = None
+        self._published_at = 0.0
         tags = ("application", "deployment")
         self._wanted = Gauge("baton_autoscaling_wanted_replicas", "Replicas by the load alone.", tags)
         self._signal = Gauge("baton_autoscaling_signal", "What the wish is made of.", (*tags, "signal"))
@@ -54,7 +54,7 @@ class Policy:
         plan = Plan(float(context.target_num_replicas), "no plan", {})
         try:
             plan = self.plan(context)
-            self._tell(context, plan)
+            self._publish(context, plan)
             self._problem = ""
         except Exception as error:  # noqa: BLE001  logged, and there is nobody else to tell
             self._complain(context, plan, error)
@@ -63,17 +63,17 @@ class Policy:
     def plan(self, context: AutoscalingContext) -> Plan:
         raise NotImplementedError
 
-    def _tell(self, context: AutoscalingContext, plan: Plan) -> None:
+    def _publish(self, context: AutoscalingContext, plan: Plan) -> None:
         now = time.monotonic()
         state = (context.current_num_replicas, math.ceil(plan.replicas))
-        if state == self._told and now < self._told_at + TELL_S:
+        if state == self._published and now < self._published_at + PUBLISH_S:
             return
-        if self._told is None or state[1] != self._told[1]:
+        if self._published is None or state[1] != self._published[1]:
             logger.info(
                 f"autoscaling deployment={context.deployment_name} model={self._model} role={self._role} "
                 f"replicas={state[0]} wanted={state[1]} reason={plan.reason!r}"
             )
-        self._told, self._told_at = state, now
+        self._published, self._published_at = state, now
         tags = {"application": context.app_name, "deployment": context.deployment_name}
         self._wanted.set(plan.replicas, tags)
         for name, value in plan.signals.items():
@@ -115,17 +115,17 @@ class PoolPolicy(Policy):
         """`targets` are the fields of `Targets`."""
         super().__init__(role, model)
         self._targets = Targets(**targets)
-        self._measured = Measured()
-        self._measured_at = time.monotonic()
+        self._capacity = SeenCapacity()
+        self._capacity_at = time.monotonic()
 
     def plan(self, context: AutoscalingContext) -> Plan:
         loads = reported_loads(context)
         now = time.monotonic()
-        self._measured = measure(loads, self._measured, self._targets, now - self._measured_at)
-        self._measured_at = now
+        self._capacity = measure(loads, self._capacity, self._targets, now - self._capacity_at)
+        self._capacity_at = now
         running = len(context.running_replicas)
         replicas = Replicas(target=context.target_num_replicas, running=running, reporting=len(loads))
-        return plan_pool(loads, self._measured, self._targets, replicas)
+        return plan_pool(loads, self._capacity, self._targets, replicas)
 
 
 def reported_loads(context: AutoscalingContext) -> list[Load]:

@@ -26,7 +26,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     prefilling: float = 0.0
     """Sequences whose prompt is computed here or waits for that."""
     waiting: float = 0.0
-    """Sequences without a token whose prompt another replica has computed: they wait for a place, or their KV moves."""
+    """Sequences without a token whose prompt another replica has computed: they wait for a slot, or their KV moves."""
     transferring: float = 0.0
     """Those whose KV moves."""
     started: float = 0.0

@@ -1,4 +1,4 @@
-"""From what a deployment's replicas measured to how many there shall be, and why.
+"""From what a deployment's replicas capacity to how many there shall be, and why.
 
 1. Each demand looks at one thing that can run short and says how many replicas it takes to keep it under its target.
    All are sums over replicas, so that a load asks for as much on whatever number of them it runs.
@@ -46,14 +46,14 @@ class Targets(msgspec.Struct, frozen=True, kw_only=True):
     rather do not send there; it grows for that only where the TTFT suffers, as more of prefill takes it away again."""
 
 
-class Measured(msgspec.Struct, frozen=True, kw_only=True):
+class SeenCapacity(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica of a pool was seen to do; 0 if it never was."""
 
     tokens_per_s: float = 0.0
     """Prompt tokens that it computes while it has any."""
     prompt_tokens: float = 0.0
     """Of a typical prompt, those that have to be computed."""
-    places: float = 0.0
+    slots: float = 0.0
     """Sequences that decode at once on it."""
 
     @property
@@ -95,13 +95,13 @@ def plan_frontend(requests: float, target_requests: float, replicas: Replicas) -
     return settle(demand, replicas, {"requests": requests})
 
 
-def plan_pool(loads: Sequence[Load], measured: Measured, targets: Targets, replicas: Replicas) -> Plan:
+def plan_pool(loads: Sequence[Load], capacity: SeenCapacity, targets: Targets, replicas: Replicas) -> Plan:
     """One pool of engines, by the loads of its replicas that reported."""
     load = total(loads)
     demands = (
-        ttft_demand(load, measured, targets, replicas.running),
-        busy_demand(load, measured, targets, replicas.running),
-        place_demand(loads, measured),
+        ttft_demand(load, capacity, targets, replicas.running),
+        busy_demand(load, capacity, targets, replicas.running),
+        slot_demand(loads, capacity),
         kv_demand(load, replicas.running),
         itl_demand(loads, targets),
         sequence_demand(load, targets),
@@ -109,8 +109,8 @@ def plan_pool(loads: Sequence[Load], measured: Measured, targets: Targets, repli
     signals = {
         "queued_tokens": load.queued_tokens,
         "busy": load.busy,
-        "tokens_per_s": measured.tokens_per_s,
-        "predicted_ttft_s": predict_ttft_s(load, measured, replicas.running),
+        "tokens_per_s": capacity.tokens_per_s,
+        "predicted_ttft_s": predict_ttft_s(load, capacity, replicas.running),
         "prefilling": load.prefilling,
         "waiting": load.waiting,
         "decoding": load.decoding,
@@ -120,7 +120,7 @@ def plan_pool(loads: Sequence[Load], measured: Measured, targets: Targets, repli
     return settle(max(demands, key=lambda demand: demand.replicas), replicas, signals)
 
 
-def measure(loads: Sequence[Load], before: Measured, targets: Targets, passed_s: float) -> Measured:
+def measure(loads: Sequence[Load], before: SeenCapacity, targets: Targets, passed_s: float) -> SeenCapacity:
     """What a replica can do, by what they did, and by what was known `passed_s` ago where that shows more."""
     load = total(loads)
     known = msgspec.structs.replace(before, tokens_per_s=before.tokens_per_s * 0.5 ** (passed_s / FADE_S))
@@ -134,60 +134,59 @@ def measure(loads: Sequence[Load], before: Measured, targets: Targets, passed_s:
     in_line = count_in_line(loads, known)
     is_full = in_line >= 1 and in_line > targets.ttft_s * (load.prompts + load.started)  # Little's law
     if seen and is_full:
-        return msgspec.structs.replace(known, places=seen)
-    return msgspec.structs.replace(known, places=max(seen, known.places) if known.places else 0.0)
+        return msgspec.structs.replace(known, slots=seen)
+    return msgspec.structs.replace(known, slots=max(seen, known.slots) if known.slots else 0.0)
 
 
-def count_in_line(loads: Sequence[Load], measured: Measured) -> float:
-    """How many sequences wait for a place: those that neither transfers nor the prompts before them explain."""
+def count_in_line(loads: Sequence[Load], capacity: SeenCapacity) -> float:
+    """How many sequences wait for a slot: those that neither transfers nor the prompts before them explain."""
     return sum(
-        max(0.0, load.prefilling - load.prompts * predict_ttft_s(load, measured, 1))  # Little's law
+        max(0.0, load.prefilling - load.prompts * predict_ttft_s(load, capacity, 1))  # Little's law
         + max(0.0, load.waiting - load.transferring)
         for load in loads
     )
 
 
-def predict_ttft_s(load: Load, measured: Measured, running: int) -> float:
+def predict_ttft_s(load: Load, capacity: SeenCapacity, running: int) -> float:
     """What a typical prompt waits that arrives now: for all that is before it, and for itself."""
-    return _ratio(load.queued_tokens, measured.tokens_per_s * max(running, 1)) + measured.prompt_s
+    return _ratio(load.queued_tokens, capacity.tokens_per_s * max(running, 1)) + capacity.prompt_s
 
 
-def ttft_demand(load: Load, measured: Measured, targets: Targets, running: int) -> Demand:
+def ttft_demand(load: Load, capacity: SeenCapacity, targets: Targets, running: int) -> Demand:
     """So many that what waits is computed within what the typical prompt itself leaves of the target.
 
     At least that prompt's own time is left, so that nobody asks for more replicas than prompts wait.
     """
-    if not (load.queued_tokens and measured.tokens_per_s):
+    if not (load.queued_tokens and capacity.tokens_per_s):
         return NOTHING
-    work_s = load.queued_tokens / measured.tokens_per_s
-    room_s = max(targets.ttft_s - measured.prompt_s, measured.prompt_s)
+    work_s = load.queued_tokens / capacity.tokens_per_s
+    room_s = max(targets.ttft_s - capacity.prompt_s, capacity.prompt_s)
     return Demand(
         work_s / room_s,
-        f"predicted TTFT {predict_ttft_s(load, measured, running):.1f} s against {targets.ttft_s:.1f} s: "
-        f"{load.queued_tokens:.0f} tokens wait, {measured.tokens_per_s:.0f} tokens/s per replica",
+        f"predicted TTFT {predict_ttft_s(load, capacity, running):.1f} s against {targets.ttft_s:.1f} s: "
+        f"{load.queued_tokens:.0f} tokens wait, {capacity.tokens_per_s:.0f} tokens/s per replica",
     )
 
 
-def busy_demand(load: Load, measured: Measured, targets: Targets, running: int) -> Demand:
+def busy_demand(load: Load, capacity: SeenCapacity, targets: Targets, running: int) -> Demand:
     """So many that a prompt that arrives finds few others before it."""
     if not (targets.is_for_prompts and load.busy):
         return NOTHING
-    most = min(MAX_BUSY, max(MIN_BUSY, 1 - measured.prompt_s / targets.ttft_s))
+    most = min(MAX_BUSY, max(MIN_BUSY, 1 - capacity.prompt_s / targets.ttft_s))
     return Demand(
         load.busy / most,
         f"prompts are computed {load.busy / max(running, 1):.0%} of the time against {most:.0%}",
     )
 
 
-def place_demand(loads: Sequence[Load], measured: Measured) -> Demand:
-    """So many that all sequences decode at once, once it was seen how many a replica has places for."""
-    if not measured.places:
+def slot_demand(loads: Sequence[Load], capacity: SeenCapacity) -> Demand:
+    """So many that all sequences decode at once, once it was seen how many a replica has slots for."""
+    if not capacity.slots:
         return NOTHING
-    decoding, in_line = sum(load.decoding for load in loads), count_in_line(loads, measured)
+    decoding, in_line = sum(load.decoding for load in loads), count_in_line(loads, capacity)
     return Demand(
-        min((decoding + in_line) / measured.places, float(math.ceil(decoding + in_line))),
-        f"{_count(decoding, 'sequence')} decode and {in_line:.0f} wait for a place, "
-        f"a replica has {measured.places:.0f}",
+        min((decoding + in_line) / capacity.slots, float(math.ceil(decoding + in_line))),
+        f"{_count(decoding, 'sequence')} decode and {in_line:.0f} wait for a slot, a replica has {capacity.slots:.0f}",
     )
 
 

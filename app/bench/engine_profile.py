@@ -50,7 +50,7 @@ class ProfileError(BatonError):
         super().__init__(problem)
 
 
-class Answer(msgspec.Struct, frozen=True):
+class TimedOutput(msgspec.Struct, frozen=True):
     """When the tokens of one stream came: seconds since it was asked for, and how many there were then."""
 
     sent_at: float
@@ -73,7 +73,7 @@ class StepTime(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class Measured(msgspec.Struct, frozen=True):
+class StepMeasurements(msgspec.Struct, frozen=True):
     """All that was measured."""
 
     overhead_s: float
@@ -103,7 +103,7 @@ class Endpoint:
     def new_prompt(self, num_tokens: int) -> list[int]:
         return self._rng.choices(TOKEN_IDS, k=num_tokens)
 
-    async def complete(self, prompt: list[int], max_tokens: int) -> Answer:
+    async def complete(self, prompt: list[int], max_tokens: int) -> TimedOutput:
         """Stream one greedy completion of exactly `max_tokens`.  Raises ProfileError."""
         body = {
             "model": self._model,
@@ -133,7 +133,7 @@ class Endpoint:
         if not arrivals or arrivals[-1][1] != max_tokens:
             got = arrivals[-1][1] if arrivals else 0
             raise ProfileError(f"{got} of {max_tokens} tokens came: does the server know ignore_eos?")
-        return Answer(sent_at, arrivals)
+        return TimedOutput(sent_at, arrivals)
 
 
 def _read_event(text: bytes, arrivals: list[tuple[float, int]]) -> None:
@@ -150,7 +150,7 @@ def _read_event(text: bytes, arrivals: list[tuple[float, int]]) -> None:
         arrivals.append((now, num))
 
 
-def step_time(answers: list[Answer], context: int) -> StepTime | None:
+def step_time(answers: list[TimedOutput], context: int) -> StepTime | None:
     """What streams of `context` prompt tokens each say of a step; None if they hardly ran at the same time."""
     begin = max(answer.arrivals[0][0] for answer in answers)
     end = min(answer.arrivals[-1][0] for answer in answers)
@@ -162,7 +162,7 @@ def step_time(answers: list[Answer], context: int) -> StepTime | None:
     return StepTime(len(answers), round(kv_tokens), (end - begin) / steps)
 
 
-async def measure(endpoint: Endpoint, extent: Extent, say: Callable[[str], None]) -> Measured:
+async def measure(endpoint: Endpoint, extent: Extent, say: Callable[[str], None]) -> StepMeasurements:
     """Measure everything, one thing at a time.  Raises ProfileError.
 
     Once each and then all again: what disturbs the machine for a moment spoils one round and not one measurement.
@@ -186,7 +186,7 @@ async def measure(endpoint: Endpoint, extent: Extent, say: Callable[[str], None]
     return _middle(ttfts, steps)
 
 
-def _middle(ttfts: dict[int, list[float]], steps: dict[tuple[int, int], list[StepTime]]) -> Measured:
+def _middle(ttfts: dict[int, list[float]], steps: dict[tuple[int, int], list[StepTime]]) -> StepMeasurements:
     if not steps:
         raise ProfileError("no steps could be measured: streams never ran at the same time")
     middle = [
@@ -201,7 +201,7 @@ def _middle(ttfts: dict[int, list[float]], steps: dict[tuple[int, int], list[Ste
             f"prompts are computed too fast to be seen beside the {overhead_s * 1e3:.2f} ms of each TTFT that pass "
             "outside the engine"
         )
-    return Measured(overhead_s, prefills, middle)
+    return StepMeasurements(overhead_s, prefills, middle)
 
 
 async def _time_steps(endpoint: Endpoint, batch: int, context: int) -> StepTime | None:
@@ -233,7 +233,7 @@ def measure_profile(
     if not output.parent.is_dir():
         raise ProfileError(f"{output}: there is no such folder")
 
-    async def run(client: httpx.AsyncClient) -> tuple[str, Measured]:
+    async def run(client: httpx.AsyncClient) -> tuple[str, StepMeasurements]:
         name, max_model_len = await _find_model(client, model)
         longest = min(max_prompt, max_model_len - STEP_TOKENS)
         if longest < 2 * SHORTEST_PROMPT:
@@ -277,8 +277,8 @@ def _doubling(first: int, last: int) -> list[int]:
 
 
 async def _with_client(
-    url: str, run: Callable[[httpx.AsyncClient], Awaitable[tuple[str, Measured]]]
-) -> tuple[str, Measured]:
+    url: str, run: Callable[[httpx.AsyncClient], Awaitable[tuple[str, StepMeasurements]]]
+) -> tuple[str, StepMeasurements]:
     try:
         client = httpx.AsyncClient(
             base_url=url, timeout=ANSWER_TIMEOUT_S, limits=httpx.Limits(max_connections=None), trust_env=False
@@ -307,7 +307,7 @@ async def _find_model(client: httpx.AsyncClient, model: str | None) -> tuple[str
     return name, int(models[name].get("max_model_len") or 4096)
 
 
-def _describe(url: str, model: str, measured: Measured, about: str) -> str:
+def _describe(url: str, model: str, measured: StepMeasurements, about: str) -> str:
     return (
         f"prefill and step: {about}, as model {model} at {url}.\n"
         f"Measured on {datetime.now(UTC).date()} by `{shlex.join(['baton', *sys.argv[1:]])}`, client on a machine with "
@@ -317,8 +317,8 @@ def _describe(url: str, model: str, measured: Measured, about: str) -> str:
     )
 
 
-def print_fit(fitted: SimProfile, measured: Measured, console: Console) -> None:
-    """Measured times beside those of the profile."""
+def print_fit(fitted: SimProfile, measured: StepMeasurements, console: Console) -> None:
+    """StepMeasurements times beside those of the profile."""
     prefill = Table(title="prefill, ms")
     for heading in ("prompt tokens", "measured", "profile", "difference"):
         prefill.add_column(heading, justify="right")

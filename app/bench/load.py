@@ -35,8 +35,8 @@ from typing import Any
 
 import msgspec
 
-from app.bench.workload import Load
 from app.bench.workload import LoadSpec as LoadSpec
+from app.bench.workload import RequestPlan
 from app.errors import BatonError
 
 STALL_TIMEOUT_S = 600.0
@@ -114,7 +114,7 @@ class LoadClient:
         self._receive(self._connection, lambda done: None)
 
     def check_tokenizer(self, tokenizer: str) -> None:
-        """Load the tokenizer, which the first load otherwise does.  Raises LoadFailed."""
+        """RequestPlan the tokenizer, which the first load otherwise does.  Raises LoadFailed."""
         self._call(lambda done: None, _vocabulary, tokenizer)
 
     def run(self, base_url: str, model: str, tokenizer: str, spec: LoadSpec) -> LoadResult:
@@ -126,7 +126,7 @@ class LoadClient:
         base_url: str,
         model: str,
         tokenizer: str,
-        load: Load,
+        load: RequestPlan,
         limits_ms: Mapping[str, float] | None = None,
         on_progress: Callable[[int], None] = lambda done: None,
     ) -> LoadResult:
@@ -222,7 +222,7 @@ def _vocabulary(tokenizer: str) -> list[int]:
     return sorted(set(loaded.get_vocab().values()) - set(loaded.all_special_ids))
 
 
-def _run(base_url: str, model: str, tokenizer: str, load: Load) -> dict[str, Any]:
+def _run(base_url: str, model: str, tokenizer: str, load: RequestPlan) -> dict[str, Any]:
     import uvloop
     from vllm.benchmarks import serve
     from vllm.benchmarks.datasets import SampleRequest
@@ -245,7 +245,7 @@ def _run(base_url: str, model: str, tokenizer: str, load: Load) -> dict[str, Any
     return {**report, "client_cpu_s": time.process_time() - began_s}
 
 
-def client_arguments(base_url: str, model: str, load: Load, samples: list[Any]) -> dict[str, Any]:
+def client_arguments(base_url: str, model: str, load: RequestPlan, samples: list[Any]) -> dict[str, Any]:
     """The arguments of vLLM's `benchmark`: each request at its own moment, greedy, to its full length."""
     from vllm.benchmarks.serve import TaskType
 
@@ -278,7 +278,7 @@ def client_arguments(base_url: str, model: str, load: Load, samples: list[Any]) 
     }
 
 
-def parse_report(report: Mapping[str, Any], load: Load, limits_ms: Mapping[str, float]) -> LoadResult:
+def parse_report(report: Mapping[str, Any], load: RequestPlan, limits_ms: Mapping[str, float]) -> LoadResult:
     """The result, from the lists (one entry per request, seconds) in what vLLM's client returns.
 
     Raises LoadFailed if no request succeeded.

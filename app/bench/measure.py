@@ -18,7 +18,7 @@ from app.bench.endpoint import Endpoint
 from app.bench.load import LoadClient, LoadFailed
 from app.bench.processes import cpu_between, read_tree
 from app.bench.report import Level, Measurement, Missing, Report
-from app.bench.workload import Load, LoadSpec, Request, at_speed, fitting
+from app.bench.workload import LoadSpec, Request, RequestPlan, at_speed, fitting
 from app.errors import ConfigError
 
 WARM_UP = Level(concurrency=4)
@@ -38,10 +38,10 @@ class Workload(msgspec.Struct, frozen=True):
     trace: list[Request] = []
     """Replayed instead of drawing, if there is any."""
 
-    def load(self, level: Level, seed: str) -> Load:
+    def load(self, level: Level, seed: str) -> RequestPlan:
         """The load at a level; another seed makes other prompts."""
         if self.trace:
-            return Load(at_speed(self.trace, level.speed or 1.0), level.concurrency or None, seed)
+            return RequestPlan(at_speed(self.trace, level.speed or 1.0), level.concurrency or None, seed)
         least = round(level.rate * OPEN_LOOP_S) if level.rate else REQUESTS_PER_STREAM * level.concurrency
         return msgspec.structs.replace(
             self.drawn,
@@ -58,7 +58,7 @@ class Turn(msgspec.Struct, frozen=True):
     repetition: int
     level: Level
     endpoint: Endpoint
-    load: Load
+    load: RequestPlan
 
 
 class Benchmark:
@@ -100,7 +100,7 @@ class Benchmark:
             for endpoint in endpoints if (repetition + index) % 2 == 0 else reversed(endpoints):
                 yield Turn(repetition, levels[index], endpoint, load)
 
-    def _fitting(self, load: Load) -> Load:
+    def _fitting(self, load: RequestPlan) -> RequestPlan:
         """The load less what some endpoint's model is too short for."""
         known = [endpoint.max_model_tokens for endpoint in self._report.endpoints if endpoint.max_model_tokens]
         max_tokens = min(known, default=None)
@@ -110,7 +110,7 @@ class Benchmark:
             raise ConfigError(option, f"no request fits the {max_tokens} tokens that the model takes")
         return msgspec.structs.replace(load, requests=requests)
 
-    def _warm_up(self) -> Load:
+    def _warm_up(self) -> RequestPlan:
         load = self._fitting(self._workload.load(WARM_UP, f"{self._report.seed}/0"))
         first = [msgspec.structs.replace(request, at_s=0.0) for request in load.requests[:WARM_UP_REQUESTS]]
         return msgspec.structs.replace(load, requests=first)

@@ -60,7 +60,7 @@ class CacheBenchError(BatonError):
         super().__init__(problem)
 
 
-class Answer(msgspec.Struct, frozen=True):
+class TimedAnswer(msgspec.Struct, frozen=True):
     """One streamed answer, with what its usage says; None is what usage does not say."""
 
     ttft_ms: float
@@ -72,8 +72,8 @@ class Answer(msgspec.Struct, frozen=True):
 class Pair(msgspec.Struct, frozen=True):
     """The same prompt twice."""
 
-    uncached: Answer
-    cached: Answer
+    uncached: TimedAnswer
+    cached: TimedAnswer
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -97,8 +97,8 @@ class CacheReport(msgspec.Struct, kw_only=True):
     prompts_are: str
     summary: Summary | None = None
     repeated: list[Pair] = []
-    conversation: list[Answer] = []
-    shared_system_prompt: list[Answer] = []
+    conversation: list[TimedAnswer] = []
+    shared_system_prompt: list[TimedAnswer] = []
     problems: list[str] = []
 
 
@@ -132,7 +132,7 @@ class _Event(msgspec.Struct):
     error: Any = None
 
 
-class Server:
+class PromptClient:
     """The endpoint, one streamed request at a time."""
 
     def __init__(self, client: httpx.Client, model: str, rng: random.Random) -> None:
@@ -163,13 +163,13 @@ class Server:
     def _words(self, count: int) -> str:
         return " ".join(self._rng.choices(TEXT.split(), k=count))
 
-    def complete(self, prompt: str | list[int]) -> Answer:
+    def complete(self, prompt: str | list[int]) -> TimedAnswer:
         return self._stream("/v1/completions", {"prompt": prompt, "max_tokens": COMPLETION_TOKENS})
 
-    def chat(self, messages: list[dict[str, str]]) -> Answer:
+    def chat(self, messages: list[dict[str, str]]) -> TimedAnswer:
         return self._stream("/v1/chat/completions", {"messages": messages, "max_tokens": CHAT_TOKENS})
 
-    def _stream(self, path: str, request: dict[str, Any]) -> Answer:
+    def _stream(self, path: str, request: dict[str, Any]) -> TimedAnswer:
         asked = {"model": self._model, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
         sent_at = time.perf_counter()
         try:
@@ -195,7 +195,7 @@ def find_vocabulary(client: httpx.Client, model: str) -> list[int]:
     return tokens
 
 
-def _read_answer(response: httpx.Response, sent_at: float) -> Answer:
+def _read_answer(response: httpx.Response, sent_at: float) -> TimedAnswer:
     """Raises CacheBenchError if the stream ends before its end mark, or holds an error or no token."""
     ttft_s, text, usage, is_complete = None, [], _Usage(), False
     for data in read_events(response):
@@ -215,7 +215,7 @@ def _read_answer(response: httpx.Response, sent_at: float) -> Answer:
             "the server broke off an answer: " + ("no token came" if is_complete else "no [DONE] came")
         )
     details = usage.prompt_tokens_details or _Details()
-    return Answer(ttft_s * 1000, usage.prompt_tokens, details.cached_tokens, "".join(text))
+    return TimedAnswer(ttft_s * 1000, usage.prompt_tokens, details.cached_tokens, "".join(text))
 
 
 def read_events(response: httpx.Response) -> Iterator[bytes]:
@@ -226,7 +226,7 @@ def read_events(response: httpx.Response) -> Iterator[bytes]:
         yield from (line[5:].strip() for line in lines if line.startswith(b"data:"))
 
 
-def repeat_prompts(server: Server, tokens: int, repeat: int) -> list[Pair]:
+def repeat_prompts(server: PromptClient, tokens: int, repeat: int) -> list[Pair]:
     """Each of `repeat` new prompts twice, after one that does not count."""
     pairs = []
     for _ in range(repeat + 1):
@@ -235,7 +235,7 @@ def repeat_prompts(server: Server, tokens: int, repeat: int) -> list[Pair]:
     return pairs[1:]
 
 
-def converse(server: Server, turns: int) -> list[Answer]:
+def converse(server: PromptClient, turns: int) -> list[TimedAnswer]:
     """The answer of each turn of one conversation."""
     messages = [{"role": "system", "content": server.new_system_prompt()}]
     answers = []
@@ -246,7 +246,7 @@ def converse(server: Server, turns: int) -> list[Answer]:
     return answers
 
 
-def share_system_prompt(server: Server, tokens: int) -> list[Answer]:
+def share_system_prompt(server: PromptClient, tokens: int) -> list[TimedAnswer]:
     """The answer to each question after the same system prompt."""
     system = {"role": "system", "content": server.new_text(tokens)}
     return [server.chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]

@@ -123,7 +123,7 @@ class Request(msgspec.Struct, frozen=True):
         ]
 
 
-class Load(msgspec.Struct, frozen=True):
+class RequestPlan(msgspec.Struct, frozen=True):
     """What one run of the client sends."""
 
     requests: list[Request]
@@ -153,12 +153,12 @@ class LoadSpec(msgspec.Struct, frozen=True):
     prefix_tokens: int = 0
     seed: str = "0"
 
-    def load(self) -> Load:
+    def load(self) -> RequestPlan:
         """The requests."""
         random = Random(f"{self.seed}/lengths/{self.first_prompt}")
         arrivals = arrival_times(self.num_requests, self.rate, self.burstiness, random)
         requests = [self._request(self.first_prompt + n, at_s, random) for n, at_s in enumerate(arrivals)]
-        return Load(requests, self.concurrency, self.seed)
+        return RequestPlan(requests, self.concurrency, self.seed)
 
     def _request(self, number: int, at_s: float, random: Random) -> Request:
         pieces = [(number, draw_length(self.input_tokens, random))]

@@ -34,7 +34,7 @@ from app.messages import GenerateRequest, KvUpdate, ReplicaLoad, TokenDelta, mer
 logger = logging.getLogger("baton.channel")
 
 
-class Sequence:
+class SubmittedSequence:
     """One sequence on a channel, as its frontend sees it."""
 
     def __init__(self, number: int, emit: Callable[[TokenDelta], None]) -> None:
@@ -79,7 +79,7 @@ class Channel:
         self._listener = listener
         self._is_retired = False
         self._numbers = itertools.count()
-        self._sequences: dict[int, Sequence] = {}
+        self._sequences: dict[int, SubmittedSequence] = {}
         self._task = asyncio.create_task(self._receive(reader), name=f"channel-{replica_id}")
 
     @classmethod
@@ -110,16 +110,16 @@ class Channel:
 
     def submit(
         self, request: GenerateRequest, emit: Callable[[TokenDelta], None], *, has_handoff: bool, local_reason: str
-    ) -> Sequence:
+    ) -> SubmittedSequence:
         """Start a sequence; await its `ended`, and give it to `finish` in any case.  Raises ReplicaLost."""
         if self.is_closed:
             raise ReplicaLost(self._replica_id)
-        sequence = Sequence(next(self._numbers), emit)
+        sequence = SubmittedSequence(next(self._numbers), emit)
         self._sequences[sequence.number] = sequence
         self._writer.write(to_frame(Submit(sequence.number, request, has_handoff, local_reason)))
         return sequence
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: SubmittedSequence) -> None:
         """Forget a sequence; one that has not ended is cancelled."""
         if self._sequences.pop(sequence.number, None) is not None and not self.is_closed:
             self._writer.write(to_frame(Cancel(sequence.number)))
@@ -174,9 +174,9 @@ class Channel:
                 sequence.fail(ERRORS[failure.error](failure.detail))
         if batch.load is not None or batch.kv is not None:
             # Once whoever waits for a sequence that ended just now has counted it out, as this load does.
-            asyncio.get_running_loop().call_soon(self._tell, batch.load, batch.kv)
+            asyncio.get_running_loop().call_soon(self._notify, batch.load, batch.kv)
 
-    def _tell(self, load: ReplicaLoad | None, kv: KvUpdate | None) -> None:
+    def _notify(self, load: ReplicaLoad | None, kv: KvUpdate | None) -> None:
         if self.is_closed or self._is_retired:
             return
         if kv is not None:

@@ -34,7 +34,7 @@ from app.messages import KvUpdate, ReplicaLoad, TokenDelta, merge_deltas
 logger = logging.getLogger("baton.channel")
 
 CLOSE_TIMEOUT_S = 1.0
-TELL_PERIOD_S = 0.005
+PUBLISH_PERIOD_S = 0.005
 """Load and cache updates that no delta takes along are sent at most this often; the first one goes at once."""
 MAX_WAITING_BLOCKS = 16_384
 """Changes of the prefix cache that may wait for a frontend; when there are more it gets a snapshot instead."""
@@ -58,7 +58,7 @@ class Link:
         self._has_some = asyncio.Event()
         self._has_some.set()
         self._loop = asyncio.get_running_loop()
-        self._told_at = -TELL_PERIOD_S
+        self._published_at = -PUBLISH_PERIOD_S
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -95,9 +95,9 @@ class Link:
         self._num_waiting_blocks = 0
 
     def _send_soon(self) -> None:
-        """Send what waits with the next delta, but no later than TELL_PERIOD_S after what was told last."""
+        """Send what waits with the next delta, but no later than PUBLISH_PERIOD_S after what was told last."""
         if self._timer is None:
-            self._timer = self._loop.call_at(self._told_at + TELL_PERIOD_S, self._has_some.set)
+            self._timer = self._loop.call_at(self._published_at + PUBLISH_PERIOD_S, self._has_some.set)
 
     def start(self, number: int, sequence: Coroutine[Any, Any, None]) -> None:
         """Run `sequence`; a BatonError that it raises is sent to the frontend."""
@@ -145,7 +145,7 @@ class Link:
         self._has_some.clear()
         if self._timer is not None:
             self._timer.cancel()
-            self._timer, self._told_at = None, self._loop.time()
+            self._timer, self._published_at = None, self._loop.time()
         kv = self._snapshot() if self._needs_snapshot else merge_kv(self._kv)
         batch = Batch(list(self._deltas.items()), self._failures, self._load, kv)
         self._deltas, self._failures, self._load = {}, [], None
@@ -186,13 +186,13 @@ class ChannelServer:
     def num_sequences(self) -> int:
         return sum(len(link) for link in self.links.values())
 
-    def tell_load(self, load: ReplicaLoad) -> None:
+    def publish_load(self, load: ReplicaLoad) -> None:
         """Tell all frontends, also those that connect later."""
         self._load = load
         for link in self.links.values():
             link.put_load(load)
 
-    def tell_kv(self, update: KvUpdate) -> None:
+    def publish_kv(self, update: KvUpdate) -> None:
         """Tell all frontends of a change, which `snapshot` has in it from now on."""
         for link in self.links.values():
             link.put_kv(update)

@@ -17,10 +17,10 @@ from app.bench.output import check_files
 from app.bench.prefix_cache import (
     ANSWER_TIMEOUT_S,
     COMPLETION_TOKENS,
-    Answer,
     CacheReport,
     Pair,
-    Server,
+    PromptClient,
+    TimedAnswer,
     converse,
     find_problems,
     repeat_prompts,
@@ -48,7 +48,7 @@ def bench_cache(
     with new_client(base_url, ANSWER_TIMEOUT_S) as client:
         card = find_card("URL", client, model)
         _check_length(tokens, card.get("max_model_len"))
-        server = Server(client, card["id"], random.Random())
+        server = PromptClient(client, card["id"], random.Random())
         report = CacheReport(
             **msgspec.structs.asdict(this_run()),
             url=base_url,
@@ -73,7 +73,7 @@ def _check_length(tokens: int, max_model_len: int | None) -> None:
         )
 
 
-def _measure(server: Server, report: CacheReport, tokens: int, repeat: int, turns: int) -> None:
+def _measure(server: PromptClient, report: CacheReport, tokens: int, repeat: int, turns: int) -> None:
     """Fill the report, and print each part once it is there."""
     console = Console(width=TABLE_WIDTH, highlight=False, markup=False, soft_wrap=True)
     version = f", version {report.server_version}" if report.server_version else ""
@@ -109,7 +109,7 @@ def _median(counts: list[int | None]) -> str:
     return f"{median(known):.0f}" if known else "-"
 
 
-def _answers_table(what: str, answers: list[Answer], title: str) -> Table:
+def _answers_table(what: str, answers: list[TimedAnswer], title: str) -> Table:
     table = markdown_table([what, "prompt tokens", "cached tokens", "share", "TTFT ms"], title=title)
     for number, answer in enumerate(answers, start=1):
         prompt, cached = answer.prompt_tokens, answer.cached_tokens

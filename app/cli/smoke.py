@@ -23,7 +23,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from app.bench.endpoint import find_card, new_client, parse_url
-from app.bench.prefix_cache import COMPLETION_TOKENS, Server, converse, find_vocabulary, read_events, repeat_prompts
+from app.bench.prefix_cache import (
+    COMPLETION_TOKENS,
+    PromptClient,
+    converse,
+    find_vocabulary,
+    read_events,
+    repeat_prompts,
+)
 from app.errors import BatonError, ConfigError
 from app.messages import PrefillMode
 
@@ -330,7 +337,7 @@ def check_short_prompt(baton: Endpoint) -> str:
 
 
 def check_cache_reuse(baton: Endpoint) -> str:
-    server = Server(baton.client, baton.card.id, random.Random())
+    server = PromptClient(baton.client, baton.card.id, random.Random())
     pair = repeat_prompts(server, baton.long_prompt_tokens, 1)[0]
     if not pair.cached.cached_tokens:
         raise Unexpected("cached tokens when a prompt is sent again", pair.cached.cached_tokens)
@@ -345,7 +352,7 @@ def check_conversation(baton: Endpoint) -> str:
     session = {"x-session-id": uuid.uuid4().hex}
     with new_client(str(baton.client.base_url), ANSWER_TIMEOUT_S) as client:
         client.headers.update(session)
-        turns = converse(Server(client, baton.card.id, random.Random()), TURNS)
+        turns = converse(PromptClient(client, baton.card.id, random.Random()), TURNS)
     cached = [turn.cached_tokens or 0 for turn in turns]
     of = f"{', '.join(map(str, cached))} of {', '.join(str(turn.prompt_tokens) for turn in turns)} tokens"
     if not (all(cached[1:]) and cached[0] < cached[-1] >= cached[1]):

@@ -8,7 +8,7 @@ that was moved.  Under disaggregation decode computes the last prompt token by i
 it does after a hit in its own prefix cache; in low precision that alone changes logprobs a little.  So the engine's
 own noise is the difference between aggregated serving with and without such a hit.  A token may differ only where noise
 can flip it: where the two best candidates are closer than what passes as equal.  Every serving has a cache salt of its
-own, so that none can reuse another's KV.  With `spoil` the remote prefill computes another prompt's KV, and a
+own, so that none can reuse another's KV.  With `corrupt_kv` the remote prefill computes another prompt's KV, and a
 comparison that still passes would prove nothing.
 """
 
@@ -48,14 +48,16 @@ def verify(
     reference: Annotated[
         str | None, typer.Option(help="An aggregated model there of the same weights, to compare with.")
     ] = None,
-    spoil: Annotated[bool, typer.Option(help="Give decode wrong KV: the check must then fail.")] = False,
+    corrupt_kv: Annotated[
+        bool, typer.Option("--corrupt-kv", "--spoil", help="Give decode wrong KV: the check must then fail.")
+    ] = False,
     tolerance: Annotated[
         float | None, typer.Option(help="Logprob difference that always passes; by default 0.03, or 0.2 by prefill.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
 ) -> None:
     """Compare output under disaggregation with output without it, on the running application."""
-    if not compare_output(url, model=model, reference=reference, spoil=spoil, tolerance=tolerance, seed=seed):
+    if not compare_output(url, model=model, reference=reference, corrupt_kv=corrupt_kv, tolerance=tolerance, seed=seed):
         raise typer.Exit(1)
 
 
@@ -66,7 +68,7 @@ class VerifyError(BatonError):
         super().__init__(problem)
 
 
-class Answer(msgspec.Struct, frozen=True):
+class GreedyOutput(msgspec.Struct, frozen=True):
     """What one serving of a prompt produced, a value for each token.
 
     `margins` are the logprob differences between the two likeliest candidates: greedy decoding took the first.
@@ -76,13 +78,13 @@ class Answer(msgspec.Struct, frozen=True):
     logprobs: list[float]
     margins: list[float]
 
-    def num_equal(self, other: Answer) -> int:
+    def num_equal(self, other: GreedyOutput) -> int:
         """How many leading tokens are the same."""
         pairs = zip(self.token_ids, other.token_ids, strict=False)
         shorter = min(len(self.token_ids), len(other.token_ids))
         return next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), shorter)
 
-    def max_difference(self, other: Answer) -> float:
+    def max_difference(self, other: GreedyOutput) -> float:
         """The largest logprob difference before the first token that differs; infinite if the first one does."""
         num = self.num_equal(other)
         pairs = zip(self.logprobs[:num], other.logprobs[:num], strict=True)
@@ -94,8 +96,8 @@ class Case(msgspec.Struct, frozen=True):
 
     name: str
     prompt_tokens: int
-    remote: Answer
-    local: Answer
+    remote: GreedyOutput
+    local: GreedyOutput
     noise: float
 
     def passes(self, tolerance: float) -> bool:
@@ -147,34 +149,34 @@ class Endpoint:
         """The logprob difference that passes if the caller does not say."""
         return TOLERANCE if self.reference or self.can_prefill_locally else TOLERANCE_OF_PREFILL
 
-    def serve(self, prompts: list[list[int]], mode: PrefillMode) -> Answer:
+    def serve(self, prompts: list[list[int]], mode: PrefillMode) -> GreedyOutput:
         """The greedy answer to the last of `prompts`, all of which share one cache salt."""
         salt = uuid.uuid4().hex
         answers = [self._complete(prompt, mode, salt, OUTPUT_TOKENS) for prompt in prompts]
         return answers[-1]
 
-    def serve_without_transfer(self, prompts: list[list[int]], *, after_hit: bool) -> Answer:
+    def serve_without_transfer(self, prompts: list[list[int]], *, after_hit: bool) -> GreedyOutput:
         """The answer to the last of `prompts` from KV that was not moved, with or `after_hit` of a prefix cache."""
         if self.reference is None and not self.can_prefill_locally:
             return self._serve_by_prefill(prompts[-1], share_prefixes=after_hit)
         return self.serve([*prompts, prompts[-1]] if after_hit else prompts, "local")
 
-    def _serve_by_prefill(self, prompt: list[int], *, share_prefixes: bool) -> Answer:
+    def _serve_by_prefill(self, prompt: list[int], *, share_prefixes: bool) -> GreedyOutput:
         """The greedy answer, each token of which a prefill replica computed from all tokens before it."""
         salt = uuid.uuid4().hex
-        whole = Answer([], [], [])
+        whole = GreedyOutput([], [], [])
         for _ in range(OUTPUT_TOKENS):
             so_far = prompt + [int(token.removeprefix("token_id:")) for token in whole.token_ids]
             salt = salt if share_prefixes else uuid.uuid4().hex
             next_one = self._complete(so_far, "remote", salt, 1)
-            whole = Answer(
+            whole = GreedyOutput(
                 whole.token_ids + next_one.token_ids,
                 whole.logprobs + next_one.logprobs,
                 whole.margins + next_one.margins,
             )
         return whole
 
-    def _complete(self, prompt: list[int], mode: PrefillMode, salt: str, max_tokens: int) -> Answer:
+    def _complete(self, prompt: list[int], mode: PrefillMode, salt: str, max_tokens: int) -> GreedyOutput:
         is_reference = mode == "local" and self.reference is not None
         self.num_remote_requests += mode != "local"
         body = {
@@ -191,7 +193,7 @@ class Endpoint:
         logprobs = self._post("/v1/completions", body)["choices"][0]["logprobs"]
         best = [sorted(candidates.values(), reverse=True) for candidates in logprobs["top_logprobs"]]
         margins = [first - second for first, second, *_ in best]
-        return Answer(logprobs["tokens"], logprobs["token_logprobs"], margins)
+        return GreedyOutput(logprobs["tokens"], logprobs["token_logprobs"], margins)
 
     def transfers(self) -> Transfers:
         replicas = self._get("/stats")["replicas"]
@@ -228,7 +230,7 @@ def compare_output(
     *,
     model: str | None = None,
     reference: str | None = None,
-    spoil: bool,
+    corrupt_kv: bool,
     tolerance: float | None = None,
     seed: int,
 ) -> bool:
@@ -246,7 +248,7 @@ def compare_output(
         endpoint = Endpoint(client, model, reference)
         before = endpoint.transfers()
         prompts = _prompts(endpoint, random.Random(seed))
-        cases = [_compare(endpoint, name, group, "spoiled" if spoil else "remote") for name, group in prompts]
+        cases = [_compare(endpoint, name, group, "corrupted" if corrupt_kv else "remote") for name, group in prompts]
         after = endpoint.transfers()
     num_remote = endpoint.num_remote_requests
     tolerance = endpoint.tolerance if tolerance is None else tolerance

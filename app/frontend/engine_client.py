@@ -41,7 +41,7 @@ from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 from app.config import ModelConfig
 from app.errors import BatonError, EngineDead, InvalidRequest, NoReplica, Overloaded, ReplicaLost
 from app.frontend.orchestrator import Orchestrator
-from app.frontend.request_context import Exchange, current_exchange
+from app.frontend.request_context import RequestContext, current_request
 from app.frontend.sequence_record import SequenceRecord
 from app.messages import GenerateRequest, Logprobs, PrefillMode, TokenDelta
 from app.routing.decision import RoutingHints
@@ -62,7 +62,7 @@ _FRONTEND_FIELDS = {
 }
 
 
-class DisaggregatedEngine(EngineClient):
+class PooledEngineClient(EngineClient):
     """One model, served by a decode pool and, unless it is aggregated, a prefill pool."""
 
     def __init__(self, vllm_config: VllmConfig, model: ModelConfig, orchestrator: Orchestrator) -> None:
@@ -97,21 +97,21 @@ class DisaggregatedEngine(EngineClient):
         Closing or cancelling the generator cancels them all.  Raises vLLM's errors, which its server turns into
         the right HTTP status: validation (400), overload (429), no replica (503), timeout (504), anything else (500).
         """
-        exchange = current_exchange()
+        context = current_request()
         try:
             prefill_mode = _prefill_mode(prompt, sampling_params)
             request = self._to_engine_request(prompt, sampling_params, request_id, lora_request, priority)
             request.reasoning_ended = reasoning_ended
             request.reasoning_parser_kwargs = reasoning_parser_kwargs
-            hints = RoutingHints(session=session_id, explain=exchange.wants_explanation)
-            queue, tasks = self._start(request, prompt_text, prefill_mode, hints, exchange)
+            hints = RoutingHints(session=session_id, explain=context.wants_explanation)
+            queue, tasks = self._start(request, prompt_text, prefill_mode, hints, context)
             try:
                 is_finished = False
                 while not is_finished:
                     output = queue.get_nowait() or await queue.get()
                     assert isinstance(output, RequestOutput)
                     is_finished = output.finished
-                    exchange.has_begun = True
+                    context.has_begun = True
                     yield output
             finally:
                 for task in tasks:
@@ -120,7 +120,7 @@ class DisaggregatedEngine(EngineClient):
                 self._output_processor.abort_requests([request.request_id], internal=True)
                 queue.close()
         except Exception as error:
-            exchange.failure = create_error_response(error).error.model_dump()
+            context.failure = create_error_response(error).error.model_dump()
             raise
 
     def _to_engine_request(
@@ -142,7 +142,7 @@ class DisaggregatedEngine(EngineClient):
         prompt_text: str | None,
         prefill_mode: PrefillMode,
         hints: RoutingHints,
-        exchange: Exchange,
+        context: RequestContext,
     ) -> tuple[RequestOutputCollector, list[asyncio.Task[None]]]:
         """Begin the sequences of `request`: where their outputs arrive, and the tasks that bring them there."""
         assert request.sampling_params is not None
@@ -151,7 +151,7 @@ class DisaggregatedEngine(EngineClient):
         tasks = []
         for index, child in enumerate(children):
             self._output_processor.add_request(child, prompt_text, parent, index, queue)
-            sequence = self._run_sequence(child, prefill_mode, hints, exchange, queue)
+            sequence = self._run_sequence(child, prefill_mode, hints, context, queue)
             tasks.append(asyncio.create_task(sequence, name=child.request_id))
         return queue, tasks
 
@@ -160,7 +160,7 @@ class DisaggregatedEngine(EngineClient):
         request: EngineCoreRequest,
         prefill_mode: PrefillMode,
         hints: RoutingHints,
-        exchange: Exchange,
+        context: RequestContext,
         queue: RequestOutputCollector,
     ) -> None:
         """Feed one sequence's deltas to the output processor, and its error, if any, to the caller's queue."""
@@ -173,7 +173,7 @@ class DisaggregatedEngine(EngineClient):
             has_session=hints.session is not None,
         )
         if hints.explain:
-            exchange.sequences.append(record)
+            context.sequences.append(record)
         task = asyncio.current_task()
         assert task is not None
         end = ""
@@ -200,7 +200,7 @@ class DisaggregatedEngine(EngineClient):
         except (BatonError, TimeoutError) as error:
             end = type(error).__name__
             if isinstance(error, Overloaded):
-                exchange.refuse_for(error.retry_after_s)
+                context.refuse_for(error.retry_after_s)
             queue.put(_to_vllm_error(error))
         except Exception as error:
             end = type(error).__name__
@@ -321,9 +321,9 @@ def _prefill_mode(prompt: Any, params: SamplingParams) -> PrefillMode:
             parameter="baton_prefill",
             value=mode,
         )
-    if mode == "spoiled" and not prompt.get("cache_salt"):
+    if mode == "corrupted" and not prompt.get("cache_salt"):
         # Without a salt of its own the wrong KV would serve other requests from the prefix cache.
-        raise VLLMValidationError("baton_prefill=spoiled needs a cache_salt", parameter="cache_salt")
+        raise VLLMValidationError("baton_prefill=corrupted needs a cache_salt", parameter="cache_salt")
     return cast(PrefillMode, mode)
 
 

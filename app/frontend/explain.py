@@ -54,7 +54,7 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
             "cached_tokens": decision.expected_cached_tokens,
             "remote_ttft_ms": _ms(decision.predicted.remote_s),
             "local_ttft_ms": _ms(decision.predicted.local_s),
-            "harm_ms": _ms(decision.predicted.harm_s),
+            "interference_ms": _ms(decision.predicted.interference_s),
         },
         "actual": {
             "kind": report and report.kind,

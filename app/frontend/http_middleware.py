@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.frontend.explain import explain_header
-from app.frontend.request_context import Exchange, begin_exchange, current_exchange
+from app.frontend.request_context import RequestContext, begin_request, current_request
 
 EXPLAIN_HEADER = b"x-baton-explain"
 """``1`` in a request asks for it in the response; any other value does not."""
@@ -82,22 +82,22 @@ class RoutingHeaders:
             await self._app(scope, receive, send)
             return
         wants_explanation = dict(scope["headers"]).get(EXPLAIN_HEADER) == b"1"
-        with begin_exchange(wants_explanation=wants_explanation) as exchange:
+        with begin_request(wants_explanation=wants_explanation) as context:
 
             async def telling_send(message: Message) -> None:
                 if message["type"] == "http.response.start":
-                    headers = [*message.get("headers", ()), *_headers(exchange, message["status"])]
+                    headers = [*message.get("headers", ()), *_headers(context, message["status"])]
                     message = {**message, "headers": headers}
                 await send(message)
 
             await self._app(scope, receive, telling_send)
 
 
-def _headers(exchange: Exchange, status: int) -> Iterator[tuple[bytes, bytes]]:
-    if exchange.sequences:
-        yield EXPLAIN_HEADER, explain_header(exchange.sequences).encode("ascii")
-    if exchange.retry_after_s is not None and status == HTTPStatus.TOO_MANY_REQUESTS:
-        yield b"retry-after", str(exchange.retry_after_s).encode("ascii")
+def _headers(context: RequestContext, status: int) -> Iterator[tuple[bytes, bytes]]:
+    if context.sequences:
+        yield EXPLAIN_HEADER, explain_header(context.sequences).encode("ascii")
+    if context.retry_after_s is not None and status == HTTPStatus.TOO_MANY_REQUESTS:
+        yield b"retry-after", str(context.retry_after_s).encode("ascii")
 
 
 class ErrorBeforeStream:
@@ -112,7 +112,7 @@ class ErrorBeforeStream:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = _Answer(scope, receive, send)
+        answer = _HeldResponse(scope, receive, send)
         try:
             await self._app(scope, receive, answer.send)
         except Exception:
@@ -121,14 +121,14 @@ class ErrorBeforeStream:
                 raise
 
 
-class _Answer:
+class _HeldResponse:
     """Passes one answer on, the start of a stream only when it is known not to fail."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._exchange = current_exchange()
+        self._context = current_request()
         self._held: list[Message] = []
         self._is_replaced = False
 
@@ -140,7 +140,7 @@ class _Answer:
             return
         self._held.append(message)
         body = message.get("body", b"")
-        if (error := self._exchange.early_failure or _first_error(body)) is not None:
+        if (error := self._context.early_failure or _first_error(body)) is not None:
             await self._replace(error)
         elif message["type"] == "http.response.body" and not self._has_to_wait(message):
             held, self._held = self._held, []
@@ -149,7 +149,7 @@ class _Answer:
 
     async def end_with_failure(self) -> bool:
         """Send the request's failure if no other answer has begun; returns whether a failure was sent."""
-        if self._held and not self._is_replaced and (error := self._exchange.early_failure) is not None:
+        if self._held and not self._is_replaced and (error := self._context.early_failure) is not None:
             await self._replace(error)
         return self._is_replaced
 
@@ -157,7 +157,7 @@ class _Answer:
         """Whether the engine has said nothing yet, and the stream goes on when it has."""
         asks_an_engine = self._scope.get("method") == "POST"  # GET: what another request began, once more
         is_comment = message.get("body", b"").startswith(b":")
-        return asks_an_engine and not self._exchange.has_begun and not is_comment and message.get("more_body", False)
+        return asks_an_engine and not self._context.has_begun and not is_comment and message.get("more_body", False)
 
     async def _replace(self, error: dict[str, Any]) -> None:
         self._is_replaced = True

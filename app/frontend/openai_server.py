@@ -129,11 +129,11 @@ async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator)
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 
-    from app.frontend.engine_client import DisaggregatedEngine
+    from app.frontend.engine_client import PooledEngineClient
 
     arguments = server_namespace(model, index)
     vllm_config = frontend_config(arguments)
-    engine = DisaggregatedEngine(vllm_config, model, orchestrator)
+    engine = PooledEngineClient(vllm_config, model, orchestrator)
     app: FastAPI = build_app(arguments, ("generate",), vllm_config.model_config)
     await init_app_state(engine, app.state, arguments, ("generate",))
     _remove_routes(app, (*WITHOUT_MEANING, "/health"))

@@ -28,7 +28,7 @@ from app.errors import BatonError, EngineDead, NoReplica, PrefillFailed, Replica
 from app.messages import GenerateRequest, PrefillReport, TokenDelta
 from app.routing.decision import Candidate, Decision, RoutingHints
 from app.routing.in_flight import InFlight
-from app.routing.placement import spoil
+from app.routing.placement import corrupt_prompt
 from app.routing.router import NO_HINTS, Router
 
 logger = logging.getLogger("baton.orchestrator")
@@ -116,7 +116,7 @@ class Orchestrator:
         role, replica = decision.serving_role, decision.serving.replica
         if isinstance(error, PrefillFailed) and decision.prefill is not None:
             role, replica = "prefill", decision.prefill.replica
-        self._router.views[role].avoid(replica)
+        self._router.pools[role].avoid(replica)
         logger.warning("request_id=%s %s_replica=%s failed: %s", request.request_id, role, replica, error)
         return replica
 
@@ -131,7 +131,7 @@ class Orchestrator:
             has_arrived = delta.report is not None and delta.report.kind == "remote"
             in_flight.first_token(delta.report)
             if handoff is not None and _has_failed(delta.report):
-                self._router.views["prefill"].avoid(handoff.replica)
+                self._router.pools["prefill"].avoid(handoff.replica)
 
         progress.on_first = on_first
         pool = self._serving[decision.serving_role]
@@ -157,7 +157,7 @@ class Orchestrator:
         except ReplicaLost as error:
             if self._router.local_role() != decision.serving_role:
                 raise PrefillFailed(str(error)) from error
-            self._router.views["prefill"].avoid(replica)
+            self._router.pools["prefill"].avoid(replica)
             return None, "no_prefill_replica"
 
 
@@ -204,7 +204,7 @@ class Progress:
 
 def _to_prefill(request: GenerateRequest, prefill: Candidate, attempt: int) -> GenerateRequest:
     """What the prefill replica gets, with an id of its own: an earlier attempt may still be ending there."""
-    prefilled = spoil(request) if request.prefill_mode == "spoiled" else request
+    prefilled = corrupt_prompt(request) if request.prefill_mode == "corrupted" else request
     return msgspec.structs.replace(
         prefilled,
         request_id=f"{request.request_id}-{attempt}" if attempt else request.request_id,

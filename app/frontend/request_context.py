@@ -16,7 +16,7 @@ from typing import Any
 from app.frontend.sequence_record import SequenceRecord
 
 
-class Exchange:
+class RequestContext:
     """One HTTP request and its answer."""
 
     def __init__(self, *, wants_explanation: bool = False) -> None:
@@ -40,19 +40,19 @@ class Exchange:
         self.retry_after_s = max(self.retry_after_s or 1, math.ceil(seconds))
 
 
-_current: ContextVar[Exchange | None] = ContextVar("baton_exchange", default=None)
+_current: ContextVar[RequestContext | None] = ContextVar("baton_request", default=None)
 
 
-def current_exchange() -> Exchange:
+def current_request() -> RequestContext:
     """That of the request which is being served; one that nobody looks at where there is none."""
-    return _current.get() or Exchange()
+    return _current.get() or RequestContext()
 
 
 @contextmanager
-def begin_exchange(*, wants_explanation: bool) -> Iterator[Exchange]:
-    """Have everything that the block starts see one exchange."""
-    token = _current.set(exchange := Exchange(wants_explanation=wants_explanation))
+def begin_request(*, wants_explanation: bool) -> Iterator[RequestContext]:
+    """Have everything that the block starts see one context."""
+    token = _current.set(context := RequestContext(wants_explanation=wants_explanation))
     try:
-        yield exchange
+        yield context
     finally:
         _current.reset(token)

@@ -28,7 +28,7 @@ class Prediction(msgspec.Struct, frozen=True):
 
     remote_s: float | None = None
     local_s: float | None = None
-    harm_s: float = 0.0
+    interference_s: float = 0.0
     """What a local prefill would cost the sequences that run there, beyond their budget, added up over them."""
 
 

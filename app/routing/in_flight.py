@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from app.messages import GenerateRequest, PrefillReport, Role
 from app.routing.decision import Decision
-from app.routing.pool_state import PoolView
+from app.routing.pool_state import PoolState
 from app.routing.topology import Topology
 from app.routing.ttft import HandoverWork, PromptWork, TtftPredictor
 
@@ -17,7 +17,7 @@ class InFlight:
 
     def __init__(
         self,
-        views: Mapping[Role, PoolView],
+        views: Mapping[Role, PoolState],
         predictor: TtftPredictor,
         topology: Topology,
         clock: Callable[[], float],

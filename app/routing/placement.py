@@ -12,11 +12,11 @@ from app.routing.decision import Prediction
 from app.routing.scores import Scored
 
 Kind = Literal["remote", "local"]
-Placement = tuple[Kind, str]
+PlacementChoice = tuple[Kind, str]
 """Where, and why, in the words of `Decision.reason`."""
 
 
-def demanded(request: GenerateRequest) -> Placement | None:
+def demanded(request: GenerateRequest) -> PlacementChoice | None:
     """Where a request wants its prompt prefilled, or has to have it; None if that is free.
 
     ``prompt_logprobs`` come out of the forward pass over the prompt, which under disaggregation runs on the other
@@ -24,7 +24,7 @@ def demanded(request: GenerateRequest) -> Placement | None:
     """
     if request.prefill_mode == "local":
         return "local", "requested"
-    if request.prefill_mode in ("remote", "spoiled"):
+    if request.prefill_mode in ("remote", "corrupted"):
         return "remote", "requested"
     if request.sampling.get("prompt_logprobs") is not None:
         return "local", "prompt_logprobs"
@@ -37,13 +37,13 @@ def place(
     prefill: Scored,
     local: Scored,
     predicted: Prediction,
-) -> Placement:
+) -> PlacementChoice:
     """Choose where both ways are open; `num_tokens` is the prompt's length."""
     match policy:
         case PredictedPlacement():
             if predicted.remote_s is None or predicted.local_s is None:
                 return "remote", "unmeasured"
-            is_local = predicted.local_s + predicted.harm_s <= predicted.remote_s
+            is_local = predicted.local_s + predicted.interference_s <= predicted.remote_s
             return ("local" if is_local else "remote"), "faster"
         case ThresholdPlacement():
             if num_tokens - local.cached_tokens <= policy.max_local_tokens:
@@ -55,10 +55,10 @@ def place(
             return "remote", "configured"
 
 
-def spoil(request: GenerateRequest) -> GenerateRequest:
+def corrupt_prompt(request: GenerateRequest) -> GenerateRequest:
     """The same request with another prompt of the same length: its KV is wrong for the original."""
     first, *rest = request.prompt_token_ids
-    spoiled = [*rest, first]
-    if spoiled == request.prompt_token_ids:  # one token, however often: take a neighbour that exists
-        spoiled = [first - 1 if first else 1] * len(spoiled)
-    return msgspec.structs.replace(request, prompt_token_ids=spoiled)
+    corrupted = [*rest, first]
+    if corrupted == request.prompt_token_ids:  # one token, however often: take a neighbour that exists
+        corrupted = [first - 1 if first else 1] * len(corrupted)
+    return msgspec.structs.replace(request, prompt_token_ids=corrupted)

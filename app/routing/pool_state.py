@@ -58,7 +58,7 @@ class Gauge:
             self._update()
 
 
-class ReplicaView:
+class ReplicaState:
     """One replica, as this frontend knows it."""
 
     __slots__ = ("_assumed", "avoid_until", "decoding", "info", "queued_tokens", "sequences", "used_blocks")
@@ -90,12 +90,12 @@ class ReplicaView:
         return self._assumed.assume(list(hashes))
 
 
-class PoolView:
+class PoolState:
     """The replicas of one pool that can be reached."""
 
     def __init__(self, index: PrefixIndex, clock: Callable[[], float] = time.monotonic) -> None:
         """`index` may be other pools' as well: one walk over a prompt's blocks then finds all that hold it."""
-        self.replicas: dict[str, ReplicaView] = {}
+        self.replicas: dict[str, ReplicaState] = {}
         self.index = index
         self._ids: list[str] = []
         self._ring = SessionRing()
@@ -109,7 +109,7 @@ class PoolView:
     def join(self, info: ReplicaInfo) -> None:
         """A replica can be reached from now on; nothing is known of its load and cache yet."""
         self.leave(info.replica_id)
-        self.replicas[info.replica_id] = ReplicaView(info)
+        self.replicas[info.replica_id] = ReplicaState(info)
         self._ids.append(info.replica_id)
         self._ring.add(info.replica_id)
 

@@ -16,7 +16,7 @@ import msgspec
 
 from app.config import DecodeWeights, PrefillWeights
 from app.routing.decision import Candidate
-from app.routing.pool_state import ReplicaView
+from app.routing.pool_state import ReplicaState
 
 HALF_BATCH = 32
 """Sequences at which the `batch` score is a half.  A step of a batch of 32 takes 1.1 to 1.5 times as long as one of a
@@ -41,7 +41,7 @@ class Scored(msgspec.Struct):
     """A replica with its scores."""
 
     replica: str
-    view: ReplicaView
+    view: ReplicaState
     cached_tokens: int
     queued_tokens: int
     scores: tuple[float, ...]
@@ -61,7 +61,7 @@ class Scored(msgspec.Struct):
 def score(
     prompt: Prompt,
     replicas: Sequence[str],
-    views: Mapping[str, ReplicaView],
+    views: Mapping[str, ReplicaState],
     cached_tokens: Mapping[str, int],
     weights: Sequence[float],
 ) -> list[Scored]:
@@ -80,7 +80,7 @@ def score(
     return found
 
 
-def _decode_scores(prompt: Prompt, view: ReplicaView, cached_tokens: int) -> tuple[float, ...]:
+def _decode_scores(prompt: Prompt, view: ReplicaState, cached_tokens: int) -> tuple[float, ...]:
     return (
         HALF_BATCH / (HALF_BATCH + view.sequences.value),
         _free_after(prompt.num_tokens - cached_tokens, view),
@@ -88,7 +88,7 @@ def _decode_scores(prompt: Prompt, view: ReplicaView, cached_tokens: int) -> tup
     )
 
 
-def _free_after(num_tokens: int, view: ReplicaView) -> float:
+def _free_after(num_tokens: int, view: ReplicaState) -> float:
     """The share of KV blocks that would be free with `num_tokens` more in it."""
     used = view.used_blocks.value + view.num_blocks(num_tokens)
     return max(0.0, 1 - used / view.info.num_blocks)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from app.config import RoutingConfig
 from app.messages import Role
-from app.routing.pool_state import PoolView
+from app.routing.pool_state import PoolState
 from app.routing.prefix_index import PrefixIndex
 from app.routing.scores import weights_of
 from app.routing.topology import Topology
@@ -34,7 +34,7 @@ class RouterState:
         self.topology = Topology()
         self.index = PrefixIndex()
         roles: dict[Role, bool] = {"prefill": has_prefill, "decode": True, "aggregated": has_aggregated}
-        self.views = {role: PoolView(self.index, clock) for role, is_there in roles.items() if is_there}
+        self.pools = {role: PoolState(self.index, clock) for role, is_there in roles.items() if is_there}
         self._can_decode_prefill = can_decode_prefill or not has_prefill
         decode_weights = weights_of(config.decode_weights)
         self.weights: dict[Role, tuple[float, ...]] = {
@@ -45,6 +45,6 @@ class RouterState:
 
     def local_role(self) -> Role | None:
         """The pool that prefills locally: the aggregated one if any of it is ready; None if there is none."""
-        if "aggregated" in self.views and self.views["aggregated"].replicas:
+        if "aggregated" in self.pools and self.pools["aggregated"].replicas:
             return "aggregated"
         return "decode" if self._can_decode_prefill else None

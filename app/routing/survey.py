@@ -12,7 +12,7 @@ from app.errors import InvalidRequest, NoReplica, Overloaded
 from app.kv_cache.block_hashes import block_hashes, root_hash
 from app.messages import GenerateRequest, Role
 from app.routing.decision import Candidate, Prediction, RoutingHints
-from app.routing.placement import Placement, demanded, place
+from app.routing.placement import PlacementChoice, demanded, place
 from app.routing.scores import Prompt, Scored, pick, score
 from app.routing.state import RouterState
 from app.routing.ttft import HandoverWork, PromptWork
@@ -52,7 +52,7 @@ class Survey:
         self._rankings: dict[Role, Ranking] = {}
         self.local_role = state.local_role()
 
-    def place(self, predicted: Prediction) -> Placement:
+    def place(self, predicted: Prediction) -> PlacementChoice:
         """Where to prefill.  Raises InvalidRequest and Overloaded."""
         state, local_role, wish = self._state, self.local_role, demanded(self._request)
         if not state.has_prefill:
@@ -108,7 +108,7 @@ class Survey:
         return self._rankings[role]
 
     def _score(self, role: Role) -> list[Scored]:
-        view = self._state.views[role]
+        view = self._state.pools[role]
         block_size = view.block_size
         if block_size is None:
             return []
@@ -137,7 +137,7 @@ class Survey:
         """Of the nodes of decode `replicas` to the best prefill replica."""
         if not self._state.has_prefill or (prefill := self.ranking("prefill").best) is None:
             return {}
-        views = self._state.views["decode"].replicas
+        views = self._state.pools["decode"].replicas
         nodes = {views[replica].info.node_ip for replica in replicas}
         return self._state.topology.nearness(prefill.view.info.node_ip, nodes)
 

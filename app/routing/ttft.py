@@ -32,7 +32,7 @@ MAX_AGE_S = 600.0
 """A way that nobody has taken for so long counts as not measured, and is tried again."""
 RETRY_REQUESTS, RETRY_S = 256, 30.0
 """So does one that was not taken for so many requests in at least so many seconds: what made it slow, decode replicas
-without a free place say, may have passed, and nobody would find out.  What was known of it is forgotten then."""
+without a free slot say, may have passed, and nobody would find out.  What was known of it is forgotten then."""
 REFIT_EVERY = 8
 """Requests between fits once there are so many; a fit takes 0.3 ms."""
 
@@ -181,7 +181,7 @@ class TtftPredictor:
             return None
         return self.local.predict(work.local_row())
 
-    def harm_s(self, work: PromptWork, itl_budget_s: float) -> float:
+    def interference_s(self, work: PromptWork, itl_budget_s: float) -> float:
         """What a local prefill makes the sequences that decode there wait beyond the budget, added up over them.
 
         Counted as if it took place at once: in chunks it is spread over more tokens, and is as long.
@@ -217,7 +217,7 @@ class TtftPredictor:
         return Prediction(
             self.remote_s(*remote) if remote else None,
             self.local_s(local) if local else None,
-            self.harm_s(local, itl_budget_s) if local else 0.0,
+            self.interference_s(local, itl_budget_s) if local else 0.0,
         )
 
     def learn_remote(

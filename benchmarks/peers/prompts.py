@@ -14,7 +14,7 @@ from random import Random
 
 import msgspec
 
-from app.bench.workload import Load, Request
+from app.bench.workload import Request, RequestPlan
 
 WORD = re.compile(r" [A-Za-z]+")
 MAX_WORDS = 5000
@@ -33,7 +33,7 @@ class TextRequest(Request, frozen=True):
         )
 
 
-def as_text(load: Load, tokenizer: str) -> Load:
+def as_text(load: RequestPlan, tokenizer: str) -> RequestPlan:
     """The same number of requests, of the same lengths, as text."""
     requests: list[Request] = [
         TextRequest(request.at_s, request.pieces, request.output_tokens, tokenizer) for request in load.requests

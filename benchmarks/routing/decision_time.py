@@ -68,7 +68,7 @@ def loaded_router(num_replicas: int, num_blocks: int, random: Random) -> tuple[R
     router = Router(RoutingConfig(), has_prefill=True)
     names: dict[Role, list[str]] = {role: [f"{role}-{index}" for index in range(num_replicas)] for role in ROLES}
     for role in ROLES:
-        view = router.views[role]
+        view = router.pools[role]
         for index, name in enumerate(names[role]):
             view.join(_info(role, name, index))
             view.on_load(name, ReplicaLoad(random.randrange(16), random.randrange(8192), random.randrange(8192)))
@@ -121,7 +121,7 @@ def _measure(
 def _tell(router: Router, replicas: dict[Role, list[str]], update: KvUpdate) -> None:
     for role, names in replicas.items():
         for name in names:
-            router.views[role].on_kv(name, update)
+            router.pools[role].on_kv(name, update)
 
 
 def _serve(router: Router, prompt: list[int]) -> float:

@@ -26,12 +26,12 @@ import msgspec
 
 from app.bench.workload import MOONCAKE_BLOCK_TOKENS, Request
 from app.engines.sim.profile import SimProfile
-from app.engines.sim.scheduler import Scheduler, SchedulerLimits, Sequence, Step
+from app.engines.sim.scheduler import ScheduledSequence, Scheduler, SchedulerLimits, Step
 from app.errors import Overloaded
 from app.kv_cache.event_translator import EventTranslator
 from app.messages import GenerateRequest, PrefillReport, ReplicaInfo, ReplicaLoad, Role
-from app.routing.pool_state import PoolView
-from benchmarks.routing.policies import Placement, Policy
+from app.routing.pool_state import PoolState
+from benchmarks.routing.policies import FleetAssignment, Policy
 
 MAX_MODEL_LEN = 131_072
 
@@ -89,9 +89,9 @@ class Replica:
         name: str,
         spec: FleetSpec,
         timeline: Timeline,
-        begin_pull: Callable[[Sequence], None],
-        hand_out: Callable[[list[Sequence]], None],
-        view: PoolView | None,
+        begin_pull: Callable[[ScheduledSequence], None],
+        hand_out: Callable[[list[ScheduledSequence]], None],
+        view: PoolState | None,
     ) -> None:
         """`view` is told what goes on; without it nobody is."""
         self.name = name
@@ -137,11 +137,11 @@ class Replica:
             prefix_cache="published",
         )
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: ScheduledSequence) -> None:
         self.scheduler.add(sequence)
         self.wake()
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: ScheduledSequence) -> None:
         self.scheduler.cancel(sequence)
         self.wake()  # others may wait for its blocks
 
@@ -184,10 +184,10 @@ class Run(msgspec.Struct, eq=False):
     """One request under way."""
 
     request: GenerateRequest
-    placement: Placement
+    placement: FleetAssignment
     output_tokens: int
     arrived_at: float
-    prefill: Sequence | None = None
+    prefill: ScheduledSequence | None = None
     """Until its blocks were given back."""
     prefill_cached_tokens: int = 0
     handed_off_at: float = 0.0
@@ -224,13 +224,13 @@ class Fleet:
         self._spec = spec
         self._policy = policy
         self._timeline = timeline
-        self._runs: dict[Sequence, Run] = {}
+        self._runs: dict[ScheduledSequence, Run] = {}
         self.replicas: dict[str, Replica] = {}
-        pools: tuple[tuple[Role, Callable[[list[Sequence]], None]], ...] = (
+        pools: tuple[tuple[Role, Callable[[list[ScheduledSequence]], None]], ...] = (
             ("prefill", self._hand_off),
             ("decode", self._give_out),
         )
-        views: Mapping[Role, PoolView] = policy.views
+        views: Mapping[Role, PoolState] = policy.pools
         for role, hand_out in pools:
             for name in spec.names(role):
                 self.replicas[name] = Replica(role, name, spec, timeline, self._begin_pull, hand_out, views.get(role))
@@ -272,19 +272,19 @@ class Fleet:
             self._compute_prompt(run, decode, self._decode_sequence(run, is_pulled=False))
             return
         decode.tell()
-        run.prefill = Sequence(generate.prompt_token_ids, max_tokens=1, is_handoff=True)
+        run.prefill = ScheduledSequence(generate.prompt_token_ids, max_tokens=1, is_handoff=True)
         self.replicas[placement.prefill].num_sequences += 1
         self._compute_prompt(run, self.replicas[placement.prefill], run.prefill)
 
-    def _decode_sequence(self, run: Run, *, is_pulled: bool) -> Sequence:
-        return Sequence(run.request.prompt_token_ids, max_tokens=run.output_tokens, is_pulled=is_pulled)
+    def _decode_sequence(self, run: Run, *, is_pulled: bool) -> ScheduledSequence:
+        return ScheduledSequence(run.request.prompt_token_ids, max_tokens=run.output_tokens, is_pulled=is_pulled)
 
-    def _compute_prompt(self, run: Run, replica: Replica, sequence: Sequence) -> None:
+    def _compute_prompt(self, run: Run, replica: Replica, sequence: ScheduledSequence) -> None:
         self._runs[sequence] = run
         replica.queued_tokens += queued_tokens(run)
         replica.add(sequence)
 
-    def _hand_off(self, sequences: list[Sequence]) -> None:
+    def _hand_off(self, sequences: list[ScheduledSequence]) -> None:
         """Prompts were computed by prefill: decode may pull them."""
         for sequence in sequences:
             run = self._runs[sequence]
@@ -298,13 +298,13 @@ class Fleet:
             self._runs[decoding] = run
             self.replicas[run.placement.decode].add(decoding)
 
-    def _begin_pull(self, sequence: Sequence) -> None:
+    def _begin_pull(self, sequence: ScheduledSequence) -> None:
         num_blocks = -(-sequence.transferred_tokens // self._spec.block_size)
         profile = self._spec.profile
         num_bytes = num_blocks * self._spec.block_size * profile.kv_bytes_per_token
         self._timeline.after(profile.transfer_s(num_bytes), self._end_pull, sequence)
 
-    def _end_pull(self, sequence: Sequence) -> None:
+    def _end_pull(self, sequence: ScheduledSequence) -> None:
         run = self._runs[sequence]
         replica = self.replicas[run.placement.decode]
         replica.scheduler.end_transfer(sequence, sequence.digest)
@@ -319,7 +319,7 @@ class Fleet:
             self.replicas[run.placement.prefill].cancel(run.prefill)
             run.prefill = None
 
-    def _give_out(self, sequences: list[Sequence]) -> None:
+    def _give_out(self, sequences: list[ScheduledSequence]) -> None:
         """Tokens were computed by decode."""
         now, runs, gaps = self._timeline.now, self._runs, self.result.itl_s
         for sequence in sequences:
@@ -332,7 +332,7 @@ class Fleet:
             if sequence.finish_reason is not None:
                 self._end(run, sequence)
 
-    def _first_token(self, run: Run, sequence: Sequence) -> None:
+    def _first_token(self, run: Run, sequence: ScheduledSequence) -> None:
         placement, result, ttft_s = run.placement, self.result, self._timeline.now - run.arrived_at
         is_local = placement.prefill is None
         if is_local:
@@ -347,7 +347,7 @@ class Fleet:
             result.predicted_to_actual.append(placement.predicted_ttft_s / ttft_s)
         placement.first_token(self._report(run, sequence))
 
-    def _report(self, run: Run, sequence: Sequence) -> PrefillReport:
+    def _report(self, run: Run, sequence: ScheduledSequence) -> PrefillReport:
         """What the sim engine and its worker report."""
         now, prefill = self._timeline.now, run.placement.prefill
         return PrefillReport(
@@ -363,7 +363,7 @@ class Fleet:
             first_token_s=now - (run.handed_off_at if prefill else run.arrived_at),
         )
 
-    def _end(self, run: Run, sequence: Sequence) -> None:
+    def _end(self, run: Run, sequence: ScheduledSequence) -> None:
         del self._runs[sequence]
         self.replicas[run.placement.decode].num_sequences -= 1
         self.result.num_ended += 1

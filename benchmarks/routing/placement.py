@@ -2,9 +2,9 @@
 
 Each case is a kind of prompt in a kind of situation.  It is served three times by prompts of the same shape that the
 server has not seen: once as the router likes, once prefilled locally, once remotely.  The router's choice is right
-where it is the way that is faster in the median of the other two; the harm that a local prefill is predicted to do to
-sequences that run there counts as its time.  Predicted and real times to the first token come from the response header
-``x-baton-explain``, so both are those of the frontend.
+where it is the way that is faster in the median of the other two; the predicted interference of a local prefill with
+the sequences that run there counts as its time.  Predicted and real times to the first token come from the
+response header ``x-baton-explain``, so both are those of the frontend.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Sample(msgspec.Struct, frozen=True):
     ttft_ms: float
     predicted_local_ms: float | None
     predicted_remote_ms: float | None
-    harm_ms: float
+    interference_ms: float
     """What a local prefill would cost the others, as predicted."""
     cached_tokens: int
     expected_cached_tokens: int
@@ -107,13 +107,13 @@ class CaseResult(msgspec.Struct, frozen=True):
         return median(s.ttft_ms for s in self.samples if s.mode == mode)
 
     @property
-    def harm_ms(self) -> float:
-        return median(s.harm_ms for s in self.samples)
+    def interference_ms(self) -> float:
+        return median(s.interference_ms for s in self.samples)
 
     @property
     def costs_ms(self) -> dict[str, float]:
         """Of both ways."""
-        return {"local": self.ttft_ms("local") + self.harm_ms, "remote": self.ttft_ms("remote")}
+        return {"local": self.ttft_ms("local") + self.interference_ms, "remote": self.ttft_ms("remote")}
 
     @property
     def better(self) -> str:
@@ -145,7 +145,7 @@ def cache_mismatches(results: Sequence[CaseResult]) -> int:
     return sum(s.cached_tokens != s.expected_cached_tokens for result in results for s in result.samples)
 
 
-class Server:
+class ExplainedClient:
     """A running Baton, and prompts that it has not seen."""
 
     def __init__(self, client: httpx.AsyncClient, model: str, vocabulary: Sequence[int], rng: random.Random) -> None:
@@ -211,13 +211,13 @@ def _to_sample(mode: Mode, explained: dict[str, Any]) -> Sample:
         ttft_ms=actual["ttft_ms"],
         predicted_local_ms=expected["local_ttft_ms"],
         predicted_remote_ms=expected["remote_ttft_ms"],
-        harm_ms=expected["harm_ms"],
+        interference_ms=expected["interference_ms"],
         cached_tokens=actual["cached_tokens"],
         expected_cached_tokens=expected["cached_tokens"],
     )
 
 
-async def warm_up(server: Server, longest: int, repeat: int) -> None:
+async def warm_up(server: ExplainedClient, longest: int, repeat: int) -> None:
     """Have the router learn both ways, at several lengths, one request at a time."""
     for _ in range(repeat):
         for num_tokens in (longest // 32, longest // 8, longest // 3, longest):
@@ -225,7 +225,7 @@ async def warm_up(server: Server, longest: int, repeat: int) -> None:
                 await server.complete(server.new_prompt(num_tokens), mode)
 
 
-async def measure_case(server: Server, case: Case, repeat: int) -> CaseResult:
+async def measure_case(server: ExplainedClient, case: Case, repeat: int) -> CaseResult:
     """Serve `repeat` prompts of each mode, in turn: what drifts on the machine meanwhile hits all alike."""
     samples = []
     async with server.busy(case.streams):
@@ -236,7 +236,7 @@ async def measure_case(server: Server, case: Case, repeat: int) -> CaseResult:
     return CaseResult(case, samples)
 
 
-async def _measure_once(server: Server, case: Case, mode: Mode) -> Sample:
+async def _measure_once(server: ExplainedClient, case: Case, mode: Mode) -> Sample:
     prompt = server.new_prompt(case.tokens)
     if case.history != "none":
         await server.complete(prompt[: case.tokens * 9 // 10], "local" if case.history == "on decode" else "remote")
@@ -256,7 +256,7 @@ async def measure_placement(
     """The mixed set, one case after the other.  Raises PlacementBenchError."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=ANSWER_TIMEOUT_S, limits=limits) as client:
-        server = Server(client, model, vocabulary, rng)
+        server = ExplainedClient(client, model, vocabulary, rng)
         await warm_up(server, longest, WARM_UPS)
         for case in mixed_cases(longest):
             yield await measure_case(server, case, repeat)

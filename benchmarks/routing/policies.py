@@ -12,11 +12,11 @@ import msgspec
 
 from app.config import RoutingConfig
 from app.messages import GenerateRequest, PrefillReport, Role
-from app.routing.pool_state import PoolView
+from app.routing.pool_state import PoolState
 from app.routing.router import Router
 
 
-class Placement(msgspec.Struct, frozen=True):
+class FleetAssignment(msgspec.Struct, frozen=True):
     """Where one request goes, and whom to tell of its progress."""
 
     prefill: str | None
@@ -33,27 +33,27 @@ class Placement(msgspec.Struct, frozen=True):
 class Policy(Protocol):
     """What places requests."""
 
-    views: Mapping[Role, PoolView]
+    pools: Mapping[Role, PoolState]
     """What replicas are to tell their load and caches to; empty where the policy knows only what it placed."""
 
-    def place(self, request: GenerateRequest) -> Placement:
+    def place(self, request: GenerateRequest) -> FleetAssignment:
         """Raises Overloaded."""
 
 
 class RoundRobin:
     """Each pool's replicas in turn."""
 
-    views: Mapping[Role, PoolView] = {}
+    pools: Mapping[Role, PoolState] = {}
 
     def __init__(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
         self._prefill = prefill
         self._decode = decode
         self._turns = count()
 
-    def place(self, request: GenerateRequest) -> Placement:
+    def place(self, request: GenerateRequest) -> FleetAssignment:
         turn = next(self._turns)
         prefill, decode = (pool[turn % len(pool)] for pool in (self._prefill, self._decode))
-        return Placement(prefill, decode, first_token=lambda report: None, end=lambda: None)
+        return FleetAssignment(prefill, decode, first_token=lambda report: None, end=lambda: None)
 
 
 class PowerOfTwo:
@@ -63,7 +63,7 @@ class PowerOfTwo:
     router with several frontends knows.
     """
 
-    views: Mapping[Role, PoolView] = {}
+    pools: Mapping[Role, PoolState] = {}
 
     def __init__(self, prefill: Sequence[str], decode: Sequence[str], seed: int) -> None:
         self._prefill = prefill
@@ -71,10 +71,10 @@ class PowerOfTwo:
         self._random = Random(seed)
         self._queues: Counter[str] = Counter()
 
-    def place(self, request: GenerateRequest) -> Placement:
+    def place(self, request: GenerateRequest) -> FleetAssignment:
         prefill, decode = self._choose(self._prefill), self._choose(self._decode)
         self._queues.update((prefill, decode))
-        return Placement(
+        return FleetAssignment(
             prefill,
             decode,
             first_token=lambda report: self._queues.subtract((prefill,)),
@@ -90,13 +90,13 @@ class Baton:
 
     def __init__(self, config: RoutingConfig, clock: Callable[[], float]) -> None:
         self._router = Router(config, has_prefill=True, can_decode_prefill=True, has_aggregated=False, clock=clock)
-        self.views: Mapping[Role, PoolView] = self._router.views
+        self.pools: Mapping[Role, PoolState] = self._router.pools
 
-    def place(self, request: GenerateRequest) -> Placement:
+    def place(self, request: GenerateRequest) -> FleetAssignment:
         decision = self._router.decide(request)
         in_flight = self._router.begin(request, decision)
         prefill = decision.prefill if decision.kind == "remote" else None
-        return Placement(
+        return FleetAssignment(
             prefill=prefill.replica if prefill else None,
             decode=decision.serving.replica,
             first_token=in_flight.first_token,

@@ -256,10 +256,10 @@ class PlacementReport(msgspec.Struct, kw_only=True):
 def print_placement(report: PlacementReport, console: Console) -> None:
     """One table, the predictions' errors and what came of the aim."""
     _print_source(report.source, [report.server], console)
-    columns = ["local TTFT ms", "remote TTFT ms", "harm ms", "better", "chosen so", "chosen TTFT ms"]
-    table = markdown_table(["case", *columns], "Local or remote prefill: medians; harm is predicted")
+    columns = ["local TTFT ms", "remote TTFT ms", "interference ms", "better", "chosen so", "chosen TTFT ms"]
+    table = markdown_table(["case", *columns], "Local or remote prefill: medians; interference is predicted")
     for result in report.results:
-        times = (result.ttft_ms("local"), result.ttft_ms("remote"), result.harm_ms)
+        times = (result.ttft_ms("local"), result.ttft_ms("remote"), result.interference_ms)
         better = f"{result.better}{' (near)' if result.is_near else ''}"
         chosen = f"{result.num_right} of {len(result.choices)}"
         table.add_row(

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.scaling``: waves of long prompts and of long outputs on a running application, and what its pools do.
+"""Waves of long prompts and of long outputs on a running application, and what its pools do.
 
 The waves are the test of pools that scale apart: long prompts must grow prefill alone, long outputs decode alone, and
 both must be back at their least afterwards, with no request lost on the way.  The command says whether that was so.

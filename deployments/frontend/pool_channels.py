@@ -16,9 +16,9 @@ import msgspec
 from app.channel.client import Channel
 from app.errors import ReplicaLost
 from app.messages import ReplicaInfo
-from app.routing.pool_state import PoolView
+from app.routing.pool_state import PoolState
 from deployments.detached import spawn_detached
-from deployments.frontend.ready_replicas import membership_of
+from deployments.frontend.ready_replicas import ready_replicas_of
 
 logger = logging.getLogger("baton.pool_channels")
 
@@ -29,14 +29,14 @@ RECONNECT_S = 0.5
 class PoolChannels:
     """Connects to every replica that Serve knows as ready, again if need be."""
 
-    def __init__(self, handle: Any, view: PoolView) -> None:
+    def __init__(self, handle: Any, view: PoolState) -> None:
         self._view = view
         self._channels: dict[str, Channel] = {}
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self._loop = asyncio.get_running_loop()
-        self._membership = membership_of(handle.deployment_id)
-        self._membership.on_change = partial(self._loop.call_soon_threadsafe, self._follow_membership)
-        self._follow_membership()
+        self._ready = ready_replicas_of(handle.deployment_id)
+        self._ready.on_change = partial(self._loop.call_soon_threadsafe, self._follow_ready_replicas)
+        self._follow_ready_replicas()
 
     def channel(self, replica: str) -> Channel:
         """The channel to a replica of the view.  Raises ReplicaLost for another."""
@@ -45,8 +45,8 @@ class PoolChannels:
             raise ReplicaLost(replica)
         return channel
 
-    def _follow_membership(self) -> None:
-        ready = self._membership.metadata()
+    def _follow_ready_replicas(self) -> None:
+        ready = self._ready.metadata()
         for replica in ready.keys() - self._channels.keys() - self._connecting.keys():
             self._connect_later(replica, ready[replica], delay_s=0)
         for replica in self._connecting.keys() - ready.keys():

@@ -18,12 +18,12 @@ from ray import ObjectRef
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from app.channel.client import Channel, Sequence
+from app.channel.client import Channel, SubmittedSequence
 from app.engines.base import Emit
 from app.errors import BatonError, PrefillFailed, ReplicaLost
 from app.frontend.orchestrator import Handoff
 from app.messages import GenerateRequest
-from app.routing.pool_state import PoolView
+from app.routing.pool_state import PoolState
 from deployments.detached import spawn_detached
 from deployments.frontend.pool_channels import PoolChannels
 
@@ -44,7 +44,7 @@ class RayHandoff:
 class RayPrefillPool:
     """The prefill replicas."""
 
-    def __init__(self, handle: Any, view: PoolView) -> None:
+    def __init__(self, handle: Any, view: PoolState) -> None:
         self._prefill = handle.options(method_name="prefill", _by_reference=True)
         self._abandon = handle.options(method_name="abandon", _by_reference=True)
         self._abandoning: set[asyncio.Task[None]] = set()
@@ -86,7 +86,7 @@ class RayPrefillPool:
 class RayDecodePool:
     """Replicas that decode: those of the decode pool, or of the aggregated one."""
 
-    def __init__(self, handle: Any, view: PoolView) -> None:
+    def __init__(self, handle: Any, view: PoolState) -> None:
         self._attach = handle.options(method_name="attach", _by_reference=True)
         self._attaching: set[asyncio.Task[None]] = set()
         self._channels = PoolChannels(handle, view)
@@ -113,7 +113,7 @@ class RayDecodePool:
                 handoff.lost.remove_done_callback(on_lost)
             channel.finish(sequence)
 
-    async def _hand_over(self, ref: ObjectRef, channel: Channel, sequence: Sequence, replica: str) -> None:
+    async def _hand_over(self, ref: ObjectRef, channel: Channel, sequence: SubmittedSequence, replica: str) -> None:
         """Goes on if the request is cancelled: decode then has the prefilled KV released."""
         try:
             await self._attach.remote(channel.link_id, sequence.number, [ref], replica_id=replica)

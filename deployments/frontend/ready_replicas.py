@@ -13,7 +13,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 
 
-class Membership:
+class ReadyReplicas:
     """The ready replicas of one deployment, as this process knows them.
 
     Serve's router may run on another thread than the code that reads this: each update replaces `_replicas`.
@@ -39,9 +39,9 @@ class Membership:
             self.on_change()
 
 
-_memberships: dict[DeploymentID, Membership] = {}
+_ready: dict[DeploymentID, ReadyReplicas] = {}
 
 
-def membership_of(deployment_id: DeploymentID) -> Membership:
-    """The membership of a deployment; filled once a handle to it was first used."""
-    return _memberships.setdefault(deployment_id, Membership())
+def ready_replicas_of(deployment_id: DeploymentID) -> ReadyReplicas:
+    """The ready of a deployment; filled once a handle to it was first used."""
+    return _ready.setdefault(deployment_id, ReadyReplicas())

@@ -18,7 +18,7 @@ from app.frontend.orchestrator import Orchestrator
 from app.messages import Role
 from app.routing.router import Router
 from deployments.frontend.pools import RayDecodePool, RayPrefillPool
-from deployments.frontend.ready_replicas import membership_of
+from deployments.frontend.ready_replicas import ready_replicas_of
 
 
 class ServedModel:
@@ -34,12 +34,12 @@ class ServedModel:
             has_aggregated="aggregated" in handles,
             can_decode_prefill=can_decode_prefill(model.engine),
         )
-        views = self.router.views
+        views = self.router.pools
         decode = RayDecodePool(handles["decode"], views["decode"])
         prefill = RayPrefillPool(handles["prefill"], views["prefill"]) if "prefill" in handles else None
         aggregated = RayDecodePool(handles["aggregated"], views["aggregated"]) if "aggregated" in handles else None
         self.orchestrator = Orchestrator(self.router, prefill, decode, limits, aggregated=aggregated)
-        self._memberships = {role: membership_of(handle.deployment_id) for role, handle in handles.items()}
+        self._ready = {role: ready_replicas_of(handle.deployment_id) for role, handle in handles.items()}
 
     def health(self) -> dict[str, Any]:
         """What /health says of the model; /v1/models takes it from here."""
@@ -48,21 +48,21 @@ class ServedModel:
             "engine": self._model.engine,
             "mode": "disaggregated" if self._model.is_disaggregated else "aggregated",
             "local_prefill": self.router.local_role() is not None,
-            "state": model_state(self._model, {role: len(view.replicas) for role, view in self.router.views.items()}),
-            "pools": {role: {"ready": len(pool.ids())} for role, pool in self._memberships.items()},
+            "state": model_state(self._model, {role: len(view.replicas) for role, view in self.router.pools.items()}),
+            "pools": {role: {"ready": len(pool.ids())} for role, pool in self._ready.items()},
         }
 
     def endpoints(self) -> list[dict[str, Any]]:
         """What each ready replica told of itself."""
         return [
             {"status": "ready", **metadata["info"]}
-            for pool in self._memberships.values()
+            for pool in self._ready.values()
             for metadata in pool.metadata().values()
         ]
 
     async def stats(self) -> list[dict[str, Any]]:
         """Every ready replica's load, asked for now, and beside it what this frontend goes by."""
-        asked = [(role, replica) for role, pool in self._memberships.items() for replica in pool.ids()]
+        asked = [(role, replica) for role, pool in self._ready.items() for replica in pool.ids()]
         return await asyncio.gather(*(self._ask(role, replica) for role, replica in asked))
 
     async def _ask(self, role: Role, replica: str) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class ServedModel:
 
     def _describe_view(self, role: Role, replica: str) -> dict[str, int] | None:
         """What this frontend believes of a replica; None if it has no connection to it."""
-        pool = self.router.views[role]
+        pool = self.router.pools[role]
         if (view := pool.replicas.get(replica)) is None:
             return None
         gauges = {"sequences": view.sequences, "queued_tokens": view.queued_tokens, "used_blocks": view.used_blocks}

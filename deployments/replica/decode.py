@@ -28,7 +28,7 @@ logger = logging.getLogger("baton.decode")
 
 Phase = Literal["prefilling", "promised", "waiting", "decoding"]
 """How far a sequence is: its prompt is computed here; elsewhere, though the descriptor is here (SGLang); was computed
-elsewhere, and it waits for a place or for its KV; it has a token."""
+elsewhere, and it waits for a slot or for its KV; it has a token."""
 
 
 class DecodeWorker(Worker):
@@ -45,14 +45,14 @@ class DecodeWorker(Worker):
         self._server.on_close = self._forget
 
     async def _run(self, link: Link, call: Submit) -> None:
-        self._publisher.look_soon()
+        self._publisher.poll_soon()
         try:
             descriptor, reason = None, call.local_reason
             if call.has_handoff:
                 descriptor, reason = await self._receive(link, call.number, call.request)
             await self._generate(link, call, descriptor, reason)
         finally:
-            self._publisher.look_soon()
+            self._publisher.poll_soon()
 
     async def _generate(self, link: Link, call: Submit, descriptor: TransferDescriptor | None, reason: str) -> None:
         """Generate with the KV of `descriptor`, or without one because of `reason`."""
@@ -71,11 +71,11 @@ class DecodeWorker(Worker):
                 self._phases[phase] -= 1
                 phase = "decoding"
                 self._phases[phase] += 1
-                self._publisher.look_soon()
+                self._publisher.poll_soon()
             link.put(call.number, delta)
 
         self._phases[phase] += 1
-        self._publisher.look_soon()
+        self._publisher.poll_soon()
         try:
             await self._engine.generate(call.request, descriptor, emit)
         finally:

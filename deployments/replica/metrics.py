@@ -60,7 +60,7 @@ class WorkerMetrics:
     async def _follow(self) -> None:
         try:
             while True:
-                self._tell(await self._engine.stats())
+                self._publish(await self._engine.stats())
                 await asyncio.sleep(PERIOD_S)
         except BatonError as error:  # a dead engine, which Serve finds out too
             logger.warning("metrics are exported no longer: %s", error)
@@ -68,7 +68,7 @@ class WorkerMetrics:
             logger.exception("metrics are exported no longer")
             raise
 
-    def _tell(self, stats: EngineStats) -> None:
+    def _publish(self, stats: EngineStats) -> None:
         sequences, decoding = self._count()
         self._queued_tokens.set(self._engine.queued_tokens())
         self._sequences.set(sequences)

@@ -32,18 +32,18 @@ class PrefillWorker(Worker):
         self.check_is_me(replica_id)
         task = asyncio.create_task(self._engine.prefill(request), name=request.request_id)
         self._running[request.request_id] = task
-        self._publisher.look_soon()
+        self._publisher.poll_soon()
         try:
             return await task
         finally:
             del self._running[request.request_id]
-            self._publisher.look_soon()
+            self._publisher.poll_soon()
 
     def num_requests(self) -> tuple[int, int]:
         return len(self._running), 0
 
     def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
-        """KV that waits for decode is decode's matter, and so are prompts that only lack its place."""
+        """KV that waits for decode is decode's matter, and so are prompts that only lack its slot."""
         if self._is_held_up(load, stats):
             load = msgspec.structs.replace(load, queued_tokens=0)
         elif stats.num_held_up:
@@ -53,7 +53,7 @@ class PrefillWorker(Worker):
         return {**super().levels(load, stats), "prefilling": len(self._running)}
 
     def _is_held_up(self, load: ReplicaLoad, stats: EngineStats) -> bool:
-        """Whether nothing is computed because the typical prompt that waits finds no place."""
+        """Whether nothing is computed because the typical prompt that waits finds no slot."""
         free_tokens = (stats.num_blocks - stats.num_used_blocks) * self._info.block_size_tokens
         is_short = free_tokens * max(1, len(self._running)) < load.queued_tokens
         return stats.num_running == 0 < stats.num_waiting and is_short

@@ -16,9 +16,9 @@ from app.messages import AllBlocksCleared, EngineStats, KvUpdate, ReplicaLoad
 
 logger = logging.getLogger("baton.publisher")
 
-LOOK_S = 0.01
-"""How often a busy engine's queue is looked at between the moments that `look_soon` knows of."""
-LOOKS_PER_POLL = 10
+POLL_S = 0.01
+"""How often a busy engine's queue is looked at between the moments that `poll_soon` knows of."""
+POLLS_PER_STATS = 10
 """How many of those looks there are for each question how many blocks are used, which costs more."""
 
 
@@ -36,79 +36,79 @@ class Publisher:
         info: EngineInfo,
         server: ChannelServer,
         count: Callable[[], tuple[int, int]],
-        on_look: Callable[[ReplicaLoad, EngineStats], object] = lambda load, stats: None,
+        on_poll: Callable[[ReplicaLoad, EngineStats], object] = lambda load, stats: None,
     ) -> None:
         """`count` says how many requests the replica has not finished, and how many of them decode.
 
-        `on_look` gets the load with each look, and what the engine said of itself last.
+        `on_poll` gets the load with each look, and what the engine said of itself last.
         """
         self._replica_id = replica_id
         self._engine = engine
         self._server = server
         self._count = count
-        self._on_look = on_look
+        self._on_look = on_poll
         self._stats = EngineStats()
         self._load = ReplicaLoad()
         self._is_busy = asyncio.Event()
-        self._will_look = False
+        self._will_poll = False
         self._loop = asyncio.get_running_loop()
         self._num_orphans_logged = 0
         self._tasks = [self._spawn(self._watch_load(), "watch-load")]
-        server.tell_load(self._load)
+        server.publish_load(self._load)
         if info.prefix_cache == "published":
             mirror = EventTranslator(info.num_blocks, info.block_size_tokens)
             server.snapshot = mirror.snapshot
             self._tasks.append(self._spawn(self._follow_cache(mirror), "follow-cache"))
 
-    def look_soon(self) -> None:
+    def poll_soon(self) -> None:
         """The load changes now: tell it when all that waits for this turn of the event loop has run."""
-        if not self._will_look:
-            self._will_look = True
-            self._loop.call_soon(self._look)
+        if not self._will_poll:
+            self._will_poll = True
+            self._loop.call_soon(self._poll)
 
-    def _look(self, *, is_poll: bool = False) -> None:
-        self._will_look = False
+    def _poll(self, *, is_poll: bool = False) -> None:
+        self._will_poll = False
         sequences, decoding = self._count()
         load = ReplicaLoad(sequences, self._engine.queued_tokens(), self._stats.num_used_blocks, decoding)
         self._on_look(load, self._stats)
         if is_poll or load != self._load:
             self._load = load
-            self._server.tell_load(load)
+            self._server.publish_load(load)
         if load != ReplicaLoad():
             self._is_busy.set()
 
     async def _watch_load(self) -> None:
-        """Notice what `look_soon` is not called for: queues that the engine works off by itself, and used blocks.
+        """Notice what `poll_soon` is not called for: queues that the engine works off by itself, and used blocks.
 
         The last thing before it rests is to ask for those: a prefill that is over may leave some to decode.
         """
         while True:
             await self._is_busy.wait()
             self._is_busy.clear()
-            for _ in range(LOOKS_PER_POLL):
-                await asyncio.sleep(LOOK_S)
-                self._look()
+            for _ in range(POLLS_PER_STATS):
+                await asyncio.sleep(POLL_S)
+                self._poll()
             try:
                 self._stats = await self._engine.stats()
             except BatonError as error:  # a dead engine, which Serve finds out too
                 logger.warning("replica_id=%s tells its load no longer: %s", self._replica_id, error)
                 return
-            self._look(is_poll=True)
+            self._poll(is_poll=True)
 
     async def _follow_cache(self, mirror: EventTranslator) -> None:
         try:
             async with aclosing(self._engine.kv_events()) as batches:
                 async for events in batches:
-                    self._tell_kv(mirror.apply(events))
+                    self._publish_kv(mirror.apply(events))
                     self._log_orphans(mirror)
         finally:  # nobody follows any more, so nothing is known to be there
-            self._tell_kv(mirror.apply([AllBlocksCleared()]))
+            self._publish_kv(mirror.apply([AllBlocksCleared()]))
 
-    def _tell_kv(self, update: KvUpdate) -> None:
+    def _publish_kv(self, update: KvUpdate) -> None:
         if update.is_reset:
             logger.info("replica_id=%s all cached blocks are forgotten", self._replica_id)
         if update.stored or update.removed or update.is_reset:
-            self._server.tell_kv(update)
+            self._server.publish_kv(update)
 
     def _log_orphans(self, mirror: EventTranslator) -> None:
         """Each time that they have doubled: what follows a lost event is many."""

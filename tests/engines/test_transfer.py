@@ -23,16 +23,20 @@ REFERENCES = {"sglang": SGLANG_AGGREGATED}
 def test_verify_passes(baton: Baton) -> None:
     tolerance = 0.03 if baton.engine == "vllm" else 0.001
     reference = REFERENCES.get(baton.engine)
-    assert compare_output(baton.url, model=baton.model, reference=reference, spoil=False, tolerance=tolerance, seed=1)
+    assert compare_output(
+        baton.url, model=baton.model, reference=reference, corrupt_kv=False, tolerance=tolerance, seed=1
+    )
 
 
 def test_verify_fails_on_wrong_kv(baton: Baton) -> None:
-    assert not compare_output(baton.url, model=baton.model, reference=REFERENCES.get(baton.engine), spoil=True, seed=1)
+    assert not compare_output(
+        baton.url, model=baton.model, reference=REFERENCES.get(baton.engine), corrupt_kv=True, seed=1
+    )
 
 
 def test_verify_needs_no_reference_where_prefill_can_be_one(sglang: Baton) -> None:
-    assert compare_output(sglang.url, model=sglang.model, spoil=False, seed=2)
-    assert not compare_output(sglang.url, model=sglang.model, spoil=True, seed=2)
+    assert compare_output(sglang.url, model=sglang.model, corrupt_kv=False, seed=2)
+    assert not compare_output(sglang.url, model=sglang.model, corrupt_kv=True, seed=2)
 
 
 async def test_descriptor_is_small(real: Baton) -> None:

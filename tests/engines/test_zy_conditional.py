@@ -55,7 +55,7 @@ def test_it_goes_where_the_first_token_is_predicted_sooner(conditional: Baton) -
     for num_tokens in (50, 200, 800, 3000):
         found = explained(conditional, new_prompt(num_tokens))
         expected = found["expected"]
-        is_local = expected["local_ttft_ms"] + expected["harm_ms"] <= expected["remote_ttft_ms"]
+        is_local = expected["local_ttft_ms"] + expected["interference_ms"] <= expected["remote_ttft_ms"]
         assert (found["kind"], found["reason"]) == ("local" if is_local else "remote", "faster")
         assert found["actual"]["kind"] == found["kind"]
 
@@ -69,8 +69,8 @@ def test_what_its_aggregated_engines_have_cached_is_what_the_router_expects(cond
 
 
 def test_verify_compares_with_the_aggregated_pool(conditional: Baton) -> None:
-    assert compare_output(conditional.url, model=conditional.model, spoil=False, tolerance=0.001, seed=4)
-    assert not compare_output(conditional.url, model=conditional.model, spoil=True, seed=4)
+    assert compare_output(conditional.url, model=conditional.model, corrupt_kv=False, tolerance=0.001, seed=4)
+    assert not compare_output(conditional.url, model=conditional.model, corrupt_kv=True, seed=4)
 
 
 def test_prefill_engine_killed_under_load_fails_no_request(conditional: Baton) -> None:

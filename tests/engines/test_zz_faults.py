@@ -115,5 +115,5 @@ def test_killed_decode_replica_takes_its_engine_along_and_comes_back(real: Baton
 
 def test_verify_passes_after_restarts(sglang: Baton) -> None:
     assert compare_output(
-        sglang.url, model=sglang.model, reference=SGLANG_AGGREGATED, spoil=False, tolerance=0.001, seed=3
+        sglang.url, model=sglang.model, reference=SGLANG_AGGREGATED, corrupt_kv=False, tolerance=0.001, seed=3
     )

@@ -250,7 +250,7 @@ class Caller:
 
     async def replicas(self) -> dict[str, list[str]]:
         """Those that can be reached."""
-        return {role: list(view.replicas) for role, view in self._model.router.views.items()}
+        return {role: list(view.replicas) for role, view in self._model.router.pools.items()}
 
 
 def scripted_application(

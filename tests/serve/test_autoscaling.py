@@ -31,7 +31,7 @@ QUICKLY = {
 LONG_PROMPTS = {"prompt_tokens": 1500, "max_tokens": 2, "every_s": 0.1}
 """Each takes 0.18 s of a prefill replica: the work of two."""
 LONG_OUTPUTS = {"prompt_tokens": 20, "max_tokens": 80, "every_s": 0.15}
-"""Each takes 2 s of one of a decode replica's 4 places: 13 at once."""
+"""Each takes 2 s of one of a decode replica's 4 slots: 13 at once."""
 
 
 def arguments(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]:

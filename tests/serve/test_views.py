@@ -15,7 +15,7 @@ from ray import serve
 from app.errors import InvalidRequest
 from app.kv_cache.block_hashes import block_hashes, root_hash
 from app.messages import GenerateRequest
-from app.routing.pool_state import PoolView
+from app.routing.pool_state import PoolState
 from app.routing.prefix_index import PrefixIndex
 from deployments.frontend.pool_channels import PoolChannels
 from tests.conftest import eventually
@@ -31,7 +31,7 @@ def app(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ap
 
 
 @asynccontextmanager
-async def another_frontend(role: str) -> AsyncIterator[PoolView]:
+async def another_frontend(role: str) -> AsyncIterator[PoolState]:
     """The view of a frontend that comes later than the application's own: this process."""
     async with connected(role) as channels:
         yield channels._view
@@ -42,9 +42,9 @@ async def connected(role: str) -> AsyncIterator[PoolChannels]:
     handle = serve.get_deployment_handle(f"{role}-scripted", "views")
     if not handle.is_initialized:
         handle._init(_run_router_in_separate_loop=True)
-    channels = PoolChannels(handle, PoolView(PrefixIndex()))
+    channels = PoolChannels(handle, PoolState(PrefixIndex()))
     yield channels
-    channels._membership.on_change = None
+    channels._ready.on_change = None
     for replica in list(channels._channels):
         channels._leave(replica).retire()
     for task in channels._connecting.values():
@@ -69,7 +69,7 @@ def hashes(prompt: list[int]) -> list[int]:
     return list(block_hashes(prompt, BLOCK_SIZE, root_hash(None)))
 
 
-async def held(view: PoolView, prompt: list[int]) -> None:
+async def held(view: PoolState, prompt: list[int]) -> None:
     """Return when one replica of the view holds all of a prompt."""
 
     async def is_held() -> bool:

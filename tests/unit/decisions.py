@@ -18,7 +18,7 @@ def decision(**fields: Any) -> Decision:
         "serving": DECODE,
         "serving_role": "decode",
         "prefill": PREFILL,
-        "predicted": Prediction(remote_s=0.010, local_s=0.025, harm_s=0.001),
+        "predicted": Prediction(remote_s=0.010, local_s=0.025, interference_s=0.001),
         "decided_in_s": 0.00012,
     }
     return Decision(**{**usual, **fields})

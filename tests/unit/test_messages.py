@@ -53,7 +53,7 @@ requests = st.builds(
     sampling=st.dictionaries(words, plain, max_size=4),
     cache_salt=st.none() | words,
     priority=st.integers(-100, 100),
-    prefill_mode=st.sampled_from(["auto", "local", "spoiled"]),
+    prefill_mode=st.sampled_from(["auto", "local", "corrupted"]),
     reasoning_ended=st.none() | st.booleans(),
     reasoning_parser_kwargs=st.none() | st.dictionaries(words, plain, max_size=2),
 )

@@ -26,7 +26,7 @@ from app.engines.base import Emit, EngineInfo, EngineSpec
 from app.engines.prompt_queue import Leave, PromptQueue
 from app.engines.sim.faults import Fault, FaultKind, FaultPlan
 from app.engines.sim.profile import load_profile
-from app.engines.sim.scheduler import Scheduler, SchedulerLimits, Sequence, Step
+from app.engines.sim.scheduler import ScheduledSequence, Scheduler, SchedulerLimits, Step
 from app.engines.sim.tokens import ModelFacts, make_logprobs, read_model_facts
 from app.engines.sim.transfer import HandoffServer, TransferFailed, release, take
 from app.errors import BatonError, ConfigError, EngineDead, EngineFailed, InvalidRequest
@@ -134,7 +134,7 @@ def parse_args(engine_args: dict[str, Any]) -> SimArgs:
 class _Run(msgspec.Struct):
     """A request that the engine works on."""
 
-    sequence: Sequence
+    sequence: ScheduledSequence
     ended: asyncio.Future[None]
     leave_queue: Leave
     emit: Emit | None = None
@@ -157,7 +157,7 @@ class SimEngine:
         self._args = parse_args(spec.engine_args)
         self._profile = load_profile(self._args.profile)
         self._faults = FaultPlan(self._args.faults, self._args.seed)
-        self._runs: dict[Sequence, _Run] = {}
+        self._runs: dict[ScheduledSequence, _Run] = {}
         self._wake = asyncio.Event()
         self._queue = PromptQueue()
         self._prefix_cache: PrefixCache = "none"
@@ -341,7 +341,9 @@ class SimEngine:
         num_logprobs = request.sampling.get("logprobs")
         await self._run(request, sequence, "decode_error", emit=emit, descriptor=descriptor, num_logprobs=num_logprobs)
 
-    async def _run(self, request: GenerateRequest, sequence: Sequence, fault: FaultKind, **fields: Any) -> None:
+    async def _run(
+        self, request: GenerateRequest, sequence: ScheduledSequence, fault: FaultKind, **fields: Any
+    ) -> None:
         """Run one sequence to its end or to its handoff; cancelling gives its blocks back."""
         self._raise_if_dead()
         ended = asyncio.get_running_loop().create_future()
@@ -365,11 +367,11 @@ class SimEngine:
             if run.descriptor is not None and (run.pull is None or not run.pull.done()):
                 self._spawn(self.release(run.descriptor), "sim-release")
 
-    def _free(self, sequence: Sequence) -> None:
+    def _free(self, sequence: ScheduledSequence) -> None:
         self._scheduler.cancel(sequence)
         self._wake.set()  # others may wait for its blocks
 
-    def _to_sequence(self, request: GenerateRequest, sampling: dict[str, Any], **fields: Any) -> Sequence:
+    def _to_sequence(self, request: GenerateRequest, sampling: dict[str, Any], **fields: Any) -> ScheduledSequence:
         """Raises InvalidRequest for what this engine cannot do."""
         self._raise_if_dead()
         for name in sampling:
@@ -385,7 +387,7 @@ class SimEngine:
                 "max_model_len"
             )
         max_tokens = sampling.get("max_tokens", 16)
-        return Sequence(
+        return ScheduledSequence(
             request.prompt_token_ids,
             max_tokens=longest if max_tokens is None else max_tokens,
             min_tokens=sampling.get("min_tokens", 0),

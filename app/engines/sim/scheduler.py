@@ -39,7 +39,7 @@ class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
 
 
-class Sequence:
+class ScheduledSequence:
     """One request: its tokens, and how far the scheduler is with it."""
 
     __slots__ = (
@@ -120,9 +120,9 @@ class Step(msgspec.Struct, gc=False):
     """One engine step."""
 
     duration_s: float
-    outputs: list[Sequence]
+    outputs: list[ScheduledSequence]
     """Sequences that got their next token, ``tokens[-1]``, or whose handoff is ready.  Those that ended have left."""
-    pulls: list[Sequence]
+    pulls: list[ScheduledSequence]
     """Sequences whose transfer is to begin now; `Scheduler.end_transfer` takes the result."""
     num_preempted: int
 
@@ -140,10 +140,10 @@ class Scheduler:
         self._profile = profile
         self._vocabulary = vocabulary
         self._seed = seed
-        self._waiting: deque[Sequence] = deque()
-        self._arrived: deque[Sequence] = deque()
-        self._transferring: set[Sequence] = set()
-        self._running: list[Sequence] = []
+        self._waiting: deque[ScheduledSequence] = deque()
+        self._arrived: deque[ScheduledSequence] = deque()
+        self._transferring: set[ScheduledSequence] = set()
+        self._running: list[ScheduledSequence] = []
         self._prefill_s = 0.0
         self._num_prefilled = 0
         self._num_decoded = 0
@@ -162,7 +162,7 @@ class Scheduler:
         """Blocks that sequences hold, kept handoffs included."""
         return self.pool.num_blocks - self.pool.num_free
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: ScheduledSequence) -> None:
         """Queue a new sequence."""
         assert sequence.state == "new"
         assert 0 < sequence.prompt_tokens < self._limits.max_model_len
@@ -170,7 +170,7 @@ class Scheduler:
         sequence.state = "waiting"
         self._waiting.append(sequence)
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: ScheduledSequence) -> None:
         """End a sequence, or a handoff that was pulled or that nobody will pull, and give its blocks back.
 
         Does nothing if it has ended already.
@@ -185,7 +185,7 @@ class Scheduler:
             self._transferring.remove(sequence)
         self._end(sequence)
 
-    def end_transfer(self, sequence: Sequence, kv_digest: int | None) -> None:
+    def end_transfer(self, sequence: ScheduledSequence, kv_digest: int | None) -> None:
         """KV that holds `kv_digest` has arrived, or none has: then the prompt is computed here."""
         if sequence.state != "transferring":
             return  # cancelled meanwhile
@@ -204,13 +204,13 @@ class Scheduler:
         self._prefill_s = 0.0
         self._num_prefilled = self._num_decoded = self._num_kv_tokens = 0
         num_preempted = self._make_room()
-        outputs: list[Sequence] = []
+        outputs: list[ScheduledSequence] = []
         prompts = self._decode(outputs)
         budget = self._limits.max_num_batched_tokens - self._num_decoded
         for sequence in prompts:
             if budget > 0:
                 budget -= self._prefill(sequence, budget, outputs)
-        pulls: list[Sequence] = []
+        pulls: list[ScheduledSequence] = []
         self._admit(budget, outputs, pulls, take_waiting=not num_preempted)
         if not (self._num_decoded or self._num_prefilled or pulls):
             return None
@@ -230,14 +230,14 @@ class Scheduler:
                 num_preempted += 1
         return num_preempted
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: ScheduledSequence) -> None:
         self.pool.free(sequence.blocks)
         sequence.blocks = []
         sequence.computed = sequence.is_stored_to = 0
         sequence.state = "preempted"
         self._waiting.appendleft(sequence)
 
-    def _decode(self, outputs: list[Sequence]) -> list[Sequence]:
+    def _decode(self, outputs: list[ScheduledSequence]) -> list[ScheduledSequence]:
         """One token for each running sequence; returns those whose prompt has to be computed further."""
         size = self._block_size
         sample = self._sample
@@ -258,7 +258,7 @@ class Scheduler:
         self._num_kv_tokens += num_kv_tokens
         return prompts
 
-    def _prefill(self, sequence: Sequence, budget: int, outputs: list[Sequence]) -> int:
+    def _prefill(self, sequence: ScheduledSequence, budget: int, outputs: list[ScheduledSequence]) -> int:
         """Compute up to `budget` tokens of a sequence that is running; returns how many."""
         length = len(sequence.tokens)
         begin = sequence.computed
@@ -280,7 +280,9 @@ class Scheduler:
             outputs.append(sequence)
         return end - begin
 
-    def _admit(self, budget: int, outputs: list[Sequence], pulls: list[Sequence], *, take_waiting: bool) -> None:
+    def _admit(
+        self, budget: int, outputs: list[ScheduledSequence], pulls: list[ScheduledSequence], *, take_waiting: bool
+    ) -> None:
         """Let sequences in while tokens, seats and blocks last."""
         seats = self._limits.max_num_seqs - len(self._running)
         while budget > 0 and seats > 0 and (self._arrived or (take_waiting and self._waiting)):
@@ -302,7 +304,7 @@ class Scheduler:
             seats -= 1
             budget -= self._prefill(sequence, budget, outputs)
 
-    def _seat(self, sequence: Sequence) -> bool:
+    def _seat(self, sequence: ScheduledSequence) -> bool:
         """Give a waiting sequence blocks for all of its tokens, cached ones first; False if there are too few."""
         size = self._block_size
         length = len(sequence.tokens)
@@ -325,7 +327,7 @@ class Scheduler:
             sequence.taint = self.pool.taint(found)
         return True
 
-    def _store(self, sequence: Sequence) -> None:
+    def _store(self, sequence: ScheduledSequence) -> None:
         """Put the blocks that were filled into the prefix cache."""
         if not self._limits.enable_prefix_caching:
             return
@@ -346,7 +348,7 @@ class Scheduler:
         )
         sequence.is_stored_to = end
 
-    def _sample(self, sequence: Sequence) -> None:
+    def _sample(self, sequence: ScheduledSequence) -> None:
         """Append the next token, and say so if it is the last."""
         stream = sequence.stream
         if stream is None:
@@ -361,7 +363,7 @@ class Scheduler:
         elif length >= sequence.max_length:
             sequence.finish_reason = "length"
 
-    def _remove_ended(self, outputs: list[Sequence]) -> None:
+    def _remove_ended(self, outputs: list[ScheduledSequence]) -> None:
         """Take sequences that ended, and handoffs that are ready, out of the running ones."""
         leaving = [s for s in outputs if s.finish_reason is not None or s.is_handoff]
         if not leaving:
@@ -373,7 +375,7 @@ class Scheduler:
                 self._end(sequence)
         self._running = [s for s in self._running if s.state == "running"]
 
-    def _end(self, sequence: Sequence) -> None:
+    def _end(self, sequence: ScheduledSequence) -> None:
         if sequence.state != "ended":
             sequence.state = "ended"
             self.pool.free(sequence.blocks)

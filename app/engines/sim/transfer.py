@@ -17,7 +17,7 @@ from contextlib import suppress
 
 import msgspec
 
-from app.engines.sim.scheduler import Sequence
+from app.engines.sim.scheduler import ScheduledSequence
 
 logger = logging.getLogger("baton.engines.sim")
 
@@ -32,14 +32,14 @@ class TransferFailed(Exception):
 class _Kept(msgspec.Struct):
     """One handoff's KV on the prefill side."""
 
-    sequence: Sequence
+    sequence: ScheduledSequence
     expiry: asyncio.TimerHandle
 
 
 class HandoffServer:
     """The KV that a prefill engine keeps, each for a lease, until decode engines have pulled it."""
 
-    def __init__(self, free: Callable[[Sequence], None]) -> None:
+    def __init__(self, free: Callable[[ScheduledSequence], None]) -> None:
         """`free` gives a handoff's blocks back."""
         self._free = free
         self._kept: dict[str, _Kept] = {}
@@ -53,7 +53,7 @@ class HandoffServer:
         self._server = await asyncio.start_server(self._serve, host, port)
         self.port = self._server.sockets[0].getsockname()[1]
 
-    def keep(self, sequence: Sequence, lease_s: float) -> str:
+    def keep(self, sequence: ScheduledSequence, lease_s: float) -> str:
         """Keep a handoff for `lease_s` seconds or until it is pulled; its handle, which no other engine ever gives."""
         handle = uuid.uuid4().hex
         expiry = asyncio.get_running_loop().call_later(lease_s, self._expire, handle)

@@ -19,7 +19,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from app.autoscaling.load import FIELDS, Load, LoadMeter, mean_load
-from app.autoscaling.replica_plan import Measured, Plan, Replicas, Targets, measure, plan_frontend, plan_pool
+from app.autoscaling.replica_plan import Plan, Replicas, SeenCapacity, Targets, measure, plan_frontend, plan_pool
 from app.engines.base import EngineInfo
 from app.errors import BatonError, EngineDead
 from app.messages import EngineStats, ReplicaLoad
@@ -29,7 +29,7 @@ from deployments.replica.prefill import PrefillWorker
 
 PREFILL = Targets(ttft_s=2.0, itl_s=0.05, is_for_prompts=True)
 DECODE = Targets(ttft_s=2.0, itl_s=0.05, is_for_prompts=False)
-QUICK = Measured(tokens_per_s=12_800, prompt_tokens=1_280)
+QUICK = SeenCapacity(tokens_per_s=12_800, prompt_tokens=1_280)
 IDLE = Load()
 
 
@@ -37,7 +37,7 @@ def of(number: int, *, target: int | None = None, reporting: int | None = None) 
     return Replicas(target=target or number, running=number, reporting=number if reporting is None else reporting)
 
 
-def plan(*loads: Load, targets: Targets, measured: Measured = QUICK, target: int | None = None) -> Plan:
+def plan(*loads: Load, targets: Targets, measured: SeenCapacity = QUICK, target: int | None = None) -> Plan:
     return plan_pool(loads, measured, targets, of(len(loads), target=target))
 
 
@@ -83,7 +83,7 @@ def test_steady_load_without_a_backlog_asks_for_more_too() -> None:
 
 def test_long_prompts_leave_less_of_a_replica_to_be_used() -> None:
     """A prompt of half its target has no more than its own time to wait for others, one of all of it no time at all."""
-    half, whole = (Measured(tokens_per_s=12_800, prompt_tokens=12_800 * seconds) for seconds in (1.0, 2.0))
+    half, whole = (SeenCapacity(tokens_per_s=12_800, prompt_tokens=12_800 * seconds) for seconds in (1.0, 2.0))
     load = Load(busy=0.6, queued_tokens=100)
     assert plan(load, targets=PREFILL, measured=half).replicas == pytest.approx(1.2)
     assert plan(load, targets=PREFILL, measured=whole).replicas == pytest.approx(1.2)
@@ -93,7 +93,7 @@ def test_long_prompts_leave_less_of_a_replica_to_be_used() -> None:
 
 
 def test_what_was_measured_once_serves_while_no_prompt_ends() -> None:
-    before = measure([Load(busy=0.5, computed_tokens=6_400, prompts=5)], Measured(), PREFILL, 0.0)
+    before = measure([Load(busy=0.5, computed_tokens=6_400, prompts=5)], SeenCapacity(), PREFILL, 0.0)
     assert (before.tokens_per_s, before.prompt_tokens) == (12_800, 1_280)
     assert measure([Load(busy=1, queued_tokens=200_000)], before, PREFILL, 0.0) == before
 
@@ -133,41 +133,41 @@ def test_an_itl_that_no_number_of_replicas_reaches_does_not_take_them_all() -> N
 def test_places_are_learnt_where_sequences_wait_and_remembered_afterwards() -> None:
     full = decoding(64, waiting=40, started=10)
     measured = measure([full], QUICK, DECODE, 0.0)
-    assert measured.places == 64
+    assert measured.slots == 64
     wish = plan(full, targets=DECODE, measured=measured)
     assert wish.replicas == pytest.approx(104 / 64)
-    assert wish.reason == "64 sequences decode and 40 wait for a place, a replica has 64"
-    # A second replica that fills up only does not make it look as if replicas had few places.
+    assert wish.reason == "64 sequences decode and 40 wait for a slot, a replica has 64"
+    # A second replica that fills up only does not make it look as if replicas had few slots.
     measured = measure([full, decoding(10)], measured, DECODE, 0.0)
-    assert measured.places == 64
+    assert measured.slots == 64
     # With all of them decoding nobody waits, but one replica would be too few again.
     half = decoding(52)
-    assert measure([half, half], measured, DECODE, 0.0).places == 64
+    assert measure([half, half], measured, DECODE, 0.0).slots == 64
     assert plan(half, half, targets=DECODE, measured=measured).replicas == pytest.approx(104 / 64 / 0.85)
 
 
 def test_local_prompts_that_wait_longer_than_computing_takes_lack_places_too() -> None:
     load = decoding(8, prefilling=20, prompts=4, busy=1, queued_tokens=400, computed_tokens=80)
-    assert measure([load], QUICK, DECODE, 0.0).places == 8
+    assert measure([load], QUICK, DECODE, 0.0).slots == 8
     # The same where what waits is computed as fast as it can be.
     load = decoding(8, prefilling=20, prompts=4, busy=1, queued_tokens=64_000, computed_tokens=12_800)
-    assert measure([load], QUICK, DECODE, 0.0).places == 0
-    # Nor are they in line where it was seen before how many places there are.
-    known = msgspec.structs.replace(QUICK, places=4)
+    assert measure([load], QUICK, DECODE, 0.0).slots == 0
+    # Nor are they in line where it was seen before how many slots there are.
+    known = msgspec.structs.replace(QUICK, slots=4)
     wish = plan(load, IDLE, targets=msgspec.structs.replace(DECODE, ttft_s=60), measured=known)
-    assert wish.reason == "8 sequences decode and 0 wait for a place, a replica has 4"
+    assert wish.reason == "8 sequences decode and 0 wait for a slot, a replica has 4"
 
 
 def test_a_replica_is_not_slow_because_it_has_little_to_do() -> None:
     short = Load(busy=1, computed_tokens=200, prompts=10)
     assert measure([short], QUICK, PREFILL, 0.0).tokens_per_s == 12_800
     assert measure([short], QUICK, PREFILL, 300.0).tokens_per_s == 6_400
-    assert measure([short], Measured(), PREFILL, 0.0).tokens_per_s == 200
+    assert measure([short], SeenCapacity(), PREFILL, 0.0).tokens_per_s == 200
 
 
 def test_slow_transfers_are_no_lack_of_places() -> None:
     load = decoding(5, waiting=20, transferring=20, started=1)
-    assert measure([load], QUICK, DECODE, 0.0).places == 0
+    assert measure([load], QUICK, DECODE, 0.0).slots == 0
 
 
 INFO = EngineInfo(engine="sim", version="1", num_blocks=100, block_size_tokens=16, max_model_len=1600)
@@ -302,13 +302,13 @@ loads = st.builds(
 )
 targets = st.builds(Targets, ttft_s=st.floats(0.1, 60), itl_s=st.floats(0.001, 1), is_for_prompts=st.booleans())
 measurements = st.builds(
-    Measured, tokens_per_s=st.floats(1, 1e6), prompt_tokens=st.floats(1, 1e5), places=st.floats(0, 1000)
+    SeenCapacity, tokens_per_s=st.floats(1, 1e6), prompt_tokens=st.floats(1, 1e5), slots=st.floats(0, 1000)
 )
 RISING = [["queued_tokens", "prefilling"], ["busy"], ["prefilling"], ["waiting"], ["decoding"], ["kv_use"]]
 
 
 @given(st.lists(loads, min_size=1, max_size=8), targets, measurements, st.integers(1, 16))
-def test_a_plan_is_bounded(loads: list[Load], targets: Targets, measured: Measured, target: int) -> None:
+def test_a_plan_is_bounded(loads: list[Load], targets: Targets, measured: SeenCapacity, target: int) -> None:
     wish = plan(*loads, targets=targets, measured=measured, target=target).replicas
     prompts = sum(load.queued_tokens for load in loads) / measured.prompt_tokens
     sequences = sum(load.sequences for load in loads)
@@ -317,7 +317,7 @@ def test_a_plan_is_bounded(loads: list[Load], targets: Targets, measured: Measur
 
 @given(st.lists(loads, min_size=1, max_size=4), targets, measurements, st.sampled_from(RISING), st.floats(1, 10))
 def test_more_load_never_asks_for_fewer(
-    loads: list[Load], targets: Targets, measured: Measured, fields: list[str], factor: float
+    loads: list[Load], targets: Targets, measured: SeenCapacity, fields: list[str], factor: float
 ) -> None:
     more = [
         msgspec.structs.replace(load, **{field: getattr(load, field) * factor for field in fields}) for load in loads
@@ -336,7 +336,7 @@ def test_a_constant_load_comes_to_rest(
         each = sequences / numbers[-1]
         itl_s = base_s + slope_s * each + 1e-6
         load = decoding(each, itl_s, busy=min(1.0, work / numbers[-1]), kv_use=min(1.0, each / 500))
-        wish = plan(*[load] * numbers[-1], targets=PREFILL, measured=Measured()).replicas
+        wish = plan(*[load] * numbers[-1], targets=PREFILL, measured=SeenCapacity()).replicas
         numbers.append(min(64, max(1, math.ceil(wish))))
     assert numbers[-1] == numbers[-2]
     steps = [later - earlier for earlier, later in pairwise(numbers) if later != earlier]
@@ -433,7 +433,7 @@ def test_an_unchanged_plan_is_told_again_before_it_looks_old(
     told.clear()
     policy(context(BUSY))
     assert not told
-    now += autoscaling.TELL_S
+    now += autoscaling.PUBLISH_S
     policy(context(BUSY))
     assert told
 

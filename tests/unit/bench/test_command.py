@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from app.bench.endpoint import Endpoint, find_endpoint
 from app.bench.load import LoadFailed, LoadResult
 from app.bench.measure import WARM_UP_REQUESTS
-from app.bench.workload import Load
+from app.bench.workload import RequestPlan
 from app.cli import bench as cli
 from app.cli.entry import to_app
 from app.errors import ConfigError
@@ -33,7 +33,7 @@ def server() -> Iterator[TinyServer]:
 class ScriptedClient:
     """Stands in for LoadClient: keeps what it was to send, and answers at once."""
 
-    sent: ClassVar[list[tuple[str, Load]]] = []
+    sent: ClassVar[list[tuple[str, RequestPlan]]] = []
 
     def __init__(self, log: Path) -> None: ...
 
@@ -44,13 +44,19 @@ class ScriptedClient:
     def close(self) -> None: ...
 
     def send(
-        self, url: str, model: str, tokenizer: str, load: Load, limits_ms: Mapping[str, float] | None = None, *_: Any
+        self,
+        url: str,
+        model: str,
+        tokenizer: str,
+        load: RequestPlan,
+        limits_ms: Mapping[str, float] | None = None,
+        *_: Any,
     ) -> LoadResult:
         self.sent.append((url, load))
         return self.answer(url, load)
 
     @staticmethod
-    def answer(url: str, load: Load) -> LoadResult:
+    def answer(url: str, load: RequestPlan) -> LoadResult:
         return make_result()
 
 
@@ -63,7 +69,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     return lambda *arguments: CliRunner().invoke(to_app(cli.bench), [*map(str, arguments)])
 
 
-def measured() -> list[tuple[str, Load]]:
+def measured() -> list[tuple[str, RequestPlan]]:
     """What was sent after the warm-up."""
     return [(url, load) for url, load in ScriptedClient.sent if len(load.requests) != WARM_UP_REQUESTS]
 
@@ -137,7 +143,7 @@ class TestResults:
     def test_a_load_that_fails_is_noted_and_the_rest_goes_on(
         self, bench: Callable[..., Result], server: TinyServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def answer(url: str, load: Load) -> LoadResult:
+        def answer(url: str, load: RequestPlan) -> LoadResult:
             if load.concurrency == 8:
                 raise LoadFailed("all 32 requests failed")
             return make_result()
@@ -151,7 +157,7 @@ class TestResults:
     def test_an_interrupted_benchmark_prints_what_it_has(
         self, bench: Callable[..., Result], server: TinyServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        def answer(url: str, load: Load) -> LoadResult:
+        def answer(url: str, load: RequestPlan) -> LoadResult:
             if load.concurrency == 8:
                 raise KeyboardInterrupt
             return make_result(ttft_ms=12.5)

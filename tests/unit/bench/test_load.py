@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from app.bench.load import LoadClient, LoadFailed, check_complete, parse_report
-from app.bench.workload import Load, LoadSpec, Request
+from app.bench.workload import LoadSpec, Request, RequestPlan
 from tests.unit.bench.server import TinyServer, serving
 
 
-def make_load(*output_tokens: int) -> Load:
-    return Load([Request(0.0, [(n, 5)], tokens) for n, tokens in enumerate(output_tokens)], None, "0")
+def make_load(*output_tokens: int) -> RequestPlan:
+    return RequestPlan([Request(0.0, [(n, 5)], tokens) for n, tokens in enumerate(output_tokens)], None, "0")
 
 
 def make_vllm_report(**changes: Any) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class TestClient:
         requests = [Request(at_s, [(n, 5)], 100) for n, at_s in enumerate((0.0, 0.05, 0.15))]
         progress: list[int] = []
         result = client.send(
-            server.url, "tiny", tokenizer, Load(requests, None, "0"), {"ttft": 1e6}, on_progress=progress.append
+            server.url, "tiny", tokenizer, RequestPlan(requests, None, "0"), {"ttft": 1e6}, on_progress=progress.append
         )
         assert server.most_running == 3, "each takes 0.2 s at least, so they overlap"
         gaps = [later - server.moments[0] for later in server.moments]

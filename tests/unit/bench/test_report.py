@@ -118,12 +118,12 @@ class TestOutput:
         assert any(line.startswith("|         2.5 | vllm") for line in lines)
 
     def test_what_spoils_numbers_is_said(self) -> None:
-        spoiled = make_report(
+        corrupted = make_report(
             measurements=[make_measurement("a", 0, client_cores=0.9, failures={"Bad Gateway": 2})],
             num_requests=10,
             num_left_out=3,
         )
-        lines = printed(spoiled)
+        lines = printed(corrupted)
         assert "failed: a at concurrency 1: 2 x Bad Gateway" in lines
         assert "left out: 3 of 10 requests: too long for the model" in lines
         assert any(line.startswith("the client was busy: a at concurrency 1") for line in lines)

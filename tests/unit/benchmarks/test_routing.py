@@ -26,7 +26,7 @@ from benchmarks.routing.__main__ import bench_routing
 from benchmarks.routing.decision_time import measure_decisions
 from benchmarks.routing.fleet import Fleet, FleetResult, FleetSpec, Timeline, prompt_tokens, spread_out
 from benchmarks.routing.oracle import oracle_hit_rate
-from benchmarks.routing.policies import Baton, Placement, Policy, PowerOfTwo, RoundRobin
+from benchmarks.routing.policies import Baton, FleetAssignment, Policy, PowerOfTwo, RoundRobin
 
 PROFILE = SimProfile(
     source="made up",
@@ -48,11 +48,11 @@ class Local:
     """All on the first decode replica, which prefills; notes what it is told."""
 
     def __init__(self) -> None:
-        self.views: dict[Any, Any] = {}
+        self.pools: dict[Any, Any] = {}
         self.reports: list[PrefillReport] = []
 
-    def place(self, request: GenerateRequest) -> Placement:
-        return Placement(None, "decode-0", first_token=self.reports.append, end=lambda: None)
+    def place(self, request: GenerateRequest) -> FleetAssignment:
+        return FleetAssignment(None, "decode-0", first_token=self.reports.append, end=lambda: None)
 
 
 def make_policy(name: str, spec: FleetSpec, timeline: Timeline) -> Policy:
@@ -119,7 +119,7 @@ def test_what_the_router_believes_in_the_end_is_what_the_replicas_hold(policy: s
     router_policy = make_policy(policy, spec, timeline)
     fleet = Fleet(spec, router_policy, timeline)
     fleet.run(conversations(6, 5, gap_s=1.0))
-    for role, view in router_policy.views.items():
+    for role, view in router_policy.pools.items():
         for name in spec.names(role):
             assert view.index.num_blocks(name) == len(fleet.replicas[name].scheduler.pool.cached_hashes)
             assert view.replicas[name].sequences.value == view.replicas[name].queued_tokens.value == 0
@@ -199,7 +199,7 @@ def test_each_placement_is_told_once_of_its_first_token_and_of_its_end() -> None
     spec, timeline, told = make_spec(), Timeline(), Counter[str]()
 
     class Recording(RoundRobin):
-        def place(self, request: GenerateRequest) -> Placement:
+        def place(self, request: GenerateRequest) -> FleetAssignment:
             name = request.request_id
             return structs.replace(
                 super().place(request),
@@ -213,7 +213,7 @@ def test_each_placement_is_told_once_of_its_first_token_and_of_its_end() -> None
 
 def test_a_view_knows_the_load_one_message_later() -> None:
     spec, timeline, policy, seen = make_spec(), Timeline(), Local(), list[tuple[int, int]]()
-    policy.views["decode"] = view = Router(RoutingConfig(), has_prefill=False).views["decode"]
+    policy.pools["decode"] = view = Router(RoutingConfig(), has_prefill=False).pools["decode"]
     fleet = Fleet(spec, policy, timeline)
 
     def look() -> None:
@@ -247,7 +247,7 @@ def test_prefill_keeps_blocks_until_decode_has_pulled_them() -> None:
 
 def test_refused_requests_are_counted_and_leave_nothing() -> None:
     class Refusing(Local):
-        def place(self, request: GenerateRequest) -> Placement:
+        def place(self, request: GenerateRequest) -> FleetAssignment:
             if request.request_id == "1":
                 raise Overloaded(1.0)
             return super().place(request)

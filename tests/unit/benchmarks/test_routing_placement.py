@@ -14,10 +14,10 @@ from benchmarks.routing.placement import (
     MODES,
     Case,
     CaseResult,
+    ExplainedClient,
     Mode,
     PlacementBenchError,
     Sample,
-    Server,
     cache_mismatches,
     measure_case,
     mixed_cases,
@@ -25,9 +25,11 @@ from benchmarks.routing.placement import (
 )
 
 
-def sample(mode: Mode, kind: Any, ttft_ms: float, *, harm_ms: float = 0.0, cached: tuple[int, int] = (0, 0)) -> Sample:
+def sample(
+    mode: Mode, kind: Any, ttft_ms: float, *, interference_ms: float = 0.0, cached: tuple[int, int] = (0, 0)
+) -> Sample:
     """Predicted are always 10 ms locally and 20 ms remotely."""
-    return Sample(mode, kind, ttft_ms, 10.0, 20.0, harm_ms, *cached)
+    return Sample(mode, kind, ttft_ms, 10.0, 20.0, interference_ms, *cached)
 
 
 class FakeBaton:
@@ -51,7 +53,7 @@ class FakeBaton:
         kind = self.choice if mode == "auto" else mode
         ttft_ms = num_tokens if kind == "local" else 50 + num_tokens / 2
         explained = {
-            "expected": {"cached_tokens": 0, "local_ttft_ms": None, "remote_ttft_ms": 70.0, "harm_ms": 0.0},
+            "expected": {"cached_tokens": 0, "local_ttft_ms": None, "remote_ttft_ms": 70.0, "interference_ms": 0.0},
             "actual": {"kind": kind, "cached_tokens": 0, "ttft_ms": ttft_ms},
         }
         return httpx.Response(200, json={}, headers={"x-baton-explain": json.dumps([explained])})
@@ -64,9 +66,9 @@ class FakeBaton:
             self.num_running -= 1
 
 
-def server(answer: Any) -> Server:
+def server(answer: Any) -> ExplainedClient:
     client = httpx.AsyncClient(base_url="http://baton", transport=httpx.MockTransport(answer))
-    return Server(client, "m", range(100), random.Random(1))
+    return ExplainedClient(client, "m", range(100), random.Random(1))
 
 
 @pytest.mark.parametrize(("tokens", "better"), [(64, "local"), (400, "remote")])
@@ -97,8 +99,11 @@ async def test_streams_run_while_a_case_is_measured_and_not_after():
 
 
 def test_harm_counts_as_time_of_the_local_way():
-    samples = [sample("local", "local", 100.0, harm_ms=60.0), sample("remote", "remote", 150.0, harm_ms=60.0)]
-    result = CaseResult(Case(1), [*samples, sample("auto", "remote", 150.0, harm_ms=60.0)])
+    samples = [
+        sample("local", "local", 100.0, interference_ms=60.0),
+        sample("remote", "remote", 150.0, interference_ms=60.0),
+    ]
+    result = CaseResult(Case(1), [*samples, sample("auto", "remote", 150.0, interference_ms=60.0)])
     assert (result.better, result.num_right, result.is_near) == ("remote", 1, True)
 
 

@@ -302,17 +302,17 @@ class Cache:
 
     def store(self, *blocks: int) -> None:
         self.blocks |= set(blocks)
-        self._server.tell_kv(KvUpdate(list(blocks), []))
+        self._server.publish_kv(KvUpdate(list(blocks), []))
 
     def remove(self, *blocks: int) -> None:
         self.blocks -= set(blocks)
-        self._server.tell_kv(KvUpdate([], list(blocks)))
+        self._server.publish_kv(KvUpdate([], list(blocks)))
 
 
 async def test_a_new_connection_begins_with_the_whole_cache_and_the_load():
     async with connected() as (replica, _):
         cache = Cache(replica)
-        replica.server.tell_load(ReplicaLoad(3, 4, 5))
+        replica.server.publish_load(ReplicaLoad(3, 4, 5))
         cache.store(1, 2)
         told = Told()
         late = await Channel.connect("d", replica.address, told)
@@ -343,7 +343,7 @@ async def test_changes_reach_all_frontends_in_order():
             cache.store(number)
             if number % 3 == 0:
                 cache.remove(number // 3)
-            replica.server.tell_load(ReplicaLoad(number))
+            replica.server.publish_load(ReplicaLoad(number))
             await asyncio.sleep(0.001)
         for told in (one, two):
             await until(lambda told=told: told.loads and told.loads[-1] == ReplicaLoad(49))
@@ -356,7 +356,7 @@ async def test_changes_reach_all_frontends_in_order():
 async def test_what_nobody_knows_is_not_told():
     told = Told()
     async with connected(told) as (replica, _):
-        replica.server.tell_load(ReplicaLoad())
+        replica.server.publish_load(ReplicaLoad())
         await until(lambda: told.loads)
         assert not told.updates
 
@@ -374,7 +374,7 @@ async def test_the_load_arrives_after_whoever_waits_for_a_sequence_has_counted_i
 
         task = asyncio.create_task(count_out())
         await replica.started.wait()
-        replica.server.tell_load(ReplicaLoad(7))
+        replica.server.publish_load(ReplicaLoad(7))
         replica.links[0].put(0, LAST)
         await task
         await until(lambda: told.loads)
@@ -382,18 +382,18 @@ async def test_the_load_arrives_after_whoever_waits_for_a_sequence_has_counted_i
 
 
 async def test_what_no_delta_takes_along_goes_at_once_and_then_once_in_a_while(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server, "TELL_PERIOD_S", 0.3)
+    monkeypatch.setattr(server, "PUBLISH_PERIOD_S", 0.3)
     clock = asyncio.get_running_loop().time
     told = Told()
     async with connected(told) as (replica, _):
         cache = Cache(replica)
         await until(lambda: replica.server.links)
         began = clock()
-        replica.server.tell_load(ReplicaLoad(1))
+        replica.server.publish_load(ReplicaLoad(1))
         await until(lambda: told.loads)
         assert clock() - began < 0.2
         for number in range(2, 20):
-            replica.server.tell_load(ReplicaLoad(number))
+            replica.server.publish_load(ReplicaLoad(number))
             cache.store(number)
             await asyncio.sleep(0.001)
         await until(lambda: len(told.loads) > 1)
@@ -403,13 +403,13 @@ async def test_what_no_delta_takes_along_goes_at_once_and_then_once_in_a_while(m
 
 
 async def test_deltas_take_along_what_else_there_is(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server, "TELL_PERIOD_S", 60.0)
+    monkeypatch.setattr(server, "PUBLISH_PERIOD_S", 60.0)
     told = Told()
     async with connected(told) as (replica, channel):
         cache = Cache(replica)
-        replica.server.tell_load(ReplicaLoad(1))
+        replica.server.publish_load(ReplicaLoad(1))
         await until(lambda: told.loads)
-        replica.server.tell_load(ReplicaLoad(2))
+        replica.server.publish_load(ReplicaLoad(2))
         cache.store(5)
         replica.script = [LAST]
         await served(channel, [])
@@ -488,7 +488,7 @@ async def test_a_retired_channel_ends_with_its_last_sequence_and_tells_nothing_m
         task = asyncio.create_task(served(channel, received))
         await replica.started.wait()
         channel.retire()
-        replica.server.tell_load(ReplicaLoad(1))
+        replica.server.publish_load(ReplicaLoad(1))
         replica.links[0].put(0, TokenDelta([1]))
         await until(lambda: received)
         assert not channel.is_closed

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from app.bench.engine_profile import Answer, choose_extent, step_time
+from app.bench.engine_profile import TimedOutput, choose_extent, step_time
 from app.engines.sim.profile import load_profile
 
 STEP_S = 0.004
@@ -151,19 +151,19 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(profi
 
 
 def test_steps_count_from_when_all_streams_run_to_when_the_first_ends():
-    early = Answer(0.0, [(1.0 + 0.1 * step, step + 1) for step in range(48)])
-    late = Answer(0.0, [(2.0 + 0.1 * step, step + 1) for step in range(48)])
+    early = TimedOutput(0.0, [(1.0 + 0.1 * step, step + 1) for step in range(48)])
+    late = TimedOutput(0.0, [(2.0 + 0.1 * step, step + 1) for step in range(48)])
     step = step_time([early, late], 100)
     assert step is not None
     assert step.num_sequences == 2
     assert step.seconds == pytest.approx(0.1, rel=0.03)
     assert step.num_kv_tokens == pytest.approx(200 + (11 + 48) / 2 + (1 + 38) / 2, abs=2)
-    one_after_another = Answer(0.0, [(9.0 + 0.1 * step, step + 1) for step in range(48)])
+    one_after_another = TimedOutput(0.0, [(9.0 + 0.1 * step, step + 1) for step in range(48)])
     assert step_time([early, one_after_another], 100) is None
 
 
 def test_tokens_that_share_an_event_count_all():
-    merged = Answer(0.0, [(1.0, 1), (1.3, 4), (1.6, 7), *((2.0 + 0.1 * step, 11 + step) for step in range(38))])
+    merged = TimedOutput(0.0, [(1.0, 1), (1.3, 4), (1.6, 7), *((2.0 + 0.1 * step, 11 + step) for step in range(38))])
     step = step_time([merged], 64)
     assert step is not None
     assert step.seconds == pytest.approx(0.1, rel=0.01)

@@ -16,9 +16,9 @@ import pytest
 from app.cli.verify import (
     OUTPUT_TOKENS,
     TOLERANCE_OF_PREFILL,
-    Answer,
     Case,
     Endpoint,
+    GreedyOutput,
     VerifyError,
     _prompts,
     compare_output,
@@ -34,8 +34,8 @@ BETWEEN = (USUAL_TOLERANCE + TOLERANCE_OF_PREFILL) / 2
 """A logprob difference that passes where prefill alone is the reference."""
 
 
-def answer(tokens: str, *logprobs: float, margin: float = 5.0) -> Answer:
-    return Answer(list(tokens), list(logprobs), [margin] * len(tokens))
+def answer(tokens: str, *logprobs: float, margin: float = 5.0) -> GreedyOutput:
+    return GreedyOutput(list(tokens), list(logprobs), [margin] * len(tokens))
 
 
 # Comparing
@@ -53,7 +53,7 @@ def answer(tokens: str, *logprobs: float, margin: float = 5.0) -> Answer:
     ],
     ids=["same", "largest", "until tokens differ", "until one ends", "first token differs", "empty"],
 )
-def test_the_difference_counts_until_the_tokens_differ(ours: Answer, theirs: Answer, difference: float):
+def test_the_difference_counts_until_the_tokens_differ(ours: GreedyOutput, theirs: GreedyOutput, difference: float):
     assert ours.max_difference(theirs) == theirs.max_difference(ours) == difference
 
 
@@ -66,7 +66,7 @@ def test_equal_tokens_are_counted_until_the_first_that_differs_or_lacks(ours: st
     assert one.num_equal(other) == other.num_equal(one) == num
 
 
-def passes(remote: Answer, margin: float = 5.0, noise: float = 0.0) -> bool:
+def passes(remote: GreedyOutput, margin: float = 5.0, noise: float = 0.0) -> bool:
     return Case("case", 7, remote, answer("ab", -1.0, -2.0, margin=margin), noise).passes(TOLERANCE)
 
 
@@ -158,7 +158,7 @@ class FakeBaton(ThreadingHTTPServer):
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         self.completions.append(body)
         mode = body["vllm_xargs"]["baton_prefill"]
-        if mode in ("remote", "spoiled"):  # without either it would be Baton's own choice
+        if mode in ("remote", "corrupted"):  # without either it would be Baton's own choice
             self.num_local -= 1
             self.num_transfers += self.num_local < 0
         first = self.token_by_mode.get(mode, "token_id:7"), self.logprob_by_mode.get(mode, -1.0)
@@ -210,8 +210,8 @@ def sglang(baton: FakeBaton) -> FakeBaton:
     return baton
 
 
-def verified(url: str, spoil: bool = False, tolerance: float | None = TOLERANCE, **models: str) -> bool:
-    return compare_output(url, spoil=spoil, tolerance=tolerance, seed=0, **models)
+def verified(url: str, corrupt_kv: bool = False, tolerance: float | None = TOLERANCE, **models: str) -> bool:
+    return compare_output(url, corrupt_kv=corrupt_kv, tolerance=tolerance, seed=0, **models)
 
 
 def test_equal_output_passes(baton: FakeBaton, capsys: pytest.CaptureFixture[str]):
@@ -229,13 +229,13 @@ def test_other_logprobs_fail(baton: FakeBaton):
     assert not verified(baton.url)
 
 
-def test_spoiling_asks_for_wrong_kv_and_fails_if_it_arrives(baton: FakeBaton):
-    baton.token_by_mode["spoiled"] = "token_id:8"
-    assert not verified(baton.url, spoil=True)
+def test_corruption_asks_for_wrong_kv_and_fails_if_it_arrives(baton: FakeBaton):
+    baton.token_by_mode["corrupted"] = "token_id:8"
+    assert not verified(baton.url, corrupt_kv=True)
 
 
-def test_a_spoiled_run_that_still_passes_is_not_hidden(baton: FakeBaton):
-    assert verified(baton.url, spoil=True)
+def test_a_corrupted_run_that_still_passes_is_not_hidden(baton: FakeBaton):
+    assert verified(baton.url, corrupt_kv=True)
 
 
 @pytest.mark.parametrize("num_local", [1, NUM_PROMPTS])
@@ -342,8 +342,8 @@ def test_equal_output_by_prefill_passes(sglang: FakeBaton, capsys: pytest.Captur
 
 
 def test_nothing_asks_for_local_prefill_of_an_engine_that_cannot(sglang: FakeBaton):
-    verified(sglang.url, spoil=True)
-    assert asked(sglang) == {("tiny", "remote"), ("tiny", "spoiled")}
+    verified(sglang.url, corrupt_kv=True)
+    assert asked(sglang) == {("tiny", "remote"), ("tiny", "corrupted")}
     assert {body["vllm_xargs"]["baton_prefill"] for body in by_prefill(sglang)} == {"remote"}
 
 
@@ -376,9 +376,9 @@ def test_wrong_kv_that_leaves_the_tokens_equal_is_found_by_prefill(sglang: FakeB
     assert not verified(sglang.url, tolerance=None)
 
 
-def test_spoiling_fails_by_prefill_too(sglang: FakeBaton):
-    sglang.token_by_mode["spoiled"] = "token_id:8"
-    assert not verified(sglang.url, spoil=True, tolerance=None)
+def test_corruption_fails_by_prefill_too(sglang: FakeBaton):
+    sglang.token_by_mode["corrupted"] = "token_id:8"
+    assert not verified(sglang.url, corrupt_kv=True, tolerance=None)
 
 
 def test_a_prompt_of_the_reference_that_was_not_prefilled_remotely_verifies_nothing(sglang: FakeBaton):

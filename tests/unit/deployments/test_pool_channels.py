@@ -14,11 +14,11 @@ from app.channel.protocol import Submit
 from app.channel.server import ChannelServer, Link
 from app.errors import ReplicaLost
 from app.messages import GenerateRequest, KvUpdate, ReplicaInfo, ReplicaLoad, TokenDelta
-from app.routing.pool_state import PoolView
+from app.routing.pool_state import PoolState
 from app.routing.prefix_index import PrefixIndex
 from deployments.frontend import pool_channels
 from deployments.frontend.pool_channels import PoolChannels
-from deployments.frontend.ready_replicas import Membership
+from deployments.frontend.ready_replicas import ReadyReplicas
 from tests.unit.waiting import until
 
 LAST = TokenDelta([1], finish_reason="stop")
@@ -32,7 +32,7 @@ class Replica:
         self.links: list[Link] = []
         self.server = ChannelServer(name, self._run)
         self.server.snapshot = lambda: KvUpdate([1, 2], [], is_reset=True)
-        self.server.tell_load(ReplicaLoad(sequences=3, used_blocks=4))
+        self.server.publish_load(ReplicaLoad(sequences=3, used_blocks=4))
         self.address: dict[str, str] = {}
 
     async def _run(self, link: Link, call: Submit) -> None:
@@ -64,15 +64,15 @@ class Pool:
     """A pool as a frontend sees it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.membership = Membership()
-        self.view = PoolView(PrefixIndex())
-        monkeypatch.setattr(pool_channels, "membership_of", lambda deployment_id: self.membership)
+        self.ready = ReadyReplicas()
+        self.view = PoolState(PrefixIndex())
+        monkeypatch.setattr(pool_channels, "ready_replicas_of", lambda deployment_id: self.ready)
         monkeypatch.setattr(pool_channels, "RECONNECT_S", 0.01)
         self.channels = PoolChannels(SimpleNamespace(deployment_id=None), self.view)
 
     def consist_of(self, *replicas: Replica) -> None:
         """What Serve says."""
-        self.membership.update([replica.as_serve_tells_it() for replica in replicas])
+        self.ready.update([replica.as_serve_tells_it() for replica in replicas])
 
     def knows(self, replica: Replica) -> bool:
         """Whether the view has all that the replica tells at first."""
@@ -111,9 +111,9 @@ async def test_a_replica_joins_with_what_it_knows(pool: Pool, replica: Replica):
 async def test_replicas_that_serve_knew_before_are_connected_too(replica: Replica, monkeypatch: pytest.MonkeyPatch):
     pool = Pool(monkeypatch)
     pool.consist_of(replica)
-    later = PoolChannels(SimpleNamespace(deployment_id=None), view := PoolView(PrefixIndex()))
+    later = PoolChannels(SimpleNamespace(deployment_id=None), view := PoolState(PrefixIndex()))
     await until(lambda: "r" in view.replicas)
-    pool.membership.update([])
+    pool.ready.update([])
     await until(lambda: not view.replicas)
     with pytest.raises(ReplicaLost):
         later.channel("r")
@@ -135,7 +135,7 @@ async def test_a_broken_connection_takes_the_replica_out_at_once_and_a_new_one_s
 ):
     pool.consist_of(replica)
     await until(lambda: pool.knows(replica))
-    replica.server.tell_kv(KvUpdate([3], []))
+    replica.server.publish_kv(KvUpdate([3], []))
     await until(lambda: pool.view.index.num_blocks("r") == 3)
     sequence = submit(pool, replica, [])
     await until(lambda: replica.links)

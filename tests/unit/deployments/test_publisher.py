@@ -104,13 +104,13 @@ async def turn() -> None:
 
 async def test_a_change_of_load_is_told_in_the_next_turn_of_the_loop(replica: Replica):
     replica.heard()
-    replica.publisher.look_soon()
+    replica.publisher.poll_soon()
     replica.num_requests, replica.engine.tokens = 2, 30  # what happens before the loop turns is in it
     await turn()
     assert replica.heard()[0][-1] == ReplicaLoad(2, 30)
     replica.num_requests = 3
-    replica.publisher.look_soon()
-    replica.publisher.look_soon()
+    replica.publisher.poll_soon()
+    replica.publisher.poll_soon()
     await turn()
     assert replica.heard()[0][-1] == ReplicaLoad(3, 30)
 
@@ -118,10 +118,10 @@ async def test_a_change_of_load_is_told_in_the_next_turn_of_the_loop(replica: Re
 async def test_a_load_that_did_not_change_is_told_again_with_each_poll_only(replica: Replica):
     """A frontend that misjudged its own part of the load is put right by the next one."""
     replica.num_requests = 1
-    replica.publisher.look_soon()
+    replica.publisher.poll_soon()
     await turn()
     assert replica.heard()[0].pop() == ReplicaLoad(1)
-    replica.publisher.look_soon()
+    replica.publisher.poll_soon()
     await turn()
     assert not replica.heard()[0]
     await until(lambda: replica.engine.num_polls >= 2)
@@ -130,31 +130,31 @@ async def test_a_load_that_did_not_change_is_told_again_with_each_poll_only(repl
 
 
 async def test_an_idle_replica_says_so_to_a_new_frontend_and_asks_its_engine_nothing(replica: Replica):
-    replica.publisher.look_soon()
-    await asyncio.sleep(2 * publishing.LOOK_S * publishing.LOOKS_PER_POLL)
+    replica.publisher.poll_soon()
+    await asyncio.sleep(2 * publishing.POLL_S * publishing.POLLS_PER_STATS)
     assert replica.engine.num_polls == 0
     assert replica.server._load == ReplicaLoad()
 
 
 async def test_a_busy_engine_is_watched_until_it_is_idle(replica: Replica):
     replica.engine.tokens = 10
-    replica.publisher.look_soon()
+    replica.publisher.poll_soon()
     await turn()
     replica.engine.tokens, replica.engine.used_blocks = 0, 5  # the engine says nothing of it
     await until(lambda: replica.server._load == ReplicaLoad(0, 0, 5))
     replica.engine.used_blocks = 0
     await until(lambda: replica.server._load == ReplicaLoad())
     polls = replica.engine.num_polls
-    await asyncio.sleep(4 * publishing.LOOK_S * publishing.LOOKS_PER_POLL)
+    await asyncio.sleep(4 * publishing.POLL_S * publishing.POLLS_PER_STATS)
     assert replica.engine.num_polls <= polls + 1
 
 
 async def test_a_queue_that_the_engine_works_off_is_noticed_between_polls(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(publishing, "LOOKS_PER_POLL", 10_000)
+    monkeypatch.setattr(publishing, "POLLS_PER_STATS", 10_000)
     replica.engine.tokens = 10
-    replica.publisher.look_soon()
+    replica.publisher.poll_soon()
     await until(lambda: replica.server._load == ReplicaLoad(0, 10))
     replica.engine.tokens = 4
     await until(lambda: replica.server._load == ReplicaLoad(0, 4))
@@ -164,10 +164,10 @@ async def test_a_queue_that_the_engine_works_off_is_noticed_between_polls(
 async def test_a_dead_engine_is_asked_once(replica: Replica, caplog: pytest.LogCaptureFixture):
     replica.engine.is_dead = True
     replica.num_requests = 1
-    replica.publisher.look_soon()
+    replica.publisher.poll_soon()
     await until(lambda: "replica_id=r tells its load no longer" in caplog.text)
-    replica.publisher.look_soon()
-    await asyncio.sleep(2 * publishing.LOOK_S * publishing.LOOKS_PER_POLL)
+    replica.publisher.poll_soon()
+    await asyncio.sleep(2 * publishing.POLL_S * publishing.POLLS_PER_STATS)
     assert replica.engine.num_polls == 1
 
 

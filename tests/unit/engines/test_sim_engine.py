@@ -23,7 +23,7 @@ from app.engines.sim.tokens import read_model_facts
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest
 from app.messages import AllBlocksCleared, BlockStored, GenerateRequest, TokenDelta, TransferDescriptor
 from app.preflight import check, gpus_of_replica
-from app.routing.placement import spoil
+from app.routing.placement import corrupt_prompt
 from tests.conftest import eventually
 
 SLOW = {"speed_up": 1e-3}
@@ -283,7 +283,7 @@ async def test_logprobs_have_the_number_of_candidates_that_was_asked_for(start: 
         assert [delta.logprobs for delta in first] == [delta.logprobs for delta in second]
 
 
-async def test_disaggregated_equals_aggregated_and_a_spoiled_prompt_does_not(start: Any):
+async def test_disaggregated_equals_aggregated_and_a_corrupted_prompt_does_not(start: Any):
     async with start("prefill") as prefill, start("decode") as decode:
         what = request(logprobs=2)
         aggregated = await generate(decode, request(logprobs=2, salt="a"))
@@ -297,8 +297,8 @@ async def test_disaggregated_equals_aggregated_and_a_spoiled_prompt_does_not(sta
         assert (report.prefill_replica, report.decode_replica) == ("prefill-1", "decode-1")
         assert (report.transferred_tokens, report.cached_tokens) == (100, 0)
         for _ in range(2):  # the second time mostly from decode's prefix cache
-            spoiled = await prefill.prefill(spoil(request(salt="s")))
-            wrong = await generate(decode, request(salt="s"), spoiled)
+            corrupted = await prefill.prefill(corrupt_prompt(request(salt="s")))
+            wrong = await generate(decode, request(salt="s"), corrupted)
             assert tokens_of(wrong) != tokens_of(aggregated)
         stats = await decode.stats()
         assert (stats.num_transfers, stats.num_failed_transfers, stats.transport) == (3, 0, "sim")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.bench.engine_profile import Answer, choose_extent, measure
+from app.bench.engine_profile import TimedOutput, choose_extent, measure
 from app.engines.sim.profile import (
     FOLDER,
     PrefillTimes,
@@ -23,7 +23,7 @@ from app.engines.sim.profile import (
     load_profile,
     to_yaml,
 )
-from app.engines.sim.scheduler import Scheduler, SchedulerLimits, Sequence
+from app.engines.sim.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
 from app.errors import ConfigError
 from app.routing.least_squares import fit_non_negative
 
@@ -49,7 +49,7 @@ def test_the_h200_profile_gives_the_times_that_were_measured_there():
             range(1000),
             0,
         )
-        scheduler.add(Sequence(list(range(tokens)), max_tokens=1))
+        scheduler.add(ScheduledSequence(list(range(tokens)), max_tokens=1))
         seconds = 0.0
         while step := scheduler.step():
             seconds += step.duration_s
@@ -136,21 +136,21 @@ class VirtualEndpoint:
         self._scheduler = Scheduler(limits, profile, range(100, 1000), 0)
         self._overhead_s = overhead_s
         self._now = 0.0
-        self._arrivals: dict[Sequence, list[tuple[float, int]]] = {}
+        self._arrivals: dict[ScheduledSequence, list[tuple[float, int]]] = {}
         self._rng = random.Random(0)
 
     def new_prompt(self, num_tokens: int) -> list[int]:
         return self._rng.choices(range(100, 1000), k=num_tokens)
 
-    async def complete(self, prompt: list[int], max_tokens: int) -> Answer:
-        sequence = Sequence(prompt, max_tokens=max_tokens)
+    async def complete(self, prompt: list[int], max_tokens: int) -> TimedOutput:
+        sequence = ScheduledSequence(prompt, max_tokens=max_tokens)
         sent_at, arrivals = self._now, self._arrivals.setdefault(sequence, [])
         self._scheduler.add(sequence)
         await asyncio.sleep(0)  # whoever else asks at the same time has done so when this goes on
         while sequence.state != "ended":
             self._step()
             await asyncio.sleep(0)
-        return Answer(sent_at, arrivals)
+        return TimedOutput(sent_at, arrivals)
 
     def _step(self) -> None:
         step = self._scheduler.step()

@@ -15,7 +15,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from app.engines.sim.blocks import MAX_WAITING_EVENTS, BlockPool
 from app.engines.sim.profile import PrefillTimes, SimProfile, StepTimes, TransferTimes
-from app.engines.sim.scheduler import Scheduler, SchedulerLimits, Sequence, Step
+from app.engines.sim.scheduler import ScheduledSequence, Scheduler, SchedulerLimits, Step
 from app.messages import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
 
 PROFILE = SimProfile(
@@ -43,7 +43,9 @@ def prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(VOCABULARY, k=num_tokens)
 
 
-def run(scheduler: Scheduler, *sequences: Sequence, on_step: Callable[[Step], None] = lambda step: None) -> float:
+def run(
+    scheduler: Scheduler, *sequences: ScheduledSequence, on_step: Callable[[Step], None] = lambda step: None
+) -> float:
     """Add `sequences` and step until they have ended; the modelled seconds.  KV to be pulled arrives, and is right."""
     for sequence in sequences:
         scheduler.add(sequence)
@@ -58,7 +60,7 @@ def run(scheduler: Scheduler, *sequences: Sequence, on_step: Callable[[Step], No
     return seconds
 
 
-def output(sequence: Sequence) -> list[int]:
+def output(sequence: ScheduledSequence) -> list[int]:
     return sequence.tokens[sequence.prompt_tokens :]
 
 
@@ -86,8 +88,8 @@ class AnyOrder(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = make_scheduler(num_blocks=16, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=12)
-        self.sequences: list[Sequence] = []
-        self.transferring: list[Sequence] = []
+        self.sequences: list[ScheduledSequence] = []
+        self.transferring: list[ScheduledSequence] = []
         self.cached = replay(self.scheduler.pool.take_events(), set())
 
     @rule(
@@ -98,8 +100,8 @@ class AnyOrder(RuleBasedStateMachine):
         way=st.sampled_from(["generate", "handoff", "pull"]),
         salt=st.sampled_from([None, None, "salt"]),
     )
-    def add(self, num_tokens: int, kind: int, max_tokens: int, way: str, salt: str | None) -> Sequence:
-        sequence = Sequence(
+    def add(self, num_tokens: int, kind: int, max_tokens: int, way: str, salt: str | None) -> ScheduledSequence:
+        sequence = ScheduledSequence(
             prompt(40, kind)[:num_tokens],
             max_tokens=max_tokens,
             cache_salt=salt,
@@ -132,7 +134,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.scheduler.end_transfer(sequence, digest)
 
     @rule(sequence=consumes(alive))
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: ScheduledSequence) -> None:
         self.scheduler.cancel(sequence)
         assert sequence.state == "ended"
         self.scheduler.cancel(sequence)
@@ -177,7 +179,7 @@ TestAnyOrder = AnyOrder.TestCase
 
 def test_a_prompt_takes_as_long_as_the_profile_says_and_each_token_one_step():
     durations: list[float] = []
-    sequence = Sequence(prompt(40), max_tokens=3)
+    sequence = ScheduledSequence(prompt(40), max_tokens=3)
     run(make_scheduler(), sequence, on_step=lambda step: durations.append(step.duration_s))
     assert durations == pytest.approx([PROFILE.prefill_s(40), PROFILE.step_s(1, 41), PROFILE.step_s(1, 42)])
 
@@ -185,7 +187,7 @@ def test_a_prompt_takes_as_long_as_the_profile_says_and_each_token_one_step():
 def test_a_step_takes_longer_with_more_sequences_and_more_kv():
     scheduler = make_scheduler(enable_prefix_caching=False)
     durations: list[float] = []
-    sequences = [Sequence(prompt(20, seed), max_tokens=2) for seed in range(3)]
+    sequences = [ScheduledSequence(prompt(20, seed), max_tokens=2) for seed in range(3)]
     run(scheduler, *sequences, on_step=lambda step: durations.append(step.duration_s))
     # All three prompts share one step, its base and each prompt's own squares; then all decode together.
     per_token = 60 * PROFILE.prefill.per_token_s + 3 * 20**2 * PROFILE.prefill.per_token_squared_s
@@ -195,14 +197,14 @@ def test_a_step_takes_longer_with_more_sequences_and_more_kv():
 def test_a_long_prompt_is_computed_in_chunks_that_cost_the_same_squares():
     durations: list[float] = []
     scheduler = make_scheduler(max_num_batched_tokens=64)
-    run(scheduler, Sequence(prompt(200), max_tokens=1), on_step=lambda step: durations.append(step.duration_s))
+    run(scheduler, ScheduledSequence(prompt(200), max_tokens=1), on_step=lambda step: durations.append(step.duration_s))
     assert len(durations) == 4
     assert sum(durations) == pytest.approx(PROFILE.prefill_s(200) + 3 * PROFILE.prefill.base_s)
 
 
 def test_sequences_that_decode_do_not_wait_for_a_long_prompt():
     scheduler = make_scheduler(max_num_batched_tokens=32)
-    first, long = Sequence(prompt(8), max_tokens=30), Sequence(prompt(200, 1), max_tokens=1)
+    first, long = ScheduledSequence(prompt(8), max_tokens=30), ScheduledSequence(prompt(200, 1), max_tokens=1)
     scheduler.add(first)
     scheduler.step()
     scheduler.add(long)
@@ -217,35 +219,35 @@ def test_sequences_that_decode_do_not_wait_for_a_long_prompt():
 
 def test_a_prefix_that_is_cached_is_not_computed_again():
     scheduler = make_scheduler()
-    first, again = Sequence(prompt(41), max_tokens=1), Sequence(prompt(41), max_tokens=1)
+    first, again = ScheduledSequence(prompt(41), max_tokens=1), ScheduledSequence(prompt(41), max_tokens=1)
     cold = run(scheduler, first)
     assert first.cached_tokens == 0
     warm = run(scheduler, again)
     assert again.cached_tokens == 40
     assert warm == pytest.approx(PROFILE.step_s(1, 41))
     assert warm < cold
-    shared = Sequence(prompt(41)[:24] + prompt(17, 5), max_tokens=1)
+    shared = ScheduledSequence(prompt(41)[:24] + prompt(17, 5), max_tokens=1)
     run(scheduler, shared)
     assert shared.cached_tokens == 24
 
 
 def test_the_last_token_is_computed_even_if_all_of_the_prompt_is_cached():
     scheduler = make_scheduler()
-    run(scheduler, Sequence(prompt(40), max_tokens=4))
-    again = Sequence(prompt(40), max_tokens=4)
+    run(scheduler, ScheduledSequence(prompt(40), max_tokens=4))
+    again = ScheduledSequence(prompt(40), max_tokens=4)
     run(scheduler, again)
     assert again.cached_tokens == 36
 
 
 def test_another_salt_or_no_caching_shares_nothing():
     scheduler = make_scheduler()
-    run(scheduler, Sequence(prompt(41), max_tokens=1, cache_salt="one"))
-    salted = Sequence(prompt(41), max_tokens=1, cache_salt="two")
+    run(scheduler, ScheduledSequence(prompt(41), max_tokens=1, cache_salt="one"))
+    salted = ScheduledSequence(prompt(41), max_tokens=1, cache_salt="two")
     run(scheduler, salted)
     assert salted.cached_tokens == 0
     without = make_scheduler(enable_prefix_caching=False)
     for _ in range(2):
-        sequence = Sequence(prompt(41), max_tokens=1)
+        sequence = ScheduledSequence(prompt(41), max_tokens=1)
         run(without, sequence)
         assert sequence.cached_tokens == 0
     assert not without.pool.cached_hashes
@@ -254,11 +256,11 @@ def test_another_salt_or_no_caching_shares_nothing():
 def test_what_was_used_longest_ago_is_evicted_first_and_never_served_again():
     scheduler = make_scheduler(num_blocks=20, max_model_len=80)
     a, b = prompt(33, 1), prompt(33, 2)
-    run(scheduler, Sequence(a, max_tokens=1))
-    run(scheduler, Sequence(b, max_tokens=1))
-    run(scheduler, Sequence(a, max_tokens=1))  # a is the younger one now
-    run(scheduler, Sequence(prompt(30, 3), max_tokens=1))
-    again_a, again_b = Sequence(a, max_tokens=1), Sequence(b, max_tokens=1)
+    run(scheduler, ScheduledSequence(a, max_tokens=1))
+    run(scheduler, ScheduledSequence(b, max_tokens=1))
+    run(scheduler, ScheduledSequence(a, max_tokens=1))  # a is the younger one now
+    run(scheduler, ScheduledSequence(prompt(30, 3), max_tokens=1))
+    again_a, again_b = ScheduledSequence(a, max_tokens=1), ScheduledSequence(b, max_tokens=1)
     run(scheduler, again_a)
     assert again_a.cached_tokens == 32
     run(scheduler, again_b)
@@ -273,7 +275,7 @@ def test_sequences_are_preempted_where_blocks_run_out_and_their_output_stays():
             nonlocal preempted
             preempted += step.num_preempted
 
-        sequences = [Sequence(prompt(20, seed), max_tokens=40) for seed in range(4)]
+        sequences = [ScheduledSequence(prompt(20, seed), max_tokens=40) for seed in range(4)]
         run(make_scheduler(num_blocks=num_blocks, max_model_len=64), *sequences, on_step=count)
         return [output(sequence) for sequence in sequences], preempted
 
@@ -285,26 +287,26 @@ def test_sequences_are_preempted_where_blocks_run_out_and_their_output_stays():
 
 
 def test_output_depends_on_prompt_and_seed_and_not_on_batching():
-    sequences = [Sequence(prompt(50, seed), max_tokens=20) for seed in range(6)]
+    sequences = [ScheduledSequence(prompt(50, seed), max_tokens=20) for seed in range(6)]
     run(make_scheduler(), *sequences)
     for seed, together in enumerate(sequences):
-        alone = Sequence(prompt(50, seed), max_tokens=20)
+        alone = ScheduledSequence(prompt(50, seed), max_tokens=20)
         run(make_scheduler(max_num_batched_tokens=8), alone)
         assert output(alone) == output(together)
     outputs = {tuple(output(sequence)) for sequence in sequences}
     assert len(outputs) == 6
-    another = Sequence(prompt(50, 0), max_tokens=20)
+    another = ScheduledSequence(prompt(50, 0), max_tokens=20)
     run(make_scheduler(seed=1), another)
     assert output(another) != output(sequences[0])
     assert len(set(output(another))) > 15  # no token over and over
 
 
 def test_output_is_the_same_in_another_process():
-    sequence = Sequence([1, 2, 3], max_tokens=5, cache_salt="salt", sampling_seed=4)
+    sequence = ScheduledSequence([1, 2, 3], max_tokens=5, cache_salt="salt", sampling_seed=4)
     run(make_scheduler(), sequence)
     program = (
         "from tests.unit.engines.test_sim_scheduler import *;"
-        "s = Sequence([1, 2, 3], max_tokens=5, cache_salt='salt', sampling_seed=4);"
+        "s = ScheduledSequence([1, 2, 3], max_tokens=5, cache_salt='salt', sampling_seed=4);"
         "run(make_scheduler(), s); print(output(s))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -314,34 +316,34 @@ def test_output_is_the_same_in_another_process():
 def test_a_sampling_seed_changes_the_output():
     outputs = set()
     for seed in (None, 0, 1):
-        sequence = Sequence(prompt(10), max_tokens=10, sampling_seed=seed)
+        sequence = ScheduledSequence(prompt(10), max_tokens=10, sampling_seed=seed)
         run(make_scheduler(), sequence)
         outputs.add(tuple(output(sequence)))
     assert len(outputs) == 3
 
 
 def test_output_ends_with_max_tokens_a_stop_token_or_max_model_len():
-    free = Sequence(prompt(10), max_tokens=20)
+    free = ScheduledSequence(prompt(10), max_tokens=20)
     run(make_scheduler(), free)
     assert (len(output(free)), free.finish_reason) == (20, "length")
     stop = output(free)[7]
-    stopped = Sequence(prompt(10), max_tokens=20, stop_token_ids=[stop])
+    stopped = ScheduledSequence(prompt(10), max_tokens=20, stop_token_ids=[stop])
     run(make_scheduler(), stopped)
     assert output(stopped) == output(free)[: output(free).index(stop) + 1]
     assert stopped.finish_reason == "stop"
-    patient = Sequence(prompt(10), max_tokens=20, min_tokens=12, stop_token_ids=[stop])
+    patient = ScheduledSequence(prompt(10), max_tokens=20, min_tokens=12, stop_token_ids=[stop])
     run(make_scheduler(), patient)
     assert len(output(patient)) > 12
-    bounded = Sequence(prompt(10), max_tokens=10_000)
+    bounded = ScheduledSequence(prompt(10), max_tokens=10_000)
     run(make_scheduler(max_model_len=32), bounded)
     assert len(bounded.tokens) == 32
 
 
 def test_a_pulled_prompt_is_not_computed_and_its_output_is_that_of_the_aggregated_one():
-    aggregated = Sequence(prompt(50), max_tokens=10)
+    aggregated = ScheduledSequence(prompt(50), max_tokens=10)
     run(make_scheduler(), aggregated)
     durations: list[float] = []
-    pulled = Sequence(prompt(50), max_tokens=10, is_pulled=True)
+    pulled = ScheduledSequence(prompt(50), max_tokens=10, is_pulled=True)
     run(make_scheduler(), pulled, on_step=lambda step: durations.append(step.duration_s))
     assert pulled.transferred_tokens == 50
     assert output(pulled) == output(aggregated)
@@ -350,18 +352,18 @@ def test_a_pulled_prompt_is_not_computed_and_its_output_is_that_of_the_aggregate
 
 def test_only_what_decode_has_not_cached_is_pulled():
     scheduler = make_scheduler()
-    run(scheduler, Sequence(prompt(50)[:21], max_tokens=1))
-    partly = Sequence(prompt(50), max_tokens=1, is_pulled=True)
+    run(scheduler, ScheduledSequence(prompt(50)[:21], max_tokens=1))
+    partly = ScheduledSequence(prompt(50), max_tokens=1, is_pulled=True)
     run(scheduler, partly)
     assert (partly.cached_tokens, partly.transferred_tokens) == (20, 30)
-    run(scheduler, Sequence(prompt(45, 9), max_tokens=1))
-    wholly = Sequence(prompt(45, 9), max_tokens=1, is_pulled=True)
+    run(scheduler, ScheduledSequence(prompt(45, 9), max_tokens=1))
+    wholly = ScheduledSequence(prompt(45, 9), max_tokens=1, is_pulled=True)
     run(scheduler, wholly)
     assert (wholly.cached_tokens, wholly.transferred_tokens) == (44, 0)
 
 
-def pull(scheduler: Scheduler, tokens: list[int], digest: int | None, salt: str | None = None) -> Sequence:
-    sequence = Sequence(tokens, max_tokens=10, is_pulled=True, cache_salt=salt)
+def pull(scheduler: Scheduler, tokens: list[int], digest: int | None, salt: str | None = None) -> ScheduledSequence:
+    sequence = ScheduledSequence(tokens, max_tokens=10, is_pulled=True, cache_salt=salt)
     scheduler.add(sequence)
     while sequence.state != "ended":
         step = scheduler.step()
@@ -372,7 +374,7 @@ def pull(scheduler: Scheduler, tokens: list[int], digest: int | None, salt: str 
 
 
 def test_kv_of_another_prompt_changes_the_output_and_goes_on_doing_so_from_the_cache():
-    right = Sequence(prompt(50), max_tokens=10)
+    right = ScheduledSequence(prompt(50), max_tokens=10)
     run(make_scheduler(), right)
     scheduler = make_scheduler()
     wrong = pull(scheduler, prompt(50), right.digest + 1)
@@ -380,9 +382,9 @@ def test_kv_of_another_prompt_changes_the_output_and_goes_on_doing_so_from_the_c
     again = pull(scheduler, prompt(50), right.digest + 1)  # mostly from the cache this time
     assert again.cached_tokens == 48
     assert output(again) != output(right)
-    longer = Sequence(prompt(50) + prompt(20, 3), max_tokens=10)
+    longer = ScheduledSequence(prompt(50) + prompt(20, 3), max_tokens=10)
     run(scheduler, longer)
-    honest = Sequence(prompt(50) + prompt(20, 3), max_tokens=10)
+    honest = ScheduledSequence(prompt(50) + prompt(20, 3), max_tokens=10)
     run(make_scheduler(), honest)
     assert output(longer) != output(honest)
     elsewhere = pull(scheduler, prompt(50), right.digest, salt="salt")
@@ -393,8 +395,8 @@ def test_blocks_that_held_wrong_kv_are_clean_once_they_hold_something_else():
     scheduler = make_scheduler(num_blocks=16, max_model_len=64)
     pull(scheduler, prompt(50), prompt(50)[0])
     for seed in (1, 2):
-        run(scheduler, Sequence(prompt(50, seed), max_tokens=10))
-    again, elsewhere = Sequence(prompt(50, 2), max_tokens=10), Sequence(prompt(50, 2), max_tokens=10)
+        run(scheduler, ScheduledSequence(prompt(50, seed), max_tokens=10))
+    again, elsewhere = ScheduledSequence(prompt(50, 2), max_tokens=10), ScheduledSequence(prompt(50, 2), max_tokens=10)
     run(scheduler, again)
     run(make_scheduler(), elsewhere)
     assert again.cached_tokens == 48
@@ -402,7 +404,7 @@ def test_blocks_that_held_wrong_kv_are_clean_once_they_hold_something_else():
 
 
 def test_a_transfer_that_fails_is_computed_here():
-    right = Sequence(prompt(50), max_tokens=10)
+    right = ScheduledSequence(prompt(50), max_tokens=10)
     run(make_scheduler(), right)
     recomputed = pull(make_scheduler(), prompt(50), None)
     assert recomputed.transferred_tokens == 0
@@ -411,11 +413,11 @@ def test_a_transfer_that_fails_is_computed_here():
 
 def test_a_handoff_keeps_its_blocks_until_it_is_cancelled():
     scheduler = make_scheduler(num_blocks=20, max_model_len=80)
-    handoff = Sequence(prompt(50), max_tokens=1, is_handoff=True)
+    handoff = ScheduledSequence(prompt(50), max_tokens=1, is_handoff=True)
     run(scheduler, handoff)
     assert handoff.state == "held"
     assert (scheduler.num_used_blocks, scheduler.num_running) == (13, 0)
-    waiting = Sequence(prompt(50, 1), max_tokens=1, is_handoff=True)
+    waiting = ScheduledSequence(prompt(50, 1), max_tokens=1, is_handoff=True)
     scheduler.add(waiting)
     assert scheduler.step() is None
     scheduler.cancel(handoff)
@@ -428,7 +430,7 @@ def test_a_handoff_keeps_its_blocks_until_it_is_cancelled():
 def test_no_more_sequences_run_than_may():
     scheduler = make_scheduler(max_num_seqs=2)
     for seed in range(5):
-        scheduler.add(Sequence(prompt(8, seed), max_tokens=3))
+        scheduler.add(ScheduledSequence(prompt(8, seed), max_tokens=3))
     scheduler.step()
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 3)
 
@@ -437,7 +439,7 @@ def test_events_describe_chains_of_blocks():
     scheduler = make_scheduler()
     assert scheduler.pool.take_events() == [AllBlocksCleared()]
     tokens = prompt(13)
-    run(scheduler, Sequence(tokens, max_tokens=4))
+    run(scheduler, ScheduledSequence(tokens, max_tokens=4))
     first, second = scheduler.pool.take_events()
     assert isinstance(first, BlockStored)
     assert isinstance(second, BlockStored)
@@ -445,7 +447,7 @@ def test_events_describe_chains_of_blocks():
     assert second.parent_block_hash == first.block_hashes[-1]
     assert second.token_ids[0] == tokens[12]
     assert scheduler.pool.take_events() == []
-    run(scheduler, Sequence(tokens, max_tokens=1, cache_salt="salt"))
+    run(scheduler, ScheduledSequence(tokens, max_tokens=1, cache_salt="salt"))
     (salted,) = scheduler.pool.take_events()
     assert isinstance(salted, BlockStored)
     assert (first.cache_salt, salted.cache_salt) == (None, "salt")
@@ -469,7 +471,7 @@ def test_the_same_work_gives_the_same_steps(lengths: list[int], seed: int):
     def serve() -> list[Any]:
         scheduler = make_scheduler(seed, num_blocks=24, max_model_len=96)
         steps: list[Any] = []
-        sequences = [Sequence(prompt(length, length), max_tokens=25) for length in lengths]
+        sequences = [ScheduledSequence(prompt(length, length), max_tokens=25) for length in lengths]
         run(scheduler, *sequences, on_step=lambda s: steps.append((s.duration_s, [x.tokens[-1] for x in s.outputs])))
         return steps
 

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.frontend.http_middleware import BodyLimit, ErrorBeforeStream, RoutingHeaders, error_body
-from app.frontend.request_context import begin_exchange, current_exchange
+from app.frontend.request_context import begin_request, current_request
 from app.frontend.sequence_record import SequenceRecord
 from tests.unit.decisions import decision
 
@@ -218,7 +218,7 @@ async def test_a_body_message_without_a_body_means_an_empty_one():
     assert (response.status_code, response.content) == (200, b"")
 
 
-# ErrorBeforeStream, told of the engine by the exchange
+# ErrorBeforeStream, told of the engine by the context
 
 TOO_BUSY = error_body("too busy", "Too Many Requests", 429)
 CREATED = b'event: response.created\ndata: {"response": {}}\n\n'
@@ -265,7 +265,7 @@ async def test_events_before_the_first_token_wait_for_it():
         for message in (START, part(CREATED), part(CREATED)):
             await send(message)
         assert client.sent == []
-        current_exchange().has_begun = True
+        current_request().has_begun = True
         await send(part(EVENT))
         assert client.sent[1:] == [part(CREATED), part(CREATED), part(EVENT)]
         await send(part(DONE, more=False))
@@ -300,7 +300,7 @@ async def test_a_failure_before_the_first_token_replaces_what_waits(before: list
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         for message in (START, *before):
             await send(message)
-        current_exchange().failure = TOO_BUSY["error"]
+        current_request().failure = TOO_BUSY["error"]
         if raises:
             raise RuntimeError
         await send(part(b"event: error\ndata: {}\n\n"))
@@ -316,8 +316,8 @@ async def test_a_failure_after_the_first_token_replaces_nothing():
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send(START)
-        current_exchange().has_begun = True
-        current_exchange().failure = TOO_BUSY["error"]
+        current_request().has_begun = True
+        current_request().failure = TOO_BUSY["error"]
         await send(part(EVENT))
         raise RuntimeError
 
@@ -343,7 +343,7 @@ async def test_anthropics_api_has_errors_of_its_own_shape():
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send(START)
-        current_exchange().failure = TOO_BUSY["error"]
+        current_request().failure = TOO_BUSY["error"]
         await send(part(b""))
 
     await client.run(app)
@@ -358,12 +358,12 @@ def answering(status: int, *waits_s: float) -> ASGIApp:
     """A request with one sequence for each of `waits_s`, all of them refused for so long."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = current_exchange()
+        context = current_request()
         for seconds in waits_s:
-            exchange.refuse_for(seconds)
-        if exchange.wants_explanation:
-            exchange.sequences.append(SequenceRecord("m", "r", 1))
-            exchange.sequences[-1].on_decision(decision())
+            context.refuse_for(seconds)
+        if context.wants_explanation:
+            context.sequences.append(SequenceRecord("m", "r", 1))
+            context.sequences[-1].on_decision(decision())
         await asyncio.create_task(send({"type": "http.response.start", "status": status}))
 
     return app
@@ -393,9 +393,9 @@ async def test_only_1_asks_for_an_explanation(value: bytes):
 
 
 async def test_an_exchange_ends_with_its_request():
-    with begin_exchange(wants_explanation=True) as outer:
+    with begin_request(wants_explanation=True) as outer:
         await Client().run(answering(200, 5.0))
-        assert current_exchange() is outer
+        assert current_request() is outer
         assert outer.retry_after_s is None
-    assert current_exchange() is not outer
-    assert current_exchange() is not current_exchange()
+    assert current_request() is not outer
+    assert current_request() is not current_request()

@@ -135,7 +135,7 @@ def orchestrator(
     )
     for role, pool in (("prefill", prefill), ("decode", decode), ("aggregated", aggregated)):
         for replica in pool.ready if pool else ():
-            router.views[role].join(replica_info(replica, role))
+            router.pools[role].join(replica_info(replica, role))
     return Orchestrator(router, prefill, decode, LimitsConfig(**limits), aggregated=aggregated)
 
 
@@ -143,7 +143,7 @@ def loads(server: Orchestrator) -> dict[str, Counter[str]]:
     """The sequences that the router counts on each replica, by role."""
     return {
         role: Counter({name: view.sequences.own for name, view in pool.replicas.items() if view.sequences.own})
-        for role, pool in server._router.views.items()
+        for role, pool in server._router.pools.items()
     }
 
 
@@ -218,12 +218,12 @@ async def test_a_prefill_replica_is_not_blamed_when_decode_had_the_prompt_cached
     server = orchestrator(prefill, FakeDecode(["d"], [first_delta("local", "already_cached"), LAST]))
     for _ in range(4):
         await served(server)
-    assert not any(replica.avoid_until for replica in server._router.views["prefill"].replicas.values())
+    assert not any(replica.avoid_until for replica in server._router.pools["prefill"].replicas.values())
 
 
-async def test_a_spoiled_request_prefills_another_prompt_than_it_decodes():
+async def test_a_corrupted_request_prefills_another_prompt_than_it_decodes():
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
-    await served(orchestrator(prefill, decode), "spoiled")
+    await served(orchestrator(prefill, decode), "corrupted")
     assert prefill.prompts[0] != PROMPT
     assert decode.calls[0].request.prompt_token_ids == PROMPT
 
@@ -362,9 +362,9 @@ async def test_each_prefill_of_a_sequence_has_a_request_id_of_its_own(error: Exc
     assert {call.request.request_id for call in decode.calls} == {"r"}
 
 
-async def test_a_retried_prefill_is_spoiled_again():
+async def test_a_retried_prefill_is_corrupted_again():
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
-    await served(depending_on_prefill(prefill, decode), "spoiled")
+    await served(depending_on_prefill(prefill, decode), "corrupted")
     assert prefill.prompts[0] == prefill.prompts[1] != PROMPT
 
 

@@ -1,4 +1,4 @@
-"""What a request says of where it is prefilled, and how a prompt is spoiled for the control run of ``baton verify``."""
+"""What a request says of where it is prefilled, and how its prompt is corrupted for ``baton verify``'s control."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app.messages import GenerateRequest, PrefillMode
-from app.routing.placement import demanded, spoil
+from app.routing.placement import corrupt_prompt, demanded
 
 token_ids = st.integers(0, 200_000)
 prompts = st.one_of(
@@ -32,7 +32,7 @@ def request(prompt: list[int], sampling: dict[str, Any] | None = None, mode: Pre
         ("auto", {"prompt_logprobs": 5}, ("local", "prompt_logprobs")),
         ("local", {"prompt_logprobs": 5}, ("local", "requested")),
         ("remote", {}, ("remote", "requested")),
-        ("spoiled", {}, ("remote", "requested")),
+        ("corrupted", {}, ("remote", "requested")),
     ],
 )
 def test_what_a_request_demands(mode: PrefillMode, sampling: dict[str, Any], expected: tuple[str, str] | None):
@@ -44,29 +44,29 @@ def test_what_a_request_demands(mode: PrefillMode, sampling: dict[str, Any], exp
 @example([5, 5])
 @example([5, 6, 6])
 @example([6, 6, 5])
-def test_a_spoiled_prompt_has_the_same_length_and_other_tokens(prompt: list[int]):
-    spoiled = spoil(request(prompt)).prompt_token_ids
-    assert len(spoiled) == len(prompt)
-    assert spoiled != prompt
+def test_a_corrupted_prompt_has_the_same_length_and_other_tokens(prompt: list[int]):
+    corrupted = corrupt_prompt(request(prompt)).prompt_token_ids
+    assert len(corrupted) == len(prompt)
+    assert corrupted != prompt
 
 
 @given(prompts.filter(lambda prompt: len(prompt) > 1))
-def test_a_spoiled_prompt_differs_before_its_last_token(prompt: list[int]):
+def test_a_corrupted_prompt_differs_before_its_last_token(prompt: list[int]):
     # Decode computes the last token's KV itself, so a difference there alone would change nothing.
-    assert spoil(request(prompt)).prompt_token_ids[:-1] != prompt[:-1]
+    assert corrupt_prompt(request(prompt)).prompt_token_ids[:-1] != prompt[:-1]
 
 
 @given(prompts)
 @example([0])
 @example([151_935])  # may be the last id of the vocabulary
-def test_a_spoiled_prompt_stays_in_the_vocabulary(prompt: list[int]):
-    spoiled = spoil(request(prompt)).prompt_token_ids
-    assert min(spoiled) >= 0
-    assert max(spoiled) <= max(1, *prompt)  # a larger id need not exist
+def test_a_corrupted_prompt_stays_in_the_vocabulary(prompt: list[int]):
+    corrupted = corrupt_prompt(request(prompt)).prompt_token_ids
+    assert min(corrupted) >= 0
+    assert max(corrupted) <= max(1, *prompt)  # a larger id need not exist
 
 
-def test_spoiling_changes_nothing_but_the_prompt():
-    original = request([1, 2, 3], {"temperature": 0.0}, "spoiled")
-    spoiled = spoil(original)
-    assert msgspec.structs.replace(spoiled, prompt_token_ids=[1, 2, 3]) == original
+def test_corruption_changes_nothing_but_the_prompt():
+    original = request([1, 2, 3], {"temperature": 0.0}, "corrupted")
+    corrupted = corrupt_prompt(original)
+    assert msgspec.structs.replace(corrupted, prompt_token_ids=[1, 2, 3]) == original
     assert original.prompt_token_ids == [1, 2, 3]

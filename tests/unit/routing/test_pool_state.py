@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.messages import KvUpdate, ReplicaLoad
 from app.routing.affinity import SessionRing
-from app.routing.pool_state import NUM_DRAWN, Gauge, PoolView
+from app.routing.pool_state import NUM_DRAWN, Gauge, PoolState
 from app.routing.prefix_index import PrefixIndex
 from app.routing.topology import MAX_PAIRS, Topology
 from tests.unit.routing.samples import hashes, replica_info
@@ -50,7 +50,7 @@ def test_with_one_frontend_a_report_changes_nothing_once_the_replica_has_caught_
 
 
 def test_a_replica_that_left_is_forgotten_and_starts_anew():
-    pool = PoolView(PrefixIndex())
+    pool = PoolState(PrefixIndex())
     pool.join(replica_info("a"))
     pool.on_kv("a", KvUpdate(hashes(160), []))
     pool.on_load("a", ReplicaLoad(5, 5, 5))
@@ -66,7 +66,7 @@ def test_a_replica_that_left_is_forgotten_and_starts_anew():
 
 
 def test_joining_again_begins_with_an_empty_cache():
-    pool = PoolView(PrefixIndex())
+    pool = PoolState(PrefixIndex())
     pool.join(replica_info("a"))
     pool.on_kv("a", KvUpdate(hashes(160), []))
     pool.join(replica_info("a"))
@@ -75,7 +75,7 @@ def test_joining_again_begins_with_an_empty_cache():
 
 
 def test_of_a_large_pool_it_looks_at_a_few_among_them_those_that_matter():
-    pool = PoolView(PrefixIndex())
+    pool = PoolState(PrefixIndex())
     for number in range(1000):
         pool.join(replica_info(str(number)))
     cached = {str(number): number for number in range(500)}

@@ -47,15 +47,15 @@ class Fleet:
         )
         for role, name, count in (("prefill", "p", num_prefill), ("decode", "d", num_decode)):
             for number in range(count):
-                self.router.views[role].join(replica_info(f"{name}{number}", role, **info))  # type: ignore[index]
+                self.router.pools[role].join(replica_info(f"{name}{number}", role, **info))  # type: ignore[index]
         for number in range(num_aggregated or 0):
-            self.router.views["aggregated"].join(replica_info(f"a{number}", "aggregated"))
+            self.router.pools["aggregated"].join(replica_info(f"a{number}", "aggregated"))
 
     def cache(self, role: Any, replica: str, num_tokens: int, start: int = 0, salt: str | None = None) -> None:
-        self.router.views[role].on_kv(replica, KvUpdate(hashes(num_tokens, start, salt), []))
+        self.router.pools[role].on_kv(replica, KvUpdate(hashes(num_tokens, start, salt), []))
 
     def load(self, role: Any, replica: str, *load: int) -> None:
-        self.router.views[role].on_load(replica, ReplicaLoad(*load))
+        self.router.pools[role].on_load(replica, ReplicaLoad(*load))
 
     def decide(self, num_tokens: int = 160, *, hints: RoutingHints = NO_HINTS, **fields: Any) -> Decision:
         return self.router.decide(request(num_tokens, **fields), hints)
@@ -140,7 +140,7 @@ def test_a_decode_replica_without_room_for_the_kv_is_passed_over():
 def test_the_nearer_decode_replica_is_preferred_and_measured_transfers_say_which_is_near():
     fleet = Fleet(1, 0, **REMOTE)
     for number, node in enumerate(("10.0.0.2", "10.0.0.1")):
-        fleet.router.views["decode"].join(replica_info(f"d{number}", node_ip=node))
+        fleet.router.pools["decode"].join(replica_info(f"d{number}", node_ip=node))
     assert fleet.decide().serving.replica == "d1"  # prefill's own node
     for _ in range(10):
         fleet.router.topology.learn("10.0.0.1", "10.0.0.1", 3.0)
@@ -161,7 +161,7 @@ def test_a_session_stays_with_its_replicas_unless_they_are_busy():
 
 def test_a_replica_that_failed_is_avoided_for_a_while():
     fleet = Fleet(2, 2, **REMOTE)
-    fleet.router.views["decode"].avoid("d0")
+    fleet.router.pools["decode"].avoid("d0")
     assert {fleet.decide(start=1000 * n).serving.replica for n in range(10)} == {"d1"}
     fleet.clock.now += AVOID_S
     assert {fleet.decide(start=1000 * n).serving.replica for n in range(20)} == {"d0", "d1"}
@@ -206,7 +206,7 @@ def test_without_a_prefill_pool_it_is_local():
     [
         ({"prefill_mode": "local"}, ("local", "requested")),
         ({"prefill_mode": "remote"}, ("remote", "requested")),
-        ({"prefill_mode": "spoiled"}, ("remote", "requested")),
+        ({"prefill_mode": "corrupted"}, ("remote", "requested")),
         ({"sampling": {"prompt_logprobs": 1}}, ("local", "prompt_logprobs")),
     ],
 )
@@ -254,7 +254,7 @@ def test_what_running_sequences_would_lose_counts():
     fleet.load("decode", "d0", 4, 0, 0, 4)
     decision = fleet.decide(1000)
     assert where(decision) == ("remote", "faster")
-    assert decision.predicted.harm_s == pytest.approx(4 * (0.1 - 0.02), rel=0.3)
+    assert decision.predicted.interference_s == pytest.approx(4 * (0.1 - 0.02), rel=0.3)
     assert where(fleet.decide(100)) == ("local", "faster")  # 10 ms are within the budget
 
 
@@ -370,7 +370,7 @@ def test_an_aggregated_model_refuses_when_it_is_full():
 
 def test_load_is_counted_until_the_first_token_and_until_the_end():
     fleet = Fleet(1, 1, **REMOTE)
-    prefill, decode = fleet.router.views["prefill"].replicas["p0"], fleet.router.views["decode"].replicas["d0"]
+    prefill, decode = fleet.router.pools["prefill"].replicas["p0"], fleet.router.pools["decode"].replicas["d0"]
 
     def counted() -> tuple[int, ...]:
         gauges = [prefill.sequences, prefill.queued_tokens]
@@ -393,8 +393,8 @@ def test_load_is_counted_until_the_first_token_and_until_the_end():
 def test_a_replica_that_left_since_it_was_chosen_does_no_harm():
     fleet = Fleet(1, 1, **REMOTE)
     decision = fleet.decide()
-    fleet.router.views["prefill"].leave("p0")
-    fleet.router.views["decode"].leave("d0")
+    fleet.router.pools["prefill"].leave("p0")
+    fleet.router.pools["decode"].leave("d0")
     in_flight = fleet.router.begin(request(), decision)
     in_flight.first_token(PrefillReport("remote", "", "p0", "d0", 0, 160, ""))
     in_flight.end()

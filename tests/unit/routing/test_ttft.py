@@ -166,9 +166,9 @@ def test_harm_is_what_exceeds_the_budget_for_every_sequence():
     for num_tokens in (100, 1000, 10000) * 10:
         predictor.learn_local(PromptWork(num_tokens, 0, 0, 5), 0.5 + 1e-4 * num_tokens)
     work = PromptWork(5000, 1000, 0, 5)
-    assert predictor.harm_s(work, 0.1) == pytest.approx(5 * (0.4 - 0.1), rel=0.2)
-    assert predictor.harm_s(work, 1.0) == 0
-    assert predictor.harm_s(PromptWork(5000, 1000, 0, 0), 0.1) == 0
+    assert predictor.interference_s(work, 0.1) == pytest.approx(5 * (0.4 - 0.1), rel=0.2)
+    assert predictor.interference_s(work, 1.0) == 0
+    assert predictor.interference_s(PromptWork(5000, 1000, 0, 0), 0.1) == 0
 
 
 def test_a_waiting_queue_is_predicted_at_the_measured_speed():
@@ -199,7 +199,7 @@ def test_no_measurement_makes_a_prediction_negative_or_infinite(samples: list[tu
         predicted = predictor.predict((work, HandoverWork(num_tokens)), work, 0.05)
         assert predicted.remote_s is not None
         assert predicted.local_s is not None
-        assert all(0 <= seconds < inf for seconds in (predicted.remote_s, predicted.local_s, predicted.harm_s))
+        assert all(0 <= seconds < inf for seconds in (predicted.remote_s, predicted.local_s, predicted.interference_s))
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1000), st.floats(0.001, 100)), min_size=1, max_size=20))
