@@ -83,18 +83,18 @@ def problems(objects: list[Object]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_profile_is_valid(name: str):
+def test_a_profile_is_valid(name: str) -> None:
     assert problems(profile(name)) == []
 
 
 @pytest.mark.parametrize(("name", "components"), COMBINATIONS, ids=[f"{n}+{'+'.join(c)}" for n, c in COMBINATIONS])
-def test_a_profile_with_components_is_valid(tmp_path: Path, name: str, components: tuple[str, ...]):
+def test_a_profile_with_components_is_valid(tmp_path: Path, name: str, components: tuple[str, ...]) -> None:
     objects = with_components(tmp_path, name, components)
     assert problems(objects) == []
     assert not [text for text in strings(objects) if "PROFILE" in text]
 
 
-def test_karpenters_objects_are_valid_and_have_the_names_that_pods_ask_for():
+def test_karpenters_objects_are_valid_and_have_the_names_that_pods_ask_for() -> None:
     objects = render(CLUSTER / "karpenter")
     assert problems(objects) == []
     pools = {pool["metadata"]["name"]: pool for pool in of_kind(objects, "NodePool")}
@@ -108,7 +108,7 @@ def test_karpenters_objects_are_valid_and_have_the_names_that_pods_ask_for():
     assert {pool["spec"]["template"]["spec"]["nodeClassRef"]["name"] for pool in pools.values()} == classes
 
 
-def test_the_clusters_name_and_role_stand_in_one_place():
+def test_the_clusters_name_and_role_stand_in_one_place() -> None:
     text = kustomize(CLUSTER / "karpenter")
     assert "CLUSTER_NAME" in text
     files = [path.name for path in (CLUSTER / "karpenter").glob("*.yaml") if "CLUSTER_NAME" in path.read_text()]
@@ -116,7 +116,7 @@ def test_the_clusters_name_and_role_stand_in_one_place():
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_profile_is_named_by_its_folder_and_leaves_other_services_alone(name: str):
+def test_a_profile_is_named_by_its_folder_and_leaves_other_services_alone(name: str) -> None:
     objects = profile(name)
     assert rayservice(objects)["metadata"]["name"] == name
     assert not [text for text in strings(objects) if "PROFILE" in text]
@@ -129,7 +129,7 @@ def test_a_profile_is_named_by_its_folder_and_leaves_other_services_alone(name: 
     assert len(name) <= 47
 
 
-def test_the_namespace_is_said_by_kustomize_alone(tmp_path: Path):
+def test_the_namespace_is_said_by_kustomize_alone(tmp_path: Path) -> None:
     objects = with_components(tmp_path, PROFILES[0], ("ingress-alb", "gateway-api"), namespace="another")
     namespaces = {thing["metadata"].get("namespace") for thing in objects if thing["kind"] != "Namespace"}
     assert namespaces == {"another"}
@@ -137,7 +137,7 @@ def test_the_namespace_is_said_by_kustomize_alone(tmp_path: Path):
     assert "baton" not in set(strings([thing["spec"] for thing in objects if "spec" in thing]))
 
 
-def test_the_environment_is_that_of_baton_run():
+def test_the_environment_is_that_of_baton_run() -> None:
     (environment,) = of_kind(profile(PROFILES[0]), "ConfigMap")
     own = {
         "HF_HOME",
@@ -151,7 +151,7 @@ def test_the_environment_is_that_of_baton_run():
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_every_pod_meets_the_restricted_standard(name: str):
+def test_every_pod_meets_the_restricted_standard(name: str) -> None:
     """As far as the API server's admission looks at what stands here."""
     for pod in pods(profile(name)).values():
         spec = pod["spec"]
@@ -171,14 +171,14 @@ def test_every_pod_meets_the_restricted_standard(name: str):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_only_the_head_gets_a_token_of_kubernetes(name: str):
+def test_only_the_head_gets_a_token_of_kubernetes(name: str) -> None:
     mounts = {group: pod["spec"].get("automountServiceAccountToken") for group, pod in pods(profile(name)).items()}
     assert mounts.pop("head") is None
     assert set(mounts.values()) == {False}
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_ports_have_the_names_that_services_and_monitors_select(name: str):
+def test_ports_have_the_names_that_services_and_monitors_select(name: str) -> None:
     found = pods(profile(name))
     del found["redis"]
     for group, pod in found.items():
@@ -189,7 +189,7 @@ def test_ports_have_the_names_that_services_and_monitors_select(name: str):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_each_group_but_the_head_has_a_disruption_budget(name: str):
+def test_each_group_but_the_head_has_a_disruption_budget(name: str) -> None:
     """By an integer: RayCluster has no scale subresource, so a percentage or maxUnavailable blocks every eviction."""
     objects = profile(name)
     budgets = of_kind(objects, "PodDisruptionBudget")
@@ -213,7 +213,7 @@ def graceful_shutdown_s(name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_pod_lives_longer_than_it_drains(name: str):
+def test_a_pod_lives_longer_than_it_drains(name: str) -> None:
     for group, pod in pods(profile(name)).items():
         if group in ("head", "redis"):
             continue
@@ -225,7 +225,7 @@ def test_a_pod_lives_longer_than_it_drains(name: str):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_model_that_loads_for_20_minutes_is_not_killed(name: str):
+def test_a_model_that_loads_for_20_minutes_is_not_killed(name: str) -> None:
     """The probes that may kill look at Ray's node process; none at a replica, an application or HAProxy."""
     for group, pod in pods(profile(name)).items():
         if group == "redis":
@@ -236,7 +236,7 @@ def test_a_model_that_loads_for_20_minutes_is_not_killed(name: str):
 
 
 @pytest.mark.parametrize("name", APART)
-def test_prefill_and_decode_share_a_zone(name: str):
+def test_prefill_and_decode_share_a_zone(name: str) -> None:
     for group in ("prefill", "decode"):
         pod = pods(profile(name))[group]
         (term,) = pod["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
@@ -247,7 +247,7 @@ def test_prefill_and_decode_share_a_zone(name: str):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_the_ports_of_the_engines_are_open_to_the_service_alone(name: str):
+def test_the_ports_of_the_engines_are_open_to_the_service_alone(name: str) -> None:
     """What others may reach, by pods and port; anything else is refused, as policies of both types select all pods."""
     policies = of_kind(profile(name), "NetworkPolicy")
     everything = {"matchLabels": {"baton.io/service": name}}
@@ -266,7 +266,7 @@ def test_the_ports_of_the_engines_are_open_to_the_service_alone(name: str):
     assert unbound == [{"ports": [{"port": 8000}]}]
 
 
-def test_the_load_balancer_reaches_the_serve_service_alone(tmp_path: Path):
+def test_the_load_balancer_reaches_the_serve_service_alone(tmp_path: Path) -> None:
     name = "multi-model"
     objects = with_components(tmp_path, name, ("ingress-alb", "gateway-api"))
     (ingress,) = of_kind(objects, "Ingress")
@@ -278,7 +278,7 @@ def test_the_load_balancer_reaches_the_serve_service_alone(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_secrets_are_required_and_are_those_that_the_documentation_names(name: str):
+def test_secrets_are_required_and_are_those_that_the_documentation_names(name: str) -> None:
     assert set(secrets(profile(name))) == {("hf-token", "token"), ("baton-redis", "password")}
 
 
@@ -332,7 +332,7 @@ def broken(change: str, instead: str, tmp_path: Path) -> list[Object]:
     ],
     ids=["field", "field of a pod", "type", "enumeration", "port twice", "quantity"],
 )
-def test_a_mistake_in_the_rayservice_is_named(tmp_path: Path, change: str, instead: str, says: str):
+def test_a_mistake_in_the_rayservice_is_named(tmp_path: Path, change: str, instead: str, says: str) -> None:
     found = problems(broken(change, instead, tmp_path))
     assert found
     assert says in "\n".join(found)
@@ -340,13 +340,13 @@ def test_a_mistake_in_the_rayservice_is_named(tmp_path: Path, change: str, inste
 
 
 @pytest.mark.parametrize("kind", ["Namespace", "NetworkPolicy", "PodDisruptionBudget", "StatefulSet", "Service"])
-def test_an_unknown_field_of_any_other_object_is_named(kind: str):
+def test_an_unknown_field_of_any_other_object_is_named(kind: str) -> None:
     thing = copy.deepcopy(of_kind(profile(PROFILES[0]), kind)[0])
     thing["metadata"]["lables"] = {}
     assert validate(thing) == [f"{kind} {thing['metadata']['name']}: metadata: unknown field lables"]
 
 
-def test_an_unknown_field_of_karpenters_objects_is_named():
+def test_an_unknown_field_of_karpenters_objects_is_named() -> None:
     pool = copy.deepcopy(of_kind(render(CLUSTER / "karpenter"), "NodePool")[0])
     pool["spec"]["disruption"]["consolidateAfterwards"] = "5m"
     assert validate(pool) == [
@@ -354,29 +354,29 @@ def test_an_unknown_field_of_karpenters_objects_is_named():
     ]
 
 
-def test_an_unknown_kind_is_named():
+def test_an_unknown_kind_is_named() -> None:
     assert validate({"apiVersion": "apps/v1", "kind": "Deploymnt", "metadata": {"name": "a"}}) == [
         "Deploymnt a: no schema of apps/v1 Deploymnt in tests/cluster/schemas"
     ]
 
 
-def test_a_secret_that_may_be_missing_is_named(tmp_path: Path):
+def test_a_secret_that_may_be_missing_is_named(tmp_path: Path) -> None:
     optional = broken("name: hf-token, key: token", "name: hf-token, key: token, optional: true", tmp_path)
     with pytest.raises(AssertionError, match="hf-token is optional"):
         list(secrets(optional))
 
 
-def test_without_kubectl_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_without_kubectl_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(pytest.fail.Exception, match=r"^kubectl is not installed.*: install it \(1.30 or newer"):
         manifests.render(CLUSTER / "base")
 
 
-def test_what_kustomize_refuses_is_said(tmp_path: Path):
+def test_what_kustomize_refuses_is_said(tmp_path: Path) -> None:
     (tmp_path / "kustomization.yaml").write_text("resources: [missing.yaml]\n")
     with pytest.raises(pytest.fail.Exception, match=r"missing.yaml"):
         render(tmp_path)
 
 
-def test_empty_documents_are_no_objects():
+def test_empty_documents_are_no_objects() -> None:
     assert load("---\n---\nkind: A\n") == [{"kind": "A"}]

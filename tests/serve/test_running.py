@@ -54,7 +54,7 @@ def pids(name: str) -> set[int]:
     return {replica["pid"] for replica in replicas}
 
 
-def test_a_pool_grows_and_shrinks_and_nothing_restarts(application: None):
+def test_a_pool_grows_and_shrinks_and_nothing_restarts(application: None) -> None:
     before = {name: pids(name) for name in pools()}
     assert running.scale_running("tiny", {"prefill": Bounds(2, 2)})[0] == "prefill-tiny: 1 -> 2"
     wait_until(lambda: replicas("prefill-tiny") == {"running": 2}, 30, "two prefill replicas")
@@ -70,11 +70,11 @@ def test_a_pool_grows_and_shrinks_and_nothing_restarts(application: None):
     }
 
 
-def test_what_is_so_already_is_said(application: None):
+def test_what_is_so_already_is_said(application: None) -> None:
     assert running.scale_running("tiny", {"frontend": Bounds(1, 1)}) == ["nothing to change"]
 
 
-def test_a_wrong_name_changes_nothing(application: None):
+def test_a_wrong_name_changes_nothing(application: None) -> None:
     before = status()
     with pytest.raises(ConfigError, match="no such model; there are tiny"):
         running.scale_running("tinny", {"prefill": Bounds(2, 2)})

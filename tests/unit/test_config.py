@@ -40,17 +40,17 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return args
 
 
-def test_the_default_application_is_valid_and_disaggregated():
+def test_the_default_application_is_valid_and_disaggregated() -> None:
     document = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
     for application in document["applications"]:
         assert all(model.is_disaggregated for model in parse(application["args"]).models)
 
 
-def test_a_minimal_configuration_is_valid():
+def test_a_minimal_configuration_is_valid() -> None:
     assert parse(MINIMAL).models[0].is_disaggregated
 
 
-def test_any_number_of_models_with_engines_of_their_own_is_valid():
+def test_any_number_of_models_with_engines_of_their_own_is_valid() -> None:
     engines: list[dict[str, Any]] = [{"engine": engine} for engine in ("vllm", "sglang", "sim")]
     models = [{"name": f"org/{pool['engine']}", "source": "baton:tiny", "decode": pool} for pool in engines]
     parsed = parse({"models": models}).models
@@ -62,7 +62,7 @@ def test_any_number_of_models_with_engines_of_their_own_is_valid():
     ]
 
 
-def test_an_aggregated_pool_beside_the_other_two_is_valid():
+def test_an_aggregated_pool_beside_the_other_two_is_valid() -> None:
     model = parse(changed("models.0.aggregated", {"replicas": 2})).models[0]
     assert model.is_disaggregated
     assert [model.pool(role) for role in get_args(Role)] == [model.prefill, model.decode, model.aggregated]
@@ -70,21 +70,21 @@ def test_an_aggregated_pool_beside_the_other_two_is_valid():
 
 
 @pytest.mark.parametrize("policy", ["predicted", "thresholds", "remote"])
-def test_each_placement_policy_can_be_named_alone(policy: str):
+def test_each_placement_policy_can_be_named_alone(policy: str) -> None:
     placement = {"policy": policy}
     model = parse(changed("models.0.routing.placement", placement)).models[0]
     assert model.routing.placement.policy == policy
     assert parse(MINIMAL).models[0].routing.placement.policy == "predicted"
 
 
-def test_transfer_is_missing_if_any_model_has_a_prefill_pool():
+def test_transfer_is_missing_if_any_model_has_a_prefill_pool() -> None:
     aggregated = {"name": "other", "source": "baton:tiny", "decode": {}}
     with pytest.raises(ConfigError, match=r"models\.1\.prefill is set") as caught:
         parse({"models": [aggregated, MODEL]})
     assert caught.value.field == "transfer"
 
 
-def test_without_a_prefill_pool_no_transfer_section_is_needed():
+def test_without_a_prefill_pool_no_transfer_section_is_needed() -> None:
     args = changed("models.0.prefill", REMOVED)
     del args["transfer"]
     assert not parse(args).models[0].is_disaggregated
@@ -102,7 +102,7 @@ def test_without_a_prefill_pool_no_transfer_section_is_needed():
         "limits.ttft_timeout",
     ],
 )
-def test_an_unknown_key_is_refused_by_its_path(path: str):
+def test_an_unknown_key_is_refused_by_its_path(path: str) -> None:
     with pytest.raises(ConfigError, match="unknown key") as caught:
         parse(changed(path, 1))
     assert caught.value.field == path
@@ -168,20 +168,20 @@ def test_an_unknown_key_is_refused_by_its_path(path: str):
         ("models.0.name", "", None, "at least 1 character"),
     ],
 )
-def test_a_broken_configuration_is_refused_by_its_field(path: str, value: Any, field: str | None, words: str):
+def test_a_broken_configuration_is_refused_by_its_field(path: str, value: Any, field: str | None, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         parse(changed(path, value))
     assert caught.value.field == (field or path)
 
 
 @pytest.mark.parametrize("args", [None, [], "models"])
-def test_args_that_are_no_mapping_are_refused(args: Any):
+def test_args_that_are_no_mapping_are_refused(args: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(args)
     assert caught.value.field == "args"
 
 
-def test_the_error_says_how_many_more_there_are():
+def test_the_error_says_how_many_more_there_are() -> None:
     args = changed("models.0.decode", {"replicas": 0, "nodes": 1, "gpus": 1})
     with pytest.raises(ConfigError, match=r"got 0 \(and 2 more\)$"):
         parse(args)
@@ -189,7 +189,7 @@ def test_the_error_says_how_many_more_there_are():
 
 @pytest.mark.parametrize("path", ["models.0", "models.0.prefill", "models.0.decode"])
 @pytest.mark.parametrize(("name", "instead"), owned_args("vllm").items())
-def test_an_engine_argument_that_baton_sets_is_refused_with_where_to_set_it(path: str, name: str, instead: str):
+def test_an_engine_argument_that_baton_sets_is_refused_with_where_to_set_it(path: str, name: str, instead: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(changed(f"{path}.engine_args", {name: 1}))
     assert caught.value.field == path
@@ -208,12 +208,12 @@ def test_an_engine_argument_that_baton_sets_is_refused_with_where_to_set_it(path
         (lambda config: config.limits, "max_attempts"),
     ],
 )
-def test_a_setting_cannot_be_changed_after_validation(section: Any, name: str):
+def test_a_setting_cannot_be_changed_after_validation(section: Any, name: str) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         setattr(section(parse(MINIMAL)), name, getattr(section(parse(MINIMAL)), name))
 
 
-def test_a_pools_engine_arguments_win_over_the_models():
+def test_a_pools_engine_arguments_win_over_the_models() -> None:
     args = changed("models.0.engine_args", {"max_model_len": 4096, "block_size": 32})
     args["models"][0]["decode"] = {"engine_args": {"block_size": 64, "max_num_seqs": 8}}
     model = parse(args).models[0]

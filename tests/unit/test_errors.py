@@ -19,7 +19,7 @@ def values(error: type[BatonError]) -> list[str]:
 
 
 @pytest.mark.parametrize("error", family(BatonError), ids=lambda error: error.__name__)
-def test_an_error_survives_pickling(error: type[BatonError]):
+def test_an_error_survives_pickling(error: type[BatonError]) -> None:
     before = error(*values(error))
     after = pickle.loads(pickle.dumps(before))
     assert type(after) is error
@@ -29,6 +29,6 @@ def test_an_error_survives_pickling(error: type[BatonError]):
 
 
 @pytest.mark.parametrize("error", family(BatonError), ids=lambda error: error.__name__)
-def test_an_error_says_all_that_it_was_given(error: type[BatonError]):
+def test_an_error_says_all_that_it_was_given(error: type[BatonError]) -> None:
     said = str(error(*values(error)))
     assert all(value in said for value in values(error))

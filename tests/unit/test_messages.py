@@ -64,22 +64,22 @@ descriptor = TransferDescriptor(
 
 @given(deltas)
 @settings(max_examples=50)
-def test_a_delta_survives_msgpack(delta: TokenDelta):
+def test_a_delta_survives_msgpack(delta: TokenDelta) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(delta), type=TokenDelta) == delta
 
 
 @given(requests)
 @settings(max_examples=50)
-def test_a_request_survives_msgpack(request: GenerateRequest):
+def test_a_request_survives_msgpack(request: GenerateRequest) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=GenerateRequest) == request
 
 
-def test_keys_that_are_numbers_survive_msgpack():
+def test_keys_that_are_numbers_survive_msgpack() -> None:
     request = GenerateRequest(request_id="r", prompt_token_ids=[1], sampling={"logit_bias": {5: -100.0}})
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=GenerateRequest) == request
 
 
-def test_two_deltas_become_what_both_say():
+def test_two_deltas_become_what_both_say() -> None:
     report = PrefillReport("local", "aggregated", None, "d", 0, 0, "")
     first = TokenDelta([1, 2], logprobs=Logprobs([[1], [2]], [[-0.1], [-0.2]], [1, 2]), report=report)
     last = TokenDelta([3], "stop", 3, logprobs=Logprobs([[3]], [[-0.3]], [3]))
@@ -89,12 +89,12 @@ def test_two_deltas_become_what_both_say():
 
 
 @given(descriptors)
-def test_a_transfer_descriptor_survives_pickling(descriptor: TransferDescriptor):
+def test_a_transfer_descriptor_survives_pickling(descriptor: TransferDescriptor) -> None:
     assert pickle.loads(pickle.dumps(descriptor)) == descriptor
 
 
 @given(requests)
-def test_a_request_survives_pickling(request: GenerateRequest):
+def test_a_request_survives_pickling(request: GenerateRequest) -> None:
     assert pickle.loads(pickle.dumps(request)) == request
 
 
@@ -108,5 +108,5 @@ def test_a_request_survives_pickling(request: GenerateRequest):
         (1030.0, True),
     ],
 )
-def test_a_descriptor_expires_after_half_its_lease(now: float, expired: bool):
+def test_a_descriptor_expires_after_half_its_lease(now: float, expired: bool) -> None:
     assert descriptor.has_expired(now) is expired

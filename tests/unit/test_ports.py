@@ -61,18 +61,18 @@ def reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reserve
         port.close()
 
 
-def test_reservations_in_one_process_never_coincide(reserve: Reserve, three_ports: tuple[int, int]):
+def test_reservations_in_one_process_never_coincide(reserve: Reserve, three_ports: tuple[int, int]) -> None:
     first, last = three_ports
     assert [reserve(first, last) for _ in range(3)] == [first, first + 1, last]
 
 
-def test_a_port_that_somebody_else_listens_on_is_skipped(reserve: Reserve, three_ports: tuple[int, int]):
+def test_a_port_that_somebody_else_listens_on_is_skipped(reserve: Reserve, three_ports: tuple[int, int]) -> None:
     first, last = three_ports
     with closing(socket.create_server(("127.0.0.1", first))):
         assert reserve(first, last) == first + 1
 
 
-def test_an_exhausted_range_is_an_error_that_names_the_setting(reserve: Reserve, three_ports: tuple[int, int]):
+def test_an_exhausted_range_is_an_error_that_names_the_setting(reserve: Reserve, three_ports: tuple[int, int]) -> None:
     first, _ = three_ports
     reserve(first, first)
     with pytest.raises(ConfigError, match=f"no free port from {first} to {first}") as caught:
@@ -82,7 +82,7 @@ def test_an_exhausted_range_is_an_error_that_names_the_setting(reserve: Reserve,
 
 def test_a_port_of_another_process_is_taken_until_that_process_is_killed(
     reserve: Reserve, three_ports: tuple[int, int], tmp_path: Path
-):
+) -> None:
     first, last = three_ports
     with subprocess.Popen(
         [sys.executable, "-c", RESERVE, str(first), str(last)],

@@ -27,7 +27,9 @@ def configured(device: str = "auto", source: str = "baton:tiny", **pools: Any) -
         ("cuda", [0], "cuda"),
     ],
 )
-def test_the_device_is_what_is_configured_or_cuda_where_a_gpu_is(device: str, gpus_per_node: list[int], chosen: str):
+def test_the_device_is_what_is_configured_or_cuda_where_a_gpu_is(
+    device: str, gpus_per_node: list[int], chosen: str
+) -> None:
     assert choose_device(configured(device), gpus_per_node) == chosen
     assert check(configured(device), gpus_per_node) == chosen
 
@@ -43,7 +45,7 @@ def test_the_device_is_what_is_configured_or_cuda_where_a_gpu_is(device: str, gp
 )
 def test_more_gpus_than_a_node_has_are_refused(
     role: str, device: str, gpus_per_node: list[int], wanted: int, words: str
-):
+) -> None:
     config = configured(device, **{role: {"tensor_parallel_size": wanted}})
     with pytest.raises(ConfigError, match=words) as caught:
         check(config, gpus_per_node)
@@ -51,11 +53,11 @@ def test_more_gpus_than_a_node_has_are_refused(
 
 
 @pytest.mark.parametrize("gpus_per_node", [[8], [], [0]], ids=["fits", "no node yet", "no GPU node yet"])
-def test_gpus_that_fit_or_are_still_to_come_are_accepted(gpus_per_node: list[int]):
+def test_gpus_that_fit_or_are_still_to_come_are_accepted(gpus_per_node: list[int]) -> None:
     assert check(configured("cuda", decode={"tensor_parallel_size": 8}), gpus_per_node) == "cuda"
 
 
-def test_an_aggregated_configuration_is_checked_too():
+def test_an_aggregated_configuration_is_checked_too() -> None:
     config = parse({"models": [{"name": "tiny", "source": "baton:tiny", "decode": {"tensor_parallel_size": 2}}]})
     with pytest.raises(ConfigError) as caught:
         check(config, [])
@@ -63,12 +65,12 @@ def test_an_aggregated_configuration_is_checked_too():
 
 
 @pytest.mark.parametrize("source", ["baton:tiny", "Qwen/Qwen3-0.6B"])
-def test_the_tiny_model_and_hugging_face_ids_are_accepted(source: str):
+def test_the_tiny_model_and_hugging_face_ids_are_accepted(source: str) -> None:
     check(configured(source=source), [])
 
 
 @pytest.mark.parametrize("source", ["{tmp}/model", "./model", "owner/model", "model", "~/model"])
-def test_a_folder_with_a_model_is_accepted(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_with_a_model_is_accepted(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in (tmp_path / "model", tmp_path / "owner" / "model"):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
@@ -91,7 +93,9 @@ def test_a_folder_with_a_model_is_accepted(source: str, tmp_path: Path, monkeypa
         ("baton:large", "baton:tiny"),
     ],
 )
-def test_a_source_without_a_model_is_refused(source: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_source_without_a_model_is_refused(
+    source: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -100,7 +104,7 @@ def test_a_source_without_a_model_is_refused(source: str, words: str, tmp_path: 
     assert caught.value.field == "models.0.source"
 
 
-def test_the_error_names_the_model_that_cannot_work():
+def test_the_error_names_the_model_that_cannot_work() -> None:
     models = [{"name": name, "source": "baton:tiny", "decode": {}} for name in ("a", "b", "c")]
     models[1]["decode"] = {"tensor_parallel_size": 2}
     with pytest.raises(ConfigError) as caught:
@@ -108,13 +112,13 @@ def test_the_error_names_the_model_that_cannot_work():
     assert caught.value.field == "models.1.decode.tensor_parallel_size"
 
 
-def test_the_gpus_of_all_pools_are_counted():
+def test_the_gpus_of_all_pools_are_counted() -> None:
     check(configured(aggregated={}), [3])
     with pytest.raises(ConfigError, match="want 3 GPUs, but there are 2"):
         check(configured(aggregated={}), [2])
 
 
-def test_the_gpus_of_all_models_are_counted():
+def test_the_gpus_of_all_models_are_counted() -> None:
     models = [{"name": name, "source": "baton:tiny", "decode": {}} for name in ("a", "b")]
     check(parse({"models": models}), [2])
     with pytest.raises(ConfigError, match="want 2 GPUs, but there are 1"):
@@ -139,13 +143,15 @@ def make_python(path: Path, mode: int = 0o755) -> Path:
     return path
 
 
-def test_a_relative_python_counts_from_the_repository(repository: Path):
+def test_a_relative_python_counts_from_the_repository(repository: Path) -> None:
     assert python_of_replica(PoolConfig(python="env/bin/python")) == str(repository / "env/bin/python")
     assert python_of_replica(PoolConfig(python="/opt/bin/python")) == "/opt/bin/python"
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sim", "sglang"])
-def test_by_default_only_sglang_runs_in_another_python_and_only_in_one_that_is_there(engine: Any, repository: Path):
+def test_by_default_only_sglang_runs_in_another_python_and_only_in_one_that_is_there(
+    engine: Any, repository: Path
+) -> None:
     pool = PoolConfig(engine=engine)
     assert python_of_replica(pool) is None
     python = make_python(repository / ".venv-sglang/bin/python")
@@ -154,7 +160,9 @@ def test_by_default_only_sglang_runs_in_another_python_and_only_in_one_that_is_t
 
 @pytest.mark.parametrize("role", ["prefill", "decode", "aggregated"])
 @pytest.mark.parametrize("python", [None, "env/bin/python", "/there/is/no/python", "env"])
-def test_sglang_without_its_python_is_refused_with_how_to_make_it(role: str, python: str | None, repository: Path):
+def test_sglang_without_its_python_is_refused_with_how_to_make_it(
+    role: str, python: str | None, repository: Path
+) -> None:
     (repository / "env").mkdir()
     make_python(repository / "good/python")
     pools: dict[str, Any] = {
@@ -167,20 +175,20 @@ def test_sglang_without_its_python_is_refused_with_how_to_make_it(role: str, pyt
     assert (python or ".venv-sglang/bin/python") in caught.value.problem
 
 
-def test_a_python_that_cannot_be_run_is_refused(repository: Path):
+def test_a_python_that_cannot_be_run_is_refused(repository: Path) -> None:
     make_python(repository / "python", 0o644)
     with pytest.raises(ConfigError, match="cannot be run") as caught:
         check_interpreters(configured(decode={"python": "python"}))
     assert "sglang" not in str(caught.value)
 
 
-def test_a_python_that_is_there_is_accepted(repository: Path):
+def test_a_python_that_is_there_is_accepted(repository: Path) -> None:
     make_python(repository / ".venv-sglang/bin/python")
     check_interpreters(configured(prefill={"engine": "sglang"}, decode={"engine": "sglang"}))
     check_interpreters(configured(decode={"python": str(make_python(repository / "other"))}))
 
 
-def test_sglang_may_be_in_this_very_environment(repository: Path, monkeypatch: pytest.MonkeyPatch):
+def test_sglang_may_be_in_this_very_environment(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: object() if name == "sglang" else None)
     check_interpreters(configured(prefill={"engine": "sglang"}, decode={"engine": "sglang"}))
 
@@ -193,13 +201,13 @@ def reasoning(engine: str, **engine_args: Any) -> BatonConfig:
     return configured(prefill=pool, decode=pool, engine_args=engine_args, server_args={"reasoning_parser": "qwen3"})
 
 
-def test_sglang_must_be_told_of_the_reasoning_parser_too():
+def test_sglang_must_be_told_of_the_reasoning_parser_too() -> None:
     with pytest.raises(ConfigError, match="structured output would not wait") as caught:
         check(reasoning("sglang"), [])
     assert caught.value.field == "models.0.engine_args.reasoning_parser"
 
 
-def test_each_sglang_pool_that_decodes_must_be_told():
+def test_each_sglang_pool_that_decodes_must_be_told() -> None:
     told = {"engine": "sglang", "engine_args": {"reasoning_parser": "qwen3"}}
     pools = {"prefill": {"engine": "sglang"}, "decode": told, "server_args": {"reasoning_parser": "qwen3"}}
     check(configured(**pools), [])
@@ -208,14 +216,14 @@ def test_each_sglang_pool_that_decodes_must_be_told():
         check(configured(**pools, aggregated={"engine": "sglang"}), [])
 
 
-def test_arguments_of_an_aggregated_sim_engine_are_checked_too():
+def test_arguments_of_an_aggregated_sim_engine_are_checked_too() -> None:
     pool = {"engine": "sim"}
     with pytest.raises(ConfigError) as caught:
         check(configured(prefill=pool, decode=pool, aggregated={**pool, "engine_args": {"blocks": 3}}), [])
     assert caught.value.field == "models.0.aggregated.engine_args.blocks"
 
 
-def test_names_of_an_aggregated_engines_arguments_are_checked_too():
+def test_names_of_an_aggregated_engines_arguments_are_checked_too() -> None:
     model = configured(aggregated={"engine_args": {"max_model_len": 9, "max_model_length": 9}}).models[0]
     with pytest.raises(ConfigError, match="vLLM knows no such engine argument") as caught:
         preflight._check_names(0, model, {"max_model_len"}, "vLLM")
@@ -223,11 +231,11 @@ def test_names_of_an_aggregated_engines_arguments_are_checked_too():
 
 
 @pytest.mark.parametrize(("engine", "engine_args"), [("sglang", {"reasoning_parser": "qwen3"}), ("vllm", {})])
-def test_a_reasoning_parser_that_the_engine_knows_is_accepted(engine: str, engine_args: dict[str, Any]):
+def test_a_reasoning_parser_that_the_engine_knows_is_accepted(engine: str, engine_args: dict[str, Any]) -> None:
     check(reasoning(engine, **engine_args), [])
 
 
-def test_sglang_takes_one_nixl_backend():
+def test_sglang_takes_one_nixl_backend() -> None:
     pool = {"engine": "sglang"}
     models = [{"name": "m", "source": "baton:tiny", "prefill": pool, "decode": pool}]
     with pytest.raises(ConfigError, match=r"transfer\.backends: SGLang takes one, and models\.0 runs it"):

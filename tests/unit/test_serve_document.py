@@ -42,7 +42,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_values_are_replaced_and_added():
+def test_values_are_replaced_and_added() -> None:
     args = args_after(
         "models.0.decode.replicas=2", "models.0.source=Qwen/Qwen3-0.6B", "frontend.resources.num_cpus=0.5", "device=cpu"
     )
@@ -53,16 +53,16 @@ def test_values_are_replaced_and_added():
     assert args["device"] == "cpu"
 
 
-def test_a_section_that_is_null_becomes_one():
+def test_a_section_that_is_null_becomes_one() -> None:
     assert args_after("transfer.backends=[UCX, GDS]")["transfer"] == {"backends": ["UCX", "GDS"]}
 
 
-def test_values_are_yaml_and_may_have_anything_in_them():
+def test_values_are_yaml_and_may_have_anything_in_them() -> None:
     changes = {"a=null": None, "a=": None, "a='1'": "1", "a=x=y": "x=y", "a={b: [1, é]}": {"b": [1, "é"]}}
     assert {change: args_after(change)["a"] for change in changes} == changes
 
 
-def test_the_document_stays_as_it_was():
+def test_the_document_stays_as_it_was() -> None:
     before = copy.deepcopy(DOCUMENT)
     args_after("models.0.decode.replicas=2", "transfer={}")
     assert before == DOCUMENT
@@ -82,19 +82,19 @@ def test_the_document_stays_as_it_was():
         ("device=[", "device", "'[' is not YAML"),
     ],
 )
-def test_a_path_that_leads_nowhere(change: str, field: str, words: str):
+def test_a_path_that_leads_nowhere(change: str, field: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         args_after(change)
     assert caught.value.field == field
     assert words in caught.value.problem
 
 
-def test_with_several_applications_which_one_is_not_known():
+def test_with_several_applications_which_one_is_not_known() -> None:
     with pytest.raises(ConfigError, match="applications: there are 2"):
         edited({"applications": [{}, {}]}, [("device", "cpu")])
 
 
-def test_the_whole_configuration_is_printed(baton_command: Any, path: Path):
+def test_the_whole_configuration_is_printed(baton_command: Any, path: Path) -> None:
     before = path.read_text()
     code, said, _ = baton_command("edit", path, "models.0.decode.replicas=2", "transfer={}")
     assert code == 0
@@ -116,7 +116,7 @@ def test_the_whole_configuration_is_printed(baton_command: Any, path: Path):
         ),
     ],
 )
-def test_what_cannot_work_is_not_printed(baton_command: Any, path: Path, changes: tuple[str, ...], words: str):
+def test_what_cannot_work_is_not_printed(baton_command: Any, path: Path, changes: tuple[str, ...], words: str) -> None:
     code, out, said = baton_command("edit", path, *changes)
     assert (code, out) == (2, "")
     assert said.startswith(f"baton: {words}")

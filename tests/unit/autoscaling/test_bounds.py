@@ -32,36 +32,36 @@ def section(changed: list[dict[str, Any]], model: int, pool: str) -> dict[str, A
     return found
 
 
-def test_targets_are_a_number_or_two():
+def test_targets_are_a_number_or_two() -> None:
     assert parse_targets(["prefill=3", "decode=2..6"]) == {"prefill": Bounds(3, 3), "decode": Bounds(2, 6)}
 
 
 @pytest.mark.parametrize(
     "text", ["prefill", "prefill=", "prefill=x", "prefill=0", "decode=3..2", "=-1", "prefill=1..2..3"]
 )
-def test_a_wrong_target_is_named(text: str):
+def test_a_wrong_target_is_named(text: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_targets([text])
     assert error.value.field == text
 
 
-def test_a_pool_is_named_once():
+def test_a_pool_is_named_once() -> None:
     with pytest.raises(ConfigError, match="twice"):
         parse_targets(["prefill=1", "prefill=2"])
 
 
-def test_a_fixed_number_stays_one():
+def test_a_fixed_number_stays_one() -> None:
     changed = scale(applications(), "second", parse_targets(["decode=5"]))
     assert section(changed, 1, "decode") == {"engine": "sim", "replicas": 5}
     assert changed[0]["args"]["models"][0] == applications()[0]["args"]["models"][0]
 
 
-def test_two_numbers_are_for_autoscaling_to_choose_between():
+def test_two_numbers_are_for_autoscaling_to_choose_between() -> None:
     changed = scale(applications(), "org/first", parse_targets(["prefill=2..3"]))
     assert section(changed, 0, "prefill") == {"engine": "sim", "autoscaling": {"min_replicas": 2, "max_replicas": 3}}
 
 
-def test_autoscaling_keeps_its_other_settings():
+def test_autoscaling_keeps_its_other_settings() -> None:
     given_ = applications()
     given_[0]["args"]["models"][0]["decode"]["autoscaling"]["downscale_delay_s"] = 7
     changed = scale(given_, "org/first", parse_targets(["decode=3"]))
@@ -72,11 +72,11 @@ def test_autoscaling_keeps_its_other_settings():
     }
 
 
-def test_the_frontend_is_the_applications():
+def test_the_frontend_is_the_applications() -> None:
     assert scale(applications(), "second", parse_targets(["frontend=2"]))[0]["args"]["frontend"] == {"replicas": 2}
 
 
-def test_the_application_stands_for_its_only_model():
+def test_the_application_stands_for_its_only_model() -> None:
     given_ = applications()
     with pytest.raises(ConfigError, match="there are org/first, second"):
         scale(given_, "baton", parse_targets(["decode=2"]))
@@ -84,14 +84,14 @@ def test_the_application_stands_for_its_only_model():
     assert bounds_of(section(scale(given_, "baton", parse_targets(["decode=2"])), 0, "decode")) == Bounds(2, 2)
 
 
-def test_an_unknown_pool_is_named_with_those_that_there_are():
+def test_an_unknown_pool_is_named_with_those_that_there_are() -> None:
     with pytest.raises(ConfigError) as error:
         scale(applications(), "second", parse_targets(["prefill=2"]))
     assert str(error.value) == "prefill: second has no such pool; it has frontend, decode"
 
 
 @given(st.integers(1, 99), st.integers(0, 99), st.sampled_from(["prefill", "decode", "frontend"]))
-def test_what_was_asked_for_is_read_back_and_the_given_config_stays(low: int, more: int, pool: str):
+def test_what_was_asked_for_is_read_back_and_the_given_config_stays(low: int, more: int, pool: str) -> None:
     before = applications()
     bounds = Bounds(low, low + more)
     changed = scale(before, "org/first", parse_targets([f"{pool}={bounds}"]))
@@ -100,7 +100,7 @@ def test_what_was_asked_for_is_read_back_and_the_given_config_stays(low: int, mo
     assert before == applications()
 
 
-def test_a_document_is_changed_in_nothing_else():
+def test_a_document_is_changed_in_nothing_else() -> None:
     document = {"proxy_location": "EveryNode", "applications": applications()}
     changed = scale_document(document, "second", parse_targets(["decode=9"]))
     assert section(changed["applications"], 1, "decode") == {"engine": "sim", "replicas": 9}

@@ -73,13 +73,13 @@ def server(answer: Any) -> ExplainedClient:
 
 @pytest.mark.parametrize(("tokens", "better"), [(64, "local"), (400, "remote")])
 @pytest.mark.parametrize("choice", ["local", "remote"])
-async def test_a_choice_is_right_where_it_is_the_faster_way(tokens: int, better: str, choice: str):
+async def test_a_choice_is_right_where_it_is_the_faster_way(tokens: int, better: str, choice: str) -> None:
     result = await measure_case(server(FakeBaton(choice).answer), Case(tokens), repeat=3)
     assert (result.better, result.is_near) == (better, False)
     assert (result.num_right, len(result.choices)) == (3 if choice == better else 0, 3)
 
 
-async def test_a_case_is_made_before_its_prompt_is_sent():
+async def test_a_case_is_made_before_its_prompt_is_sent() -> None:
     baton = FakeBaton("local")
     case = Case(100, "on both", queue=2)
     await measure_case(server(baton.answer), case, repeat=1)
@@ -90,7 +90,7 @@ async def test_a_case_is_made_before_its_prompt_is_sent():
         assert sorted(rest) == sorted([("remote", 100, 2)] * 2 + [(mode, 100, 2)])
 
 
-async def test_streams_run_while_a_case_is_measured_and_not_after():
+async def test_streams_run_while_a_case_is_measured_and_not_after() -> None:
     baton = FakeBaton("local")
     measured = server(baton.answer)
     async with measured.busy(3):
@@ -98,7 +98,7 @@ async def test_streams_run_while_a_case_is_measured_and_not_after():
     assert baton.num_running == 0
 
 
-def test_harm_counts_as_time_of_the_local_way():
+def test_harm_counts_as_time_of_the_local_way() -> None:
     samples = [
         sample("local", "local", 100.0, interference_ms=60.0),
         sample("remote", "remote", 150.0, interference_ms=60.0),
@@ -107,17 +107,17 @@ def test_harm_counts_as_time_of_the_local_way():
     assert (result.better, result.num_right, result.is_near) == ("remote", 1, True)
 
 
-def test_errors_are_those_of_the_way_that_was_taken():
+def test_errors_are_those_of_the_way_that_was_taken() -> None:
     samples = [sample("local", "local", 8.0), sample("remote", "remote", 40.0), sample("auto", "local", 10.0)]
     assert prediction_errors([CaseResult(Case(1), samples)]) == [0.0, 0.25, 0.5]
 
 
-def test_cached_tokens_other_than_expected_are_counted():
+def test_cached_tokens_other_than_expected_are_counted() -> None:
     samples = [sample("auto", "local", 1.0, cached=(32, 32)), sample("auto", "local", 1.0, cached=(32, 0))]
     assert cache_mismatches([CaseResult(Case(1), samples)]) == 1
 
 
-def test_the_mixed_set_fits_its_longest_prompt():
+def test_the_mixed_set_fits_its_longest_prompt() -> None:
     assert max(case.tokens for case in mixed_cases(640)) == 640
     assert min(case.tokens for case in mixed_cases(64)) >= 1
 
@@ -129,6 +129,6 @@ def test_the_mixed_set_fits_its_longest_prompt():
         (httpx.Response(200, json={}), "x-baton-explain"),
     ],
 )
-async def test_an_answer_that_is_none_ends_it(response: httpx.Response, said: str):
+async def test_an_answer_that_is_none_ends_it(response: httpx.Response, said: str) -> None:
     with pytest.raises(PlacementBenchError, match=said):
         await server(lambda request: response).complete([1], "auto")

@@ -34,11 +34,11 @@ def samples(prefill: dict[int, int], decode: dict[int, int]) -> list[Sample]:
 GREW = samples({12: 3, 25: 1}, {32: 3, 45: 1})
 
 
-def test_waves_follow_one_another():
+def test_waves_follow_one_another() -> None:
     assert starts(WAVES) == [0, 10, 20, 30, 40, 50]
 
 
-def test_pools_that_scale_apart_show_all_of_it():
+def test_pools_that_scale_apart_show_all_of_it() -> None:
     found = find(WAVES, GREW, GOOD)
     assert len(found) == 7
     assert all(found.values())
@@ -57,7 +57,7 @@ def test_pools_that_scale_apart_show_all_of_it():
         ("decode returned", samples({12: 3, 25: 1}, {32: 3}), GOOD),
     ],
 )
-def test_what_was_not_so_is_said(what: str, watched: list[Sample], requests: list[Ended]):
+def test_what_was_not_so_is_said(what: str, watched: list[Sample], requests: list[Ended]) -> None:
     assert not find(WAVES, watched, requests)[what]
 
 
@@ -69,7 +69,7 @@ def test_what_was_not_so_is_said(what: str, watched: list[Sample], requests: lis
         (503, "no replica", "status 503, and the last line was no replica"),
     ],
 )
-async def test_an_answer_counts_only_if_it_came_to_its_end(status: int, body: str, error: str):
+async def test_an_answer_counts_only_if_it_came_to_its_end(status: int, body: str, error: str) -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(status, text=body))
     runner = Runner("http://test", "m", seed=0)
     async with httpx.AsyncClient(base_url="http://test", transport=transport) as client:
@@ -78,7 +78,7 @@ async def test_an_answer_counts_only_if_it_came_to_its_end(status: int, body: st
     assert (runner.requests[0].ttft_s is not None) == (status == 200)
 
 
-async def test_a_connection_that_breaks_is_a_lost_request():
+async def test_a_connection_that_breaks_is_a_lost_request() -> None:
     def fail(request: httpx.Request) -> Any:
         raise httpx.ConnectError("refused")
 
@@ -88,7 +88,7 @@ async def test_a_connection_that_breaks_is_a_lost_request():
     assert "refused" in runner.requests[0].error
 
 
-def test_the_picture_is_drawn(tmp_path: Path):
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
     report = ScalingReport(
         **{name: getattr(this_run(), name) for name in this_run().__struct_fields__},
         model="m",

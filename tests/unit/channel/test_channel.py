@@ -100,7 +100,7 @@ async def served(channel: Channel, into: list[TokenDelta], **options: bool | str
         channel.finish(sequence)
 
 
-async def test_a_sequence_gets_its_deltas_in_order():
+async def test_a_sequence_gets_its_deltas_in_order() -> None:
     async with connected() as (replica, channel):
         replica.script = [LAST]
         received: list[TokenDelta] = []
@@ -109,7 +109,7 @@ async def test_a_sequence_gets_its_deltas_in_order():
         assert replica.calls == [Submit(0, request(), True, "why")]
 
 
-async def test_what_waits_is_merged_and_nothing_is_lost():
+async def test_what_waits_is_merged_and_nothing_is_lost() -> None:
     async with connected() as (replica, channel):
         replica.script = [TokenDelta([1]), TokenDelta([2]), LAST]
         received: list[TokenDelta] = []
@@ -117,7 +117,7 @@ async def test_what_waits_is_merged_and_nothing_is_lost():
         assert received == [TokenDelta([1, 2, 3], finish_reason="stop")]
 
 
-async def test_many_sequences_share_the_connection():
+async def test_many_sequences_share_the_connection() -> None:
     async with connected() as (replica, channel):
         replica.hangs = True
         received: list[list[TokenDelta]] = [[] for _ in range(50)]
@@ -130,7 +130,7 @@ async def test_many_sequences_share_the_connection():
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("no such thing"), EngineDead("gone"), EngineFailed("broke")])
-async def test_an_error_ends_the_sequence_after_its_deltas(error: BatonError):
+async def test_an_error_ends_the_sequence_after_its_deltas(error: BatonError) -> None:
     async with connected() as (replica, channel):
         replica.script, replica.error = [TokenDelta([1])], error
         received: list[TokenDelta] = []
@@ -139,7 +139,7 @@ async def test_an_error_ends_the_sequence_after_its_deltas(error: BatonError):
         assert received == [TokenDelta([1])]
 
 
-async def test_an_error_that_nobody_foresaw_is_told_without_its_text():
+async def test_an_error_that_nobody_foresaw_is_told_without_its_text() -> None:
     async with connected() as (replica, channel):
         replica.error = RuntimeError("secret")
         with pytest.raises(EngineFailed, match=r"^RuntimeError$"):
@@ -148,7 +148,7 @@ async def test_an_error_that_nobody_foresaw_is_told_without_its_text():
         await served(channel, [])
 
 
-async def test_cancelling_reaches_the_replica():
+async def test_cancelling_reaches_the_replica() -> None:
     async with connected() as (replica, channel):
         replica.hangs = True
         task = asyncio.create_task(served(channel, []))
@@ -158,7 +158,7 @@ async def test_cancelling_reaches_the_replica():
         assert replica.server.num_sequences() == 0
 
 
-async def test_a_frontend_that_goes_away_takes_its_sequences_along():
+async def test_a_frontend_that_goes_away_takes_its_sequences_along() -> None:
     async with connected() as (replica, channel):
         replica.hangs = True
         task = asyncio.create_task(served(channel, []))
@@ -170,7 +170,7 @@ async def test_a_frontend_that_goes_away_takes_its_sequences_along():
             await task
 
 
-async def test_a_replica_that_goes_away_fails_its_sequences_and_every_later_one():
+async def test_a_replica_that_goes_away_fails_its_sequences_and_every_later_one() -> None:
     async with connected() as (replica, channel):
         replica.hangs = True
         task = asyncio.create_task(served(channel, []))
@@ -186,7 +186,7 @@ async def test_a_replica_that_goes_away_fails_its_sequences_and_every_later_one(
             await Channel.connect("d", replica.address, Told())
 
 
-async def test_a_sequence_that_has_failed_here_gets_nothing_more():
+async def test_a_sequence_that_has_failed_here_gets_nothing_more() -> None:
     """Its first token may be on the way just then, and whoever tries again elsewhere must not have it too."""
     async with connected() as (replica, channel):
         replica.hangs = True
@@ -205,7 +205,7 @@ async def test_a_sequence_that_has_failed_here_gets_nothing_more():
             await sequence.ended
 
 
-async def test_stopping_sends_what_waits():
+async def test_stopping_sends_what_waits() -> None:
     async with connected() as (replica, channel):
         replica.hangs = True
         received: list[TokenDelta] = []
@@ -217,7 +217,7 @@ async def test_stopping_sends_what_waits():
         assert received == [LAST]
 
 
-async def test_draining_waits_for_the_sequences():
+async def test_draining_waits_for_the_sequences() -> None:
     async with connected() as (replica, channel):
         replica.hangs = True
         task = asyncio.create_task(served(channel, []))
@@ -230,20 +230,20 @@ async def test_draining_waits_for_the_sequences():
             await drain
 
 
-async def test_a_wrong_token_gets_nothing():
+async def test_a_wrong_token_gets_nothing() -> None:
     async with connected() as (replica, _):
         with pytest.raises(ReplicaLost):
             await Channel.connect("d", {**replica.address, "token": "guessed"}, Told())
 
 
-async def test_another_replica_behind_the_address_is_noticed():
+async def test_another_replica_behind_the_address_is_noticed() -> None:
     async with connected() as (replica, _):
         with pytest.raises(ReplicaLost, match="d is there instead"):
             await Channel.connect("e", replica.address, Told())
 
 
 @pytest.mark.parametrize("noise", [b"GET / HTTP/1.1\r\n\r\n", struct.pack("<I", 3) + b"abc", b""])
-async def test_a_stranger_is_sent_away_and_the_others_go_on(noise: bytes):
+async def test_a_stranger_is_sent_away_and_the_others_go_on(noise: bytes) -> None:
     async with connected() as (replica, channel):
         reader, writer = await asyncio.open_connection(replica.address["host"], int(replica.address["port"]))
         writer.write(noise)
@@ -255,7 +255,7 @@ async def test_a_stranger_is_sent_away_and_the_others_go_on(noise: bytes):
         await served(channel, [])
 
 
-async def test_a_long_prompt_arrives_whole():
+async def test_a_long_prompt_arrives_whole() -> None:
     async with connected() as (replica, channel):
         replica.script = [LAST]
         long = request(tokens=300_000)
@@ -265,7 +265,7 @@ async def test_a_long_prompt_arrives_whole():
         assert replica.calls[0].request == long
 
 
-async def test_a_frontend_that_does_not_read_holds_up_nobody_else_and_its_tokens_merge():
+async def test_a_frontend_that_does_not_read_holds_up_nobody_else_and_its_tokens_merge() -> None:
     async with connected() as (replica, channel):
         replica.hangs = True
         reader, writer = await asyncio.open_connection(replica.address["host"], int(replica.address["port"]))
@@ -309,7 +309,7 @@ class Cache:
         self._server.publish_kv(KvUpdate([], list(blocks)))
 
 
-async def test_a_new_connection_begins_with_the_whole_cache_and_the_load():
+async def test_a_new_connection_begins_with_the_whole_cache_and_the_load() -> None:
     async with connected() as (replica, _):
         cache = Cache(replica)
         replica.server.publish_load(ReplicaLoad(3, 4, 5))
@@ -326,7 +326,7 @@ async def test_a_new_connection_begins_with_the_whole_cache_and_the_load():
         late.close()
 
 
-async def test_a_change_that_comes_before_the_snapshot_is_sent_is_in_it_once():
+async def test_a_change_that_comes_before_the_snapshot_is_sent_is_in_it_once() -> None:
     link = Link("l", None, lambda: KvUpdate([1, 2], [], is_reset=True))
     link.put_kv(KvUpdate([2], []))
     assert not link._kv
@@ -334,7 +334,7 @@ async def test_a_change_that_comes_before_the_snapshot_is_sent_is_in_it_once():
     assert link.take_now().kv is None
 
 
-async def test_changes_reach_all_frontends_in_order():
+async def test_changes_reach_all_frontends_in_order() -> None:
     one, two = Told(), Told()
     async with connected(one) as (replica, _):
         cache = Cache(replica)
@@ -353,7 +353,7 @@ async def test_changes_reach_all_frontends_in_order():
         second.close()
 
 
-async def test_what_nobody_knows_is_not_told():
+async def test_what_nobody_knows_is_not_told() -> None:
     told = Told()
     async with connected(told) as (replica, _):
         replica.server.publish_load(ReplicaLoad())
@@ -361,7 +361,7 @@ async def test_what_nobody_knows_is_not_told():
         assert not told.updates
 
 
-async def test_the_load_arrives_after_whoever_waits_for_a_sequence_has_counted_it_out():
+async def test_the_load_arrives_after_whoever_waits_for_a_sequence_has_counted_it_out() -> None:
     """Or the frontend would take off a sequence that this load does not have in it any more."""
     order: list[object] = []
     told = Told()
@@ -381,7 +381,7 @@ async def test_the_load_arrives_after_whoever_waits_for_a_sequence_has_counted_i
         assert order == [[]]
 
 
-async def test_what_no_delta_takes_along_goes_at_once_and_then_once_in_a_while(monkeypatch: pytest.MonkeyPatch):
+async def test_what_no_delta_takes_along_goes_at_once_and_then_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "PUBLISH_PERIOD_S", 0.3)
     clock = asyncio.get_running_loop().time
     told = Told()
@@ -402,7 +402,7 @@ async def test_what_no_delta_takes_along_goes_at_once_and_then_once_in_a_while(m
         assert told.blocks == cache.blocks
 
 
-async def test_deltas_take_along_what_else_there_is(monkeypatch: pytest.MonkeyPatch):
+async def test_deltas_take_along_what_else_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "PUBLISH_PERIOD_S", 60.0)
     told = Told()
     async with connected(told) as (replica, channel):
@@ -417,7 +417,7 @@ async def test_deltas_take_along_what_else_there_is(monkeypatch: pytest.MonkeyPa
         assert told.loads == [ReplicaLoad(1), ReplicaLoad(2)]
 
 
-async def test_frames_that_arrive_together_are_one():
+async def test_frames_that_arrive_together_are_one() -> None:
     batches = [
         Batch([], [], ReplicaLoad(1), KvUpdate([1, 2], [], is_reset=True)),
         Batch([(0, LAST)], []),
@@ -427,7 +427,7 @@ async def test_frames_that_arrive_together_are_one():
     assert _merge(batches) == Batch([(0, LAST)], [], ReplicaLoad(2), KvUpdate([2], [], is_reset=True))
 
 
-async def test_what_waits_for_a_frontend_that_does_not_read_is_bounded():
+async def test_what_waits_for_a_frontend_that_does_not_read_is_bounded() -> None:
     snapshots = itertools.count()
     link = Link("slow", None, lambda: KvUpdate([next(snapshots)], [], is_reset=True))
     link.take_now()
@@ -440,7 +440,7 @@ async def test_what_waits_for_a_frontend_that_does_not_read_is_bounded():
     assert link.take_now().kv == KvUpdate([1], [], is_reset=True)
 
 
-async def test_one_change_of_any_size_goes_as_it_is():
+async def test_one_change_of_any_size_goes_as_it_is() -> None:
     link = Link("l", None, lambda: None)
     link.take_now()
     large = KvUpdate(list(range(server.MAX_WAITING_BLOCKS + 1)), [])
@@ -449,7 +449,7 @@ async def test_one_change_of_any_size_goes_as_it_is():
 
 
 @given(st.lists(st.sampled_from(["take", "connect", "clear", *range(6)]), max_size=60), st.integers(1, 8))
-def test_a_frontend_knows_the_cache_whenever_it_has_read_all(steps: list[str | int], max_waiting: int):
+def test_a_frontend_knows_the_cache_whenever_it_has_read_all(steps: list[str | int], max_waiting: int) -> None:
     """Numbers are blocks that come, or go if they are there."""
 
     async def follow(patch: pytest.MonkeyPatch) -> None:
@@ -480,7 +480,7 @@ def test_a_frontend_knows_the_cache_whenever_it_has_read_all(steps: list[str | i
         asyncio.run(follow(patch))
 
 
-async def test_a_retired_channel_ends_with_its_last_sequence_and_tells_nothing_more():
+async def test_a_retired_channel_ends_with_its_last_sequence_and_tells_nothing_more() -> None:
     told = Told()
     async with connected(told) as (replica, channel):
         replica.hangs = True
@@ -499,7 +499,7 @@ async def test_a_retired_channel_ends_with_its_last_sequence_and_tells_nothing_m
         assert not told.loads
 
 
-async def test_an_idle_channel_that_retires_ends():
+async def test_an_idle_channel_that_retires_ends() -> None:
     async with connected() as (replica, channel):
         await until(lambda: replica.server.links)
         ended: list[bool] = []
@@ -510,7 +510,7 @@ async def test_an_idle_channel_that_retires_ends():
         assert not channel.lost.done()  # Serve has removed the replica, which ends what it has
 
 
-async def test_a_channel_can_be_closed_before_it_has_run():
+async def test_a_channel_can_be_closed_before_it_has_run() -> None:
     replica = Replica()
     replica.address = await replica.server.start("127.0.0.1")
     channel = await Channel.connect("d", replica.address, Told())
@@ -520,7 +520,7 @@ async def test_a_channel_can_be_closed_before_it_has_run():
     await replica.server.stop()
 
 
-async def test_no_sequence_fails_before_whoever_routes_knows_that_the_replica_is_lost():
+async def test_no_sequence_fails_before_whoever_routes_knows_that_the_replica_is_lost() -> None:
     async with connected() as (replica, channel):
         replica.hangs = True
         task = asyncio.create_task(served(channel, []))

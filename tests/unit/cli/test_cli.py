@@ -65,7 +65,7 @@ def model_with(**changes: Any) -> str:
 )
 def test_a_configuration_that_cannot_work_is_one_line_that_names_the_field(
     run: Any, tmp_path: Path, text: str, field: str
-):
+) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
     code, said = run("check", str(path))
@@ -90,7 +90,7 @@ def test_a_configuration_that_cannot_work_is_one_line_that_names_the_field(
 )
 def test_a_file_that_is_no_serve_config_is_one_line_that_names_the_file(
     run: Any, tmp_path: Path, content: bytes | None, words: str
-):
+) -> None:
     path = tmp_path / "config.yaml"
     if content is not None:
         path.write_bytes(content)
@@ -103,7 +103,7 @@ def test_a_file_that_is_no_serve_config_is_one_line_that_names_the_file(
 
 def test_model_in_the_environment_replaces_the_configured_one(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(VALID))
     monkeypatch.setenv("MODEL", "/there/is/no/model")
@@ -119,7 +119,7 @@ def test_model_in_the_environment_replaces_the_configured_one(
 )
 def test_model_in_the_environment_needs_a_configuration_with_a_model(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-):
+) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
     monkeypatch.setenv("MODEL", "baton:tiny")
@@ -137,7 +137,7 @@ def several_models() -> str:
 
 def test_model_in_the_environment_needs_a_configuration_with_one_model(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(several_models())
     monkeypatch.setenv("MODEL", "baton:tiny")
@@ -148,7 +148,7 @@ def test_model_in_the_environment_needs_a_configuration_with_one_model(
     )
 
 
-def test_all_models_are_named_when_they_serve():
+def test_all_models_are_named_when_they_serve() -> None:
     said = io.StringIO()
     _say_ready(yaml.safe_load(several_models()), {"port": 8123}, Console(file=said, width=200), 5.0)
     assert "Baton serves tiny, other at http://127.0.0.1:8123" in said.getvalue()
@@ -164,7 +164,7 @@ def environments(path: Path, *names: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("engine", "printed"), [("vllm", ""), ("sim", ""), ("sglang", "sglang\n")])
-def test_environments_names_what_the_engines_need(tmp_path: Path, engine: str, printed: str):
+def test_environments_names_what_the_engines_need(tmp_path: Path, engine: str, printed: str) -> None:
     document = yaml.safe_load(several_models())
     document["applications"][0]["args"]["models"][1]["decode"]["engine"] = engine
     path = tmp_path / "config.yaml"
@@ -173,7 +173,7 @@ def test_environments_names_what_the_engines_need(tmp_path: Path, engine: str, p
     assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
 
 
-def test_environments_imports_neither_ray_nor_an_engine(tmp_path: Path):
+def test_environments_imports_neither_ray_nor_an_engine(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(model_with(prefill={"engine": "sglang"}, decode={"engine": "sglang"}))
     done = environments(path, "-X", "importtime")
@@ -183,7 +183,7 @@ def test_environments_imports_neither_ray_nor_an_engine(tmp_path: Path):
     assert not imported & {"ray", "torch", "transformers", "vllm", "sglang"}
 
 
-def test_environments_refuses_a_broken_configuration(run: Any, tmp_path: Path):
+def test_environments_refuses_a_broken_configuration(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(model_with(decode={"engines": "sglang"}))
     code, said = run("environments", str(path))
@@ -193,7 +193,7 @@ def test_environments_refuses_a_broken_configuration(run: Any, tmp_path: Path):
 
 def test_check_wants_the_python_of_sglang_unless_another_cluster_has_it(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     path = tmp_path / "config.yaml"
     pool = {"engine": "sglang", "python": "/there/is/no/python"}
     path.write_text(model_with(prefill=pool, decode=pool))
@@ -206,19 +206,19 @@ def test_check_wants_the_python_of_sglang_unless_another_cluster_has_it(
 
 
 @pytest.mark.parametrize("command", ["run", "check", "environments", "verify"])
-def test_an_unknown_option_is_refused(run: Any, command: str):
+def test_an_unknown_option_is_refused(run: Any, command: str) -> None:
     code, said = run(command, "--no-such-option")
     assert code == 2
     assert "--no-such-option" in said
 
 
-def test_verify_says_that_nothing_answers(run: Any):
+def test_verify_says_that_nothing_answers(run: Any) -> None:
     code, said = run("verify", "--url", "http://127.0.0.1:1")
     assert code == 2
     assert "http://127.0.0.1:1 does not answer" in said
 
 
-def test_it_runs_as_a_module_too(tmp_path: Path):
+def test_it_runs_as_a_module_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "app.cli.main", "check", str(tmp_path / "none.yaml")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2

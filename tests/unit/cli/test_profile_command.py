@@ -88,7 +88,7 @@ def profile(baton_command: Any) -> Any:
     return partial(baton_command, "profile")
 
 
-def test_it_writes_a_profile_that_says_what_was_measured(profile: Any, server: Any, tmp_path: Path):
+def test_it_writes_a_profile_that_says_what_was_measured(profile: Any, server: Any, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     options = ["--max-prompt", 256, "--max-batch", 2, "--repeat", 1, "--kv-bytes-per-token", 77, "--about", "a clock"]
     code, out, said = profile(path, "--url", server.url, *options)
@@ -116,7 +116,7 @@ def test_it_writes_a_profile_that_says_what_was_measured(profile: Any, server: A
 )
 def test_a_server_that_cannot_be_measured_is_said_in_one_line(
     profile: Any, server: Any, tmp_path: Path, flaw: str, words: str
-):
+) -> None:
     server.flaw = flaw
     options = ["--max-prompt", 128, "--max-batch", 1, "--repeat", 1]
     code, _, said = profile(tmp_path / "x.yaml", "--url", server.url, *options)
@@ -127,7 +127,7 @@ def test_a_server_that_cannot_be_measured_is_said_in_one_line(
     assert not (tmp_path / "x.yaml").exists()
 
 
-def test_an_endpoint_or_a_model_that_is_not_there_is_said(profile: Any, server: Any, tmp_path: Path):
+def test_an_endpoint_or_a_model_that_is_not_there_is_said(profile: Any, server: Any, tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     for url in ("http://127.0.0.1:1", "htp://x", "http://127.0.0.1:port"):
         code, _, said = profile(path, "--url", url)
@@ -143,14 +143,16 @@ def test_an_endpoint_or_a_model_that_is_not_there_is_said(profile: Any, server: 
     assert "100 tokens: too few" in said
 
 
-def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(profile: Any, server: Any, tmp_path: Path):
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(
+    profile: Any, server: Any, tmp_path: Path
+) -> None:
     code, _, said = profile(tmp_path / "no folder" / "x.yaml", "--url", server.url)
     assert code == 2
     assert "no folder" in said
     assert not server.cached
 
 
-def test_steps_count_from_when_all_streams_run_to_when_the_first_ends():
+def test_steps_count_from_when_all_streams_run_to_when_the_first_ends() -> None:
     early = TimedOutput(0.0, [(1.0 + 0.1 * step, step + 1) for step in range(48)])
     late = TimedOutput(0.0, [(2.0 + 0.1 * step, step + 1) for step in range(48)])
     step = step_time([early, late], 100)
@@ -162,14 +164,14 @@ def test_steps_count_from_when_all_streams_run_to_when_the_first_ends():
     assert step_time([early, one_after_another], 100) is None
 
 
-def test_tokens_that_share_an_event_count_all():
+def test_tokens_that_share_an_event_count_all() -> None:
     merged = TimedOutput(0.0, [(1.0, 1), (1.3, 4), (1.6, 7), *((2.0 + 0.1 * step, 11 + step) for step in range(38))])
     step = step_time([merged], 64)
     assert step is not None
     assert step.seconds == pytest.approx(0.1, rel=0.01)
 
 
-def test_lengths_and_batches_double():
+def test_lengths_and_batches_double() -> None:
     extent = choose_extent(1000, 12, 3)
     assert extent.prompt_lengths == [64, 128, 256, 1000]
     assert extent.batches == [1, 2, 4, 12]

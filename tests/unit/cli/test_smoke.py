@@ -152,7 +152,7 @@ def rows(said: str) -> dict[str, str]:
     return {check: verdict for check, verdict in cells if check}
 
 
-def test_what_serves_passes(smoke: Run, baton: Baton):
+def test_what_serves_passes(smoke: Run, baton: Baton) -> None:
     code, said, _ = smoke(baton.url)
     assert code == 0, said
     assert rows(said) == dict.fromkeys(ALL, "ok")
@@ -170,7 +170,7 @@ def test_what_serves_passes(smoke: Run, baton: Baton):
     assert said.splitlines()[-1] == "passed"
 
 
-def test_the_prompts_were_never_sent_before(smoke: Run, baton: Baton):
+def test_the_prompts_were_never_sent_before(smoke: Run, baton: Baton) -> None:
     smoke(baton.url)
     smoke(baton.url)
     long = [tuple(prompt) for prompt in baton.prompts if len(prompt) == 2000]
@@ -179,7 +179,7 @@ def test_the_prompts_were_never_sent_before(smoke: Run, baton: Baton):
     assert len(set(long)) == 2 * 3
 
 
-def test_the_conversation_is_one_session_of_its_own(smoke: Run, baton: Baton):
+def test_the_conversation_is_one_session_of_its_own(smoke: Run, baton: Baton) -> None:
     code, _, _ = smoke(baton.url)
     assert code == 0
     assert baton.num_connections == 2
@@ -217,7 +217,9 @@ def test_the_conversation_is_one_session_of_its_own(smoke: Run, baton: Baton):
         ),
     ],
 )
-def test_what_does_not_serve_fails_by_itself(smoke: Run, baton: Baton, flaw: str, failing: set[str], words: str):
+def test_what_does_not_serve_fails_by_itself(
+    smoke: Run, baton: Baton, flaw: str, failing: set[str], words: str
+) -> None:
     baton.flaw = flaw
     code, said, _ = smoke(baton.url)
     assert code == 1
@@ -242,20 +244,20 @@ def test_what_does_not_serve_fails_by_itself(smoke: Run, baton: Baton, flaw: str
     ],
     ids=["no role", "goes on", "usage late", "no end", "no usage", "error", "no tokens", "nothing"],
 )
-def test_a_stream_in_another_order_fails(smoke: Run, baton: Baton, order: list[str], words: str):
+def test_a_stream_in_another_order_fails(smoke: Run, baton: Baton, order: list[str], words: str) -> None:
     baton.order = order
     code, said, _ = smoke(baton.url)
     assert code == 1
     assert f"FAILED tiny, streaming: expected events in the order role, tokens, finish, usage, [DONE]; {words}" in said
 
 
-def test_a_stream_may_have_all_tokens_in_its_last_event(smoke: Run, baton: Baton):
+def test_a_stream_may_have_all_tokens_in_its_last_event(smoke: Run, baton: Baton) -> None:
     baton.order = ["role", "finish", "usage", "[DONE]"]
     code, said, _ = smoke(baton.url)
     assert code == 0, said
 
 
-def test_what_a_model_has_not_is_skipped_and_said(smoke: Run, baton: Baton):
+def test_what_a_model_has_not_is_skipped_and_said(smoke: Run, baton: Baton) -> None:
     baton.models = [Baton.card("alone", mode="aggregated", engine="sim")]
     code, said, _ = smoke(baton.url)
     assert code == 0
@@ -264,14 +266,14 @@ def test_what_a_model_has_not_is_skipped_and_said(smoke: Run, baton: Baton):
     assert "there is no prefill pool" in said
 
 
-def test_a_model_that_is_not_ready_fails(smoke: Run, baton: Baton):
+def test_a_model_that_is_not_ready_fails(smoke: Run, baton: Baton) -> None:
     baton.models = [Baton.card("tiny", state="unavailable")]
     code, said, _ = smoke(baton.url)
     assert code == 1
     assert "FAILED tiny, models: expected tiny ready; came unavailable" in said
 
 
-def test_each_model_has_its_table_unless_one_is_named(smoke: Run, baton: Baton):
+def test_each_model_has_its_table_unless_one_is_named(smoke: Run, baton: Baton) -> None:
     baton.models = [Baton.card("one"), Baton.card("two")]
     assert [line.strip() for line in smoke(baton.url)[1].splitlines() if line[:3] in ("one", "two")] == ["one", "two"]
     asked = {body["model"] for body in baton.bodies}
@@ -281,7 +283,7 @@ def test_each_model_has_its_table_unless_one_is_named(smoke: Run, baton: Baton):
     assert {"one", "two"} & {body["model"] for body in baton.bodies} == {"two"}
 
 
-def test_a_short_model_gets_shorter_prompts(smoke: Run, baton: Baton):
+def test_a_short_model_gets_shorter_prompts(smoke: Run, baton: Baton) -> None:
     baton.models = [Baton.card("tiny", max_model_len=1024)]
     smoke(baton.url)
     assert max(map(len, baton.prompts)) == 1024 - 16
@@ -291,7 +293,7 @@ def test_a_short_model_gets_shorter_prompts(smoke: Run, baton: Baton):
     ("url", "words"),
     [("http://127.0.0.1:9", "does not answer"), ("127.0.0.1:8000", "is no URL"), ("http://127.0.0.1:x", "is no URL")],
 )
-def test_a_url_where_nothing_is_is_one_line(smoke: Run, url: str, words: str):
+def test_a_url_where_nothing_is_is_one_line(smoke: Run, url: str, words: str) -> None:
     code, _, said = smoke(url)
     assert code == 2
     assert said.startswith("baton: URL: ")
@@ -310,7 +312,7 @@ def test_a_url_where_nothing_is_is_one_line(smoke: Run, url: str, words: str):
 )
 def test_nothing_to_check_is_one_line(
     smoke: Run, baton: Baton, models: list[dict[str, Any]], options: tuple[str, ...], words: str
-):
+) -> None:
     baton.models = models
     code, _, said = smoke(baton.url, *options)
     assert code == 2

@@ -53,7 +53,9 @@ def answer(tokens: str, *logprobs: float, margin: float = 5.0) -> GreedyOutput:
     ],
     ids=["same", "largest", "until tokens differ", "until one ends", "first token differs", "empty"],
 )
-def test_the_difference_counts_until_the_tokens_differ(ours: GreedyOutput, theirs: GreedyOutput, difference: float):
+def test_the_difference_counts_until_the_tokens_differ(
+    ours: GreedyOutput, theirs: GreedyOutput, difference: float
+) -> None:
     assert ours.max_difference(theirs) == theirs.max_difference(ours) == difference
 
 
@@ -61,7 +63,7 @@ def test_the_difference_counts_until_the_tokens_differ(ours: GreedyOutput, their
     ("ours", "theirs", "num"),
     [("abc", "abc", 3), ("abx", "abc", 2), ("xbc", "abc", 0), ("axc", "abc", 1), ("ab", "abc", 2), ("", "abc", 0)],
 )
-def test_equal_tokens_are_counted_until_the_first_that_differs_or_lacks(ours: str, theirs: str, num: int):
+def test_equal_tokens_are_counted_until_the_first_that_differs_or_lacks(ours: str, theirs: str, num: int) -> None:
     one, other = answer(ours, *[0.0] * len(ours)), answer(theirs, *[0.0] * len(theirs))
     assert one.num_equal(other) == other.num_equal(one) == num
 
@@ -71,38 +73,38 @@ def passes(remote: GreedyOutput, margin: float = 5.0, noise: float = 0.0) -> boo
 
 
 @pytest.mark.parametrize("difference", [0.0, TOLERANCE / 2, -TOLERANCE / 2])
-def test_equal_tokens_with_near_logprobs_pass(difference: float):
+def test_equal_tokens_with_near_logprobs_pass(difference: float) -> None:
     assert passes(answer("ab", -1.0, -2.0 + difference))
 
 
 @pytest.mark.parametrize("difference", [TOLERANCE * 2, -TOLERANCE * 2])
-def test_equal_tokens_with_other_logprobs_fail(difference: float):
+def test_equal_tokens_with_other_logprobs_fail(difference: float) -> None:
     assert not passes(answer("ab", -1.0, -2.0 + difference))
 
 
-def test_noise_raises_what_passes_to_twice_the_noise():
+def test_noise_raises_what_passes_to_twice_the_noise() -> None:
     assert passes(answer("ab", -1.0, -2.5), noise=0.25)
     assert not passes(answer("ab", -1.0, -2.75), noise=0.25)
 
 
-def test_a_token_may_differ_where_noise_can_flip_it():
+def test_a_token_may_differ_where_noise_can_flip_it() -> None:
     assert passes(answer("ax", -1.0, -2.0), margin=TOLERANCE / 2)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
-def test_a_token_that_noise_cannot_flip_must_not_differ(noise: float):
+def test_a_token_that_noise_cannot_flip_must_not_differ(noise: float) -> None:
     assert not passes(answer("ax", -1.0, -2.0), margin=5.0, noise=noise)
 
 
-def test_the_first_token_must_not_differ():
+def test_the_first_token_must_not_differ() -> None:
     assert not passes(answer("xb", -1.0, -2.0), margin=0.0)
 
 
-def test_an_answer_that_ends_early_fails():
+def test_an_answer_that_ends_early_fails() -> None:
     assert not passes(answer("a", -1.0))
 
 
-def test_noise_without_bounds_does_not_make_everything_pass():
+def test_noise_without_bounds_does_not_make_everything_pass() -> None:
     # The engine's own answers differ from the first token on: nothing can be told from a comparison.
     assert not passes(answer("ax", -1.0, -9.0), noise=math.inf)
 
@@ -214,38 +216,38 @@ def verified(url: str, corrupt_kv: bool = False, tolerance: float | None = TOLER
     return compare_output(url, corrupt_kv=corrupt_kv, tolerance=tolerance, seed=0, **models)
 
 
-def test_equal_output_passes(baton: FakeBaton, capsys: pytest.CaptureFixture[str]):
+def test_equal_output_passes(baton: FakeBaton, capsys: pytest.CaptureFixture[str]) -> None:
     assert verified(baton.url)
     assert f"KV of {NUM_PROMPTS} of {NUM_PROMPTS} prompts moved" in capsys.readouterr().out
 
 
-def test_other_tokens_fail(baton: FakeBaton):
+def test_other_tokens_fail(baton: FakeBaton) -> None:
     baton.token_by_mode["remote"] = "token_id:8"
     assert not verified(baton.url)
 
 
-def test_other_logprobs_fail(baton: FakeBaton):
+def test_other_logprobs_fail(baton: FakeBaton) -> None:
     baton.logprob_by_mode["remote"] = -1.0 - 2 * TOLERANCE
     assert not verified(baton.url)
 
 
-def test_corruption_asks_for_wrong_kv_and_fails_if_it_arrives(baton: FakeBaton):
+def test_corruption_asks_for_wrong_kv_and_fails_if_it_arrives(baton: FakeBaton) -> None:
     baton.token_by_mode["corrupted"] = "token_id:8"
     assert not verified(baton.url, corrupt_kv=True)
 
 
-def test_a_corrupted_run_that_still_passes_is_not_hidden(baton: FakeBaton):
+def test_a_corrupted_run_that_still_passes_is_not_hidden(baton: FakeBaton) -> None:
     assert verified(baton.url, corrupt_kv=True)
 
 
 @pytest.mark.parametrize("num_local", [1, NUM_PROMPTS])
-def test_prompts_that_were_prefilled_locally_verify_nothing(baton: FakeBaton, num_local: int):
+def test_prompts_that_were_prefilled_locally_verify_nothing(baton: FakeBaton, num_local: int) -> None:
     baton.num_local = num_local
     with pytest.raises(VerifyError, match=f"only {NUM_PROMPTS - num_local} of {NUM_PROMPTS} prompts"):
         verified(baton.url)
 
 
-def test_no_serving_can_reuse_the_kv_of_another(baton: FakeBaton):
+def test_no_serving_can_reuse_the_kv_of_another(baton: FakeBaton) -> None:
     verified(baton.url)
     modes_by_salt: dict[str, set[str]] = {}
     for body in baton.completions:
@@ -255,7 +257,7 @@ def test_no_serving_can_reuse_the_kv_of_another(baton: FakeBaton):
 
 
 @pytest.mark.parametrize("max_model_len", [128, 512, 1024, 2048, 4096])
-def test_every_prompt_leaves_room_for_the_output(baton: FakeBaton, max_model_len: int):
+def test_every_prompt_leaves_room_for_the_output(baton: FakeBaton, max_model_len: int) -> None:
     baton.max_model_len = max_model_len
     with httpx.Client(base_url=baton.url) as client:
         groups = _prompts(Endpoint(client), random.Random(0))
@@ -270,20 +272,20 @@ def asked(baton: FakeBaton) -> set[tuple[str, str]]:
     return {(body["model"], body["vllm_xargs"]["baton_prefill"]) for body in baton.completions}
 
 
-def test_the_first_disaggregated_model_is_verified(baton: FakeBaton):
+def test_the_first_disaggregated_model_is_verified(baton: FakeBaton) -> None:
     baton.modes = {"alone": "aggregated", "tiny": "disaggregated", "other": "disaggregated"}
     assert verified(baton.url)
     assert asked(baton) == {("tiny", "remote"), ("tiny", "local")}
 
 
-def test_a_model_can_be_named(baton: FakeBaton):
+def test_a_model_can_be_named(baton: FakeBaton) -> None:
     baton.modes = {"other": "disaggregated", "tiny": "disaggregated"}
     assert verified(baton.url, model="tiny")
     assert asked(baton) == {("tiny", "remote"), ("tiny", "local")}
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_a_reference_answers_what_would_have_been_prefilled_locally(baton: FakeBaton, engine: str):
+def test_a_reference_answers_what_would_have_been_prefilled_locally(baton: FakeBaton, engine: str) -> None:
     baton.engine = engine
     baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
     assert verified(baton.url, reference="alone")
@@ -291,7 +293,7 @@ def test_a_reference_answers_what_would_have_been_prefilled_locally(baton: FakeB
     assert {body["max_tokens"] for body in baton.completions} == {OUTPUT_TOKENS}
 
 
-def test_a_reference_that_answers_otherwise_fails(baton: FakeBaton):
+def test_a_reference_that_answers_otherwise_fails(baton: FakeBaton) -> None:
     baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
     baton.token_by_mode["local"] = "token_id:8"
     assert not verified(baton.url, reference="alone")
@@ -315,14 +317,14 @@ def test_a_reference_that_answers_otherwise_fails(baton: FakeBaton):
 )
 def test_a_model_that_is_not_there_is_an_error(
     baton: FakeBaton, modes: dict[str, str], named: dict[str, str], words: str
-):
+) -> None:
     baton.modes = modes
     with pytest.raises(VerifyError, match=words):
         verified(baton.url, **named)
     assert baton.completions == []
 
 
-def test_another_server_than_batons_is_an_error(baton: FakeBaton):
+def test_another_server_than_batons_is_an_error(baton: FakeBaton) -> None:
     baton.fixed["/v1/models"] = 200, json.dumps({"data": [{"id": "tiny", "max_model_len": 4096}]})
     with pytest.raises(VerifyError, match="serves no disaggregated model"):
         verified(baton.url)
@@ -335,19 +337,19 @@ def by_prefill(baton: FakeBaton) -> list[dict[str, Any]]:
     return [body for body in baton.completions if body["max_tokens"] == 1]
 
 
-def test_equal_output_by_prefill_passes(sglang: FakeBaton, capsys: pytest.CaptureFixture[str]):
+def test_equal_output_by_prefill_passes(sglang: FakeBaton, capsys: pytest.CaptureFixture[str]) -> None:
     assert verified(sglang.url)
     num = NUM_PROMPTS + NUM_BY_PREFILL
     assert f"KV of {num} of {num} prompts moved" in capsys.readouterr().out
 
 
-def test_nothing_asks_for_local_prefill_of_an_engine_that_cannot(sglang: FakeBaton):
+def test_nothing_asks_for_local_prefill_of_an_engine_that_cannot(sglang: FakeBaton) -> None:
     verified(sglang.url, corrupt_kv=True)
     assert asked(sglang) == {("tiny", "remote"), ("tiny", "corrupted")}
     assert {body["vllm_xargs"]["baton_prefill"] for body in by_prefill(sglang)} == {"remote"}
 
 
-def test_each_token_of_the_reference_is_prefilled_from_all_before_it(sglang: FakeBaton):
+def test_each_token_of_the_reference_is_prefilled_from_all_before_it(sglang: FakeBaton) -> None:
     verified(sglang.url)
     requests = by_prefill(sglang)
     assert len(requests) == NUM_BY_PREFILL
@@ -356,7 +358,7 @@ def test_each_token_of_the_reference_is_prefilled_from_all_before_it(sglang: Fak
         assert prompts == [prompts[0] + [7] * num for num in range(OUTPUT_TOKENS)]
 
 
-def test_the_reference_by_prefill_is_made_without_and_with_a_prefix_cache(sglang: FakeBaton):
+def test_the_reference_by_prefill_is_made_without_and_with_a_prefix_cache(sglang: FakeBaton) -> None:
     verified(sglang.url)
     salts = [body["cache_salt"] for body in by_prefill(sglang)]
     answers = [salts[start : start + OUTPUT_TOKENS] for start in range(0, len(salts), OUTPUT_TOKENS)]
@@ -366,22 +368,22 @@ def test_the_reference_by_prefill_is_made_without_and_with_a_prefix_cache(sglang
 
 
 @pytest.mark.parametrize("tolerance", [None, TOLERANCE])
-def test_wrong_kv_is_found_by_prefill(sglang: FakeBaton, tolerance: float | None):
+def test_wrong_kv_is_found_by_prefill(sglang: FakeBaton, tolerance: float | None) -> None:
     sglang.after_transfer = "token_id:8", -1.0
     assert not verified(sglang.url, tolerance=tolerance)
 
 
-def test_wrong_kv_that_leaves_the_tokens_equal_is_found_by_prefill(sglang: FakeBaton):
+def test_wrong_kv_that_leaves_the_tokens_equal_is_found_by_prefill(sglang: FakeBaton) -> None:
     sglang.after_transfer = "token_id:7", -1.0 - 2 * TOLERANCE_OF_PREFILL
     assert not verified(sglang.url, tolerance=None)
 
 
-def test_corruption_fails_by_prefill_too(sglang: FakeBaton):
+def test_corruption_fails_by_prefill_too(sglang: FakeBaton) -> None:
     sglang.token_by_mode["corrupted"] = "token_id:8"
     assert not verified(sglang.url, corrupt_kv=True, tolerance=None)
 
 
-def test_a_prompt_of_the_reference_that_was_not_prefilled_remotely_verifies_nothing(sglang: FakeBaton):
+def test_a_prompt_of_the_reference_that_was_not_prefilled_remotely_verifies_nothing(sglang: FakeBaton) -> None:
     sglang.num_local = 1
     num = NUM_PROMPTS + NUM_BY_PREFILL
     with pytest.raises(VerifyError, match=f"only {num - 1} of {num} prompts"):
@@ -401,7 +403,7 @@ def test_a_prompt_of_the_reference_that_was_not_prefilled_remotely_verifies_noth
 )
 def test_a_small_logprob_difference_passes_by_prefill_only(
     baton: FakeBaton, engine: str, named: dict[str, str], tolerance: float | None, passes: bool
-):
+) -> None:
     baton.engine = engine
     baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
     baton.after_transfer = "token_id:7", -1.0 - BETWEEN
@@ -416,7 +418,7 @@ def closed_port() -> int:
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "http://127.0.0.1:80x"])
-def test_a_url_where_nothing_answers_is_named(url: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_url_where_nothing_answers_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     url = url.format(port=closed_port())
     with pytest.raises(VerifyError) as caught:
@@ -425,13 +427,13 @@ def test_a_url_where_nothing_answers_is_named(url: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/tokenize", "/v1/completions", "/stats"])
-def test_an_error_in_an_answer_is_passed_on_with_its_path(baton: FakeBaton, path: str):
+def test_an_error_in_an_answer_is_passed_on_with_its_path(baton: FakeBaton, path: str) -> None:
     baton.fixed[path] = 500, "no engine"
     with pytest.raises(VerifyError, match=f"{path} answered 500: no engine"):
         verified(baton.url)
 
 
-def test_a_url_where_something_else_answers_is_an_error(baton: FakeBaton):
+def test_a_url_where_something_else_answers_is_an_error(baton: FakeBaton) -> None:
     baton.fixed["/v1/models"] = 200, "<html>welcome</html>"
     with pytest.raises(VerifyError, match="/v1/models"):
         verified(baton.url)

@@ -70,22 +70,22 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     return args
 
 
-def test_each_pool_is_named_after_its_model():
+def test_each_pool_is_named_after_its_model() -> None:
     assert set(deployments(ARGS)) == {"frontend"} | FIRST | SECOND | THIRD
 
 
-def test_a_pools_name_does_not_depend_on_other_models():
+def test_a_pools_name_does_not_depend_on_other_models() -> None:
     assert set(deployments({**ARGS, "models": ARGS["models"][:1]})) == {"frontend"} | FIRST
 
 
-def test_each_pool_is_given_its_model_alone():
+def test_each_pool_is_given_its_model_alone() -> None:
     for name, deployment in deployments(ARGS).items():
         if name != "frontend":
             (model,) = deployment.init_args[0].models
             assert name.endswith(model.name.replace("/", "-"))
 
 
-def test_the_frontend_has_the_handles_of_all_pools_in_the_order_of_the_models():
+def test_the_frontend_has_the_handles_of_all_pools_in_the_order_of_the_models() -> None:
     _, pools = deployments(ARGS)["frontend"].init_args
     assert all(isinstance(handle, DeploymentHandle) for pool in pools for handle in pool.values())
     names = [{role: handle.deployment_name for role, handle in pool.items()} for pool in pools]
@@ -96,7 +96,7 @@ def test_the_frontend_has_the_handles_of_all_pools_in_the_order_of_the_models():
     ]
 
 
-def test_an_aggregated_pool_has_nothing_to_do_with_transfers():
+def test_an_aggregated_pool_has_nothing_to_do_with_transfers() -> None:
     config = deployments(ARGS)["aggregated-third"].init_args[0]
     assert config.transfer is None
     assert not config.models[0].is_disaggregated
@@ -119,7 +119,7 @@ def autoscaling_of(args: dict[str, Any], name: str) -> Any:
     return deployments(args)[name]._deployment_config.autoscaling_config
 
 
-def test_each_pool_scales_by_its_models_slo():
+def test_each_pool_scales_by_its_models_slo() -> None:
     args = autoscaled(max_replicas=3)
     args["models"][2]["slo"] = {"ttft_ms": 500, "itl_ms": 20}
     for role, is_for_prompts in {"prefill": True, "decode": False, "aggregated": True}.items():
@@ -129,26 +129,26 @@ def test_each_pool_scales_by_its_models_slo():
         assert policy.policy_kwargs == {"model": "third", "role": role, **targets}
 
 
-def test_a_decode_pool_without_prefill_is_for_prompts():
+def test_a_decode_pool_without_prefill_is_for_prompts() -> None:
     args = changed(lambda args: args["models"][1]["decode"].update(autoscaling={"max_replicas": 3}))
     assert autoscaling_of(args, "decode-second").policy.policy_kwargs["is_for_prompts"]
 
 
-def test_frontends_scale_by_baton_s_target_unless_the_user_has_another():
+def test_frontends_scale_by_baton_s_target_unless_the_user_has_another() -> None:
     assert autoscaling_of(autoscaled(max_replicas=3), "frontend").target_ongoing_requests == 200
     own = autoscaled(max_replicas=3, target_ongoing_requests=7)
     assert autoscaling_of(own, "frontend").target_ongoing_requests == 7
     assert autoscaling_of(own, "decode-third").policy.policy_kwargs["sequences"] == 7
 
 
-def test_the_user_s_own_policy_counts():
+def test_the_user_s_own_policy_counts() -> None:
     policy = {"policy_function": "ray.serve.autoscaling_policy:replica_queue_length_autoscaling_policy"}
     args = autoscaled(max_replicas=3, policy=policy)
     for name in ("frontend", "decode-third"):
         assert autoscaling_of(args, name).policy.policy_function == policy["policy_function"]
 
 
-def test_serve_gets_the_policy_and_what_it_is_given():
+def test_serve_gets_the_policy_and_what_it_is_given() -> None:
     """As bytes, which its controller makes the policy of."""
     from ray.serve._private.autoscaling_state import _resolve_policy_callable
     from ray.serve._private.config import DeploymentConfig
@@ -160,7 +160,7 @@ def test_serve_gets_the_policy_and_what_it_is_given():
 
 
 @pytest.mark.parametrize("place", ["frontend", "models.2.prefill"])
-def test_none_at_all_is_refused_as_nobody_would_see_a_load(place: str):
+def test_none_at_all_is_refused_as_nobody_would_see_a_load(place: str) -> None:
     args = autoscaled(min_replicas=0, max_replicas=3)
     if place != "frontend":
         del args["frontend"]
@@ -169,7 +169,7 @@ def test_none_at_all_is_refused_as_nobody_would_see_a_load(place: str):
     assert caught.value.field == f"{place}.autoscaling.min_replicas"
 
 
-def test_wrong_autoscaling_of_an_aggregated_pool_is_refused():
+def test_wrong_autoscaling_of_an_aggregated_pool_is_refused() -> None:
     args = changed(lambda args: args["models"][2]["aggregated"].update(autoscaling={"max_replicas": 0}))
     with pytest.raises(ConfigError) as caught:
         building.build(args)
@@ -230,7 +230,7 @@ def test_wrong_autoscaling_of_an_aggregated_pool_is_refused():
         "routing",
     ],
 )
-def test_a_change_restarts_what_it_concerns(change: Callable[[dict[str, Any]], Any], names: set[str]):
+def test_a_change_restarts_what_it_concerns(change: Callable[[dict[str, Any]], Any], names: set[str]) -> None:
     assert restarted(changed(change)) == names
 
 
@@ -241,14 +241,14 @@ def test_a_change_restarts_what_it_concerns(change: Callable[[dict[str, Any]], A
         ("env/bin/python", str(REPOSITORY / "env/bin/python")),
     ],
 )
-def test_the_replicas_of_a_pool_run_in_its_python(python: str, runs: str):
+def test_the_replicas_of_a_pool_run_in_its_python(python: str, runs: str) -> None:
     args = changed(lambda args: args["models"][0]["decode"].update(python=python, environment={"A": "1"}))
     environments = {name: d.ray_actor_options["runtime_env"] for name, d in deployments(args).items()}
     assert environments["decode-org-first"] == {"env_vars": {"A": "1"}, "py_executable": runs}
     assert all("py_executable" not in environments[name] for name in ("prefill-org-first", *SECOND, *THIRD, "frontend"))
 
 
-def test_a_pool_runs_only_on_nodes_with_its_labels():
+def test_a_pool_runs_only_on_nodes_with_its_labels() -> None:
     def label(args: dict[str, Any]) -> None:
         args["models"][0]["prefill"]["resources"] = {"node_labels": {"baton/pool": "prefill"}}
 
@@ -257,7 +257,7 @@ def test_a_pool_runs_only_on_nodes_with_its_labels():
     assert not any("label_selector" in given for name, given in options.items() if name != "prefill-org-first")
 
 
-def test_another_slo_restarts_no_engine():
+def test_another_slo_restarts_no_engine() -> None:
     def change(args: dict[str, Any]) -> None:
         args["models"][0]["decode"]["autoscaling"] = {"max_replicas": 3}
         args["models"][0]["slo"] = {"ttft_ms": 500}

@@ -101,14 +101,16 @@ def submit(pool: Pool, replica: Replica, into: list[TokenDelta]) -> Any:
     return pool.channels.channel(replica.name).submit(request, into.append, has_handoff=False, local_reason="")
 
 
-async def test_a_replica_joins_with_what_it_knows(pool: Pool, replica: Replica):
+async def test_a_replica_joins_with_what_it_knows(pool: Pool, replica: Replica) -> None:
     pool.consist_of(replica)
     assert not pool.view.replicas
     await until(lambda: pool.knows(replica))
     assert pool.view.replicas["r"].info.num_blocks == 8
 
 
-async def test_replicas_that_serve_knew_before_are_connected_too(replica: Replica, monkeypatch: pytest.MonkeyPatch):
+async def test_replicas_that_serve_knew_before_are_connected_too(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pool = Pool(monkeypatch)
     pool.consist_of(replica)
     later = PoolChannels(SimpleNamespace(deployment_id=None), view := PoolState(PrefixIndex()))
@@ -119,7 +121,7 @@ async def test_replicas_that_serve_knew_before_are_connected_too(replica: Replic
         later.channel("r")
 
 
-async def test_a_replica_that_cannot_be_reached_is_not_in_the_view_until_it_can(pool: Pool, replica: Replica):
+async def test_a_replica_that_cannot_be_reached_is_not_in_the_view_until_it_can(pool: Pool, replica: Replica) -> None:
     good, replica.address = replica.address, {**replica.address, "port": "1"}
     pool.consist_of(replica)
     await asyncio.sleep(0.1)  # it would be there by now
@@ -132,7 +134,7 @@ async def test_a_replica_that_cannot_be_reached_is_not_in_the_view_until_it_can(
 
 async def test_a_broken_connection_takes_the_replica_out_at_once_and_a_new_one_starts_afresh(
     pool: Pool, replica: Replica
-):
+) -> None:
     pool.consist_of(replica)
     await until(lambda: pool.knows(replica))
     replica.server.publish_kv(KvUpdate([3], []))
@@ -150,7 +152,7 @@ async def test_a_broken_connection_takes_the_replica_out_at_once_and_a_new_one_s
     assert len(replica.server.links) == 1
 
 
-async def test_a_replica_that_serve_removes_leaves_at_once_but_ends_its_sequences(pool: Pool, replica: Replica):
+async def test_a_replica_that_serve_removes_leaves_at_once_but_ends_its_sequences(pool: Pool, replica: Replica) -> None:
     pool.consist_of(replica)
     await until(lambda: pool.knows(replica))
     received: list[TokenDelta] = []
@@ -170,7 +172,7 @@ async def test_a_replica_that_serve_removes_leaves_at_once_but_ends_its_sequence
     await until(lambda: not replica.server.links)
 
 
-async def test_a_replica_that_serve_brings_back_joins_on_another_connection(pool: Pool, replica: Replica):
+async def test_a_replica_that_serve_brings_back_joins_on_another_connection(pool: Pool, replica: Replica) -> None:
     pool.consist_of(replica)
     await until(lambda: pool.knows(replica))
     old = pool.channels.channel("r")
@@ -185,7 +187,7 @@ async def test_a_replica_that_serve_brings_back_joins_on_another_connection(pool
     assert pool.knows(replica)
 
 
-async def test_replicas_do_not_disturb_each_other(pool: Pool, replica: Replica):
+async def test_replicas_do_not_disturb_each_other(pool: Pool, replica: Replica) -> None:
     other = Replica("other")
     await other.start()
     pool.consist_of(replica, other)

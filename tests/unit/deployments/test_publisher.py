@@ -102,7 +102,7 @@ async def turn() -> None:
     await asyncio.sleep(0)
 
 
-async def test_a_change_of_load_is_told_in_the_next_turn_of_the_loop(replica: Replica):
+async def test_a_change_of_load_is_told_in_the_next_turn_of_the_loop(replica: Replica) -> None:
     replica.heard()
     replica.publisher.poll_soon()
     replica.num_requests, replica.engine.tokens = 2, 30  # what happens before the loop turns is in it
@@ -115,7 +115,7 @@ async def test_a_change_of_load_is_told_in_the_next_turn_of_the_loop(replica: Re
     assert replica.heard()[0][-1] == ReplicaLoad(3, 30)
 
 
-async def test_a_load_that_did_not_change_is_told_again_with_each_poll_only(replica: Replica):
+async def test_a_load_that_did_not_change_is_told_again_with_each_poll_only(replica: Replica) -> None:
     """A frontend that misjudged its own part of the load is put right by the next one."""
     replica.num_requests = 1
     replica.publisher.poll_soon()
@@ -129,14 +129,14 @@ async def test_a_load_that_did_not_change_is_told_again_with_each_poll_only(repl
     assert set(replica.heard()[0]) == {ReplicaLoad(1)}
 
 
-async def test_an_idle_replica_says_so_to_a_new_frontend_and_asks_its_engine_nothing(replica: Replica):
+async def test_an_idle_replica_says_so_to_a_new_frontend_and_asks_its_engine_nothing(replica: Replica) -> None:
     replica.publisher.poll_soon()
     await asyncio.sleep(2 * publishing.POLL_S * publishing.POLLS_PER_STATS)
     assert replica.engine.num_polls == 0
     assert replica.server._load == ReplicaLoad()
 
 
-async def test_a_busy_engine_is_watched_until_it_is_idle(replica: Replica):
+async def test_a_busy_engine_is_watched_until_it_is_idle(replica: Replica) -> None:
     replica.engine.tokens = 10
     replica.publisher.poll_soon()
     await turn()
@@ -151,7 +151,7 @@ async def test_a_busy_engine_is_watched_until_it_is_idle(replica: Replica):
 
 async def test_a_queue_that_the_engine_works_off_is_noticed_between_polls(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(publishing, "POLLS_PER_STATS", 10_000)
     replica.engine.tokens = 10
     replica.publisher.poll_soon()
@@ -161,7 +161,7 @@ async def test_a_queue_that_the_engine_works_off_is_noticed_between_polls(
     assert replica.engine.num_polls == 0
 
 
-async def test_a_dead_engine_is_asked_once(replica: Replica, caplog: pytest.LogCaptureFixture):
+async def test_a_dead_engine_is_asked_once(replica: Replica, caplog: pytest.LogCaptureFixture) -> None:
     replica.engine.is_dead = True
     replica.num_requests = 1
     replica.publisher.poll_soon()
@@ -171,7 +171,7 @@ async def test_a_dead_engine_is_asked_once(replica: Replica, caplog: pytest.LogC
     assert replica.engine.num_polls == 1
 
 
-async def test_the_caches_changes_are_told_by_the_shared_names(replica: Replica):
+async def test_the_caches_changes_are_told_by_the_shared_names(replica: Replica) -> None:
     replica.heard()
     replica.updates.clear()
     await replica.engine.events.put([FIRST])
@@ -182,7 +182,7 @@ async def test_the_caches_changes_are_told_by_the_shared_names(replica: Replica)
     assert replica.server.snapshot() == KvUpdate([NAMES[1]], [], is_reset=True)
 
 
-async def test_what_changes_nothing_is_not_told(replica: Replica):
+async def test_what_changes_nothing_is_not_told(replica: Replica) -> None:
     replica.heard()
     await replica.engine.events.put([FIRST, BlockRemoved([11])])
     await replica.engine.events.put([BlockRemoved([99])])
@@ -191,7 +191,7 @@ async def test_what_changes_nothing_is_not_told(replica: Replica):
     assert not replica.link._kv
 
 
-async def test_a_reset_reaches_the_frontends_and_the_log(replica: Replica, caplog: pytest.LogCaptureFixture):
+async def test_a_reset_reaches_the_frontends_and_the_log(replica: Replica, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     replica.heard()
     await replica.engine.events.put([FIRST])
@@ -201,7 +201,7 @@ async def test_a_reset_reaches_the_frontends_and_the_log(replica: Replica, caplo
     assert "replica_id=r all cached blocks are forgotten" in caplog.text
 
 
-async def test_orphans_are_logged_each_time_they_double(replica: Replica, caplog: pytest.LogCaptureFixture):
+async def test_orphans_are_logged_each_time_they_double(replica: Replica, caplog: pytest.LogCaptureFixture) -> None:
     for key in range(20, 28):
         await replica.engine.events.put([BlockStored([key], 99, [1, 2], 2)])
     await until(replica.engine.events.empty)
@@ -213,7 +213,7 @@ async def test_orphans_are_logged_each_time_they_double(replica: Replica, caplog
 @pytest.mark.parametrize("ending", [RuntimeError("broken"), None])
 async def test_when_nobody_follows_the_cache_any_more_it_is_forgotten(
     replica: Replica, ending: Exception | None, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     replica.heard()
     await replica.engine.events.put([FIRST])
     await until(lambda: replica.server.snapshot().stored)  # type: ignore[union-attr]
@@ -224,7 +224,7 @@ async def test_when_nobody_follows_the_cache_any_more_it_is_forgotten(
     assert ("replica_id=r follow-cache failed" in caplog.text) == (ending is not None)
 
 
-async def test_a_replica_without_events_tells_nothing_of_its_cache():
+async def test_a_replica_without_events_tells_nothing_of_its_cache() -> None:
     replica = Replica(prefix_cache="none")
     await turn()
     assert replica.link.take_now().kv is None

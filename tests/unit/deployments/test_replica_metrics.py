@@ -81,7 +81,7 @@ def exported(name: str, *tags: str) -> float | None:
     return Gauge.exported.get((name, "m", "decode", *tags))
 
 
-async def test_what_the_engine_says_is_exported_again_and_again(engine: Engine):
+async def test_what_the_engine_says_is_exported_again_and_again(engine: Engine) -> None:
     await until(lambda: exported("baton_kv_blocks") == 100)
     engine.answer = EngineStats(num_transfers=7, num_failed_transfers=2, transferred_bytes=9000, transfer_s=0.5)
     await until(lambda: exported("baton_kv_transfers_total") == 7)
@@ -92,7 +92,7 @@ async def test_what_the_engine_says_is_exported_again_and_again(engine: Engine):
     assert exported("baton_queued_prompt_tokens") == 300
 
 
-async def test_a_replica_has_one_transport_at_a_time(engine: Engine):
+async def test_a_replica_has_one_transport_at_a_time(engine: Engine) -> None:
     await until(lambda: exported("baton_kv_transport", "", "rdma") == 1)
     engine.answer = EngineStats(transport="rc")
     await until(lambda: exported("baton_kv_transport", "rc", "rdma") == 1)
@@ -105,7 +105,7 @@ async def test_a_replica_has_one_transport_at_a_time(engine: Engine):
 @pytest.mark.parametrize("error", [EngineDead("gone"), RuntimeError("broken")])
 async def test_an_engine_that_says_nothing_any_more_is_left_alone_and_logged(
     engine: Engine, error: Exception, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     await until(lambda: engine.num_looks > 0)
     engine.error = error
     with caplog.at_level(logging.WARNING, logger="baton.worker_metrics"):

@@ -160,7 +160,9 @@ async def read(feed: KvEventFeed) -> AsyncIterator[Callable[[], Reader]]:
     await asyncio.gather(*(reader.task for reader in readers), return_exceptions=True)
 
 
-async def test_nothing_is_missing_of_what_was_before_nor_of_what_comes_after(start: Start, read: Callable[[], Reader]):
+async def test_nothing_is_missing_of_what_was_before_nor_of_what_comes_after(
+    start: Start, read: Callable[[], Reader]
+) -> None:
     engine = start()
     engine.publish(3)
     reader = read()
@@ -173,7 +175,7 @@ async def test_nothing_is_missing_of_what_was_before_nor_of_what_comes_after(sta
 
 async def test_what_was_before_is_there_at_once(
     start: Start, read: Callable[[], Reader], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(kv_events, "SILENCE_S", 60.0)
     engine = start()
     engine.publish(3)
@@ -183,7 +185,7 @@ async def test_what_was_before_is_there_at_once(
     assert numbers_of(reader.lists) == [0, 1, 2]
 
 
-async def test_a_gap_is_healed_by_a_replay(start: Start, read: Callable[[], Reader]):
+async def test_a_gap_is_healed_by_a_replay(start: Start, read: Callable[[], Reader]) -> None:
     engine = start(lambda number: number in (3, 4, 6))
     reader = read()
     engine.publish(2)
@@ -195,7 +197,7 @@ async def test_a_gap_is_healed_by_a_replay(start: Start, read: Callable[[], Read
 
 async def test_a_lost_end_is_noticed_in_the_silence_that_follows(
     start: Start, read: Callable[[], Reader], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(kv_events, "SILENCE_S", 0.05)
     engine = start(lambda number: number >= 2)
     reader = read()
@@ -208,7 +210,7 @@ async def test_a_lost_end_is_noticed_in_the_silence_that_follows(
 
 async def test_what_no_replay_brings_any_more_empties_the_cache(
     start: Start, read: Callable[[], Reader], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(kv_events, "SILENCE_S", 5.0)  # none asks before all is published
     engine = start(lambda number: 2 <= number < 8, buffer_steps=3)
     reader = read()
@@ -221,7 +223,7 @@ async def test_what_no_replay_brings_any_more_empties_the_cache(
     assert numbers_of(reader.lists) == [0, 1, "cleared", 6, 7, 8, 9]
 
 
-async def test_who_subscribes_too_late_begins_with_an_empty_cache(start: Start, read: Callable[[], Reader]):
+async def test_who_subscribes_too_late_begins_with_an_empty_cache(start: Start, read: Callable[[], Reader]) -> None:
     engine = start(buffer_steps=2)
     engine.publish(5)
     await engine.all_published()
@@ -232,7 +234,7 @@ async def test_who_subscribes_too_late_begins_with_an_empty_cache(start: Start, 
 
 async def test_an_engine_that_does_not_replay_leaves_no_stale_block(
     start: Start, read: Callable[[], Reader], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(kv_events, "REPLAY_TIMEOUT_S", 0.05)
     engine = start(lambda number: number == 2, replay_endpoint=None)
     reader = read()
@@ -246,7 +248,7 @@ async def test_an_engine_that_does_not_replay_leaves_no_stale_block(
 
 async def test_an_engine_that_counts_from_0_again_begins_with_an_empty_cache(
     start: Start, read: Callable[[], Reader], caplog: pytest.LogCaptureFixture
-):
+) -> None:
     num_before = 400  # more than the second engine gets to
     engine = start()
     engine.publish(num_before)
@@ -270,7 +272,7 @@ async def test_an_engine_that_counts_from_0_again_begins_with_an_empty_cache(
 @pytest.mark.parametrize("seed", range(3))
 async def test_whatever_is_lost_no_block_is_taken_to_be_there_that_is_not(
     start: Start, read: Callable[[], Reader], seed: int, buffer_steps: int
-):
+) -> None:
     """Batches come while replays run: none is lost and none counts twice, as long as a replay has it."""
     draw = random.Random(seed)
     num_batches = 400
@@ -335,7 +337,7 @@ VLLM = {"lora_name": None, "group_idx": 0, "kv_cache_spec_kind": "full_attention
 )
 async def test_events_of_both_engines_read_the_same(
     start: Start, read: Callable[[], Reader], sent: dict[str, Any], expected: list[KvEvent]
-):
+) -> None:
     engine = start()
     reader = read()
     engine.publish_events([sent])
@@ -344,7 +346,7 @@ async def test_events_of_both_engines_read_the_same(
     assert reader.lists[:-1] == ([expected] if expected else [])
 
 
-async def test_the_classes_that_vllm_publishes_read_so_too(start: Start, read: Callable[[], Reader]):
+async def test_the_classes_that_vllm_publishes_read_so_too(start: Start, read: Callable[[], Reader]) -> None:
     from vllm.distributed import kv_events as of_vllm
 
     arguments = {"token_ids": [7, 8], "block_size": 2, "lora_id": None, "medium": "GPU", "lora_name": None}
@@ -357,7 +359,7 @@ async def test_the_classes_that_vllm_publishes_read_so_too(start: Start, read: C
     assert reader.lists[0] == [AllBlocksCleared(), BlockRemoved([1]), BlockStored([3], None, [7, 8], 2, SALT)]
 
 
-async def test_what_is_no_event_is_an_error(start: Start, read: Callable[[], Reader]):
+async def test_what_is_no_event_is_an_error(start: Start, read: Callable[[], Reader]) -> None:
     engine = start()
     reader = read()
     engine.publish_events([{"type": "BlockStored", "block_hashes": "all"}])
@@ -368,7 +370,7 @@ async def test_what_is_no_event_is_an_error(start: Start, read: Callable[[], Rea
 @pytest.mark.parametrize("is_answered", [True, False], ids=["waiting for events", "waiting for a replay"])
 async def test_closing_ends_the_stream_at_once_and_leaves_nothing(
     feed: KvEventFeed, start: Start, read: Callable[[], Reader], is_answered: bool
-):
+) -> None:
     engine = start(replay_endpoint=feed.publisher["replay_endpoint"] if is_answered else None)
     engine.publish(1)
     reader = read()
@@ -387,7 +389,7 @@ async def test_closing_ends_the_stream_at_once_and_leaves_nothing(
     assert [events async for events in feed.batches()] == []
 
 
-async def test_cancelling_the_reader_ends_it(start: Start, read: Callable[[], Reader]):
+async def test_cancelling_the_reader_ends_it(start: Start, read: Callable[[], Reader]) -> None:
     engine = start()
     engine.publish(1)
     reader = read()
@@ -399,7 +401,7 @@ async def test_cancelling_the_reader_ends_it(start: Start, read: Callable[[], Re
     await again.until_block(0)
 
 
-def test_the_sockets_are_private_and_their_paths_short(feed: KvEventFeed):
+def test_the_sockets_are_private_and_their_paths_short(feed: KvEventFeed) -> None:
     from vllm.config import KVEventsConfig
 
     settings = KVEventsConfig(enable_kv_cache_events=True, **feed.publisher)

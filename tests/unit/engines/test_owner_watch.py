@@ -71,7 +71,7 @@ def family(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
             os.close(descriptor)
 
 
-def test_child_and_grandchild_die_with_an_owner_that_is_killed(family: tuple[subprocess.Popen[str], list[int]]):
+def test_child_and_grandchild_die_with_an_owner_that_is_killed(family: tuple[subprocess.Popen[str], list[int]]) -> None:
     owner, descendants = family
     assert not select.select(descendants, [], [], 0)[0]
     owner.kill()
@@ -79,18 +79,18 @@ def test_child_and_grandchild_die_with_an_owner_that_is_killed(family: tuple[sub
         assert select.select([descriptor], [], [], DEADLINE_S)[0], "still alive"
 
 
-def test_a_process_whose_owner_is_already_gone_dies_at_once():
+def test_a_process_whose_owner_is_already_gone_dies_at_once() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     assert run(TWICE, owner=gone.pid).returncode == -signal.SIGKILL
 
 
-def test_registering_twice_watches_once():
+def test_registering_twice_watches_once() -> None:
     assert run(TWICE, owner=os.getpid()).stdout.split() == ["1"]
 
 
 @pytest.mark.parametrize("owner", [None, os.getpid()], ids=["no owner", "the owner itself"])
-def test_nothing_is_watched_without_an_owner_to_watch(owner: int | None, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_watched_without_an_owner_to_watch(owner: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if owner is None:
         monkeypatch.delenv(OWNER_VARIABLE, raising=False)
     else:

@@ -203,7 +203,7 @@ async def settle(condition: Callable[[], bool], what: str) -> None:
 # Deltas
 
 
-async def test_each_output_becomes_one_delta(start: Start):
+async def test_each_output_becomes_one_delta(start: Start) -> None:
     engine, fake = start(is_disaggregated=False)
     deltas = await generate(engine)
     assert [delta.token_ids for delta in deltas] == [[20], [21, 22]]
@@ -211,7 +211,7 @@ async def test_each_output_becomes_one_delta(start: Start):
     assert fake.aborted == []
 
 
-async def test_the_request_reaches_sglang_as_it_is(start: Start):
+async def test_the_request_reaches_sglang_as_it_is(start: Start) -> None:
     engine, fake = start(is_disaggregated=False)
     asked = GenerateRequest(request_id="r", prompt_token_ids=PROMPT, sampling={"temperature": 0.5}, cache_salt="salt")
     await generate(engine, asked)
@@ -226,7 +226,7 @@ async def test_the_request_reaches_sglang_as_it_is(start: Start):
     }
 
 
-async def test_the_report_comes_with_the_first_delta_only(start: Start):
+async def test_the_report_comes_with_the_first_delta_only(start: Start) -> None:
     engine, _ = start(is_disaggregated=False)
     first, last = await generate(engine)
     assert last.report is None
@@ -256,7 +256,7 @@ async def test_the_report_comes_with_the_first_delta_only(start: Start):
 )
 async def test_only_a_token_that_the_request_names_is_a_stop_reason(
     start: Start, reason: dict[str, Any], sampling: dict[str, Any], finish_reason: str, stop_reason: int | None
-):
+) -> None:
     engine, fake = start(is_disaggregated=False)
     fake.scripts = [[output(20), output(21, reason=reason)]]
     first, last = await generate(engine, request(**sampling))
@@ -282,7 +282,9 @@ OF_CANDIDATES = {"output_top_logprobs": [[(-0.5, 20, None), (-1.5, 9, None)], [(
     ],
     ids=["tokens only", "with candidates"],
 )
-async def test_a_row_is_the_token_then_its_candidates(start: Start, num: int, meta: dict[str, Any], expected: Logprobs):
+async def test_a_row_is_the_token_then_its_candidates(
+    start: Start, num: int, meta: dict[str, Any], expected: Logprobs
+) -> None:
     engine, fake = start(is_disaggregated=False)
     fake.scripts = [[output(20, 21, reason=LENGTH, **meta)]]
     (delta,) = await generate(engine, request(logprobs=num))
@@ -290,7 +292,7 @@ async def test_a_row_is_the_token_then_its_candidates(start: Start, num: int, me
     assert delta.prompt_logprobs is None
 
 
-async def test_a_tokens_rank_is_its_place_among_the_candidates(start: Start):
+async def test_a_tokens_rank_is_its_place_among_the_candidates(start: Start) -> None:
     engine, fake = start(is_disaggregated=False)
     top = [(-0.1, 8, None), (-0.2, 20, None), (-0.3, 9, None)]
     fake.scripts = [[output(20, reason=LENGTH, output_token_logprobs=[(-0.2, 20, None)], output_top_logprobs=[top])]]
@@ -299,7 +301,7 @@ async def test_a_tokens_rank_is_its_place_among_the_candidates(start: Start):
     assert delta.logprobs.ranks == [2]
 
 
-async def test_log_probabilities_that_nobody_asked_for_are_left_out(start: Start):
+async def test_log_probabilities_that_nobody_asked_for_are_left_out(start: Start) -> None:
     engine, fake = start(is_disaggregated=False)
     fake.scripts = [[output(20, 21, reason=LENGTH, **OF_TOKENS)]]
     (delta,) = await generate(engine)
@@ -312,7 +314,7 @@ OF_PROMPT: dict[str, Any] = {
 }
 
 
-async def test_the_prompts_come_once_and_without_its_first_token_which_has_none(start: Start):
+async def test_the_prompts_come_once_and_without_its_first_token_which_has_none(start: Start) -> None:
     engine, fake = start(is_disaggregated=False)
     fake.scripts = [[output(20, **OF_PROMPT), output(21, reason=LENGTH, **OF_PROMPT)]]
     first, last = await generate(engine, request(prompt_logprobs=1))
@@ -320,7 +322,7 @@ async def test_the_prompts_come_once_and_without_its_first_token_which_has_none(
     assert (last.prompt_logprobs, first.logprobs) == (None, None)
 
 
-async def test_each_side_has_as_many_candidates_as_it_asked_for(start: Start):
+async def test_each_side_has_as_many_candidates_as_it_asked_for(start: Start) -> None:
     """SGLang has one number for both: the larger one."""
     engine, fake = start(is_disaggregated=False)
     fake.scripts = [[output(20, 21, reason=LENGTH, **OF_TOKENS, **OF_CANDIDATES, **OF_PROMPT)]]
@@ -336,7 +338,7 @@ async def test_each_side_has_as_many_candidates_as_it_asked_for(start: Start):
 # Endings
 
 
-async def test_what_sglang_finds_wrong_with_a_request_is_a_refusal(start: Start):
+async def test_what_sglang_finds_wrong_with_a_request_is_a_refusal(start: Start) -> None:
     engine, fake = start(is_disaggregated=False)
     fake.scripts = [[ValueError("top_p must be in (0, 1]")]]
     with pytest.raises(InvalidRequest, match="top_p must be"):
@@ -344,7 +346,7 @@ async def test_what_sglang_finds_wrong_with_a_request_is_a_refusal(start: Start)
 
 
 @pytest.mark.parametrize("is_disaggregated", [True, False])
-async def test_an_abort_with_400_is_a_refusal(start: Start, prefill_port: int, is_disaggregated: bool):
+async def test_an_abort_with_400_is_a_refusal(start: Start, prefill_port: int, is_disaggregated: bool) -> None:
     engine, fake = start(is_disaggregated=is_disaggregated)
     fake.scripts = [[aborted(400, "the grammar does not compile")]]
     with pytest.raises(InvalidRequest, match="the grammar does not compile"):
@@ -354,7 +356,7 @@ async def test_an_abort_with_400_is_a_refusal(start: Start, prefill_port: int, i
 @pytest.mark.parametrize("status_code", [None, 500, 503])
 async def test_an_abort_before_the_first_token_is_a_failed_prefill(
     start: Start, prefill_port: int, status_code: int | None
-):
+) -> None:
     engine, fake = start()
     fake.scripts = [[aborted(status_code)]]
     with pytest.raises(PrefillFailed, match="prefill-1: KV transfer failed"):
@@ -363,7 +365,7 @@ async def test_an_abort_before_the_first_token_is_a_failed_prefill(
     assert (await engine.stats()).num_failed_transfers == 1
 
 
-async def test_an_abort_after_the_first_token_is_a_failure_of_decode(start: Start, prefill_port: int):
+async def test_an_abort_after_the_first_token_is_a_failure_of_decode(start: Start, prefill_port: int) -> None:
     engine, fake = start()
     fake.scripts = [[output(20), aborted(500)]]
     received: list[TokenDelta] = []
@@ -373,7 +375,7 @@ async def test_an_abort_after_the_first_token_is_a_failure_of_decode(start: Star
     assert (await engine.stats()).num_failed_transfers == 0
 
 
-async def test_an_abort_without_prefill_is_a_failure_of_the_engine(start: Start):
+async def test_an_abort_without_prefill_is_a_failure_of_the_engine(start: Start) -> None:
     engine, fake = start(is_disaggregated=False)
     fake.scripts = [[aborted(500)]]
     with pytest.raises(EngineFailed, match="KV transfer failed"):
@@ -381,7 +383,7 @@ async def test_an_abort_without_prefill_is_a_failure_of_the_engine(start: Start)
 
 
 @pytest.mark.parametrize("script", [[HANG], [output(20), HANG]], ids=["before the first token", "after it"])
-async def test_cancelling_aborts_the_request_in_sglang(start: Start, script: list[Step]):
+async def test_cancelling_aborts_the_request_in_sglang(start: Start, script: list[Step]) -> None:
     engine, fake = start(is_disaggregated=False)
     fake.scripts = [script]
     task = asyncio.create_task(generate(engine))
@@ -409,7 +411,7 @@ async def test_cancelling_aborts_the_request_in_sglang(start: Start, script: lis
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_token_ids_out_of_the_vocabulary_are_refused(
     start: Start, prefill_port: int, role: Role, prompt: list[int], sampling: dict[str, Any], named: str
-):
+) -> None:
     engine, fake = start(role)
     asked = request(prompt=prompt, **sampling)
     with pytest.raises(InvalidRequest, match=rf"^{named}: token ids must be below {VOCAB_SIZE}"):
@@ -417,13 +419,13 @@ async def test_token_ids_out_of_the_vocabulary_are_refused(
     assert fake.asked == []
 
 
-async def test_the_vocabularys_ends_are_served(start: Start):
+async def test_the_vocabularys_ends_are_served(start: Start) -> None:
     engine, fake = start(is_disaggregated=False)
     await generate(engine, request(prompt=[0, VOCAB_SIZE - 1], stop_token_ids=[0, VOCAB_SIZE - 1]))
     assert len(fake.asked) == 1
 
 
-async def test_what_cannot_be_translated_is_refused_by_prefill_already(start: Start):
+async def test_what_cannot_be_translated_is_refused_by_prefill_already(start: Start) -> None:
     engine, fake = start("prefill")
     with pytest.raises(InvalidRequest, match="bad_words"):
         await engine.prefill(request(bad_words=["no"]))
@@ -437,13 +439,13 @@ async def test_what_cannot_be_translated_is_refused_by_prefill_already(start: St
 )
 async def test_a_priority_reaches_sglang(
     start: Start, engine_args: dict[str, Any], priority: int, expected: int | None
-):
+) -> None:
     engine, fake = start(is_disaggregated=False, engine_args=engine_args)
     await generate(engine, request(priority=priority))
     assert fake.asked[0].get("priority") == expected
 
 
-async def test_a_priority_that_the_pool_does_not_schedule_by_is_refused(start: Start):
+async def test_a_priority_that_the_pool_does_not_schedule_by_is_refused(start: Start) -> None:
     engine, _ = start(is_disaggregated=False)
     with pytest.raises(InvalidRequest, match=r"^priority: .*enable_priority_scheduling"):
         await generate(engine, request(priority=1))
@@ -456,7 +458,7 @@ async def test_a_priority_that_the_pool_does_not_schedule_by_is_refused(start: S
 )
 async def test_what_the_pools_arguments_allow_is_served(
     start: Start, engine_args: dict[str, Any], sampling: dict[str, Any]
-):
+) -> None:
     asked = GenerateRequest(
         request_id="r",
         prompt_token_ids=PROMPT,
@@ -471,7 +473,7 @@ async def test_what_the_pools_arguments_allow_is_served(
     assert fake.asked[0]["require_reasoning"] is not asked.reasoning_ended
 
 
-async def test_no_request_id_of_sglangs_is_the_beginning_of_another(start: Start):
+async def test_no_request_id_of_sglangs_is_the_beginning_of_another(start: Start) -> None:
     engine, fake = start(is_disaggregated=False)
     for request_id in ("r", "r", "r1", "r1-longer"):
         await generate(engine, request(request_id))
@@ -483,7 +485,7 @@ async def test_no_request_id_of_sglangs_is_the_beginning_of_another(start: Start
 # Prefill
 
 
-async def test_prefill_returns_while_its_leg_goes_on(start: Start):
+async def test_prefill_returns_while_its_leg_goes_on(start: Start) -> None:
     engine, fake = start("prefill", kv_host="10.0.0.1", kv_port=21000, transfer_lease_s=12)
     fake.scripts = [[HANG]]
     handoff = await engine.prefill(request())
@@ -494,7 +496,7 @@ async def test_prefill_returns_while_its_leg_goes_on(start: Start):
     assert list(engine._prefills) == ["r"]
 
 
-async def test_both_legs_meet_in_the_room_of_the_descriptor(start: Start, prefill_port: int):
+async def test_both_legs_meet_in_the_room_of_the_descriptor(start: Start, prefill_port: int) -> None:
     prefill, prefilling = start("prefill", kv_port=prefill_port)
     decode, decoding = start("decode")
     decoding.scripts = [[output(20, 21, reason=LENGTH, **OF_TOKENS, **OF_CANDIDATES)]]
@@ -510,14 +512,14 @@ async def test_both_legs_meet_in_the_room_of_the_descriptor(start: Start, prefil
     assert prefilling.asked[0]["top_logprobs_num"] == 1  # prefill samples the first token
 
 
-async def test_each_prefill_has_a_room_of_its_own(start: Start):
+async def test_each_prefill_has_a_room_of_its_own(start: Start) -> None:
     engine, _ = start("prefill")
     rooms = {(await engine.prefill(request(str(number)))).params["room"] for number in range(50)}
     assert len(rooms) == 50
     assert all(0 <= room < 2**63 for room in rooms)  # SGLang's rooms are signed 64-bit integers
 
 
-async def test_abandoning_ends_the_leg_of_that_request_only(start: Start):
+async def test_abandoning_ends_the_leg_of_that_request_only(start: Start) -> None:
     engine, fake = start("prefill")
     fake.scripts = [[HANG]]
     await engine.prefill(request("r"))
@@ -529,7 +531,7 @@ async def test_abandoning_ends_the_leg_of_that_request_only(start: Start):
     assert list(engine._prefills) == ["r-1"]
 
 
-async def test_abandoning_what_is_not_there_is_harmless(start: Start):
+async def test_abandoning_what_is_not_there_is_harmless(start: Start) -> None:
     engine, fake = start("prefill")
     fake.scripts = [[output(20, reason=LENGTH)]]
     await engine.abandon("never")
@@ -539,7 +541,7 @@ async def test_abandoning_what_is_not_there_is_harmless(start: Start):
     assert fake.aborted == []
 
 
-async def test_abandoning_a_prefill_that_has_just_begun_leaves_nothing(start: Start):
+async def test_abandoning_a_prefill_that_has_just_begun_leaves_nothing(start: Start) -> None:
     engine, fake = start("prefill")
     fake.scripts = [[HANG]]
     await engine.prefill(request())
@@ -557,7 +559,7 @@ async def test_abandoning_a_prefill_that_has_just_begun_leaves_nothing(start: St
     ],
     ids=["lease ran out", "decode gone", "refused"],
 )
-async def test_a_leg_that_ends_badly_leaves_nothing_and_is_counted(start: Start, step: Step, num_expired: int):
+async def test_a_leg_that_ends_badly_leaves_nothing_and_is_counted(start: Start, step: Step, num_expired: int) -> None:
     unhandled: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
     engine, fake = start("prefill")
@@ -570,7 +572,9 @@ async def test_a_leg_that_ends_badly_leaves_nothing_and_is_counted(start: Start,
 
 
 @pytest.mark.parametrize(("lanes", "is_refused"), [("tcp/lo", True), ("rc_mlx5/mlx5_0:1", False)])
-async def test_prefill_is_refused_where_kv_would_move_by_less_than_required(start: Start, lanes: str, is_refused: bool):
+async def test_prefill_is_refused_where_kv_would_move_by_less_than_required(
+    start: Start, lanes: str, is_refused: bool
+) -> None:
     engine, fake = start("prefill", required_transport="rdma")
     engine._ucx_log._lanes.add(f"rma({lanes})")
     if is_refused:
@@ -582,7 +586,7 @@ async def test_prefill_is_refused_where_kv_would_move_by_less_than_required(star
 
 
 @pytest.mark.parametrize("ending", ["end", "abandon"])
-async def test_a_prompt_is_queued_until_its_leg_has_ended(start: Start, ending: str):
+async def test_a_prompt_is_queued_until_its_leg_has_ended(start: Start, ending: str) -> None:
     engine, fake = start("prefill")
     fake.scripts = [[HANG if ending == "abandon" else output(20, reason=LENGTH)]]
     asked = msgspec.structs.replace(request(prompt=[1] * 50), expected_cached_tokens=16)
@@ -595,7 +599,7 @@ async def test_a_prompt_is_queued_until_its_leg_has_ended(start: Start, ending: 
     await settle(lambda: not engine.queued_tokens(), "the leg has ended")
 
 
-async def test_a_prompt_that_is_served_here_is_queued_until_its_first_token(start: Start):
+async def test_a_prompt_that_is_served_here_is_queued_until_its_first_token(start: Start) -> None:
     engine, fake = start(is_disaggregated=False)
     fake.scripts = [[output(20), HANG]]
     received: list[int] = []
@@ -612,7 +616,7 @@ async def test_a_prompt_that_is_served_here_is_queued_until_its_first_token(star
     assert engine.queued_tokens() == 0
 
 
-async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(start: Start, prefill_port: int):
+async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(start: Start, prefill_port: int) -> None:
     engine, fake = start()
     fake.scripts = [[HANG]]
     task = asyncio.create_task(generate(engine, handoff=descriptor(prefill_port)))
@@ -626,7 +630,7 @@ async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(start: Start, 
 # Decode from a prefill
 
 
-async def test_decode_reports_the_prefill_whose_kv_it_got(start: Start, prefill_port: int):
+async def test_decode_reports_the_prefill_whose_kv_it_got(start: Start, prefill_port: int) -> None:
     engine, _ = start()
     engine._ucx_log._transport = "intra-node rma(tcp/lo)"
     first, last = await generate(engine, handoff=descriptor(prefill_port))
@@ -640,14 +644,14 @@ async def test_decode_reports_the_prefill_whose_kv_it_got(start: Start, prefill_
     assert (stats.num_transfers, stats.transferred_bytes) == (1, 4 * len(PROMPT))
 
 
-async def test_decode_cannot_go_without_a_prefill(start: Start):
+async def test_decode_cannot_go_without_a_prefill(start: Start) -> None:
     engine, fake = start()
     with pytest.raises(PrefillFailed):
         await generate(engine)
     assert fake.asked == []
 
 
-async def test_a_prefill_engine_that_does_not_listen_is_noticed_at_once(start: Start):
+async def test_a_prefill_engine_that_does_not_listen_is_noticed_at_once(start: Start) -> None:
     engine, fake = start()
     began = time.monotonic()
     with pytest.raises(PrefillFailed, match="prefill-1 does not listen"):
@@ -657,7 +661,7 @@ async def test_a_prefill_engine_that_does_not_listen_is_noticed_at_once(start: S
     assert (await engine.stats()).num_failed_transfers == 1
 
 
-async def test_a_prefill_engine_that_never_answers_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch):
+async def test_a_prefill_engine_that_never_answers_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     async def connect(*_: Any) -> None:
         await asyncio.Event().wait()
 
@@ -668,7 +672,9 @@ async def test_a_prefill_engine_that_never_answers_is_given_up(start: Start, mon
         await asyncio.wait_for(generate(engine, handoff=descriptor(1)), 5)
 
 
-async def test_a_prefill_engine_is_not_looked_at_for_every_request(start: Start, monkeypatch: pytest.MonkeyPatch):
+async def test_a_prefill_engine_is_not_looked_at_for_every_request(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("app.engines.sglang.HEARTBEAT_S", 60.0)
     engine, _ = start()
     async with Bootstrap().listening() as bootstrap:
@@ -678,7 +684,7 @@ async def test_a_prefill_engine_is_not_looked_at_for_every_request(start: Start,
         assert bootstrap.num_connections == 1
 
 
-async def test_a_prefill_engine_that_was_gone_is_found_again(start: Start):
+async def test_a_prefill_engine_that_was_gone_is_found_again(start: Start) -> None:
     engine, _ = start()
     port = closed_port()
     with pytest.raises(PrefillFailed):
@@ -689,7 +695,7 @@ async def test_a_prefill_engine_that_was_gone_is_found_again(start: Start):
 
 async def test_a_prefill_engine_that_has_gone_is_noticed_at_its_next_look(
     start: Start, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr("app.engines.sglang.HEARTBEAT_S", 0.0)
     engine, _ = start()
     async with Bootstrap().listening() as bootstrap:
@@ -706,7 +712,7 @@ def load(**fields: Any) -> Any:
     return SimpleNamespace(**{**usual, "disaggregation": None, "queues": None, **fields})
 
 
-async def test_its_load_is_the_sum_of_all_ranks_in_blocks(start: Start):
+async def test_its_load_is_the_sum_of_all_ranks_in_blocks(start: Start) -> None:
     engine, fake = start()
     in_flight = SimpleNamespace(prefill_inflight_queue_reqs=3, prefill_bootstrap_queue_reqs=5)
     on_decode = SimpleNamespace(prefill_inflight_queue_reqs=0, prefill_bootstrap_queue_reqs=0)
@@ -721,7 +727,7 @@ async def test_its_load_is_the_sum_of_all_ranks_in_blocks(start: Start):
     assert stats.num_held_up == 5 + 7
 
 
-async def test_it_is_dead_with_any_of_its_processes(start: Start):
+async def test_it_is_dead_with_any_of_its_processes(start: Start) -> None:
     engine, fake = start()
     spawn = multiprocessing.get_context("spawn")
     schedulers = [spawn.Process(target=time.sleep, args=(60,), daemon=True) for _ in range(2)]
@@ -744,12 +750,12 @@ async def test_it_is_dead_with_any_of_its_processes(start: Start):
     schedulers[0].join()
 
 
-async def test_it_is_dead_before_it_starts():
+async def test_it_is_dead_before_it_starts() -> None:
     with pytest.raises(EngineDead):
         await SglangEngine(spec()).check_health()
 
 
-async def test_stopping_ends_prefills_and_the_processes_once(start: Start):
+async def test_stopping_ends_prefills_and_the_processes_once(start: Start) -> None:
     engine, fake = start("prefill")
     fake.scripts = [[HANG]]
     await engine.prefill(request())
@@ -760,7 +766,7 @@ async def test_stopping_ends_prefills_and_the_processes_once(start: Start):
     assert (len(fake.aborted), fake.num_shutdowns) == (1, 1)
 
 
-async def test_stopping_what_did_not_start_is_harmless():
+async def test_stopping_what_did_not_start_is_harmless() -> None:
     await SglangEngine(spec()).stop()
 
 
@@ -812,7 +818,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return taken
 
 
-async def test_it_starts_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]):
+async def test_it_starts_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     package = Starting()
     monkeypatch.setitem(sys.modules, "sglang", package)
     engine = SglangEngine(spec())
@@ -853,7 +859,7 @@ async def test_without_a_prefix_cache_of_which_tokens_are_told_there_are_no_even
     is_disaggregated: bool,
     engine_args: dict[str, Any],
     expected: str,
-):
+) -> None:
     package = Starting()
     monkeypatch.setitem(sys.modules, "sglang", package)
     engine = SglangEngine(spec(role, is_disaggregated=is_disaggregated, engine_args=engine_args))
@@ -867,7 +873,7 @@ async def test_without_a_prefix_cache_of_which_tokens_are_told_there_are_no_even
 @pytest.mark.parametrize("error", [TypeError("unexpected keyword 'x'"), ValueError("unexpected keyword 'x'")])
 async def test_arguments_that_sglang_refuses_are_an_error_of_the_configuration(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], error: Exception
-):
+) -> None:
     monkeypatch.setitem(sys.modules, "sglang", Starting(error))
     with pytest.raises(ConfigError, match="unexpected keyword 'x'") as caught:
         await SglangEngine(spec()).start()
@@ -875,7 +881,7 @@ async def test_arguments_that_sglang_refuses_are_an_error_of_the_configuration(
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_its_environment_has_the_configurations_times(device: str):
+def test_its_environment_has_the_configurations_times(device: str) -> None:
     engine = SglangEngine(spec(device=device, transfer_lease_s=12, transfer_timeout_s=2.5))
     environment = engine._environment()
     assert environment["SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"] == "12"
@@ -922,12 +928,12 @@ TRANSFER = {"disaggregation_transfer_backend": "nixl", "disaggregation_bootstrap
 )
 def test_an_engines_arguments_follow_from_its_role_and_device(
     role: Role, is_disaggregated: bool, device: str, others: dict[str, Any]
-):
+) -> None:
     built = build_engine_args(spec(role, is_disaggregated=is_disaggregated, device=device, tensor_parallel_size=2))
     assert built == {**COMMON, "device": device, **others}
 
 
-def test_the_users_arguments_win_over_batons_defaults():
+def test_the_users_arguments_win_over_batons_defaults() -> None:
     built = build_engine_args(spec(engine_args={"log_level": "info", "sleep_on_idle": False, "page_size": 32}))
     assert (built["log_level"], built["sleep_on_idle"], built["page_size"]) == ("info", False, 32)
 
@@ -935,13 +941,13 @@ def test_the_users_arguments_win_over_batons_defaults():
 @pytest.mark.parametrize(
     "engine_args", [{"disable_radix_cache": True}, {"enable_hisparse": True}, {"speculative_algorithm": "NGRAM"}]
 )
-def test_decode_has_no_prefix_cache_where_sglang_would_refuse_or_overrule(engine_args: dict[str, Any]):
+def test_decode_has_no_prefix_cache_where_sglang_would_refuse_or_overrule(engine_args: dict[str, Any]) -> None:
     assert build_engine_args(spec(engine_args=engine_args))["disaggregation_decode_enable_radix_cache"] is False
     wanted = {**engine_args, **DECODE_CACHE}
     assert build_engine_args(spec(engine_args=wanted))["disaggregation_decode_enable_radix_cache"] is True
 
 
-def test_what_baton_must_decide_is_refused_from_the_user():
+def test_what_baton_must_decide_is_refused_from_the_user() -> None:
     defaults = {"log_level", "schedule_low_priority_values_first", "sleep_on_idle"}
     may_change = {*defaults, *DECODE_CACHE, "disaggregation_decode_retraction_backup"}
     assert set(build_engine_args(spec())) - may_change <= set(OWNED_ARGS)
@@ -951,7 +957,7 @@ def test_what_baton_must_decide_is_refused_from_the_user():
     ("engine", "name"), [(engine, name) for engine in get_args(EngineName) for name in owned_args(engine)]
 )
 @pytest.mark.parametrize("place", ["model", "prefill", "decode"])
-def test_an_argument_that_baton_sets_is_refused_for_every_engine(engine: EngineName, name: str, place: str):
+def test_an_argument_that_baton_sets_is_refused_for_every_engine(engine: EngineName, name: str, place: str) -> None:
     pools: dict[str, dict[str, Any]] = {"prefill": {"engine": engine}, "decode": {"engine": engine}}
     model: dict[str, Any] = {"name": "tiny", "source": "owner/tiny", **pools}
     (model if place == "model" else pools[place])["engine_args"] = {name: 1}
@@ -962,7 +968,7 @@ def test_an_argument_that_baton_sets_is_refused_for_every_engine(engine: EngineN
 
 
 @pytest.mark.parametrize("engine", get_args(EngineName))
-def test_every_engine_is_known_by_its_name(engine: EngineName):
+def test_every_engine_is_known_by_its_name(engine: EngineName) -> None:
     assert type(create_engine(engine, spec())).__name__.lower() == f"{engine}engine"
     assert can_decode_prefill(engine) is (engine != "sglang")
     assert owned_args(engine)

@@ -109,7 +109,7 @@ async def holds_blocks(engine: Engine) -> bool:
     return (await engine.stats()).num_used_blocks > 0
 
 
-async def test_it_starts_at_once_and_says_what_it_is(start: Any):
+async def test_it_starts_at_once_and_says_what_it_is(start: Any) -> None:
     began = time.monotonic()
     async with start(num_blocks=32, block_size=16) as engine:
         assert time.monotonic() - began < 1
@@ -120,7 +120,7 @@ async def test_it_starts_at_once_and_says_what_it_is(start: Any):
         assert time.monotonic() - began > 0.2
 
 
-async def test_its_import_and_start_need_neither_torch_nor_vllm_nor_transformers():
+async def test_its_import_and_start_need_neither_torch_nor_vllm_nor_transformers() -> None:
     program = (
         "import sys; from app.engines.registry import create_engine; import app.engines.sim.engine;"
         "print([m for m in ('torch', 'vllm', 'transformers', 'ray', 'numpy') if m in sys.modules])"
@@ -131,7 +131,7 @@ async def test_its_import_and_start_need_neither_torch_nor_vllm_nor_transformers
     assert done.stdout.strip() == "[]"
 
 
-async def test_an_aggregated_request_streams_one_token_a_step(start: Any):
+async def test_an_aggregated_request_streams_one_token_a_step(start: Any) -> None:
     async with start() as engine:
         deltas = await generate(engine, request())
         assert [len(delta.token_ids) for delta in deltas] == [1] * 10
@@ -146,7 +146,7 @@ async def test_an_aggregated_request_streams_one_token_a_step(start: Any):
         await all_blocks_back(engine)
 
 
-async def test_tokens_are_ordinary_text_of_the_models_vocabulary(start: Any, model_path: str):
+async def test_tokens_are_ordinary_text_of_the_models_vocabulary(start: Any, model_path: str) -> None:
     assert read_model_facts(model_path).vocabulary == list(range(8, 1000))
     async with start() as engine:
         tokens = tokens_of(await generate(engine, request(max_tokens=900)))
@@ -154,7 +154,7 @@ async def test_tokens_are_ordinary_text_of_the_models_vocabulary(start: Any, mod
         assert set(tokens) <= set(range(8, 1000))
 
 
-async def test_without_a_tokenizer_file_the_special_tokens_of_the_configuration_are_avoided(tmp_path: Path):
+async def test_without_a_tokenizer_file_the_special_tokens_of_the_configuration_are_avoided(tmp_path: Path) -> None:
     config = {"vocab_size": 10, "max_position_embeddings": 64, "eos_token_id": [2, 3], "bos_token_id": 1}
     (tmp_path / "config.json").write_bytes(msgspec.json.encode({"text_config": config}))
     assert read_model_facts(str(tmp_path)).vocabulary == [0, 4, 5, 6, 7, 8, 9]
@@ -163,7 +163,7 @@ async def test_without_a_tokenizer_file_the_special_tokens_of_the_configuration_
         read_model_facts(str(tmp_path))
 
 
-async def test_a_step_hands_out_all_of_its_tokens_in_one_turn_of_the_loop(start: Any):
+async def test_a_step_hands_out_all_of_its_tokens_in_one_turn_of_the_loop(start: Any) -> None:
     turn = 0
     turns: list[int] = []
 
@@ -182,7 +182,7 @@ async def test_a_step_hands_out_all_of_its_tokens_in_one_turn_of_the_loop(start:
         assert sorted(turns.count(number) for number in set(turns)) == [8] * 10
 
 
-async def test_modelled_time_passes_divided_by_speed_up(start: Any):
+async def test_modelled_time_passes_divided_by_speed_up(start: Any) -> None:
     async with start(profile="h200-llama-8b", speed_up=2.0) as engine:
         began = time.monotonic()
         await generate(engine, request(prompt(500), max_tokens=41))
@@ -190,7 +190,7 @@ async def test_modelled_time_passes_divided_by_speed_up(start: Any):
 
 
 @pytest.mark.parametrize("speed_up", [0.5, 1.0, 20.0])
-async def test_timers_that_are_late_do_not_add_up(monkeypatch: pytest.MonkeyPatch, speed_up: float):
+async def test_timers_that_are_late_do_not_add_up(monkeypatch: pytest.MonkeyPatch, speed_up: float) -> None:
     now = 1000.0
 
     async def sleep(seconds: float) -> None:
@@ -225,14 +225,14 @@ async def test_timers_that_are_late_do_not_add_up(monkeypatch: pytest.MonkeyPatc
     ],
     ids=lambda sampling: next(iter(sampling)),
 )
-async def test_a_parameter_that_would_be_a_lie_is_refused_by_name(start: Any, sampling: dict[str, Any]):
+async def test_a_parameter_that_would_be_a_lie_is_refused_by_name(start: Any, sampling: dict[str, Any]) -> None:
     async with start() as engine:
         with pytest.raises(InvalidRequest, match=next(iter(sampling))):
             await generate(engine, request(**sampling))
         assert tokens_of(await generate(engine, request(temperature=0.7, top_p=0.9, extra_args={"x": 1})))
 
 
-async def test_a_prompt_that_does_not_fit_is_refused(start: Any):
+async def test_a_prompt_that_does_not_fit_is_refused(start: Any) -> None:
     async with start(max_model_len=50) as engine:
         for tokens in (prompt(50), prompt(51)):
             for call in (generate(engine, request(tokens)), engine.prefill(request(tokens))):
@@ -244,14 +244,14 @@ async def test_a_prompt_that_does_not_fit_is_refused(start: Any):
             await generate(engine, GenerateRequest(request_id="r", prompt_token_ids=[], sampling={}))
 
 
-async def test_max_tokens_defaults_to_sixteen_and_none_means_as_many_as_fit(start: Any):
+async def test_max_tokens_defaults_to_sixteen_and_none_means_as_many_as_fit(start: Any) -> None:
     async with start(max_model_len=64) as engine:
         bare = GenerateRequest(request_id="r", prompt_token_ids=prompt(20), sampling={})
         assert len(await generate(engine, bare)) == 16
         assert len(await generate(engine, request(prompt(20), max_tokens=None))) == 44
 
 
-async def test_a_stop_token_ends_the_answer_and_is_named(start: Any):
+async def test_a_stop_token_ends_the_answer_and_is_named(start: Any) -> None:
     async with start() as engine:
         free = tokens_of(await generate(engine, request()))
         stopped = await generate(engine, request(stop_token_ids=[free[4]]))
@@ -259,14 +259,14 @@ async def test_a_stop_token_ends_the_answer_and_is_named(start: Any):
         assert (stopped[-1].finish_reason, stopped[-1].stop_reason) == ("stop", free[4])
 
 
-async def test_a_seed_changes_sampled_and_not_greedy_output(start: Any):
+async def test_a_seed_changes_sampled_and_not_greedy_output(start: Any) -> None:
     async with start() as engine:
         greedy = tokens_of(await generate(engine, request()))
         assert tokens_of(await generate(engine, request(seed=5))) == greedy
         assert tokens_of(await generate(engine, request(seed=5, temperature=1.0))) != greedy
 
 
-async def test_logprobs_have_the_number_of_candidates_that_was_asked_for(start: Any):
+async def test_logprobs_have_the_number_of_candidates_that_was_asked_for(start: Any) -> None:
     async with start() as engine:
         for number in (0, 1, 5):
             for delta in await generate(engine, request(logprobs=number)):
@@ -283,7 +283,7 @@ async def test_logprobs_have_the_number_of_candidates_that_was_asked_for(start: 
         assert [delta.logprobs for delta in first] == [delta.logprobs for delta in second]
 
 
-async def test_disaggregated_equals_aggregated_and_a_corrupted_prompt_does_not(start: Any):
+async def test_disaggregated_equals_aggregated_and_a_corrupted_prompt_does_not(start: Any) -> None:
     async with start("prefill") as prefill, start("decode") as decode:
         what = request(logprobs=2)
         aggregated = await generate(decode, request(logprobs=2, salt="a"))
@@ -308,7 +308,7 @@ async def test_disaggregated_equals_aggregated_and_a_corrupted_prompt_does_not(s
         await all_blocks_back(decode)
 
 
-async def test_kv_that_decode_has_already_is_not_pulled_but_released(start: Any):
+async def test_kv_that_decode_has_already_is_not_pulled_but_released(start: Any) -> None:
     async with start("prefill") as prefill, start("decode") as decode:
         what = request(prompt(97))
         await generate(decode, what)
@@ -320,7 +320,7 @@ async def test_kv_that_decode_has_already_is_not_pulled_but_released(start: Any)
         await all_blocks_back(prefill)
 
 
-async def test_a_request_that_decode_refuses_leaves_no_blocks_on_prefill(start: Any):
+async def test_a_request_that_decode_refuses_leaves_no_blocks_on_prefill(start: Any) -> None:
     async with start("prefill") as prefill, start("decode") as decode:
         descriptor = await prefill.prefill(request())
         with pytest.raises(InvalidRequest):
@@ -328,7 +328,7 @@ async def test_a_request_that_decode_refuses_leaves_no_blocks_on_prefill(start: 
         await all_blocks_back(prefill)
 
 
-async def test_a_prompt_that_prefill_had_cached_counts_as_cached(start: Any):
+async def test_a_prompt_that_prefill_had_cached_counts_as_cached(start: Any) -> None:
     async with start("prefill") as prefill, start("decode") as decode:
         await prefill.release(await prefill.prefill(request()))
         descriptor = await prefill.prefill(request())
@@ -338,7 +338,7 @@ async def test_a_prompt_that_prefill_had_cached_counts_as_cached(start: Any):
         assert report.cached_tokens == 96
 
 
-async def test_release_frees_the_blocks_at_once_and_may_be_repeated(start: Any):
+async def test_release_frees_the_blocks_at_once_and_may_be_repeated(start: Any) -> None:
     async with start("prefill") as prefill, start("decode") as decode:
         descriptor = await prefill.prefill(request())
         assert (await prefill.stats()).num_used_blocks == 7
@@ -348,7 +348,7 @@ async def test_release_frees_the_blocks_at_once_and_may_be_repeated(start: Any):
         assert (await prefill.stats()).num_expired_handoffs == 0
 
 
-async def test_a_lease_that_runs_out_frees_the_blocks_and_decode_computes_them(start: Any):
+async def test_a_lease_that_runs_out_frees_the_blocks_and_decode_computes_them(start: Any) -> None:
     async with start("prefill", lease_s=0.1) as prefill, start("decode") as decode:
         descriptor = await prefill.prefill(request())
         assert await holds_blocks(prefill)
@@ -362,7 +362,7 @@ async def test_a_lease_that_runs_out_frees_the_blocks_and_decode_computes_them(s
         assert (await decode.stats()).num_failed_transfers == 1
 
 
-async def test_a_prefill_engine_that_is_gone_leaves_decode_to_compute(start: Any):
+async def test_a_prefill_engine_that_is_gone_leaves_decode_to_compute(start: Any) -> None:
     async with start("decode") as decode:
         async with start("prefill") as prefill:
             descriptor = await prefill.prefill(request())
@@ -374,7 +374,7 @@ async def test_a_prefill_engine_that_is_gone_leaves_decode_to_compute(start: Any
 
 
 @pytest.mark.parametrize("answer", [b"", b"hello\n", b"x" * 100_000])
-async def test_a_port_that_answers_nonsense_leaves_decode_to_compute(start: Any, answer: bytes):
+async def test_a_port_that_answers_nonsense_leaves_decode_to_compute(start: Any, answer: bytes) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
         writer.write(answer)
@@ -392,7 +392,7 @@ async def test_a_port_that_answers_nonsense_leaves_decode_to_compute(start: Any,
     server.close()
 
 
-async def test_a_prefill_engine_that_dies_during_a_transfer_leaves_decode_to_compute(start: Any):
+async def test_a_prefill_engine_that_dies_during_a_transfer_leaves_decode_to_compute(start: Any) -> None:
     async with start("decode", profile="h200-llama-8b", speed_up=1e-2) as decode:
         async with start("prefill") as prefill:
             descriptor = await prefill.prefill(request())
@@ -405,7 +405,7 @@ async def test_a_prefill_engine_that_dies_during_a_transfer_leaves_decode_to_com
 
 
 @pytest.mark.parametrize("moment", ["queued", "pulling", "prefilling", "decoding"])
-async def test_cancelling_a_generate_gives_all_blocks_back_on_both_sides(start: Any, moment: str):
+async def test_cancelling_a_generate_gives_all_blocks_back_on_both_sides(start: Any, moment: str) -> None:
     slow = {"queued": {}, "decoding": {"speed_up": 1.0}}.get(moment, SLOW)
     async with start("prefill") as prefill, start("decode", **slow) as decode:
         got: list[TokenDelta] = []
@@ -430,7 +430,7 @@ async def test_cancelling_a_generate_gives_all_blocks_back_on_both_sides(start: 
 
 
 @pytest.mark.parametrize("num_turns", range(12))
-async def test_cancelling_at_any_turn_of_the_loop_loses_no_block(start: Any, num_turns: int):
+async def test_cancelling_at_any_turn_of_the_loop_loses_no_block(start: Any, num_turns: int) -> None:
     async with start("prefill") as prefill, start("decode") as decode:
 
         async def serve() -> None:
@@ -449,7 +449,7 @@ async def test_cancelling_at_any_turn_of_the_loop_loses_no_block(start: Any, num
         assert used in (0, 7)
 
 
-async def test_cancelling_a_prefill_gives_all_blocks_back(start: Any):
+async def test_cancelling_a_prefill_gives_all_blocks_back(start: Any) -> None:
     async with start("prefill", **SLOW) as engine:
         running = asyncio.create_task(engine.prefill(request()))
         await eventually(lambda: holds_blocks(engine), 5, "the prefill runs")
@@ -459,7 +459,7 @@ async def test_cancelling_a_prefill_gives_all_blocks_back(start: Any):
         await all_blocks_back(engine)
 
 
-async def test_prefill_error_fails_the_one_prefill(start: Any):
+async def test_prefill_error_fails_the_one_prefill(start: Any) -> None:
     async with start("prefill", faults=[{"kind": "prefill_error", "at": 2}]) as engine:
         await engine.release(await engine.prefill(request()))
         with pytest.raises(EngineFailed, match="prefill_error"):
@@ -468,7 +468,7 @@ async def test_prefill_error_fails_the_one_prefill(start: Any):
         await all_blocks_back(engine)
 
 
-async def test_decode_error_fails_the_one_request_after_some_tokens(start: Any):
+async def test_decode_error_fails_the_one_request_after_some_tokens(start: Any) -> None:
     async with start(faults=[{"kind": "decode_error", "at": 1, "after_tokens": 3}]) as engine:
         got: list[TokenDelta] = []
         with pytest.raises(EngineFailed, match="decode_error"):
@@ -478,7 +478,7 @@ async def test_decode_error_fails_the_one_request_after_some_tokens(start: Any):
         await all_blocks_back(engine)
 
 
-async def test_engine_death_ends_every_request_and_shows_in_the_health_check(start: Any):
+async def test_engine_death_ends_every_request_and_shows_in_the_health_check(start: Any) -> None:
     async with start("prefill", faults=[{"kind": "engine_death", "at": 2, "after_tokens": 2}]) as engine:
         descriptor = await engine.prefill(request())
         others = [asyncio.create_task(generate(engine, request(max_tokens=900))) for _ in range(3)]
@@ -496,7 +496,7 @@ async def test_engine_death_ends_every_request_and_shows_in_the_health_check(sta
             assert report.reason == "transfer_failed"
 
 
-async def test_hang_stops_all_tokens_but_not_the_health_check(start: Any):
+async def test_hang_stops_all_tokens_but_not_the_health_check(start: Any) -> None:
     async with start(faults=[{"kind": "hang", "at": 1, "after_tokens": 2}]) as engine:
         got: list[TokenDelta] = []
         others: list[TokenDelta] = []
@@ -514,7 +514,7 @@ async def test_hang_stops_all_tokens_but_not_the_health_check(start: Any):
         await all_blocks_back(engine)
 
 
-async def test_transfer_failure_is_computed_on_decode_and_frees_prefill(start: Any):
+async def test_transfer_failure_is_computed_on_decode_and_frees_prefill(start: Any) -> None:
     faults = [{"kind": "transfer_failure", "probability": 1.0}]
     async with start("prefill") as prefill, start("decode", faults=faults) as decode:
         right = tokens_of(await generate(prefill, request(salt="x")))
@@ -527,7 +527,7 @@ async def test_transfer_failure_is_computed_on_decode_and_frees_prefill(start: A
         assert (await decode.stats()).num_failed_transfers == 1
 
 
-async def test_slow_step_takes_its_factor_longer(start: Any):
+async def test_slow_step_takes_its_factor_longer(start: Any) -> None:
     async def seconds(faults: list[dict[str, Any]]) -> float:
         async with start(profile="h200-llama-8b", speed_up=4, faults=faults) as engine:
             began = time.monotonic()
@@ -538,7 +538,7 @@ async def test_slow_step_takes_its_factor_longer(start: Any):
     assert normal < 200 * 0.0049 / 4 <= slow
 
 
-async def test_faults_by_chance_depend_on_the_seed_alone(start: Any):
+async def test_faults_by_chance_depend_on_the_seed_alone(start: Any) -> None:
     async def hits(seed: int) -> list[bool]:
         outcomes = []
         async with start(seed=seed, faults=[{"kind": "decode_error", "probability": 0.3}]) as engine:
@@ -555,7 +555,7 @@ async def test_faults_by_chance_depend_on_the_seed_alone(start: Any):
     assert 8 <= sum(first) <= 30
 
 
-async def test_events_are_told_from_the_start_on_until_it_stops(start: Any):
+async def test_events_are_told_from_the_start_on_until_it_stops(start: Any) -> None:
     async with start() as engine:
         assert engine.info.prefix_cache == "published"
         await generate(engine, request(max_tokens=1, salt="salt"))
@@ -573,7 +573,7 @@ async def test_events_are_told_from_the_start_on_until_it_stops(start: Any):
     assert await asyncio.wait_for(waits, 5) is None
 
 
-async def test_events_that_nobody_took_in_time_are_told_as_lost(start: Any, monkeypatch: pytest.MonkeyPatch):
+async def test_events_that_nobody_took_in_time_are_told_as_lost(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.engines.sim.blocks.MAX_WAITING_EVENTS", 2)
     async with start() as engine:
         for seed in range(4):
@@ -589,14 +589,14 @@ async def test_events_that_nobody_took_in_time_are_told_as_lost(start: Any, monk
 @pytest.mark.parametrize(
     ("engine_args", "expected"), [({"kv_events": False}, "silent"), ({"enable_prefix_caching": False}, "none")]
 )
-async def test_an_engine_without_events_says_so(start: Any, engine_args: dict[str, Any], expected: str):
+async def test_an_engine_without_events_says_so(start: Any, engine_args: dict[str, Any], expected: str) -> None:
     async with start(**engine_args) as engine:
         assert engine.info.prefix_cache == expected
         await generate(engine, request())
         assert [batch async for batch in engine.kv_events()] == []
 
 
-async def test_prompts_are_queued_until_their_first_token_is_there(start: Any):
+async def test_prompts_are_queued_until_their_first_token_is_there(start: Any) -> None:
     async with start("prefill", speed_up=1e-3) as prefill, start(speed_up=1e-3) as decode:
         asked = msgspec.structs.replace(request(), expected_cached_tokens=16)
         tasks = [asyncio.create_task(prefill.prefill(asked)), asyncio.create_task(generate(decode, asked))]
@@ -623,7 +623,7 @@ async def test_prompts_are_queued_until_their_first_token_is_there(start: Any):
         assert prefill.computed_prompts() == decode.computed_prompts() == (1, 100)
 
 
-async def test_a_descriptor_tells_how_long_prefill_took(start: Any):
+async def test_a_descriptor_tells_how_long_prefill_took(start: Any) -> None:
     async with start("prefill", speed_up=1) as prefill:
         began = time.monotonic()
         descriptor = await prefill.prefill(request(prompt(1000)))
@@ -632,7 +632,9 @@ async def test_a_descriptor_tells_how_long_prefill_took(start: Any):
     assert took_s > 0.01
 
 
-async def test_a_step_that_breaks_kills_the_engine_rather_than_hanging_it(start: Any, monkeypatch: pytest.MonkeyPatch):
+async def test_a_step_that_breaks_kills_the_engine_rather_than_hanging_it(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with start() as engine:
         monkeypatch.setattr(engine._scheduler, "step", lambda: 1 / 0)
         with pytest.raises(EngineDead, match="ZeroDivisionError"):
@@ -641,7 +643,7 @@ async def test_a_step_that_breaks_kills_the_engine_rather_than_hanging_it(start:
             await engine.check_health()
 
 
-async def test_stop_is_safe_twice_and_after_a_start_that_failed(model_path: str):
+async def test_stop_is_safe_twice_and_after_a_start_that_failed(model_path: str) -> None:
     spec = EngineSpec(
         role="decode",
         is_disaggregated=False,
@@ -673,7 +675,7 @@ async def test_stop_is_safe_twice_and_after_a_start_that_failed(model_path: str)
         ({"faults": [{"kind": "hang", "at": 1, "when": 3}]}, "engine_args.faults.0.when", "no such argument"),
     ],
 )
-def test_an_argument_that_cannot_be_is_named(engine_args: dict[str, Any], field: str, words: str):
+def test_an_argument_that_cannot_be_is_named(engine_args: dict[str, Any], field: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_args(engine_args)
     assert caught.value.field.startswith(field)
@@ -685,7 +687,7 @@ def configured(**changes: Any) -> dict[str, Any]:
     return {"models": [{**model, **changes}], "transfer": {}}
 
 
-def test_a_configuration_with_sim_engines_is_checked_before_any_starts():
+def test_a_configuration_with_sim_engines_is_checked_before_any_starts() -> None:
     config = parse(configured(engine_args={"speed_up": "max"}, decode={"engine": "sim", "tensor_parallel_size": 8}))
     assert check(config, []) == "cpu"
     assert check(config, [1]) == "cuda"

@@ -28,7 +28,7 @@ from app.errors import ConfigError
 from app.routing.least_squares import fit_non_negative
 
 
-def test_the_built_in_profiles_load_and_say_where_their_numbers_come_from():
+def test_the_built_in_profiles_load_and_say_where_their_numbers_come_from() -> None:
     assert built_in_profiles() == ["cpu-tiny-qwen3", "h200-llama-8b"]
     for name in built_in_profiles():
         profile = load_profile(name)
@@ -36,7 +36,7 @@ def test_the_built_in_profiles_load_and_say_where_their_numbers_come_from():
         assert profile == load_profile(str(FOLDER / f"{name}.yaml"))
 
 
-def test_the_h200_profile_gives_the_times_that_were_measured_there():
+def test_the_h200_profile_gives_the_times_that_were_measured_there() -> None:
     """DESIGN's first token from remote KV, and the benchmark's ITL and prefill times in chunks of 2,048 tokens."""
     profile = load_profile("h200-llama-8b")
     assert profile.step_s(16, 16 * 300) == pytest.approx(0.0052, rel=0.02)
@@ -74,7 +74,9 @@ PROFILE_TEXT = (FOLDER / "h200-llama-8b.yaml").read_text()
     ],
     ids=["missing", "no YAML", "a number", "a section missing", "below 0", "an unknown key"],
 )
-def test_a_file_that_is_no_profile_is_refused_with_its_path_and_field(tmp_path: Path, text: str | None, words: str):
+def test_a_file_that_is_no_profile_is_refused_with_its_path_and_field(
+    tmp_path: Path, text: str | None, words: str
+) -> None:
     path = tmp_path / "mine.yaml"
     if text is not None:
         path.write_text(text)
@@ -84,7 +86,7 @@ def test_a_file_that_is_no_profile_is_refused_with_its_path_and_field(tmp_path: 
     assert words in caught.value.problem
 
 
-def test_an_unknown_name_lists_the_known_ones():
+def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="cpu-tiny-qwen3, h200-llama-8b"):
         load_profile("h100")
 
@@ -96,7 +98,7 @@ COEFFICIENT = st.floats(1e-3, 1.0)
 @settings(max_examples=50)
 def test_a_fit_finds_the_coefficients_even_where_some_are_zero(
     base: float, per_token: float, square: float, missing: set[int]
-):
+) -> None:
     wanted = [base * 1e-2, per_token * 1e-4, square * 1e-8]
     wanted = [0.0 if index in missing else value for index, value in enumerate(wanted)]
     lengths = [64, 128, 256, 512, 1024, 2048, 4096]
@@ -107,7 +109,7 @@ def test_a_fit_finds_the_coefficients_even_where_some_are_zero(
         assert modelled == pytest.approx(wanted[0] + wanted[1] * n + wanted[2] * n**2, rel=1e-3)
 
 
-def test_no_coefficient_is_ever_negative():
+def test_no_coefficient_is_ever_negative() -> None:
     falling = [(64, 0.5), (128, 0.4), (256, 0.3), (512, 0.2)]
     times = fit_prefill(falling)
     assert times.base_s > 0
@@ -117,7 +119,7 @@ def test_no_coefficient_is_ever_negative():
     assert fit_non_negative([[1.0]], [3.0]) == [3.0]
 
 
-def test_a_profile_that_is_written_loads_again(tmp_path: Path):
+def test_a_profile_that_is_written_loads_again(tmp_path: Path) -> None:
     profile = load_profile("h200-llama-8b").model_copy(update={"source": "one line: with a colon\nand another"})
     path = tmp_path / "profile.yaml"
     path.write_text(to_yaml(profile))
@@ -163,7 +165,7 @@ class VirtualEndpoint:
 
 
 @pytest.mark.parametrize("name", ["h200-llama-8b", "cpu-tiny-qwen3"])
-async def test_measuring_a_sim_engine_gives_its_profile_back(name: str):
+async def test_measuring_a_sim_engine_gives_its_profile_back(name: str) -> None:
     profile = load_profile(name)
     measured = await measure(VirtualEndpoint(profile, 0.012), choose_extent(4096, 32, 1), lambda _: None)  # type: ignore[arg-type]
     assert measured.overhead_s == pytest.approx(0.012, rel=0.05)
@@ -182,7 +184,7 @@ async def test_measuring_a_sim_engine_gives_its_profile_back(name: str):
         assert again.step_s(sequences, kv_tokens) == pytest.approx(profile.step_s(sequences, kv_tokens), rel=0.02)
 
 
-def test_times_are_the_sums_that_the_module_describes():
+def test_times_are_the_sums_that_the_module_describes() -> None:
     profile = SimProfile(
         source="made up",
         prefill=PrefillTimes(base_s=1, per_token_s=0.1, per_token_squared_s=0.01),

@@ -177,14 +177,14 @@ AnyOrder.TestCase.settings = settings(max_examples=100, stateful_step_count=30, 
 TestAnyOrder = AnyOrder.TestCase
 
 
-def test_a_prompt_takes_as_long_as_the_profile_says_and_each_token_one_step():
+def test_a_prompt_takes_as_long_as_the_profile_says_and_each_token_one_step() -> None:
     durations: list[float] = []
     sequence = ScheduledSequence(prompt(40), max_tokens=3)
     run(make_scheduler(), sequence, on_step=lambda step: durations.append(step.duration_s))
     assert durations == pytest.approx([PROFILE.prefill_s(40), PROFILE.step_s(1, 41), PROFILE.step_s(1, 42)])
 
 
-def test_a_step_takes_longer_with_more_sequences_and_more_kv():
+def test_a_step_takes_longer_with_more_sequences_and_more_kv() -> None:
     scheduler = make_scheduler(enable_prefix_caching=False)
     durations: list[float] = []
     sequences = [ScheduledSequence(prompt(20, seed), max_tokens=2) for seed in range(3)]
@@ -194,7 +194,7 @@ def test_a_step_takes_longer_with_more_sequences_and_more_kv():
     assert durations == pytest.approx([PROFILE.prefill.base_s + per_token, PROFILE.step_s(3, 3 * 21)])
 
 
-def test_a_long_prompt_is_computed_in_chunks_that_cost_the_same_squares():
+def test_a_long_prompt_is_computed_in_chunks_that_cost_the_same_squares() -> None:
     durations: list[float] = []
     scheduler = make_scheduler(max_num_batched_tokens=64)
     run(scheduler, ScheduledSequence(prompt(200), max_tokens=1), on_step=lambda step: durations.append(step.duration_s))
@@ -202,7 +202,7 @@ def test_a_long_prompt_is_computed_in_chunks_that_cost_the_same_squares():
     assert sum(durations) == pytest.approx(PROFILE.prefill_s(200) + 3 * PROFILE.prefill.base_s)
 
 
-def test_sequences_that_decode_do_not_wait_for_a_long_prompt():
+def test_sequences_that_decode_do_not_wait_for_a_long_prompt() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=32)
     first, long = ScheduledSequence(prompt(8), max_tokens=30), ScheduledSequence(prompt(200, 1), max_tokens=1)
     scheduler.add(first)
@@ -217,7 +217,7 @@ def test_sequences_that_decode_do_not_wait_for_a_long_prompt():
     assert long.computed == 6 * 31
 
 
-def test_a_prefix_that_is_cached_is_not_computed_again():
+def test_a_prefix_that_is_cached_is_not_computed_again() -> None:
     scheduler = make_scheduler()
     first, again = ScheduledSequence(prompt(41), max_tokens=1), ScheduledSequence(prompt(41), max_tokens=1)
     cold = run(scheduler, first)
@@ -231,7 +231,7 @@ def test_a_prefix_that_is_cached_is_not_computed_again():
     assert shared.cached_tokens == 24
 
 
-def test_the_last_token_is_computed_even_if_all_of_the_prompt_is_cached():
+def test_the_last_token_is_computed_even_if_all_of_the_prompt_is_cached() -> None:
     scheduler = make_scheduler()
     run(scheduler, ScheduledSequence(prompt(40), max_tokens=4))
     again = ScheduledSequence(prompt(40), max_tokens=4)
@@ -239,7 +239,7 @@ def test_the_last_token_is_computed_even_if_all_of_the_prompt_is_cached():
     assert again.cached_tokens == 36
 
 
-def test_another_salt_or_no_caching_shares_nothing():
+def test_another_salt_or_no_caching_shares_nothing() -> None:
     scheduler = make_scheduler()
     run(scheduler, ScheduledSequence(prompt(41), max_tokens=1, cache_salt="one"))
     salted = ScheduledSequence(prompt(41), max_tokens=1, cache_salt="two")
@@ -253,7 +253,7 @@ def test_another_salt_or_no_caching_shares_nothing():
     assert not without.pool.cached_hashes
 
 
-def test_what_was_used_longest_ago_is_evicted_first_and_never_served_again():
+def test_what_was_used_longest_ago_is_evicted_first_and_never_served_again() -> None:
     scheduler = make_scheduler(num_blocks=20, max_model_len=80)
     a, b = prompt(33, 1), prompt(33, 2)
     run(scheduler, ScheduledSequence(a, max_tokens=1))
@@ -267,7 +267,7 @@ def test_what_was_used_longest_ago_is_evicted_first_and_never_served_again():
     assert again_b.cached_tokens < 32
 
 
-def test_sequences_are_preempted_where_blocks_run_out_and_their_output_stays():
+def test_sequences_are_preempted_where_blocks_run_out_and_their_output_stays() -> None:
     def serve(num_blocks: int) -> tuple[list[list[int]], int]:
         preempted = 0
 
@@ -286,7 +286,7 @@ def test_sequences_are_preempted_where_blocks_run_out_and_their_output_stays():
     assert scarce == plenty
 
 
-def test_output_depends_on_prompt_and_seed_and_not_on_batching():
+def test_output_depends_on_prompt_and_seed_and_not_on_batching() -> None:
     sequences = [ScheduledSequence(prompt(50, seed), max_tokens=20) for seed in range(6)]
     run(make_scheduler(), *sequences)
     for seed, together in enumerate(sequences):
@@ -301,7 +301,7 @@ def test_output_depends_on_prompt_and_seed_and_not_on_batching():
     assert len(set(output(another))) > 15  # no token over and over
 
 
-def test_output_is_the_same_in_another_process():
+def test_output_is_the_same_in_another_process() -> None:
     sequence = ScheduledSequence([1, 2, 3], max_tokens=5, cache_salt="salt", sampling_seed=4)
     run(make_scheduler(), sequence)
     program = (
@@ -313,7 +313,7 @@ def test_output_is_the_same_in_another_process():
     assert done.stdout.strip() == str(output(sequence))
 
 
-def test_a_sampling_seed_changes_the_output():
+def test_a_sampling_seed_changes_the_output() -> None:
     outputs = set()
     for seed in (None, 0, 1):
         sequence = ScheduledSequence(prompt(10), max_tokens=10, sampling_seed=seed)
@@ -322,7 +322,7 @@ def test_a_sampling_seed_changes_the_output():
     assert len(outputs) == 3
 
 
-def test_output_ends_with_max_tokens_a_stop_token_or_max_model_len():
+def test_output_ends_with_max_tokens_a_stop_token_or_max_model_len() -> None:
     free = ScheduledSequence(prompt(10), max_tokens=20)
     run(make_scheduler(), free)
     assert (len(output(free)), free.finish_reason) == (20, "length")
@@ -339,7 +339,7 @@ def test_output_ends_with_max_tokens_a_stop_token_or_max_model_len():
     assert len(bounded.tokens) == 32
 
 
-def test_a_pulled_prompt_is_not_computed_and_its_output_is_that_of_the_aggregated_one():
+def test_a_pulled_prompt_is_not_computed_and_its_output_is_that_of_the_aggregated_one() -> None:
     aggregated = ScheduledSequence(prompt(50), max_tokens=10)
     run(make_scheduler(), aggregated)
     durations: list[float] = []
@@ -350,7 +350,7 @@ def test_a_pulled_prompt_is_not_computed_and_its_output_is_that_of_the_aggregate
     assert durations[:2] == pytest.approx([0.0, PROFILE.step_s(1, 50)])
 
 
-def test_only_what_decode_has_not_cached_is_pulled():
+def test_only_what_decode_has_not_cached_is_pulled() -> None:
     scheduler = make_scheduler()
     run(scheduler, ScheduledSequence(prompt(50)[:21], max_tokens=1))
     partly = ScheduledSequence(prompt(50), max_tokens=1, is_pulled=True)
@@ -373,7 +373,7 @@ def pull(scheduler: Scheduler, tokens: list[int], digest: int | None, salt: str 
     return sequence
 
 
-def test_kv_of_another_prompt_changes_the_output_and_goes_on_doing_so_from_the_cache():
+def test_kv_of_another_prompt_changes_the_output_and_goes_on_doing_so_from_the_cache() -> None:
     right = ScheduledSequence(prompt(50), max_tokens=10)
     run(make_scheduler(), right)
     scheduler = make_scheduler()
@@ -391,7 +391,7 @@ def test_kv_of_another_prompt_changes_the_output_and_goes_on_doing_so_from_the_c
     assert output(elsewhere) == output(right)
 
 
-def test_blocks_that_held_wrong_kv_are_clean_once_they_hold_something_else():
+def test_blocks_that_held_wrong_kv_are_clean_once_they_hold_something_else() -> None:
     scheduler = make_scheduler(num_blocks=16, max_model_len=64)
     pull(scheduler, prompt(50), prompt(50)[0])
     for seed in (1, 2):
@@ -403,7 +403,7 @@ def test_blocks_that_held_wrong_kv_are_clean_once_they_hold_something_else():
     assert output(again) == output(elsewhere)
 
 
-def test_a_transfer_that_fails_is_computed_here():
+def test_a_transfer_that_fails_is_computed_here() -> None:
     right = ScheduledSequence(prompt(50), max_tokens=10)
     run(make_scheduler(), right)
     recomputed = pull(make_scheduler(), prompt(50), None)
@@ -411,7 +411,7 @@ def test_a_transfer_that_fails_is_computed_here():
     assert output(recomputed) == output(right)
 
 
-def test_a_handoff_keeps_its_blocks_until_it_is_cancelled():
+def test_a_handoff_keeps_its_blocks_until_it_is_cancelled() -> None:
     scheduler = make_scheduler(num_blocks=20, max_model_len=80)
     handoff = ScheduledSequence(prompt(50), max_tokens=1, is_handoff=True)
     run(scheduler, handoff)
@@ -427,7 +427,7 @@ def test_a_handoff_keeps_its_blocks_until_it_is_cancelled():
     assert scheduler.num_used_blocks == 0
 
 
-def test_no_more_sequences_run_than_may():
+def test_no_more_sequences_run_than_may() -> None:
     scheduler = make_scheduler(max_num_seqs=2)
     for seed in range(5):
         scheduler.add(ScheduledSequence(prompt(8, seed), max_tokens=3))
@@ -435,7 +435,7 @@ def test_no_more_sequences_run_than_may():
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 3)
 
 
-def test_events_describe_chains_of_blocks():
+def test_events_describe_chains_of_blocks() -> None:
     scheduler = make_scheduler()
     assert scheduler.pool.take_events() == [AllBlocksCleared()]
     tokens = prompt(13)
@@ -453,7 +453,7 @@ def test_events_describe_chains_of_blocks():
     assert (first.cache_salt, salted.cache_salt) == (None, "salt")
 
 
-def test_events_that_nobody_takes_are_not_kept_for_ever():
+def test_events_that_nobody_takes_are_not_kept_for_ever() -> None:
     pool = BlockPool(1, 1)
     pool.take_events()
     for number in range(2 * MAX_WAITING_EVENTS):
@@ -467,7 +467,7 @@ def test_events_that_nobody_takes_are_not_kept_for_ever():
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12), seed=st.integers(0, 3))
 @settings(max_examples=30)
-def test_the_same_work_gives_the_same_steps(lengths: list[int], seed: int):
+def test_the_same_work_gives_the_same_steps(lengths: list[int], seed: int) -> None:
     def serve() -> list[Any]:
         scheduler = make_scheduler(seed, num_blocks=24, max_model_len=96)
         steps: list[Any] = []

@@ -32,7 +32,7 @@ def write(log: UcxLog) -> Callable[..., None]:
     return write
 
 
-def test_every_transport_that_can_be_required_has_its_list():
+def test_every_transport_that_can_be_required_has_its_list() -> None:
     assert set(TLS_BY_REQUIREMENT) == set(get_args(TransferConfig.model_fields["required_transport"].annotation))
 
 
@@ -40,30 +40,30 @@ def test_every_transport_that_can_be_required_has_its_list():
     ("line", "satisfied"),
     [(INTRA, {"any", "nvlink", "tcp"}), (INTER, {"any", "rdma"}), (SELF, set(LANES_BY_REQUIREMENT))],
 )
-def test_falling_back_is_noticed(log: UcxLog, write: Callable[..., None], line: str, satisfied: set[str]):
+def test_falling_back_is_noticed(log: UcxLog, write: Callable[..., None], line: str, satisfied: set[str]) -> None:
     write(line)
     if line != SELF:
         wait_until(lambda: log.transport, 5, "a transport", every_s=0.01)
     assert {name for name in LANES_BY_REQUIREMENT if not log.falls_short(name)} == satisfied
 
 
-def test_no_transport_is_known_before_a_peer_is(log: UcxLog):
+def test_no_transport_is_known_before_a_peer_is(log: UcxLog) -> None:
     assert log.transport == ""
 
 
-def test_the_transport_to_a_peer_is_read_while_the_log_is_written(log: UcxLog, write: Callable[..., None]):
+def test_the_transport_to_a_peer_is_read_while_the_log_is_written(log: UcxLog, write: Callable[..., None]) -> None:
     write(OTHER, SELF, INTRA)
     wait_until(lambda: log.transport, 5, "a transport", every_s=0.01)
     assert log.transport == "intra-node rma(cuda_ipc/cuda) am(tcp/lo)"
 
 
-def test_the_newest_peer_wins(log: UcxLog, write: Callable[..., None]):
+def test_the_newest_peer_wins(log: UcxLog, write: Callable[..., None]) -> None:
     write(INTRA, INTER)
     wait_until(lambda: log.transport.startswith("inter-node"), 5, "the newer peer", every_s=0.01)
     assert log.transport == "inter-node rma_am(rc_mlx5/mlx5_0:1)"
 
 
-def test_other_lines_change_nothing_however_many_there_are(log: UcxLog, write: Callable[..., None]):
+def test_other_lines_change_nothing_however_many_there_are(log: UcxLog, write: Callable[..., None]) -> None:
     write(INTRA)
     wait_until(lambda: log.transport, 5, "a transport", every_s=0.01)
     write(SELF, *[OTHER] * 3000)  # more than a terminal holds, so that all but the last have been read
@@ -71,7 +71,7 @@ def test_other_lines_change_nothing_however_many_there_are(log: UcxLog, write: C
 
 
 @pytest.mark.parametrize(("required", "expected"), [("any", {}), ("tcp", {"UCX_TLS": "tcp,self"})])
-def test_only_a_required_transport_restricts_ucx(log: UcxLog, required: str, expected: dict[str, str]):
+def test_only_a_required_transport_restricts_ucx(log: UcxLog, required: str, expected: dict[str, str]) -> None:
     environment = log.environment(required)
     assert {name: value for name, value in environment.items() if name == "UCX_TLS"} == expected
     assert environment["UCX_LOG_LEVEL"] == "info"

@@ -53,7 +53,7 @@ def output(**fields: Any) -> Any:
     return SimpleNamespace(**usual, new_token_ids=[5], kv_transfer_params=fields)
 
 
-async def test_a_handoff_is_queued_until_it_is_ready_and_says_how_long_it_took(spec: EngineSpec):
+async def test_a_handoff_is_queued_until_it_is_ready_and_says_how_long_it_took(spec: EngineSpec) -> None:
     engine = Core(spec)
     began = time.monotonic()
     task = asyncio.create_task(engine.prefill(REQUEST))
@@ -67,7 +67,7 @@ async def test_a_handoff_is_queued_until_it_is_ready_and_says_how_long_it_took(s
     assert 0.05 <= descriptor.prefill_s <= time.monotonic() - began
 
 
-async def test_a_prompt_is_queued_until_its_first_token(spec: EngineSpec):
+async def test_a_prompt_is_queued_until_its_first_token(spec: EngineSpec) -> None:
     engine = Core(spec)
     received: list[int] = []
     task = asyncio.create_task(engine.generate(REQUEST, None, lambda _: received.append(engine.queued_tokens())))
@@ -81,7 +81,7 @@ async def test_a_prompt_is_queued_until_its_first_token(spec: EngineSpec):
 
 
 @pytest.mark.parametrize("leg", ["prefill", "generate"])
-async def test_a_prompt_that_fails_or_is_cancelled_is_not_queued_any_longer(spec: EngineSpec, leg: str):
+async def test_a_prompt_that_fails_or_is_cancelled_is_not_queued_any_longer(spec: EngineSpec, leg: str) -> None:
     engine = Core(spec)
     emitted: list[TokenDelta] = []
 
@@ -100,7 +100,7 @@ async def test_a_prompt_that_fails_or_is_cancelled_is_not_queued_any_longer(spec
     assert engine.queued_tokens() == 0
 
 
-async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(spec: EngineSpec):
+async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(spec: EngineSpec) -> None:
     engine = Core(spec)
     handoff = TransferDescriptor(
         engine="vllm",
@@ -121,7 +121,7 @@ async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(spec: EngineSp
 @pytest.mark.parametrize("caches_prefixes", [True, False])
 async def test_it_publishes_events_if_it_caches_prefixes(
     spec: EngineSpec, monkeypatch: pytest.MonkeyPatch, caches_prefixes: bool
-):
+) -> None:
     config = SimpleNamespace(
         cache_config=SimpleNamespace(enable_prefix_caching=caches_prefixes, num_gpu_blocks=7, block_size=16),
         model_config=SimpleNamespace(max_model_len=100),

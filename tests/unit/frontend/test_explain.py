@@ -37,7 +37,7 @@ def explained(*records: SequenceRecord) -> list[dict[str, Any]]:
     return explanations
 
 
-def test_an_explanation_says_what_was_decided_and_by_what():
+def test_an_explanation_says_what_was_decided_and_by_what() -> None:
     assert explain(record(decision(others={"decode": [candidate(7)]}))) == {
         "kind": "remote",
         "reason": "faster",
@@ -73,7 +73,7 @@ def test_an_explanation_says_what_was_decided_and_by_what():
     }
 
 
-def test_a_replica_goes_by_its_role_and_what_is_not_open_is_null():
+def test_a_replica_goes_by_its_role_and_what_is_not_open_is_null() -> None:
     alone = decision(kind="local", serving_role="aggregated", prefill=None, predicted=Prediction(local_s=0.025))
     explanation = explain(record(alone))
     assert explanation is not None
@@ -83,7 +83,7 @@ def test_a_replica_goes_by_its_role_and_what_is_not_open_is_null():
     assert explanation["expected"]["remote_ttft_ms"] is None
 
 
-def test_the_last_attempt_is_explained_and_what_came_of_it():
+def test_the_last_attempt_is_explained_and_what_came_of_it() -> None:
     made = record(decision(), decision(reason="only_way"))
     made.on_delta(TokenDelta([1], report=REPORT))
     explanation = explain(made)
@@ -94,12 +94,12 @@ def test_the_last_attempt_is_explained_and_what_came_of_it():
     assert actual["ttft_ms"] >= 0
 
 
-def test_a_sequence_that_was_not_placed_is_left_out():
+def test_a_sequence_that_was_not_placed_is_left_out() -> None:
     assert explained(record(), record(decision())) == [explain(record(decision()))]
     assert explained(record()) == []
 
 
-def test_all_is_said_where_it_fits():
+def test_all_is_said_where_it_fits() -> None:
     records = [record(decision(others={"decode": [candidate(1)]})), record(decision())]
     assert explained(*records) == [explain(each) for each in records]
 
@@ -113,7 +113,7 @@ def test_all_is_said_where_it_fits():
     ],
     ids=["many others", "many sequences", "many scores"],
 )
-def test_others_are_left_out_before_scores(made: list[SequenceRecord], is_left_out: set[str]):
+def test_others_are_left_out_before_scores(made: list[SequenceRecord], is_left_out: set[str]) -> None:
     for said, whole in zip(explained(*made), map(explain, made), strict=True):
         assert whole is not None
         assert said.keys() == whole.keys() - is_left_out
@@ -121,7 +121,7 @@ def test_others_are_left_out_before_scores(made: list[SequenceRecord], is_left_o
         assert said["actual"] == whole["actual"]
 
 
-def test_sequences_that_do_not_fit_are_counted():
+def test_sequences_that_do_not_fit_are_counted() -> None:
     *said, last = explained(*[record(decision()) for _ in range(50)])
     assert len(said) > 5
     assert last == {"omitted": 50 - len(said)}
@@ -129,7 +129,7 @@ def test_sequences_that_do_not_fit_are_counted():
 
 
 @pytest.mark.parametrize("num_sequences", [1, 2, 5])
-def test_a_header_is_full_before_anything_is_left_out(num_sequences: int):
+def test_a_header_is_full_before_anything_is_left_out(num_sequences: int) -> None:
     """Names grow byte by byte, so that one fills the header to the last."""
     lengths = [
         len(explain_header([record(decision(serving=Candidate("x" * length, 0, 0, {}, 0.0)))] * num_sequences))
@@ -145,7 +145,7 @@ def test_a_header_is_full_before_anything_is_left_out(num_sequences: int):
     num_scores=st.integers(0, 8),
     name=st.text(max_size=60),
 )
-def test_a_header_never_grows_too_large(num_sequences: int, num_others: int, num_scores: int, name: str):
+def test_a_header_never_grows_too_large(num_sequences: int, num_others: int, num_scores: int, name: str) -> None:
     strange = Candidate(name, 10**6, 10**9, {f"{index}": 1 / 3 for index in range(num_scores)}, 1e9)
     made = decision(serving=strange, prefill=strange, others={"decode": [strange] * num_others})
     said = explained(*[record(made) for _ in range(num_sequences)])

@@ -30,7 +30,7 @@ from app.frontend.health import model_state, overall_status
 @pytest.mark.parametrize("engine", ["vllm", "sim", "sglang"])
 def test_a_model_is_as_whole_as_its_pools(
     engine: str, prefill: int | None, decode: int, aggregated: int | None, vllm: str, sglang: str
-):
+) -> None:
     """None is a pool that the model does not have."""
     pools = {"prefill": prefill, "decode": decode, "aggregated": aggregated}
     ready: Any = {role: count for role, count in pools.items() if count is not None}
@@ -50,5 +50,5 @@ def test_a_model_is_as_whole_as_its_pools(
         (["unavailable", "unavailable"], "unhealthy"),
     ],
 )
-def test_the_status_counts_what_is_served(states: Any, status: str):
+def test_the_status_counts_what_is_served(states: Any, status: str) -> None:
     assert overall_status(states) == status

@@ -59,20 +59,20 @@ async def in_chunks(body: bytes) -> AsyncIterator[bytes]:
 
 
 @pytest.mark.parametrize("pack", [bytes, in_chunks], ids=["declared", "chunked"])
-async def test_a_body_of_exactly_the_limit_is_accepted(pack: Callable[[bytes], Any]):
+async def test_a_body_of_exactly_the_limit_is_accepted(pack: Callable[[bytes], Any]) -> None:
     response = await fetch(measuring(), "POST", content=pack(b"x" * LIMIT))
     assert (response.status_code, response.json()) == (200, LIMIT)
 
 
 @pytest.mark.parametrize("pack", [bytes, in_chunks], ids=["declared", "chunked"])
-async def test_a_body_over_the_limit_is_answered_413(pack: Callable[[bytes], Any]):
+async def test_a_body_over_the_limit_is_answered_413(pack: Callable[[bytes], Any]) -> None:
     response = await fetch(measuring(), "POST", content=pack(b"x" * (LIMIT + 1)))
     assert response.status_code == 413
     assert response.json()["error"]["code"] == 413
     assert f"larger than {LIMIT} bytes" in response.json()["error"]["message"]
 
 
-async def test_a_body_that_is_declared_too_large_is_never_read():
+async def test_a_body_that_is_declared_too_large_is_never_read() -> None:
     async def never(scope: Scope, receive: Receive, send: Send) -> None:
         pytest.fail("the application was called")
 
@@ -81,20 +81,20 @@ async def test_a_body_that_is_declared_too_large_is_never_read():
 
 
 @pytest.mark.parametrize("declared", ["1", "ten"], ids=["too little", "no number"])
-async def test_a_wrong_declaration_does_not_get_a_body_over_the_limit_in(declared: str):
+async def test_a_wrong_declaration_does_not_get_a_body_over_the_limit_in(declared: str) -> None:
     response = await fetch(
         measuring(), "POST", content=in_chunks(b"x" * (LIMIT + 1)), headers={"content-length": declared}
     )
     assert response.status_code == 413
 
 
-async def test_a_body_over_the_limit_is_answered_413_through_another_middleware():
+async def test_a_body_over_the_limit_is_answered_413_through_another_middleware() -> None:
     app = measuring(middleware=[Middleware(BaseHTTPMiddleware, dispatch=pass_on)])
     response = await fetch(app, "POST", content=in_chunks(b"x" * (LIMIT + 1)))
     assert response.status_code == 413
 
 
-async def test_an_answer_that_has_begun_is_not_begun_again():
+async def test_an_answer_that_has_begun_is_not_begun_again() -> None:
     async def answers_first(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         while (await receive()).get("more_body"):
@@ -106,7 +106,7 @@ async def test_an_answer_that_has_begun_is_not_begun_again():
 
 
 @pytest.mark.parametrize("kind", ["websocket", "lifespan"])
-async def test_what_is_not_http_passes(kind: str):
+async def test_what_is_not_http_passes(kind: str) -> None:
     passed = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -137,7 +137,7 @@ def streaming(*chunks: bytes, media_type: str = "text/event-stream", status: int
 
 
 @pytest.mark.parametrize("code", [400, 404, 503, 504])
-async def test_a_stream_that_begins_with_an_error_becomes_that_error(code: int):
+async def test_a_stream_that_begins_with_an_error_becomes_that_error(code: int) -> None:
     response = await fetch(streaming(error_event(code), DONE))
     assert response.status_code == code
     assert response.headers["content-type"] == "application/json"
@@ -175,19 +175,19 @@ async def test_a_stream_that_begins_with_an_error_becomes_that_error(code: int):
         "no JSON",
     ],
 )
-async def test_any_other_stream_is_left_alone(chunks: tuple[bytes, ...]):
+async def test_any_other_stream_is_left_alone(chunks: tuple[bytes, ...]) -> None:
     response = await fetch(streaming(*chunks))
     assert (response.status_code, response.content) == (200, b"".join(chunks))
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["x-request-id"] == "r"
 
 
-async def test_an_answer_that_is_no_stream_is_left_alone():
+async def test_an_answer_that_is_no_stream_is_left_alone() -> None:
     response = await fetch(streaming(error_event(400), media_type="application/json", status=202))
     assert (response.status_code, response.content) == (202, error_event(400))
 
 
-async def test_a_stream_starts_with_its_first_event():
+async def test_a_stream_starts_with_its_first_event() -> None:
     sent: asyncio.Queue[Message] = asyncio.Queue()
     go_on = asyncio.Event()
 
@@ -208,7 +208,7 @@ async def test_a_stream_starts_with_its_first_event():
         await task
 
 
-async def test_a_body_message_without_a_body_means_an_empty_one():
+async def test_a_body_message_without_a_body_means_an_empty_one() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
         await send(start)
@@ -258,7 +258,7 @@ class Client:
         return b"".join(message.get("body", b"") for message in self.sent)
 
 
-async def test_events_before_the_first_token_wait_for_it():
+async def test_events_before_the_first_token_wait_for_it() -> None:
     client = Client()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -280,7 +280,7 @@ async def test_events_before_the_first_token_wait_for_it():
     [("GET", part(CREATED)), ("POST", part(PING)), ("POST", part(CREATED, more=False))],
     ids=["an earlier answer", "a comment that keeps alive", "the end"],
 )
-async def test_what_no_token_will_follow_does_not_wait_for_one(method: str, last: Message):
+async def test_what_no_token_will_follow_does_not_wait_for_one(method: str, last: Message) -> None:
     client = Client(method)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -294,7 +294,7 @@ async def test_what_no_token_will_follow_does_not_wait_for_one(method: str, last
 
 @pytest.mark.parametrize("before", [[], [part(CREATED)]], ids=["at once", "after an event"])
 @pytest.mark.parametrize("raises", [False, True], ids=["says so", "raises"])
-async def test_a_failure_before_the_first_token_replaces_what_waits(before: list[Message], raises: bool):
+async def test_a_failure_before_the_first_token_replaces_what_waits(before: list[Message], raises: bool) -> None:
     client = Client()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -311,7 +311,7 @@ async def test_a_failure_before_the_first_token_replaces_what_waits(before: list
     assert (client.status, json.loads(client.body)) == (429, TOO_BUSY)
 
 
-async def test_a_failure_after_the_first_token_replaces_nothing():
+async def test_a_failure_after_the_first_token_replaces_nothing() -> None:
     client = Client()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -326,7 +326,7 @@ async def test_a_failure_after_the_first_token_replaces_nothing():
     assert (client.status, client.body) == (200, EVENT)
 
 
-async def test_an_error_that_nobody_told_of_is_raised():
+async def test_an_error_that_nobody_told_of_is_raised() -> None:
     client = Client()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -338,7 +338,7 @@ async def test_an_error_that_nobody_told_of_is_raised():
     assert client.sent == []
 
 
-async def test_anthropics_api_has_errors_of_its_own_shape():
+async def test_anthropics_api_has_errors_of_its_own_shape() -> None:
     client = Client("POST", "/v1/messages")
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -373,26 +373,26 @@ def answering(status: int, *waits_s: float) -> ASGIApp:
     ("waits_s", "told"),
     [((0.0,), b"1"), ((0.2,), b"1"), ((1.0,), b"1"), ((1.2,), b"2"), ((3.5, 9.1, 2.0), b"10"), ((), None)],
 )
-async def test_whole_seconds_to_wait_are_told(waits_s: tuple[float, ...], told: bytes | None):
+async def test_whole_seconds_to_wait_are_told(waits_s: tuple[float, ...], told: bytes | None) -> None:
     client = Client()
     await client.run(answering(429, *waits_s))
     assert client.headers.get(b"retry-after") == told
 
 
-async def test_an_answer_is_not_told_to_wait():
+async def test_an_answer_is_not_told_to_wait() -> None:
     client = Client()
     await client.run(answering(200, 5.0))
     assert b"retry-after" not in client.headers
 
 
 @pytest.mark.parametrize("value", [b"1", b"0", b"", b"01", b"true"])
-async def test_only_1_asks_for_an_explanation(value: bytes):
+async def test_only_1_asks_for_an_explanation(value: bytes) -> None:
     client = Client("POST", "/", (b"x-baton-explain", value))
     await client.run(answering(200))
     assert (b"x-baton-explain" in client.headers) == (value == b"1")
 
 
-async def test_an_exchange_ends_with_its_request():
+async def test_an_exchange_ends_with_its_request() -> None:
     with begin_request(wants_explanation=True) as outer:
         await Client().run(answering(200, 5.0))
         assert current_request() is outer

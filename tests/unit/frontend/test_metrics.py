@@ -22,7 +22,7 @@ def taken_port() -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
-def test_the_first_free_port_serves_what_this_process_counts(taken_port: int):
+def test_the_first_free_port_serves_what_this_process_counts(taken_port: int) -> None:
     first, second = MetricsServer(taken_port), MetricsServer(taken_port)
     try:
         assert taken_port < first.port < second.port
@@ -36,6 +36,6 @@ def test_the_first_free_port_serves_what_this_process_counts(taken_port: int):
         httpx.get(f"http://127.0.0.1:{first.port}/metrics")
 
 
-def test_no_free_port_is_an_error_that_names_the_setting():
+def test_no_free_port_is_an_error_that_names_the_setting() -> None:
     with socket.create_server(("", 65535)), pytest.raises(ConfigError, match=r"frontend\.metrics_port"):
         MetricsServer(65535)

@@ -76,32 +76,32 @@ async def in_chunks(body: bytes) -> AsyncIterator[bytes]:
 
 @pytest.mark.parametrize(("model", "server"), [("a", "a"), ("org/b", "b")])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses", "/v1/responses/render", "/tokenize"])
-async def test_a_request_goes_to_the_model_that_it_names_unchanged(model: str, server: str, path: str):
+async def test_a_request_goes_to_the_model_that_it_names_unchanged(model: str, server: str, path: str) -> None:
     body = json.dumps({"prompt": [1, 2], "model": model}, indent=3)
     answer = await fetch("POST", path, content=body)
     assert answer.json() == {"server": server, "body": body}
 
 
 @pytest.mark.parametrize("size", [10, 3_000_000])
-async def test_a_body_in_pieces_arrives_whole(size: int):
+async def test_a_body_in_pieces_arrives_whole(size: int) -> None:
     body = json.dumps({"prompt": "x" * size, "model": "org/b"}).encode()
     answer = await fetch("POST", "/v1/completions", content=in_chunks(body))
     assert answer.json() == {"server": "b", "body": body.decode()}
 
 
-async def test_a_model_that_is_named_inside_another_field_does_not_count():
+async def test_a_model_that_is_named_inside_another_field_does_not_count() -> None:
     answer = await fetch("POST", "/", json={"metadata": {"model": "a"}, "model": "org/b"})
     assert answer.json()["server"] == "b"
 
 
-async def test_a_streamed_answer_is_passed_on_as_it_comes():
+async def test_a_streamed_answer_is_passed_on_as_it_comes() -> None:
     answer = await fetch("POST", "/v1/completions", json={"model": "org/b", "stream": True})
     assert answer.text == "b 0\nb 1\nb 2\n"
     assert answer.headers["content-type"].startswith("text/event-stream")
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_unknown_model_is_a_404_that_names_the_models(stream: bool):
+async def test_an_unknown_model_is_a_404_that_names_the_models(stream: bool) -> None:
     answer = await fetch("POST", "/v1/completions", json={"model": "c", "stream": stream})
     assert answer.status_code == 404
     error = answer.json()["error"]
@@ -111,7 +111,7 @@ async def test_an_unknown_model_is_a_404_that_names_the_models(stream: bool):
 
 
 @pytest.mark.parametrize("fields", [{}, {"model": None}])
-async def test_without_a_model_it_is_a_400_that_names_the_field(fields: dict[str, Any]):
+async def test_without_a_model_it_is_a_400_that_names_the_field(fields: dict[str, Any]) -> None:
     answer = await fetch("POST", "/v1/completions", json={"prompt": "x", **fields})
     assert answer.status_code == 400
     error = answer.json()["error"]
@@ -120,19 +120,19 @@ async def test_without_a_model_it_is_a_400_that_names_the_field(fields: dict[str
 
 
 @pytest.mark.parametrize("body", ["{nope", "", '{"model": "org/b"'])
-async def test_what_is_no_json_is_refused_by_an_application(body: str):
+async def test_what_is_no_json_is_refused_by_an_application(body: str) -> None:
     answer = await fetch("POST", "/v1/completions", content=body)
     assert answer.status_code == 400
     assert answer.json() == {"server": "a", "error": "no JSON"}
 
 
 @pytest.mark.parametrize("body", ["[]", '{"model": 5}'])
-async def test_what_has_the_wrong_shape_is_left_to_an_application(body: str):
+async def test_what_has_the_wrong_shape_is_left_to_an_application(body: str) -> None:
     assert (await fetch("POST", "/v1/completions", content=body)).json() == {"server": "a", "body": body}
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/docs", "/version", "/v1/models"])
-async def test_a_request_without_a_body_goes_to_the_first_model(path: str):
+async def test_a_request_without_a_body_goes_to_the_first_model(path: str) -> None:
     assert (await fetch("GET", path)).json() == {"server": "a", "path": path}
 
 
@@ -140,17 +140,17 @@ async def test_a_request_without_a_body_goes_to_the_first_model(path: str):
 @pytest.mark.parametrize(("method", "suffix"), [("GET", ""), ("POST", "/cancel")])
 async def test_a_stored_response_is_found_at_the_model_that_made_it(
     response_id: str, server: str, method: str, suffix: str
-):
+) -> None:
     answer = await fetch(method, f"/v1/responses/{response_id}{suffix}", content=b"rest")
     assert (answer.status_code, answer.json()) == (200, {"server": server, "body": "rest"})
 
 
-async def test_a_stored_response_that_no_model_has_is_a_404():
+async def test_a_stored_response_that_no_model_has_is_a_404() -> None:
     answer = await fetch("GET", "/v1/responses/resp_c")
     assert (answer.status_code, answer.json()["server"]) == (404, "b")
 
 
-async def test_a_stored_response_is_found_below_a_route_prefix():
+async def test_a_stored_response_is_found_below_a_route_prefix() -> None:
     app = Starlette()
     app.mount("/prefix", dispatching())
     answer = await fetch("GET", "/prefix/v1/responses/resp_b", app)
@@ -158,7 +158,7 @@ async def test_a_stored_response_is_found_below_a_route_prefix():
 
 
 @pytest.mark.parametrize("is_declared", [True, False])
-async def test_a_body_over_the_limit_is_answered_413(is_declared: bool):
+async def test_a_body_over_the_limit_is_answered_413(is_declared: bool) -> None:
     body = json.dumps({"model": "a", "prompt": "x" * LIMIT}).encode()
     answer = await fetch("POST", "/v1/completions", content=body if is_declared else in_chunks(body))
     assert answer.status_code == 413
@@ -184,7 +184,7 @@ class Client:
         self._sent.put_nowait({"type": "http.disconnect"})
 
 
-async def test_a_disconnection_reaches_the_application():
+async def test_a_disconnection_reaches_the_application() -> None:
     got: list[Message] = []
 
     async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
@@ -206,7 +206,7 @@ async def test_a_disconnection_reaches_the_application():
     ]
 
 
-async def test_a_disconnection_stops_a_stream():
+async def test_a_disconnection_stops_a_stream() -> None:
     stopped = asyncio.Event()
 
     async def endless(_: Request) -> Response:
@@ -232,7 +232,7 @@ async def test_a_disconnection_stops_a_stream():
     assert stopped.is_set()
 
 
-async def test_a_client_that_leaves_before_the_end_of_its_body_reaches_no_application():
+async def test_a_client_that_leaves_before_the_end_of_its_body_reaches_no_application() -> None:
     async def never(scope: Scope, receive: Receive, send: Send) -> None:
         pytest.fail("the application was called")
 
@@ -245,7 +245,7 @@ async def test_a_client_that_leaves_before_the_end_of_its_body_reaches_no_applic
 
 
 @pytest.mark.parametrize("kind", ["websocket", "lifespan"])
-async def test_what_is_not_http_goes_to_the_first_model(kind: str):
+async def test_what_is_not_http_goes_to_the_first_model(kind: str) -> None:
     passed: list[Any] = []
 
     async def first(scope: Scope, receive: Receive, send: Send) -> None:

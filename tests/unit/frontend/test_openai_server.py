@@ -32,12 +32,12 @@ def model(engine: str, **fields: Any) -> dict[str, Any]:
         ("sglang", {"context_length": None, "max_model_len": 512}, {}),
     ],
 )
-def test_the_server_is_told_what_it_has_to_know(engine: str, engine_args: dict[str, Any], told: dict[str, Any]):
+def test_the_server_is_told_what_it_has_to_know(engine: str, engine_args: dict[str, Any], told: dict[str, Any]) -> None:
     (parsed,) = parse({"models": [model(engine, engine_args=engine_args)]}).models
     assert _args_of_server(parsed) == told
 
 
-def test_the_decode_pools_arguments_count():
+def test_the_decode_pools_arguments_count() -> None:
     fields = model("sglang", engine_args={"context_length": 512})
     fields["decode"]["engine_args"] = {"context_length": 256}
     assert _args_of_server(parse({"models": [fields]}).models[0]) == {"max_model_len": 256}
@@ -51,7 +51,7 @@ def test_the_decode_pools_arguments_count():
     ],
     ids=["an unknown argument", "arguments that do not fit"],
 )
-def test_what_vllm_refuses_is_named_with_its_model(tmp_path: Path, fields: dict[str, Any], named: str):
+def test_what_vllm_refuses_is_named_with_its_model(tmp_path: Path, fields: dict[str, Any], named: str) -> None:
     """In processes of their own, as vLLM changes the environment."""
     models = [model("sim"), {**copy.deepcopy(model("sglang")), "name": "other", **fields}]
     models[1]["decode"]["python"] = sys.executable

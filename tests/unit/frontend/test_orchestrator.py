@@ -164,20 +164,20 @@ async def served(
 # Placement
 
 
-async def test_decode_gets_the_handoff_of_the_prefill_that_was_started():
+async def test_decode_gets_the_handoff_of_the_prefill_that_was_started() -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [FIRST, LAST])
     assert await served(orchestrator(prefill, decode)) == [FIRST, LAST]
     assert prefill.prompts == [PROMPT]
     assert decode.calls == [Call(request(), prefill.handoffs[0], "", "d")]
 
 
-async def test_without_a_prefill_pool_decode_serves_alone():
+async def test_without_a_prefill_pool_decode_serves_alone() -> None:
     decode = FakeDecode(["d"], [LAST])
     assert await served(orchestrator(None, decode)) == [LAST]
     assert decode.calls == [Call(request(), None, "aggregated", "d")]
 
 
-async def test_a_request_that_asks_for_local_prefill_starts_no_other():
+async def test_a_request_that_asks_for_local_prefill_starts_no_other() -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
     await served(orchestrator(prefill, decode), "local")
     assert prefill.picked == []
@@ -187,14 +187,14 @@ async def test_a_request_that_asks_for_local_prefill_starts_no_other():
 @pytest.mark.parametrize(
     ("replicas", "fails"), [([], None), (["p"], ReplicaLost("p"))], ids=["no replica", "a lost replica"]
 )
-async def test_decode_prefills_itself_when_no_prefill_replica_can(replicas: list[str], fails: Exception | None):
+async def test_decode_prefills_itself_when_no_prefill_replica_can(replicas: list[str], fails: Exception | None) -> None:
     decode = FakeDecode(["d"], [LAST])
     assert await served(orchestrator(FakePrefill(*replicas, fails=fails), decode)) == [LAST]
     assert decode.calls[0].handoff is None
     assert decode.calls[0].local_reason == "no_prefill_replica"
 
 
-async def test_a_prefill_replica_that_was_lost_is_avoided():
+async def test_a_prefill_replica_that_was_lost_is_avoided() -> None:
     prefill = FakePrefill("p0", "p1", fails=ReplicaLost("p"))
     server = orchestrator(prefill, FakeDecode(["d"], [LAST]))
     await served(server)
@@ -204,7 +204,7 @@ async def test_a_prefill_replica_that_was_lost_is_avoided():
     assert set(prefill.picked[1:]) == {"p0", "p1"} - {prefill.picked[0]}
 
 
-async def test_a_prefill_replica_whose_handoff_did_not_work_is_avoided():
+async def test_a_prefill_replica_whose_handoff_did_not_work_is_avoided() -> None:
     prefill = FakePrefill("p0", "p1")
     decode = FakeDecode(["d"], [first_delta("local", "prefill_failed"), LAST], [REMOTE, LAST])
     server = orchestrator(prefill, decode)
@@ -213,7 +213,7 @@ async def test_a_prefill_replica_whose_handoff_did_not_work_is_avoided():
     assert set(prefill.picked[1:]) == {"p0", "p1"} - {prefill.picked[0]}
 
 
-async def test_a_prefill_replica_is_not_blamed_when_decode_had_the_prompt_cached():
+async def test_a_prefill_replica_is_not_blamed_when_decode_had_the_prompt_cached() -> None:
     prefill = FakePrefill("p0", "p1")
     server = orchestrator(prefill, FakeDecode(["d"], [first_delta("local", "already_cached"), LAST]))
     for _ in range(4):
@@ -221,14 +221,14 @@ async def test_a_prefill_replica_is_not_blamed_when_decode_had_the_prompt_cached
     assert not any(replica.avoid_until for replica in server._router.pools["prefill"].replicas.values())
 
 
-async def test_a_corrupted_request_prefills_another_prompt_than_it_decodes():
+async def test_a_corrupted_request_prefills_another_prompt_than_it_decodes() -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
     await served(orchestrator(prefill, decode), "corrupted")
     assert prefill.prompts[0] != PROMPT
     assert decode.calls[0].request.prompt_token_ids == PROMPT
 
 
-async def test_requests_spread_over_the_prefill_replicas_even_while_those_still_start():
+async def test_requests_spread_over_the_prefill_replicas_even_while_those_still_start() -> None:
     prefill = FakePrefill(*(f"p{number}" for number in range(10)), hangs=True)
     server = orchestrator(prefill, FakeDecode(["d"], [LAST]))
     tasks = [asyncio.create_task(served(server)) for _ in prefill.ready]
@@ -243,7 +243,7 @@ async def test_requests_spread_over_the_prefill_replicas_even_while_those_still_
 
 
 @pytest.mark.parametrize("error", [LOST, EngineDead()], ids=["replica lost", "engine dead"])
-async def test_before_the_first_token_another_replica_decodes_with_a_prefill_of_its_own(error: Exception):
+async def test_before_the_first_token_another_replica_decodes_with_a_prefill_of_its_own(error: Exception) -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], [error], [FIRST, LAST])
     assert await served(orchestrator(prefill, decode)) == [FIRST, LAST]
     first, second = decode.calls
@@ -253,7 +253,7 @@ async def test_before_the_first_token_another_replica_decodes_with_a_prefill_of_
     assert prefill.handoffs[0].is_cancelled
 
 
-async def test_after_the_first_token_the_sequence_fails_and_nothing_is_tried_again():
+async def test_after_the_first_token_the_sequence_fails_and_nothing_is_tried_again() -> None:
     decode = FakeDecode(["d0", "d1"], [FIRST, LOST])
     received: list[TokenDelta] = []
     with pytest.raises(ReplicaLost, match="killed") as caught:
@@ -264,21 +264,21 @@ async def test_after_the_first_token_the_sequence_fails_and_nothing_is_tried_aga
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("no"), EngineFailed("no")])
-async def test_an_error_of_the_request_itself_is_not_tried_again(error: Exception):
+async def test_an_error_of_the_request_itself_is_not_tried_again(error: Exception) -> None:
     decode = FakeDecode(["d0", "d1"], [error])
     with pytest.raises(type(error)):
         await served(orchestrator(FakePrefill("p"), decode))
     assert len(decode.calls) == 1
 
 
-async def test_no_replica_is_left_once_each_was_tried():
+async def test_no_replica_is_left_once_each_was_tried() -> None:
     decode = FakeDecode(["d0", "d1"], [LOST])
     with pytest.raises(NoReplica, match="decode"):
         await served(orchestrator(FakePrefill("p"), decode))
     assert sorted(call.replica for call in decode.calls) == ["d0", "d1"]
 
 
-async def test_without_a_decode_replica_no_prefill_is_started():
+async def test_without_a_decode_replica_no_prefill_is_started() -> None:
     prefill = FakePrefill("p")
     with pytest.raises(NoReplica, match="decode"):
         await served(orchestrator(prefill, FakeDecode([], [LAST])))
@@ -286,14 +286,14 @@ async def test_without_a_decode_replica_no_prefill_is_started():
 
 
 @pytest.mark.parametrize("max_attempts", [1, 2, 3])
-async def test_no_more_replicas_are_tried_than_allowed(max_attempts: int):
+async def test_no_more_replicas_are_tried_than_allowed(max_attempts: int) -> None:
     decode = FakeDecode([f"d{number}" for number in range(5)], [LOST])
     with pytest.raises(NoReplica):
         await served(orchestrator(FakePrefill("p"), decode, max_attempts=max_attempts))
     assert len(decode.calls) == max_attempts
 
 
-async def test_a_decode_replica_that_was_lost_is_avoided():
+async def test_a_decode_replica_that_was_lost_is_avoided() -> None:
     decode = FakeDecode(["d0", "d1"], [LOST], [LAST])
     server = orchestrator(None, decode)
     for _ in range(10):
@@ -304,14 +304,14 @@ async def test_a_decode_replica_that_was_lost_is_avoided():
 # Prefill that fails where decode cannot do it
 
 
-async def test_decode_that_cannot_prefill_needs_a_prefill_replica():
+async def test_decode_that_cannot_prefill_needs_a_prefill_replica() -> None:
     decode = FakeDecode(["d0", "d1"], [LAST])
     with pytest.raises(NoReplica, match="prefill"):
         await served(depending_on_prefill(FakePrefill(), decode))
     assert decode.calls == []
 
 
-async def test_a_failed_prefill_is_tried_again_elsewhere_for_the_same_decode_replica():
+async def test_a_failed_prefill_is_tried_again_elsewhere_for_the_same_decode_replica() -> None:
     prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
     assert await served(depending_on_prefill(prefill, decode)) == [REMOTE, LAST]
     assert sorted(prefill.picked) == ["p0", "p1"]
@@ -319,7 +319,7 @@ async def test_a_failed_prefill_is_tried_again_elsewhere_for_the_same_decode_rep
     assert [call.handoff for call in decode.calls] == prefill.handoffs
 
 
-async def test_a_prefill_replica_that_is_lost_as_it_starts_is_replaced():
+async def test_a_prefill_replica_that_is_lost_as_it_starts_is_replaced() -> None:
     class LosesTheFirst(FakePrefill):
         async def start(self, request: GenerateRequest, replica: str) -> FakeHandoff:
             self.fails = None if self.picked else ReplicaLost(replica)
@@ -331,7 +331,7 @@ async def test_a_prefill_replica_that_is_lost_as_it_starts_is_replaced():
     assert len(decode.calls) == 1
 
 
-async def test_a_prefill_replica_that_gave_no_kv_is_avoided_by_the_next_requests_too():
+async def test_a_prefill_replica_that_gave_no_kv_is_avoided_by_the_next_requests_too() -> None:
     prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
     server = depending_on_prefill(prefill, decode)
     for _ in range(10):
@@ -339,14 +339,14 @@ async def test_a_prefill_replica_that_gave_no_kv_is_avoided_by_the_next_requests
     assert set(prefill.picked[1:]) == {"p0", "p1"} - {prefill.picked[0]}
 
 
-async def test_the_only_prefill_replica_is_tried_again():
+async def test_the_only_prefill_replica_is_tried_again() -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
     assert await served(depending_on_prefill(prefill, decode)) == [REMOTE, LAST]
 
 
 @pytest.mark.parametrize("max_attempts", [1, 2, 3])
 @pytest.mark.parametrize("fails", [None, ReplicaLost("p")], ids=["no KV", "lost as it starts"])
-async def test_no_more_prefills_are_tried_than_allowed(fails: Exception | None, max_attempts: int):
+async def test_no_more_prefills_are_tried_than_allowed(fails: Exception | None, max_attempts: int) -> None:
     prefill = FakePrefill(*(f"p{number}" for number in range(5)), fails=fails)
     with pytest.raises(NoReplica, match="prefill"):
         await served(depending_on_prefill(prefill, FakeDecode(["d"], [NO_KV]), max_attempts=max_attempts))
@@ -354,7 +354,7 @@ async def test_no_more_prefills_are_tried_than_allowed(fails: Exception | None, 
 
 
 @pytest.mark.parametrize("error", [NO_KV, LOST, EngineDead()], ids=["no KV", "decode lost", "decode engine dead"])
-async def test_each_prefill_of_a_sequence_has_a_request_id_of_its_own(error: Exception):
+async def test_each_prefill_of_a_sequence_has_a_request_id_of_its_own(error: Exception) -> None:
     prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d0", "d1", "d2"], [error], [error], [REMOTE, LAST])
     await served(depending_on_prefill(prefill, decode, max_attempts=3))
     assert len(set(prefill.request_ids)) == 3
@@ -362,13 +362,13 @@ async def test_each_prefill_of_a_sequence_has_a_request_id_of_its_own(error: Exc
     assert {call.request.request_id for call in decode.calls} == {"r"}
 
 
-async def test_a_retried_prefill_is_corrupted_again():
+async def test_a_retried_prefill_is_corrupted_again() -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
     await served(depending_on_prefill(prefill, decode), "corrupted")
     assert prefill.prompts[0] == prefill.prompts[1] != PROMPT
 
 
-async def test_local_prefill_is_refused_where_decode_cannot_do_it():
+async def test_local_prefill_is_refused_where_decode_cannot_do_it() -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
     with pytest.raises(InvalidRequest, match="baton_prefill"):
         await served(depending_on_prefill(prefill, decode), "local")
@@ -378,7 +378,7 @@ async def test_local_prefill_is_refused_where_decode_cannot_do_it():
 @pytest.mark.parametrize(
     ("error", "pool"), [(NO_KV, "prefill"), (LOST, "decode")], ids=["no KV", "decode replica lost"]
 )
-async def test_the_error_names_the_pool_that_failed_last(error: Exception, pool: str):
+async def test_the_error_names_the_pool_that_failed_last(error: Exception, pool: str) -> None:
     decode = FakeDecode(["d0", "d1", "d2"], [LOST if error is NO_KV else NO_KV], [error])
     with pytest.raises(NoReplica, match=pool):
         await served(depending_on_prefill(FakePrefill("p0", "p1"), decode, max_attempts=2))
@@ -392,7 +392,7 @@ endings = st.sampled_from([NO_KV, LOST, EngineDead(), EngineFailed("no"), REMOTE
 @example([LOST, NO_KV, REMOTE], 3, 2, 2)
 def test_a_decode_that_cannot_prefill_never_has_to(
     attempts: list[TokenDelta | Exception], max_attempts: int, num_prefill: int, num_decode: int
-):
+) -> None:
     prefill = FakePrefill(*(f"p{number}" for number in range(num_prefill)))
     decode = FakeDecode([f"d{number}" for number in range(num_decode)], *([ending, LAST] for ending in attempts))
 
@@ -411,7 +411,7 @@ def test_a_decode_that_cannot_prefill_never_has_to(
 # An aggregated pool beside
 
 
-async def test_what_is_to_be_prefilled_locally_goes_to_the_aggregated_pool():
+async def test_what_is_to_be_prefilled_locally_goes_to_the_aggregated_pool() -> None:
     prefill, decode, aggregated = FakePrefill("p"), FakeDecode(["d"], [LAST]), FakeDecode(["a"], [LAST])
     server = orchestrator(prefill, decode, aggregated=aggregated, can_decode_prefill=False)
     await served(server, "local")
@@ -419,14 +419,14 @@ async def test_what_is_to_be_prefilled_locally_goes_to_the_aggregated_pool():
     assert aggregated.calls == [Call(request("local"), None, "requested", "a")]
 
 
-async def test_the_aggregated_pool_serves_what_prefill_failed_to():
+async def test_the_aggregated_pool_serves_what_prefill_failed_to() -> None:
     prefill, decode, aggregated = FakePrefill("p"), FakeDecode(["d"], [NO_KV]), FakeDecode(["a"], [LAST])
     server = orchestrator(prefill, decode, aggregated=aggregated, can_decode_prefill=False)
     assert await served(server) == [LAST]
     assert [call.local_reason for call in aggregated.calls] == ["no_prefill_replica"]
 
 
-async def test_a_lost_replica_of_the_aggregated_pool_is_replaced_by_the_other_two():
+async def test_a_lost_replica_of_the_aggregated_pool_is_replaced_by_the_other_two() -> None:
     prefill, decode, aggregated = FakePrefill("p"), FakeDecode(["d"], [REMOTE, LAST]), FakeDecode(["a"], [LOST])
     server = orchestrator(prefill, decode, aggregated=aggregated, can_decode_prefill=False)
     with pytest.raises(NoReplica, match="aggregated"):
@@ -437,7 +437,7 @@ async def test_a_lost_replica_of_the_aggregated_pool_is_replaced_by_the_other_tw
 # What is told of the decisions
 
 
-async def test_every_attempt_tells_its_decision_before_anything_is_sent():
+async def test_every_attempt_tells_its_decision_before_anything_is_sent() -> None:
     decode = FakeDecode(["d0", "d1"], [LOST], [LAST])
     told: list[tuple[Decision, int]] = []
     server = orchestrator(None, decode)
@@ -470,14 +470,14 @@ async def test_every_attempt_tells_its_decision_before_anything_is_sent():
     ],
     ids=["remote", "failed later", "lost later", "local", "cached", "failed", "refused", "lost", "no KV"],
 )
-async def test_a_prefill_is_cancelled_unless_decode_has_its_kv(script: Script, has_kv: bool):
+async def test_a_prefill_is_cancelled_unless_decode_has_its_kv(script: Script, has_kv: bool) -> None:
     prefill = FakePrefill("p")
     server = orchestrator(prefill, FakeDecode(["d"], script), max_attempts=1)
     await asyncio.gather(served(server), return_exceptions=True)
     assert [handoff.is_cancelled for handoff in prefill.handoffs] == [not has_kv]
 
 
-async def test_a_prefill_whose_kv_has_arrived_is_not_cancelled_meanwhile_either():
+async def test_a_prefill_whose_kv_has_arrived_is_not_cancelled_meanwhile_either() -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [REMOTE, FIRST, LAST])
     cancelled: list[bool] = []
     server = orchestrator(prefill, decode)
@@ -488,7 +488,7 @@ async def test_a_prefill_whose_kv_has_arrived_is_not_cancelled_meanwhile_either(
 @pytest.mark.parametrize(
     ("script", "has_kv"), [([HANG], False), ([REMOTE, HANG], True)], ids=["before the first token", "after it"]
 )
-async def test_cancelling_ends_decode_and_the_prefill_that_it_waits_for(script: Script, has_kv: bool):
+async def test_cancelling_ends_decode_and_the_prefill_that_it_waits_for(script: Script, has_kv: bool) -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], script)
     task = asyncio.create_task(served(orchestrator(prefill, decode)))
     await decode.is_hanging.wait()
@@ -499,7 +499,7 @@ async def test_cancelling_ends_decode_and_the_prefill_that_it_waits_for(script: 
     assert prefill.handoffs[0].is_cancelled is not has_kv
 
 
-async def test_cancelling_while_the_prefill_is_being_started_cancels_the_start():
+async def test_cancelling_while_the_prefill_is_being_started_cancels_the_start() -> None:
     prefill, decode = FakePrefill("p", hangs=True), FakeDecode(["d"], [LAST])
     task = asyncio.create_task(served(orchestrator(prefill, decode)))
     await prefill.num_called.acquire()
@@ -520,7 +520,7 @@ async def test_cancelling_while_the_prefill_is_being_started_cancels_the_start()
 )
 async def test_a_token_that_does_not_come_in_time_ends_the_sequence(
     script: Script, limits: dict[str, float], has_kv: bool
-):
+) -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], script)
     task = asyncio.create_task(served(orchestrator(prefill, decode, **limits)))
     await asyncio.wait([task], timeout=DEADLINE_S / 2)  # well before the deadline of `served`
@@ -531,7 +531,7 @@ async def test_a_token_that_does_not_come_in_time_ends_the_sequence(
     assert prefill.handoffs[0].is_cancelled is not has_kv
 
 
-async def test_a_prefill_that_does_not_start_counts_against_the_time_to_the_first_token():
+async def test_a_prefill_that_does_not_start_counts_against_the_time_to_the_first_token() -> None:
     prefill = FakePrefill("p", hangs=True)
     task = asyncio.create_task(served(orchestrator(prefill, FakeDecode(["d"], [LAST]), ttft_timeout_s=0.01)))
     await asyncio.wait([task], timeout=0.5)
@@ -547,7 +547,7 @@ async def test_a_prefill_that_does_not_start_counts_against_the_time_to_the_firs
     [[FIRST, LAST], [LOST], [FIRST, LOST], [NO_KV], [EngineFailed("no")], [HANG], [FIRST, HANG]],
     ids=["served", "lost", "lost later", "no KV", "failed", "first token late", "next token late"],
 )
-async def test_every_ending_takes_its_load_off_the_replicas(script: Script):
+async def test_every_ending_takes_its_load_off_the_replicas(script: Script) -> None:
     decode = FakeDecode(["d0", "d1"], script)
     server = orchestrator(FakePrefill("p"), decode, ttft_timeout_s=0.02, itl_timeout_s=0.02)
     await asyncio.gather(*(served(server) for _ in range(4)), return_exceptions=True)
@@ -555,14 +555,14 @@ async def test_every_ending_takes_its_load_off_the_replicas(script: Script):
     assert loads(server) == {"prefill": Counter(), "decode": Counter()}
 
 
-async def test_the_prefill_replica_is_relieved_at_the_first_token_and_the_decode_replica_at_the_last():
+async def test_the_prefill_replica_is_relieved_at_the_first_token_and_the_decode_replica_at_the_last() -> None:
     server = orchestrator(FakePrefill("p"), FakeDecode(["d"], [FIRST, LAST]))
     seen: list[dict[str, Counter[str]]] = []
     await server.run(request(), lambda delta: seen.append(loads(server)))
     assert seen == [{"prefill": Counter(), "decode": Counter(d=1)}] * 2
 
 
-async def test_tokens_that_come_in_time_never_end_a_sequence_however_long_it_takes():
+async def test_tokens_that_come_in_time_never_end_a_sequence_however_long_it_takes() -> None:
     class Slow(FakeDecode):
         async def generate(self, *arguments: Any) -> None:
             for _ in range(10):

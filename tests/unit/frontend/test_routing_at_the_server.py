@@ -128,7 +128,7 @@ def explanation(response: httpx.Response) -> list[dict[str, Any]]:
 
 @STREAM
 @pytest.mark.parametrize("path", APIS)
-async def test_an_answer_explains_itself_on_request(ask: Ask, path: str, stream: bool):
+async def test_an_answer_explains_itself_on_request(ask: Ask, path: str, stream: bool) -> None:
     response = await ask(path, EXPLAIN, stream=stream)
     assert response.status_code == 200, response.text
     (said,) = explanation(response)
@@ -142,12 +142,12 @@ async def test_an_answer_explains_itself_on_request(ask: Ask, path: str, stream:
 
 
 @STREAM
-async def test_every_sequence_is_explained(ask: Ask, stream: bool):
+async def test_every_sequence_is_explained(ask: Ask, stream: bool) -> None:
     response = await ask("/v1/completions", EXPLAIN, stream=stream, prompt=["hi", "there"], n=2)
     assert len(explanation(response)) == 4
 
 
-async def test_only_the_attempt_that_served_is_explained(ask: Ask, orchestrator: FakeOrchestrator):
+async def test_only_the_attempt_that_served_is_explained(ask: Ask, orchestrator: FakeOrchestrator) -> None:
     orchestrator.num_decisions = 3
     (said,) = explanation(await ask("/v1/completions", EXPLAIN))
     assert said["attempts"] == 3
@@ -157,7 +157,7 @@ async def test_only_the_attempt_that_served_is_explained(ask: Ask, orchestrator:
 @pytest.mark.parametrize("value", [None, "", "0", "true", "11", "1, 1", "yes"])
 async def test_nothing_else_asks_for_an_explanation(
     ask: Ask, orchestrator: FakeOrchestrator, value: str | None, stream: bool
-):
+) -> None:
     headers = {} if value is None else {"x-baton-explain": value}
     response = await ask("/v1/completions", headers, stream=stream)
     assert response.status_code == 200
@@ -165,7 +165,7 @@ async def test_nothing_else_asks_for_an_explanation(
     assert [hints.explain for hints in orchestrator.hints] == [False]
 
 
-async def test_requests_at_the_same_time_keep_their_explanations_apart(ask: Ask):
+async def test_requests_at_the_same_time_keep_their_explanations_apart(ask: Ask) -> None:
     responses = await asyncio.gather(
         ask("/v1/completions", EXPLAIN, n=2), ask("/v1/completions"), ask("/v1/chat/completions", EXPLAIN, n=3)
     )
@@ -189,20 +189,20 @@ async def test_requests_at_the_same_time_keep_their_explanations_apart(ask: Ask)
 )
 async def test_the_session_is_the_headers_or_else_the_user(
     ask: Ask, orchestrator: FakeOrchestrator, path: str, headers: dict[str, str], has_user: bool, session: str | None
-):
+) -> None:
     response = await ask(path, headers, **(USER[path] if has_user else {}))
     assert response.status_code == 200
     assert [hints.session for hints in orchestrator.hints] == [session]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
-async def test_vllms_own_field_goes_before_the_user(ask: Ask, orchestrator: FakeOrchestrator, path: str):
+async def test_vllms_own_field_goes_before_the_user(ask: Ask, orchestrator: FakeOrchestrator, path: str) -> None:
     await ask(path, user="ann", session_id="s2")
     assert [hints.session for hints in orchestrator.hints] == ["s2"]
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"user_id": 7}, {"user_id": None}, {"user_id": ""}])
-async def test_metadata_without_a_user_is_no_session(ask: Ask, orchestrator: FakeOrchestrator, metadata: Any):
+async def test_metadata_without_a_user_is_no_session(ask: Ask, orchestrator: FakeOrchestrator, metadata: Any) -> None:
     response = await ask("/v1/messages", metadata=metadata)
     assert response.status_code == 200
     assert [hints.session for hints in orchestrator.hints] == [None]
@@ -228,7 +228,7 @@ def said_error(path: str, response: httpx.Response) -> dict[str, Any]:
 @pytest.mark.parametrize(("waits_s", "told"), [(0.0, "1"), (0.3, "1"), (2.0, "2"), (2.1, "3")])
 async def test_overload_is_a_429_that_says_when_to_come_back(
     ask: Ask, orchestrator: FakeOrchestrator, path: str, stream: bool, waits_s: float, told: str
-):
+) -> None:
     orchestrator.fails = Overloaded(waits_s)
     response = await ask(path, stream=stream)
     assert response.status_code == 429
@@ -240,14 +240,16 @@ async def test_overload_is_a_429_that_says_when_to_come_back(
 @pytest.mark.parametrize("path", [path for path in APIS if path != "/v1/messages"])  # vLLM logs any failure there
 async def test_overload_does_not_fill_the_log(
     ask: Ask, orchestrator: FakeOrchestrator, caplog: pytest.LogCaptureFixture, path: str, stream: bool
-):
+) -> None:
     orchestrator.fails = Overloaded(1)
     await ask(path, stream=stream)
     assert not [record for record in caplog.records if record.exc_info]
 
 
 @STREAM
-async def test_of_several_sequences_the_longest_wait_is_told(ask: Ask, orchestrator: FakeOrchestrator, stream: bool):
+async def test_of_several_sequences_the_longest_wait_is_told(
+    ask: Ask, orchestrator: FakeOrchestrator, stream: bool
+) -> None:
     orchestrator.fails = Overloaded(5)
     response = await ask("/v1/completions", stream=stream, n=3)
     assert (response.status_code, response.headers["retry-after"]) == (429, "5")
@@ -262,7 +264,7 @@ async def test_of_several_sequences_the_longest_wait_is_told(ask: Ask, orchestra
 )
 async def test_any_failure_before_the_first_token_has_its_status(
     ask: Ask, orchestrator: FakeOrchestrator, path: str, stream: bool, failure: Exception, status: int
-):
+) -> None:
     orchestrator.fails = failure
     response = await ask(path, EXPLAIN, stream=stream)
     assert response.status_code == status
@@ -273,7 +275,7 @@ async def test_any_failure_before_the_first_token_has_its_status(
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
 async def test_a_failure_after_the_first_token_leaves_the_stream_its_status(
     ask: Ask, orchestrator: FakeOrchestrator, path: str
-):
+) -> None:
     orchestrator.fails, orchestrator.is_late = NoReplica("decode"), True
     response = await ask(path, stream=True)
     assert response.status_code == 200
@@ -282,13 +284,13 @@ async def test_a_failure_after_the_first_token_leaves_the_stream_its_status(
 
 
 @STREAM
-async def test_a_prompt_that_vllm_refuses_has_its_status(ask: Ask, stream: bool):
+async def test_a_prompt_that_vllm_refuses_has_its_status(ask: Ask, stream: bool) -> None:
     response = await ask("/v1/completions", EXPLAIN, stream=stream, vllm_xargs={"baton_prefill": "nowhere"})
     assert response.status_code == 400
     assert "remote" in said_error("/v1/completions", response)["message"]
 
 
-async def test_a_responses_stream_begins_with_its_first_event(ask: Ask):
+async def test_a_responses_stream_begins_with_its_first_event(ask: Ask) -> None:
     response = await ask("/v1/responses", stream=True)
     assert response.text.startswith("event: response.created\n")
     assert response.text.count("event: response.created\n") == response.text.count("event: response.completed\n") == 1

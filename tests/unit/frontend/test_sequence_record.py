@@ -50,7 +50,7 @@ def log_is_kept(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(logging.getLogger("baton"), "propagate", True)
 
 
-def test_one_line_says_all_of_a_sequence_and_its_decision(model: str, caplog: pytest.LogCaptureFixture):
+def test_one_line_says_all_of_a_sequence_and_its_decision(model: str, caplog: pytest.LogCaptureFixture) -> None:
     served(model, has_session=True)
     said = fields(caplog)
     assert float(said.pop("ttft_ms")) <= float(said.pop("total_ms"))
@@ -79,13 +79,13 @@ def test_one_line_says_all_of_a_sequence_and_its_decision(model: str, caplog: py
     }
 
 
-def test_a_sequence_that_got_nowhere_is_logged_too(model: str, caplog: pytest.LogCaptureFixture):
+def test_a_sequence_that_got_nowhere_is_logged_too(model: str, caplog: pytest.LogCaptureFixture) -> None:
     SequenceRecord(model, "r", 100).on_end("Overloaded")
     said = fields(caplog)
     assert (said["end"], said["decision"], said["prefill"], said["session"]) == ("Overloaded", "none", "none", "no")
 
 
-def test_a_way_without_a_prediction_has_none(model: str, caplog: pytest.LogCaptureFixture):
+def test_a_way_without_a_prediction_has_none(model: str, caplog: pytest.LogCaptureFixture) -> None:
     served(model, LOCAL, decision(kind="local", prefill=None, serving_role="aggregated", predicted=Prediction(0.01)))
     said = fields(caplog)
     assert (said["predicted_ttft_ms"], said["decided_prefill"]) == ("none", "none")
@@ -93,7 +93,7 @@ def test_a_way_without_a_prediction_has_none(model: str, caplog: pytest.LogCaptu
     assert count("baton_time_to_first_token_ratio_count", model=model, kind="local") == 0
 
 
-def test_expected_and_reported_cached_tokens_count_the_same_prompts(model: str):
+def test_expected_and_reported_cached_tokens_count_the_same_prompts(model: str) -> None:
     served(model)
     served(model)
     without_token = SequenceRecord(model, "r", 100)
@@ -103,7 +103,7 @@ def test_expected_and_reported_cached_tokens_count_the_same_prompts(model: str):
     assert count("baton_cached_prompt_tokens_total", model=model) == 2 * 48
 
 
-def test_every_attempts_decision_counts(model: str):
+def test_every_attempts_decision_counts(model: str) -> None:
     served(model, REMOTE, decision(), decision(reason="only_way"), decision(reason="only_way", decided_in_s=0.002))
     assert count("baton_decisions_total", model=model, kind="remote", reason="faster") == 1
     assert count("baton_decisions_total", model=model, kind="remote", reason="only_way") == 2
@@ -111,7 +111,7 @@ def test_every_attempts_decision_counts(model: str):
     assert count("baton_decision_seconds_sum", model=model) == pytest.approx(0.00012 * 2 + 0.002)
 
 
-def test_the_prediction_is_compared_with_what_it_took(model: str):
+def test_the_prediction_is_compared_with_what_it_took(model: str) -> None:
     served(model, REMOTE, decision(predicted=Prediction(remote_s=1e9, local_s=1e-9)))
     assert count("baton_time_to_first_token_ratio_count", model=model, kind="remote") == 1
     assert count("baton_time_to_first_token_ratio_sum", model=model, kind="remote") < 1e-6
@@ -120,7 +120,7 @@ def test_the_prediction_is_compared_with_what_it_took(model: str):
 @pytest.mark.parametrize(
     ("report", "num_attempts"), [(LOCAL, 1), (REMOTE, 2)], ids=["fell back on a local prefill", "second attempt"]
 )
-def test_what_went_wrong_on_the_way_is_no_error_of_the_prediction(model: str, report: Any, num_attempts: int):
+def test_what_went_wrong_on_the_way_is_no_error_of_the_prediction(model: str, report: Any, num_attempts: int) -> None:
     served(model, report, *[decision()] * num_attempts)
     assert count("baton_time_to_first_token_ratio_count", model=model, kind="remote") == 0
 
@@ -139,7 +139,7 @@ def test_what_went_wrong_on_the_way_is_no_error_of_the_prediction(model: str, re
 )
 def test_a_sequence_within_its_slo_is_goodput(
     model: str, ttft_s: float, decoding_s: float, end: str, is_good: bool, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """11 tokens, so 10 gaps of 50 ms each on average, be they in few deltas or many."""
     now = 0.0
     monkeypatch.setattr(sequence_record.time, "monotonic", lambda: now)
@@ -152,6 +152,6 @@ def test_a_sequence_within_its_slo_is_goodput(
     assert count("baton_sequences_within_slo_total", model=model) == is_good
 
 
-def test_goodput_is_0_and_not_unknown_where_no_sequence_was_good(model: str):
+def test_goodput_is_0_and_not_unknown_where_no_sequence_was_good(model: str) -> None:
     SequenceRecord(model, "r", 100).on_end("NoReplica")
     assert REGISTRY.get_sample_value("baton_sequences_within_slo_total", {"model": model}) == 0

@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_two_processes_at_once_make_one_model_with_the_same_bytes(model_dir: Path, tmp_path: Path):
+def test_two_processes_at_once_make_one_model_with_the_same_bytes(model_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "app.models.tiny", str(tmp_path)]
     root = Path(tiny_model.__file__).parents[2]
     makers = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -62,7 +62,7 @@ def test_two_processes_at_once_make_one_model_with_the_same_bytes(model_dir: Pat
     assert contents(Path(printed.pop())) == contents(model_dir)
 
 
-def test_the_loser_of_a_race_returns_the_winners_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_loser_of_a_race_returns_the_winners_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def win_the_race(folder: Path) -> None:
         folder.mkdir()
         winner = tmp_path / f"tiny-{tiny_model._recipe_hash()}"
@@ -78,7 +78,7 @@ def test_the_loser_of_a_race_returns_the_winners_model(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("step", [(tiny_model, "_save_model"), (Path, "rename")])
 def test_a_failed_build_says_so_and_leaves_nothing_behind(
     step: tuple[object, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+) -> None:
     def fail(*_) -> None:
         raise OSError("disk full")
 
@@ -90,7 +90,7 @@ def test_a_failed_build_says_so_and_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_is_made_once_per_recipe(model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_it_is_made_once_per_recipe(model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tiny_model, "_save_tokenizer", lambda folder: pytest.fail("made again"))
     monkeypatch.setenv("BATON_HOME", str(model_dir.parent))
     assert ensure_tiny_model() == model_dir
@@ -102,14 +102,14 @@ def test_it_is_made_once_per_recipe(model_dir: Path, monkeypatch: pytest.MonkeyP
         ensure_tiny_model()
 
 
-def test_making_it_leaves_the_callers_random_numbers_alone(tmp_path: Path):
+def test_making_it_leaves_the_callers_random_numbers_alone(tmp_path: Path) -> None:
     torch.manual_seed(tiny_model.SEED + 1)
     before = torch.get_rng_state()
     tiny_model._save_model(tmp_path / "model", "tiny")
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_model_and_tokenizer_agree_on_the_vocabulary(model_dir: Path, tokenizer):
+def test_model_and_tokenizer_agree_on_the_vocabulary(model_dir: Path, tokenizer) -> None:
     config = AutoConfig.from_pretrained(model_dir)
     assert config.vocab_size == len(tokenizer) == VOCAB_SIZE
     assert (config.eos_token_id, config.pad_token_id) == (EOS_ID, PAD_ID)
@@ -117,7 +117,7 @@ def test_model_and_tokenizer_agree_on_the_vocabulary(model_dir: Path, tokenizer)
     assert all(tokenizer.decode([token]) for token in range(VOCAB_SIZE))
 
 
-def test_special_and_markup_tokens_are_one_token_each(tokenizer):
+def test_special_and_markup_tokens_are_one_token_each(tokenizer) -> None:
     special, markup = tiny_model.SPECIAL_TOKENS, tiny_model.MARKUP_TOKENS
     ids = tokenizer.encode("".join(special + markup))
     assert tokenizer.convert_ids_to_tokens(ids) == special + markup
@@ -126,22 +126,22 @@ def test_special_and_markup_tokens_are_one_token_each(tokenizer):
 
 @given(text=st.text(max_size=200))
 @settings(max_examples=200, deadline=None)
-def test_any_text_survives_the_round_trip(tokenizer, text: str):
+def test_any_text_survives_the_round_trip(tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_text_that_normalisation_or_clean_up_would_change_survives(tokenizer):
+def test_text_that_normalisation_or_clean_up_would_change_survives(tokenizer) -> None:
     text = "  e\u0301 \u00e9 don 't , yes !\t\r\n<|im_end|> <think> \U0001f642\u200d "
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_template_renders_chatml(render):
+def test_the_template_renders_chatml(render) -> None:
     system, user = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>user\nWeather?<|im_end|>\n"
     assert render([USER]) == user
     assert render([SYSTEM, USER], add_generation_prompt=True) == system + user + "<|im_start|>assistant\n"
 
 
-def test_the_template_lists_the_tools_in_the_system_message(render):
+def test_the_template_lists_the_tools_in_the_system_message(render) -> None:
     for messages in ([SYSTEM, USER], [USER]):
         system, user = render(messages, tools=[TOOL]).removesuffix("<|im_end|>\n").split("<|im_end|>\n")
         assert system.startswith("<|im_start|>system\n")
@@ -151,7 +151,7 @@ def test_the_template_lists_the_tools_in_the_system_message(render):
 
 
 @pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city": "Paris"}'])
-def test_the_template_renders_tool_calls_and_their_answers(render, arguments):
+def test_the_template_renders_tool_calls_and_their_answers(render, arguments) -> None:
     call = {"type": "function", "function": {"name": "get_weather", "arguments": arguments}}
     assistant = {"role": "assistant", "content": None, "tool_calls": [call]}
     answer = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
@@ -162,7 +162,7 @@ def test_the_template_renders_tool_calls_and_their_answers(render, arguments):
 
 
 @pytest.mark.usefixtures("one_torch_thread")
-def test_greedy_text_varies_and_depends_on_an_early_token(model_dir: Path):
+def test_greedy_text_varies_and_depends_on_an_early_token(model_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     prompts = torch.randint(3, VOCAB_SIZE, (8, 200), generator=torch.Generator().manual_seed(1))
     changed = prompts.clone()

@@ -35,7 +35,7 @@ def request(prompt: list[int], sampling: dict[str, Any] | None = None, mode: Pre
         ("corrupted", {}, ("remote", "requested")),
     ],
 )
-def test_what_a_request_demands(mode: PrefillMode, sampling: dict[str, Any], expected: tuple[str, str] | None):
+def test_what_a_request_demands(mode: PrefillMode, sampling: dict[str, Any], expected: tuple[str, str] | None) -> None:
     assert demanded(request([1, 2], sampling, mode)) == expected
 
 
@@ -44,14 +44,14 @@ def test_what_a_request_demands(mode: PrefillMode, sampling: dict[str, Any], exp
 @example([5, 5])
 @example([5, 6, 6])
 @example([6, 6, 5])
-def test_a_corrupted_prompt_has_the_same_length_and_other_tokens(prompt: list[int]):
+def test_a_corrupted_prompt_has_the_same_length_and_other_tokens(prompt: list[int]) -> None:
     corrupted = corrupt_prompt(request(prompt)).prompt_token_ids
     assert len(corrupted) == len(prompt)
     assert corrupted != prompt
 
 
 @given(prompts.filter(lambda prompt: len(prompt) > 1))
-def test_a_corrupted_prompt_differs_before_its_last_token(prompt: list[int]):
+def test_a_corrupted_prompt_differs_before_its_last_token(prompt: list[int]) -> None:
     # Decode computes the last token's KV itself, so a difference there alone would change nothing.
     assert corrupt_prompt(request(prompt)).prompt_token_ids[:-1] != prompt[:-1]
 
@@ -59,13 +59,13 @@ def test_a_corrupted_prompt_differs_before_its_last_token(prompt: list[int]):
 @given(prompts)
 @example([0])
 @example([151_935])  # may be the last id of the vocabulary
-def test_a_corrupted_prompt_stays_in_the_vocabulary(prompt: list[int]):
+def test_a_corrupted_prompt_stays_in_the_vocabulary(prompt: list[int]) -> None:
     corrupted = corrupt_prompt(request(prompt)).prompt_token_ids
     assert min(corrupted) >= 0
     assert max(corrupted) <= max(1, *prompt)  # a larger id need not exist
 
 
-def test_corruption_changes_nothing_but_the_prompt():
+def test_corruption_changes_nothing_but_the_prompt() -> None:
     original = request([1, 2, 3], {"temperature": 0.0}, "corrupted")
     corrupted = corrupt_prompt(original)
     assert msgspec.structs.replace(corrupted, prompt_token_ids=[1, 2, 3]) == original

@@ -15,7 +15,7 @@ from app.routing.topology import MAX_PAIRS, Topology
 from tests.unit.routing.samples import hashes, replica_info
 
 
-def test_own_work_counts_at_once_and_others_after_one_report():
+def test_own_work_counts_at_once_and_others_after_one_report() -> None:
     gauge = Gauge()
     with gauge.counting(3):
         assert gauge.value == 3
@@ -30,7 +30,7 @@ def test_own_work_counts_at_once_and_others_after_one_report():
 
 
 @given(st.lists(st.one_of(st.integers(1, 50), st.just("end"), st.just("report")), max_size=60))
-def test_with_one_frontend_a_report_changes_nothing_once_the_replica_has_caught_up(steps: list[int | str]):
+def test_with_one_frontend_a_report_changes_nothing_once_the_replica_has_caught_up(steps: list[int | str]) -> None:
     gauge, running, total = Gauge(), [], 0
     for step in steps:
         if step == "report":
@@ -49,7 +49,7 @@ def test_with_one_frontend_a_report_changes_nothing_once_the_replica_has_caught_
         assert gauge.value == total
 
 
-def test_a_replica_that_left_is_forgotten_and_starts_anew():
+def test_a_replica_that_left_is_forgotten_and_starts_anew() -> None:
     pool = PoolState(PrefixIndex())
     pool.join(replica_info("a"))
     pool.on_kv("a", KvUpdate(hashes(160), []))
@@ -65,7 +65,7 @@ def test_a_replica_that_left_is_forgotten_and_starts_anew():
     assert pool.replicas["a"].sequences.value == 0
 
 
-def test_joining_again_begins_with_an_empty_cache():
+def test_joining_again_begins_with_an_empty_cache() -> None:
     pool = PoolState(PrefixIndex())
     pool.join(replica_info("a"))
     pool.on_kv("a", KvUpdate(hashes(160), []))
@@ -74,7 +74,7 @@ def test_joining_again_begins_with_an_empty_cache():
     assert pool.candidates({}, None, ()) == ["a"]
 
 
-def test_of_a_large_pool_it_looks_at_a_few_among_them_those_that_matter():
+def test_of_a_large_pool_it_looks_at_a_few_among_them_those_that_matter() -> None:
     pool = PoolState(PrefixIndex())
     for number in range(1000):
         pool.join(replica_info(str(number)))
@@ -89,7 +89,7 @@ def test_of_a_large_pool_it_looks_at_a_few_among_them_those_that_matter():
     assert len(seen) > 300  # not the same ones each time
 
 
-def test_sessions_spread_over_the_replicas_and_move_only_with_theirs():
+def test_sessions_spread_over_the_replicas_and_move_only_with_theirs() -> None:
     ring = SessionRing()
     assert ring.own("s") is None
     for number in range(8):
@@ -106,7 +106,7 @@ def test_sessions_spread_over_the_replicas_and_move_only_with_theirs():
     assert {session: other.own(session) for session in before} == before
 
 
-def test_a_pair_of_nodes_is_as_near_as_its_transfers_were_quick():
+def test_a_pair_of_nodes_is_as_near_as_its_transfers_were_quick() -> None:
     topology = Topology()
     assert topology.nearness("a", ["a", "b"]) == {"a": 1.0, "b": 0.5}
     for _ in range(40):
@@ -117,7 +117,7 @@ def test_a_pair_of_nodes_is_as_near_as_its_transfers_were_quick():
     assert abs(near["b"] - 0.25) < 0.01
 
 
-def test_what_is_known_of_pairs_is_bounded():
+def test_what_is_known_of_pairs_is_bounded() -> None:
     topology = Topology()
     for number in range(MAX_PAIRS + 10):
         topology.learn("a", str(number), 2.0)

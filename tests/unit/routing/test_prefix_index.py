@@ -344,7 +344,7 @@ def test_a_block_takes_the_memory_that_is_stated(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("num_held", [0, 1, 5])
-def test_no_more_of_a_prompt_is_hashed_than_somebody_holds_and_one_block(num_held: int):
+def test_no_more_of_a_prompt_is_hashed_than_somebody_holds_and_one_block(num_held: int) -> None:
     index = PrefixIndex()
     index.update("a", KvUpdate(list(range(1, num_held + 1)), []))
     hashes = iter(range(1, 1000))

@@ -86,7 +86,7 @@ def where(decision: Decision) -> tuple[str, str]:
 # Who serves
 
 
-def test_the_replica_that_has_the_prompt_cached_is_chosen_in_both_pools():
+def test_the_replica_that_has_the_prompt_cached_is_chosen_in_both_pools() -> None:
     fleet = Fleet(4, 4, **REMOTE)
     fleet.cache("prefill", "p2", 160)
     fleet.cache("decode", "d1", 96)
@@ -97,7 +97,7 @@ def test_the_replica_that_has_the_prompt_cached_is_chosen_in_both_pools():
     assert decision.expected_cached_tokens == 144
 
 
-def test_another_salt_shares_no_cache():
+def test_another_salt_shares_no_cache() -> None:
     fleet = Fleet(1, 1, **REMOTE)
     fleet.cache("prefill", "p0", 160, salt="mine")
     mine, other = fleet.decide(cache_salt="mine").prefill, fleet.decide().prefill
@@ -107,7 +107,9 @@ def test_another_salt_shares_no_cache():
 
 
 @pytest.mark.parametrize(("queued", "chosen"), [(100, "p0"), (200, "p1")])
-def test_with_equal_weights_a_cached_prefix_is_worth_as_many_waiting_tokens_as_it_saves(queued: int, chosen: str):
+def test_with_equal_weights_a_cached_prefix_is_worth_as_many_waiting_tokens_as_it_saves(
+    queued: int, chosen: str
+) -> None:
     fleet = Fleet(2, 1, prefill_weights={"prefix": 1, "queue": 1}, **REMOTE)
     fleet.cache("prefill", "p0", 160)
     fleet.load("prefill", "p0", 1, queued, 0)
@@ -116,7 +118,7 @@ def test_with_equal_weights_a_cached_prefix_is_worth_as_many_waiting_tokens_as_i
     assert decision.prefill.replica == chosen
 
 
-def test_what_was_sent_counts_before_the_replica_has_reported_it():
+def test_what_was_sent_counts_before_the_replica_has_reported_it() -> None:
     fleet = Fleet(4, 4, **REMOTE)
     chosen, running = [], []
     for number in range(4):
@@ -128,7 +130,7 @@ def test_what_was_sent_counts_before_the_replica_has_reported_it():
     assert sorted(d for _, d in chosen) == ["d0", "d1", "d2", "d3"]
 
 
-def test_a_decode_replica_without_room_for_the_kv_is_passed_over():
+def test_a_decode_replica_without_room_for_the_kv_is_passed_over() -> None:
     fleet = Fleet(1, 2, **REMOTE)
     fleet.cache("decode", "d0", 64)
     fleet.load("decode", "d0", 5, 0, 995)
@@ -137,7 +139,7 @@ def test_a_decode_replica_without_room_for_the_kv_is_passed_over():
     assert fleet.decide(160).serving.replica in ("d0", "d1")  # where all are full it waits in one of them
 
 
-def test_the_nearer_decode_replica_is_preferred_and_measured_transfers_say_which_is_near():
+def test_the_nearer_decode_replica_is_preferred_and_measured_transfers_say_which_is_near() -> None:
     fleet = Fleet(1, 0, **REMOTE)
     for number, node in enumerate(("10.0.0.2", "10.0.0.1")):
         fleet.router.pools["decode"].join(replica_info(f"d{number}", node_ip=node))
@@ -148,7 +150,7 @@ def test_the_nearer_decode_replica_is_preferred_and_measured_transfers_say_which
     assert fleet.decide().serving.replica == "d0"
 
 
-def test_a_session_stays_with_its_replicas_unless_they_are_busy():
+def test_a_session_stays_with_its_replicas_unless_they_are_busy() -> None:
     fleet = Fleet(4, 4, **REMOTE)
     hints = RoutingHints(session="alice")
     chosen = {fleet.decide(start=1000 * number, hints=hints).serving.replica for number in range(10)}
@@ -159,7 +161,7 @@ def test_a_session_stays_with_its_replicas_unless_they_are_busy():
     assert fleet.decide(hints=hints).serving.replica != own
 
 
-def test_a_replica_that_failed_is_avoided_for_a_while():
+def test_a_replica_that_failed_is_avoided_for_a_while() -> None:
     fleet = Fleet(2, 2, **REMOTE)
     fleet.router.pools["decode"].avoid("d0")
     assert {fleet.decide(start=1000 * n).serving.replica for n in range(10)} == {"d1"}
@@ -167,7 +169,7 @@ def test_a_replica_that_failed_is_avoided_for_a_while():
     assert {fleet.decide(start=1000 * n).serving.replica for n in range(20)} == {"d0", "d1"}
 
 
-def test_lost_replicas_are_never_chosen_again():
+def test_lost_replicas_are_never_chosen_again() -> None:
     fleet = Fleet(2, 2, **REMOTE)
     assert fleet.router.decide(request(), lost=["d0"]).serving.replica == "d1"
     with pytest.raises(NoReplica, match="decode"):
@@ -179,7 +181,7 @@ def test_lost_replicas_are_never_chosen_again():
 )
 def test_no_replica_is_better_by_its_score_than_the_chosen_one_in_a_small_pool(
     size: int, held: list[tuple[int, int]], num_tokens: int
-):
+) -> None:
     fleet = Fleet(0, size, has_prefill=False)
     for number, blocks in held:
         fleet.cache("decode", f"d{number}", blocks * 16)
@@ -188,7 +190,7 @@ def test_no_replica_is_better_by_its_score_than_the_chosen_one_in_a_small_pool(
     assert all(0 <= value <= 1 for value in decision.serving.scores.values())
 
 
-def test_in_a_large_pool_those_that_have_the_prompt_cached_are_looked_at():
+def test_in_a_large_pool_those_that_have_the_prompt_cached_are_looked_at() -> None:
     fleet = Fleet(0, 500, has_prefill=False)
     fleet.cache("decode", "d321", 160)
     assert {fleet.decide().serving.replica for _ in range(20)} == {"d321"}
@@ -197,7 +199,7 @@ def test_in_a_large_pool_those_that_have_the_prompt_cached_are_looked_at():
 # Where to prefill
 
 
-def test_without_a_prefill_pool_it_is_local():
+def test_without_a_prefill_pool_it_is_local() -> None:
     assert where(Fleet(0, 1, has_prefill=False).decide()) == ("local", "aggregated")
 
 
@@ -210,20 +212,20 @@ def test_without_a_prefill_pool_it_is_local():
         ({"sampling": {"prompt_logprobs": 1}}, ("local", "prompt_logprobs")),
     ],
 )
-def test_a_request_may_demand_it(fields: dict[str, Any], expected: tuple[str, str]):
+def test_a_request_may_demand_it(fields: dict[str, Any], expected: tuple[str, str]) -> None:
     fleet = Fleet(1, 1)
     fleet.measure()
     assert where(fleet.decide(**fields)) == expected
 
 
-def test_the_first_prompts_go_to_prefill_until_that_is_measured():
+def test_the_first_prompts_go_to_prefill_until_that_is_measured() -> None:
     fleet = Fleet(1, 1)
     decision = fleet.decide()
     assert where(decision) == ("remote", "unmeasured")
     assert decision.predicted_ttft_s is None
 
 
-def test_it_goes_where_the_first_token_is_predicted_sooner():
+def test_it_goes_where_the_first_token_is_predicted_sooner() -> None:
     fleet = Fleet(1, 1)
     fleet.measure(handover_s=0.05)
     assert where(fleet.decide(100)) == ("local", "faster")
@@ -237,7 +239,7 @@ def test_it_goes_where_the_first_token_is_predicted_sooner():
     assert where(fleet.decide(6400)) == ("local", "faster")
 
 
-def test_a_queue_before_prefill_makes_local_prefill_the_sooner():
+def test_a_queue_before_prefill_makes_local_prefill_the_sooner() -> None:
     fleet = Fleet(1, 1)
     fleet.measure(handover_s=0.001, local_s=1.5e-4)
     assert where(fleet.decide(1000)) == ("remote", "faster")
@@ -245,7 +247,7 @@ def test_a_queue_before_prefill_makes_local_prefill_the_sooner():
     assert where(fleet.decide(1000)) == ("local", "faster")
 
 
-def test_what_running_sequences_would_lose_counts():
+def test_what_running_sequences_would_lose_counts() -> None:
     fleet = Fleet(1, 1, placement={"policy": "predicted", "itl_budget_ms": 20})
     fleet.measure(handover_s=0.05)
     assert where(fleet.decide(1000)) == ("local", "faster")  # 0.1 s against 0.15 s
@@ -267,27 +269,27 @@ def test_what_running_sequences_would_lose_counts():
         (5000, 1100, ("local", "prefill_queue")),
     ],
 )
-def test_fixed_thresholds(num_tokens: int, queued: int, expected: tuple[str, str]):
+def test_fixed_thresholds(num_tokens: int, queued: int, expected: tuple[str, str]) -> None:
     policy = {"policy": "thresholds", "max_local_tokens": 500, "max_prefill_queue_tokens": 1000}
     fleet = Fleet(1, 1, placement=policy)
     fleet.load("prefill", "p0", 1, queued, 0)
     assert where(fleet.decide(num_tokens)) == expected
 
 
-def test_thresholds_count_what_decode_has_not_cached():
+def test_thresholds_count_what_decode_has_not_cached() -> None:
     fleet = Fleet(1, 1, placement={"policy": "thresholds", "max_local_tokens": 50})
     fleet.cache("decode", "d0", 5000)
     assert where(fleet.decide(5000)) == ("local", "short")
 
 
-def test_without_a_prefill_replica_it_is_local():
+def test_without_a_prefill_replica_it_is_local() -> None:
     assert where(Fleet(0, 1).decide()) == ("local", "no_prefill_replica")
 
 
 # An engine whose decode replicas cannot prefill
 
 
-def test_remote_is_then_the_only_way():
+def test_remote_is_then_the_only_way() -> None:
     fleet = Fleet(1, 1, can_decode_prefill=False)
     assert where(fleet.decide()) == ("remote", "only_way")
     with pytest.raises(InvalidRequest, match="baton_prefill"):
@@ -298,7 +300,7 @@ def test_remote_is_then_the_only_way():
         Fleet(1, 0, can_decode_prefill=False).decide()
 
 
-def test_an_aggregated_pool_beside_makes_it_a_choice():
+def test_an_aggregated_pool_beside_makes_it_a_choice() -> None:
     fleet = Fleet(1, 1, 2, can_decode_prefill=False)
     fleet.measure(handover_s=0.05)
     decision = fleet.decide(100)
@@ -311,7 +313,7 @@ def test_an_aggregated_pool_beside_makes_it_a_choice():
     assert where(fleet.decide(6400)) == ("remote", "faster")
 
 
-def test_the_aggregated_pool_serves_what_the_others_cannot():
+def test_the_aggregated_pool_serves_what_the_others_cannot() -> None:
     assert where(Fleet(0, 1, 1, can_decode_prefill=False).decide()) == ("local", "no_prefill_replica")
     assert where(Fleet(1, 0, 1, can_decode_prefill=False).decide()) == ("local", "no_decode_replica")
     assert where(Fleet(1, 1, 0, can_decode_prefill=False).decide()) == ("remote", "only_way")
@@ -320,7 +322,7 @@ def test_the_aggregated_pool_serves_what_the_others_cannot():
 # Admission
 
 
-def test_prompts_are_deflected_when_prefill_is_full_and_refused_when_all_is():
+def test_prompts_are_deflected_when_prefill_is_full_and_refused_when_all_is() -> None:
     fleet = Fleet(2, 1, max_queued_tokens=1000, **REMOTE)
     fleet.measure(prefill_s=1e-3, local_s=1e-3)
     for replica in ("p0", "p1"):
@@ -335,7 +337,7 @@ def test_prompts_are_deflected_when_prefill_is_full_and_refused_when_all_is():
     assert where(fleet.decide(250)) == ("remote", "local_full")
 
 
-def test_a_full_replica_is_passed_over_however_much_it_has_cached():
+def test_a_full_replica_is_passed_over_however_much_it_has_cached() -> None:
     fleet = Fleet(2, 1, max_queued_tokens=1000, **REMOTE)
     fleet.cache("prefill", "p0", 320)
     fleet.load("prefill", "p0", 1, 995, 0)
@@ -345,12 +347,12 @@ def test_a_full_replica_is_passed_over_however_much_it_has_cached():
     assert decision.prefill.replica == "p1"
 
 
-def test_an_idle_replica_takes_a_prompt_longer_than_the_bound():
+def test_an_idle_replica_takes_a_prompt_longer_than_the_bound() -> None:
     fleet = Fleet(1, 1, max_queued_tokens=100, **REMOTE)
     assert where(fleet.decide(5000)) == ("remote", "configured")
 
 
-def test_a_demanded_way_that_is_full_is_refused_and_not_changed():
+def test_a_demanded_way_that_is_full_is_refused_and_not_changed() -> None:
     fleet = Fleet(1, 1, max_queued_tokens=1000)
     fleet.load("prefill", "p0", 1, 1000, 0)
     with pytest.raises(Overloaded):
@@ -358,7 +360,7 @@ def test_a_demanded_way_that_is_full_is_refused_and_not_changed():
     assert where(fleet.decide()) == ("local", "prefill_full")
 
 
-def test_an_aggregated_model_refuses_when_it_is_full():
+def test_an_aggregated_model_refuses_when_it_is_full() -> None:
     fleet = Fleet(0, 1, has_prefill=False, max_queued_tokens=1000)
     fleet.load("decode", "d0", 9, 1000, 0)
     with pytest.raises(Overloaded):
@@ -368,7 +370,7 @@ def test_an_aggregated_model_refuses_when_it_is_full():
 # While it runs
 
 
-def test_load_is_counted_until_the_first_token_and_until_the_end():
+def test_load_is_counted_until_the_first_token_and_until_the_end() -> None:
     fleet = Fleet(1, 1, **REMOTE)
     prefill, decode = fleet.router.pools["prefill"].replicas["p0"], fleet.router.pools["decode"].replicas["d0"]
 
@@ -390,7 +392,7 @@ def test_load_is_counted_until_the_first_token_and_until_the_end():
     assert counted() == (0, 0, 0, 0, 0, 0)
 
 
-def test_a_replica_that_left_since_it_was_chosen_does_no_harm():
+def test_a_replica_that_left_since_it_was_chosen_does_no_harm() -> None:
     fleet = Fleet(1, 1, **REMOTE)
     decision = fleet.decide()
     fleet.router.pools["prefill"].leave("p0")
@@ -400,7 +402,7 @@ def test_a_replica_that_left_since_it_was_chosen_does_no_harm():
     in_flight.end()
 
 
-def test_where_replicas_tell_nothing_of_their_cache_it_is_assumed_from_what_they_were_sent():
+def test_where_replicas_tell_nothing_of_their_cache_it_is_assumed_from_what_they_were_sent() -> None:
     fleet = Fleet(2, 2, info={"prefix_cache": "silent", "num_blocks": 20}, **REMOTE)
     first = fleet.decide(160)
     fleet.router.begin(request(160), first).end()
@@ -412,7 +414,7 @@ def test_where_replicas_tell_nothing_of_their_cache_it_is_assumed_from_what_they
     assert fleet.decide(160).serving.cached_tokens == 0
 
 
-def test_a_prefill_that_fell_back_on_decode_teaches_nothing():
+def test_a_prefill_that_fell_back_on_decode_teaches_nothing() -> None:
     fleet = Fleet(1, 1)
     decision = fleet.decide()
     in_flight = fleet.router.begin(request(), decision)
@@ -421,7 +423,7 @@ def test_a_prefill_that_fell_back_on_decode_teaches_nothing():
     assert where(fleet.decide()) == ("remote", "unmeasured")
 
 
-def test_an_explanation_names_the_next_best_of_each_pool():
+def test_an_explanation_names_the_next_best_of_each_pool() -> None:
     fleet = Fleet(6, 6, **REMOTE)
     decision = fleet.decide(hints=RoutingHints(explain=True))
     assert decision.prefill is not None

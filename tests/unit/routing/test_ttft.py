@@ -52,13 +52,13 @@ def teach(predictor: TtftPredictor, count: int, speed: float, noise: float = 0.0
         )
 
 
-def test_nothing_is_predicted_before_anything_was_measured():
+def test_nothing_is_predicted_before_anything_was_measured() -> None:
     predictor = TtftPredictor(Clock())
     assert predictor.predict((PromptWork(100, 0, 0), HandoverWork(100)), PromptWork(100, 0, 0), 0.0).remote_s is None
     assert predictor.local_s(PromptWork(100, 0, 0)) is None
 
 
-def test_after_one_measurement_other_lengths_follow_the_start_values_proportions():
+def test_after_one_measurement_other_lengths_follow_the_start_values_proportions() -> None:
     predictor = TtftPredictor(Clock())
     work = PromptWork(1000, 0, 0)
     predictor.learn_remote(work, HandoverWork(1000), 5.0, 4.0)
@@ -72,7 +72,7 @@ def test_after_one_measurement_other_lengths_follow_the_start_values_proportions
 
 @given(st.floats(0.01, 100), st.integers(0, 1000))
 @settings(max_examples=20, deadline=None)
-def test_a_machine_of_any_speed_is_learnt(speed: float, seed: int):
+def test_a_machine_of_any_speed_is_learnt(speed: float, seed: int) -> None:
     predictor = TtftPredictor(Clock())
     teach(predictor, 100, speed, noise=0.05, seed=seed)
     random = Random(seed + 1)
@@ -82,7 +82,7 @@ def test_a_machine_of_any_speed_is_learnt(speed: float, seed: int):
         assert predictor.remote_s(work, HandoverWork(work.num_tokens)) == pytest.approx(wanted, rel=0.25)
 
 
-def test_one_stall_hardly_moves_it():
+def test_one_stall_hardly_moves_it() -> None:
     predictor = TtftPredictor(Clock())
     teach(predictor, 60, 1.0)
     work = PromptWork(2000, 0, 0)
@@ -94,7 +94,7 @@ def test_one_stall_hardly_moves_it():
     assert predictor.remote_s(work, HandoverWork(2000)) == pytest.approx(before, rel=0.25)
 
 
-def test_it_follows_a_machine_that_gets_slower():
+def test_it_follows_a_machine_that_gets_slower() -> None:
     predictor = TtftPredictor(Clock())
     teach(predictor, 128, 1.0)
     teach(predictor, WINDOW + REFIT_EVERY, 4.0)
@@ -102,7 +102,7 @@ def test_it_follows_a_machine_that_gets_slower():
     assert predictor.remote_s(work, HandoverWork(2000)) == pytest.approx(truth(work, 4.0) + 0.024, rel=0.1)
 
 
-def test_what_was_measured_long_ago_counts_as_not_measured():
+def test_what_was_measured_long_ago_counts_as_not_measured() -> None:
     clock = Clock()
     predictor = TtftPredictor(clock)
     teach(predictor, 50, 1.0)
@@ -113,7 +113,7 @@ def test_what_was_measured_long_ago_counts_as_not_measured():
     assert predictor.remote_s(work, HandoverWork(2000)) == pytest.approx(truth(work, 9.0), rel=0.6)
 
 
-def test_what_made_handovers_slow_may_have_passed_so_they_are_tried_again_and_the_past_is_forgotten():
+def test_what_made_handovers_slow_may_have_passed_so_they_are_tried_again_and_the_past_is_forgotten() -> None:
     """A wave that decode had no places for, after which every prompt went to decode, and nobody saw it end."""
     clock = Clock()
     predictor = TtftPredictor(clock)
@@ -133,7 +133,7 @@ def test_what_made_handovers_slow_may_have_passed_so_they_are_tried_again_and_th
     assert predictor.remote_s(work, handover) == pytest.approx(0.35, rel=0.1)
 
 
-def test_many_requests_in_a_moment_do_not_make_the_other_way_unknown():
+def test_many_requests_in_a_moment_do_not_make_the_other_way_unknown() -> None:
     predictor = TtftPredictor(Clock())
     work, handover = PromptWork(4000, 0, 0), HandoverWork(4000)
     predictor.learn_remote(work, handover, 0.35, 0.3)
@@ -142,14 +142,14 @@ def test_many_requests_in_a_moment_do_not_make_the_other_way_unknown():
     assert predictor.remote_s(work, handover) is not None
 
 
-def test_an_engine_that_tells_no_time_of_prefill_alone_is_learnt_as_a_whole():
+def test_an_engine_that_tells_no_time_of_prefill_alone_is_learnt_as_a_whole() -> None:
     predictor = TtftPredictor(Clock())
     for num_tokens in (100, 1000, 10000) * 10:
         predictor.learn_remote(PromptWork(num_tokens, 0, 0), HandoverWork(num_tokens), 0.05 + 1e-4 * num_tokens, None)
     assert predictor.remote_s(PromptWork(3000, 0, 0), HandoverWork(3000)) == pytest.approx(0.35, rel=0.15)
 
 
-def test_local_prefill_is_learnt_apart_and_slows_with_the_batch():
+def test_local_prefill_is_learnt_apart_and_slows_with_the_batch() -> None:
     predictor = TtftPredictor(Clock())
     teach(predictor, 50, 1.0)
     for num_tokens in (100, 1000, 10000) * 10:
@@ -161,7 +161,7 @@ def test_local_prefill_is_learnt_apart_and_slows_with_the_batch():
     assert predictor.local_s(PromptWork(3000, 0, 0, 20)) == pytest.approx(3 * truth(work, 1.0) + 0.04, rel=0.15)
 
 
-def test_harm_is_what_exceeds_the_budget_for_every_sequence():
+def test_harm_is_what_exceeds_the_budget_for_every_sequence() -> None:
     predictor = TtftPredictor(Clock())
     for num_tokens in (100, 1000, 10000) * 10:
         predictor.learn_local(PromptWork(num_tokens, 0, 0, 5), 0.5 + 1e-4 * num_tokens)
@@ -171,7 +171,7 @@ def test_harm_is_what_exceeds_the_budget_for_every_sequence():
     assert predictor.interference_s(PromptWork(5000, 1000, 0, 0), 0.1) == 0
 
 
-def test_a_waiting_queue_is_predicted_at_the_measured_speed():
+def test_a_waiting_queue_is_predicted_at_the_measured_speed() -> None:
     predictor = TtftPredictor(Clock())
     for num_tokens in (100, 1000, 10000) * 10:
         predictor.learn_remote(
@@ -188,7 +188,7 @@ def test_a_waiting_queue_is_predicted_at_the_measured_speed():
     )
 )
 @settings(deadline=None)
-def test_no_measurement_makes_a_prediction_negative_or_infinite(samples: list[tuple[int, int, float, float]]):
+def test_no_measurement_makes_a_prediction_negative_or_infinite(samples: list[tuple[int, int, float, float]]) -> None:
     predictor = TtftPredictor(Clock())
     for num_tokens, queued, seconds, share in samples:
         work = PromptWork(num_tokens, num_tokens // 3, queued)
@@ -205,7 +205,7 @@ def test_no_measurement_makes_a_prediction_negative_or_infinite(samples: list[tu
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1000), st.floats(0.001, 100)), min_size=1, max_size=20))
 def test_least_squares_find_no_negative_coefficient_and_no_worse_fit_than_each_column_alone(
     samples: list[tuple[float, float, float]],
-):
+) -> None:
     rows = [[1.0, a, b] for a, b, _ in samples]
     values = [value for *_, value in samples]
 
@@ -222,7 +222,7 @@ def test_least_squares_find_no_negative_coefficient_and_no_worse_fit_than_each_c
 @pytest.mark.parametrize(
     "busy", [HandoverWork(1000, decoding=8), HandoverWork.after(PromptWork(1000, 0, 0), 1000, 0, 5000)]
 )
-def test_a_handover_to_a_busy_replica_is_predicted_to_take_longer_as_soon_as_some_did(busy: HandoverWork):
+def test_a_handover_to_a_busy_replica_is_predicted_to_take_longer_as_soon_as_some_did(busy: HandoverWork) -> None:
     predictor = TtftPredictor(Clock())
     for n in (100, 1000, 10000) * 10:
         predictor.learn_remote(PromptWork(n, 0, 0), HandoverWork(n), 1e-4 * n + 0.02, 1e-4 * n)
@@ -233,7 +233,7 @@ def test_a_handover_to_a_busy_replica_is_predicted_to_take_longer_as_soon_as_som
     assert predictor.remote_s(work, HandoverWork(1000)) == pytest.approx(0.12, rel=0.15)
 
 
-def test_what_waits_on_decode_delays_a_handover_only_if_it_lasts_longer_than_prefill():
+def test_what_waits_on_decode_delays_a_handover_only_if_it_lasts_longer_than_prefill() -> None:
     prefill = PromptWork(num_tokens=1000, cached=200, queued=500)
     assert HandoverWork.after(prefill, 1000, 3, queued=1300).row() == (1.0, 1000, 3, 0)
     assert HandoverWork.after(prefill, 1000, 3, queued=1400).row() == (1.0, 1000, 3, 100)
