@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,3 +73,13 @@ def test_a_patch_replaces_and_keeps_the_original() -> None:
     patch.apply(lambda one: patch.original(one) + 1)
     assert patch.is_applied
     assert owner.function(1) == 2
+
+
+def test_cancellation_is_let_through_before_a_router_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.frontend import vllm_surface
+
+    router: Any = ModuleType("vllm.early_router")
+    router.with_cancellation = vllm_surface.WITH_CANCELLATION.original
+    monkeypatch.setitem(sys.modules, router.__name__, router)
+    with pytest.raises(UpstreamChanged, match=r"vllm\.early_router"):
+        vllm_surface.let_cancellation_through()
