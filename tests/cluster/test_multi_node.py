@@ -273,7 +273,7 @@ def test_replicas_run_on_the_nodes_of_their_group(ray_cluster: Cluster) -> None:
 def test_every_node_with_a_replica_answers(ray_cluster: Cluster) -> None:
     now = status(ray_cluster)
     for address in {HEAD, *now.nodes("frontend"), *now.nodes("prefill"), *now.nodes("decode")}:
-        answer = wait_until(lambda address=address: try_to_ask(ray_cluster, address), 20, f"{address} answers")
+        answer = wait_until(partial(try_to_ask, ray_cluster, address), 20, f"{address} answers")
         assert answer["actual"]["kind"] == "remote"
 
 

@@ -85,10 +85,10 @@ def app(serve_url: str) -> Iterator[Application]:
 
 
 def test_all_three_pools_are_told_of(app: Application) -> None:
-    (model,) = app.frontend.health()["models"]
+    (model,) = app.health()["models"]
     assert (model["mode"], model["state"]) == ("disaggregated", "ready")
     assert model["pools"] == {role: {"ready": 1} for role in ("prefill", "decode", "aggregated")}
-    assert {endpoint["role"] for endpoint in app.frontend.health()["endpoints"]} == {"prefill", "decode", "aggregated"}
+    assert {endpoint["role"] for endpoint in app.health()["endpoints"]} == {"prefill", "decode", "aggregated"}
 
 
 def test_short_prompts_are_the_aggregated_pools_and_long_ones_are_not(app: Application) -> None:
@@ -116,7 +116,7 @@ def test_the_aggregated_pool_serves_what_the_others_cannot(app: Application) -> 
     app.kill("prefill")
     app.kill("decode")
     wait_until(lambda: app.state() == "degraded", 5, "their death noticed", every_s=0.02)
-    assert app.frontend.health()["status"] == "degraded"
+    assert app.health()["status"] == "degraded"
     explanation = app.serve(LONG)
     assert explanation["aggregated"]
     assert explanation["reason"].startswith("no_")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import time
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -179,13 +180,14 @@ class Prefill(PrefillWorker):
     def __init__(self, **fields: Any) -> None:
         vars(self).update(fields, _info=INFO)
 
-    def __del__(self) -> None: ...
+    def __del__(self) -> None: ...  # type: ignore[override]  # nothing to await, and nobody who would
 
 
 class Decode(DecodeWorker):
     """Likewise."""
 
-    __init__, __del__ = Prefill.__init__, Prefill.__del__
+    __init__ = Prefill.__init__
+    __del__ = Prefill.__del__  # type: ignore[assignment]  # as above
 
 
 @pytest.mark.parametrize(
@@ -411,7 +413,9 @@ def test_a_plan_is_told_in_log_metrics_and_kv(told: dict[str, Any], caplog: pyte
     policy = Policy()
     with caplog.at_level(logging.INFO, logger="ray.serve"):
         for _ in range(3):
-            assert policy(context(BUSY)) == (pytest.approx(0.97 / 0.85), {})
+            wanted, state = policy(context(BUSY))
+            assert wanted == pytest.approx(0.97 / 0.85)
+            assert state == {}
     assert [record.getMessage() for record in caplog.records] == [
         "autoscaling deployment=decode-tiny model=tiny role=decode replicas=1 wanted=2 "
         "reason='97% of the KV memory is taken against 85%, by 40 sequences'"
@@ -427,7 +431,7 @@ def test_an_unchanged_plan_is_told_again_before_it_looks_old(
     told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 50.0
-    monkeypatch.setattr(autoscaling.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     policy = Policy()
     policy(context(BUSY))
     told.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from app.bench.workload import MOONCAKE_BLOCK_TOKENS, Request
 from app.config import RemotePlacement, RoutingConfig
 from app.engines.sim.profile import PrefillTimes, SimProfile, StepTimes, TransferTimes
 from app.errors import Overloaded
-from app.messages import GenerateRequest, PrefillReport
+from app.messages import GenerateRequest, PrefillReport, Role
+from app.routing.pool_state import PoolState
 from app.routing.router import Router
 from benchmarks.routing.__main__ import bench_routing
 from benchmarks.routing.decision_time import measure_decisions
@@ -48,7 +49,7 @@ class Local:
     """All on the first decode replica, which prefills; notes what it is told."""
 
     def __init__(self) -> None:
-        self.pools: dict[Any, Any] = {}
+        self.pools: Mapping[Role, PoolState] = {}
         self.reports: list[PrefillReport] = []
 
     def place(self, request: GenerateRequest) -> FleetAssignment:
@@ -213,11 +214,11 @@ def test_each_placement_is_told_once_of_its_first_token_and_of_its_end() -> None
 
 def test_a_view_knows_the_load_one_message_later() -> None:
     spec, timeline, policy, seen = make_spec(), Timeline(), Local(), list[tuple[int, int]]()
-    policy.pools["decode"] = view = Router(RoutingConfig(), has_prefill=False).pools["decode"]
+    policy.pools = Router(RoutingConfig(), has_prefill=False).pools
     fleet = Fleet(spec, policy, timeline)
 
     def look() -> None:
-        replica = view.replicas["decode-0"]
+        replica = policy.pools["decode"].replicas["decode-0"]
         seen.append((replica.sequences.value, replica.queued_tokens.value))
 
     end_s = PROFILE.prefill_s(512)

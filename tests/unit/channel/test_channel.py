@@ -345,8 +345,8 @@ async def test_changes_reach_all_frontends_in_order() -> None:
                 cache.remove(number // 3)
             replica.server.publish_load(ReplicaLoad(number))
             await asyncio.sleep(0.001)
+        await until(lambda: all(told.loads[-1:] == [ReplicaLoad(49)] for told in (one, two)))
         for told in (one, two):
-            await until(lambda told=told: told.loads and told.loads[-1] == ReplicaLoad(49))
             assert told.blocks == cache.blocks
             assert told.loads == sorted(told.loads, key=lambda load: load.sequences)
             assert len(told.loads) > 2

@@ -266,8 +266,10 @@ async def test_only_a_token_that_the_request_names_is_a_stop_reason(
 
 # Log probabilities
 
-OF_TOKENS = {"output_token_logprobs": [(-0.5, 20, None), (-3.0, 21, None)]}
-OF_CANDIDATES = {"output_top_logprobs": [[(-0.5, 20, None), (-1.5, 9, None)], [(-0.25, 8, None), (-2.0, 9, None)]]}
+OF_TOKENS: dict[str, Any] = {"output_token_logprobs": [(-0.5, 20, None), (-3.0, 21, None)]}
+OF_CANDIDATES: dict[str, Any] = {
+    "output_top_logprobs": [[(-0.5, 20, None), (-1.5, 9, None)], [(-0.25, 8, None), (-2.0, 9, None)]]
+}
 
 
 @pytest.mark.parametrize(

@@ -692,10 +692,11 @@ def test_a_configuration_with_sim_engines_is_checked_before_any_starts() -> None
     assert check(config, []) == "cpu"
     assert check(config, [1]) == "cuda"
     assert gpus_of_replica(config.models[0].decode, "cuda") == 0
-    for section, changes in {
+    refused: dict[str, dict[str, Any]] = {
         "engine_args": {"engine_args": {"gpu_memory_utilization": 0.5}},
         "prefill.engine_args": {"prefill": {"engine": "sim", "engine_args": {"gpu_memory_utilization": 0.5}}},
-    }.items():
+    }
+    for section, changes in refused.items():
         with pytest.raises(ConfigError) as caught:
             check(parse(configured(**changes)), [])
         assert caught.value.field == f"models.0.{section}.gpu_memory_utilization"
