@@ -262,7 +262,7 @@ class Caller:
 
     async def replicas(self) -> dict[str, list[str]]:
         """Those that can be reached."""
-        return {role: list(view.replicas) for role, view in self._model.router.pools.items()}
+        return {role: list(pool.replicas) for role, pool in self._model.router.pools.items()}
 
 
 def scripted_application(

@@ -64,7 +64,7 @@ class Application:
         found: dict[str, Any] = explanation
         return found
 
-    def views(self) -> dict[str, dict[str, int]]:
+    def pool_states(self) -> dict[str, dict[str, int]]:
         return {replica["role"]: replica["view"] for replica in self.http.get("/stats").json()["replicas"]}
 
     def kill(self, role: str) -> None:
@@ -104,11 +104,15 @@ def test_stats_tell_what_the_frontend_believes(app: Application) -> None:
     app.serve(LONG)
     app.serve(SHORT)
     # The last token's block is not full.
-    wait_until(lambda: app.views()["prefill"]["cached_blocks"] == len(LONG) // 16, 5, "the prompt in the view")
-    wait_until(lambda: app.views()["aggregated"]["cached_blocks"] >= 1, 5, "the other one, too")
+    wait_until(
+        lambda: app.pool_states()["prefill"]["cached_blocks"] == len(LONG) // 16, 5, "the prompt in the pool state"
+    )
+    wait_until(lambda: app.pool_states()["aggregated"]["cached_blocks"] >= 1, 5, "the other one, too")
     assert app.serve(LONG)["expected"]["cached_tokens"] > 0
     idle = {"sequences": 0, "queued_tokens": 0, "used_blocks": 0}
-    wait_until(lambda: all(idle.items() <= view.items() for view in app.views().values()), 5, "nothing left to do")
+    wait_until(
+        lambda: all(idle.items() <= state.items() for state in app.pool_states().values()), 5, "nothing left to do"
+    )
 
 
 def test_the_aggregated_pool_serves_what_the_others_cannot(app: Application) -> None:

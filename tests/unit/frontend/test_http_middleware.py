@@ -392,7 +392,7 @@ async def test_only_1_asks_for_an_explanation(value: bytes) -> None:
     assert (b"x-baton-explain" in client.headers) == (value == b"1")
 
 
-async def test_an_exchange_ends_with_its_request() -> None:
+async def test_a_request_context_ends_with_its_request() -> None:
     with begin_request(wants_explanation=True) as outer:
         await Client().run(answering(200, 5.0))
         assert current_request() is outer

@@ -147,7 +147,7 @@ def orchestrator(
 def loads(server: Orchestrator) -> dict[str, Counter[str]]:
     """The sequences that the router counts on each replica, by role."""
     return {
-        role: Counter({name: view.sequences.own for name, view in pool.replicas.items() if view.sequences.own})
+        role: Counter({name: state.sequences.own for name, state in pool.replicas.items() if state.sequences.own})
         for role, pool in server._router.pools.items()
     }
 

@@ -403,7 +403,7 @@ def test_a_replica_that_left_since_it_was_chosen_does_no_harm() -> None:
     in_flight.end()
 
 
-def test_where_replicas_tell_nothing_of_their_cache_it_is_assumed_from_what_they_were_sent() -> None:
+def test_where_replicas_publish_nothing_of_their_cache_it_is_assumed_from_what_they_were_sent() -> None:
     fleet = Fleet(2, 2, info={"prefix_cache": "silent", "num_blocks": 20}, **REMOTE)
     first = fleet.decide(160)
     fleet.router.begin(request(160), first).end()
