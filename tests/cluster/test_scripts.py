@@ -187,7 +187,7 @@ def running(desk: Desk) -> Desk:
     desk.server.add("ray.io/v1", "RayService", NAME, labels=labels, spec=spec, status=status)
     for cluster in ("sample-old", "sample-abc"):
         labels = {"baton.io/service": NAME, "ray.io/node-type": "head", "ray.io/cluster": cluster}
-        fields = {"spec": {"nodeName": "node-1"}, "status": {"phase": "Running"}}
+        fields: dict[str, Any] = {"spec": {"nodeName": "node-1"}, "status": {"phase": "Running"}}
         desk.server.add("v1", "Pod", f"{cluster}-head", labels=labels, owner=NAME, **fields)
     return desk
 

@@ -316,7 +316,7 @@ def test_a_reference_that_answers_otherwise_fails(baton: FakeBaton) -> None:
     ids=["aggregated only", "none", "unknown", "aggregated", "unknown reference", "disaggregated reference"],
 )
 def test_a_model_that_is_not_there_is_an_error(
-    baton: FakeBaton, modes: dict[str, str], named: dict[str, str], words: str
+    baton: FakeBaton, modes: dict[str, str], named: dict[str, Any], words: str
 ) -> None:
     baton.modes = modes
     with pytest.raises(VerifyError, match=words):
@@ -402,7 +402,7 @@ def test_a_prompt_of_the_reference_that_was_not_prefilled_remotely_verifies_noth
     ids=["local prefill", "by prefill", "reference", "by prefill, told otherwise", "local, told otherwise"],
 )
 def test_a_small_logprob_difference_passes_by_prefill_only(
-    baton: FakeBaton, engine: str, named: dict[str, str], tolerance: float | None, passes: bool
+    baton: FakeBaton, engine: str, named: dict[str, Any], tolerance: float | None, passes: bool
 ) -> None:
     baton.engine = engine
     baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
