@@ -22,10 +22,6 @@ from pydantic import (
 from app.engines.registry import EngineName, owned_args
 from app.errors import ConfigError
 from app.messages import Role
-from app.models.tiny import Size
-
-MADE_MODELS: dict[str, Size] = {"baton:tiny": "tiny", "baton:small": "small"}
-"""The `source` of each model that Baton makes itself (app/models/tiny.py)."""
 
 
 class Settings(BaseModel):

@@ -23,8 +23,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from app.least_squares import fit_non_negative
 from app.routing.decision import Prediction
-from app.routing.least_squares import fit_non_negative
 
 WINDOW = 128
 HALF_LIFE = 32

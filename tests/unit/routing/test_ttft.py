@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.routing.least_squares import fit_non_negative
+from app.least_squares import fit_non_negative
 from app.routing.ttft import (
     MAX_AGE_S,
     REFIT_EVERY,
