@@ -114,7 +114,7 @@ class LoadClient:
         self._receive(self._connection, lambda done: None)
 
     def check_tokenizer(self, tokenizer: str) -> None:
-        """Load the tokenizer, which the first load would do otherwise.  Raises LoadFailed."""
+        """RequestPlan the tokenizer, which the first load otherwise does.  Raises LoadFailed."""
         self._call(lambda done: None, _vocabulary, tokenizer)
 
     def run(self, base_url: str, model: str, tokenizer: str, spec: LoadSpec) -> LoadResult:
@@ -215,7 +215,7 @@ def _count_requests(done: Synchronized[int]) -> None:
 
 @functools.cache
 def _vocabulary(tokenizer: str) -> list[int]:
-    """Return all token ids except the special ones."""
+    """Every token id but the special ones."""
     from vllm.tokenizers import get_tokenizer
 
     loaded = get_tokenizer(tokenizer)
@@ -238,7 +238,7 @@ def _run(base_url: str, model: str, tokenizer: str, load: RequestPlan) -> dict[s
         )
         for request in load.requests
     ]
-    freeze_gc_heap()  # as `vllm bench serve` does: prompts are many objects, none of them garbage
+    freeze_gc_heap()  # as `vllm bench serve` does: prompts are many objects, and none of them is garbage
     began_s = time.process_time()
     report: dict[str, Any] = uvloop.run(serve.benchmark(**client_arguments(base_url, model, load, samples)))
     del report["generated_texts"]
@@ -246,7 +246,7 @@ def _run(base_url: str, model: str, tokenizer: str, load: RequestPlan) -> dict[s
 
 
 def client_arguments(base_url: str, model: str, load: RequestPlan, samples: list[Any]) -> dict[str, Any]:
-    """Return the arguments of vLLM's `benchmark`: each request at its own moment, greedy, to its full length."""
+    """The arguments of vLLM's `benchmark`: each request at its own moment, greedy, to its full length."""
     from vllm.benchmarks.serve import TaskType
 
     return {
@@ -264,7 +264,7 @@ def client_arguments(base_url: str, model: str, load: RequestPlan, samples: list
         "extra_body": {"temperature": 0},
         "ready_check_timeout_sec": 0,
         "disable_tqdm": True,
-        # These are for what it would add up itself, and for other kinds of load:
+        # What it would add up itself, and what is for other kinds of load:
         "selected_percentile_metrics": [],
         "selected_percentiles": [],
         "goodput_config_dict": {},
