@@ -318,7 +318,7 @@ def _describe(url: str, model: str, measured: StepMeasurements, about: str) -> s
 
 
 def print_fit(fitted: SimProfile, measured: StepMeasurements, console: Console) -> None:
-    """StepMeasurements times beside those of the profile."""
+    """Print the measured times beside those of the profile."""
     prefill = Table(title="prefill, ms")
     for heading in ("prompt tokens", "measured", "profile", "difference"):
         prefill.add_column(heading, justify="right")
