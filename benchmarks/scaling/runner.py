@@ -3,8 +3,8 @@
 The waves are the test of pools that scale apart: long prompts must grow prefill alone, long outputs decode alone, and
 both must be back at their least afterwards, with no request lost on the way.  The command says whether that was so.
 
-The client is a small one of its own, since it has to know when each answer came (docs/decisions/0009 is about
-`baton bench`, whose client keeps sums only); a chunk costs it 0.1 ms, which is nothing at the rates used here.
+The load does not come from vLLM's client, as that of `baton bench` does (docs/decisions/0009): it keeps sums only, and
+here the moment of each answer counts.  A chunk costs 0.1 ms, which is nothing at the rates used here.
 """
 
 from __future__ import annotations
