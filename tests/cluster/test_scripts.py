@@ -242,7 +242,7 @@ def test_odd_names_are_refused(running: Desk, script: str, name: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_kubectl(desk: Desk, script: str, tmp_path: Path) -> None:
-    tools = ["awk", "bash", "basename", "cp", "dirname", "env", "grep", "mkdir", "mktemp", "rm", "sed"]
+    tools = ["bash", "basename", "cp", "dirname", "env", "grep", "mkdir", "mktemp", "rm", "sed"]
     (bare := tmp_path / "bare").mkdir()
     for tool in tools:
         (bare / tool).symlink_to(shutil.which(tool) or tool)

@@ -24,6 +24,7 @@ from app.cli.verify import (
     compare_output,
 )
 from app.cli.verify import TOLERANCE as USUAL_TOLERANCE
+from app.errors import ConfigError
 
 TOLERANCE = 0.02
 NUM_PROMPTS = 10
@@ -421,7 +422,7 @@ def closed_port() -> int:
 def test_a_url_where_nothing_answers_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     url = url.format(port=closed_port())
-    with pytest.raises(VerifyError) as caught:
+    with pytest.raises(ConfigError) as caught:
         verified(url)
     assert url in str(caught.value)
 
@@ -429,11 +430,11 @@ def test_a_url_where_nothing_answers_is_named(url: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("path", ["/v1/models", "/tokenize", "/v1/completions", "/stats"])
 def test_an_error_in_an_answer_is_passed_on_with_its_path(baton: FakeBaton, path: str) -> None:
     baton.fixed[path] = 500, "no engine"
-    with pytest.raises(VerifyError, match=f"{path} answered 500: no engine"):
+    with pytest.raises(ConfigError, match=f"{path} answered 500: no engine"):
         verified(baton.url)
 
 
 def test_a_url_where_something_else_answers_is_an_error(baton: FakeBaton) -> None:
     baton.fixed["/v1/models"] = 200, "<html>welcome</html>"
-    with pytest.raises(VerifyError, match="/v1/models"):
+    with pytest.raises(ConfigError, match="/v1/models"):
         verified(baton.url)
