@@ -6,7 +6,6 @@ hints after and Serve flags that make streaming cheap (deployments/cluster.py).
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from rich.console import Console
 from app.cli.check import check_document
 from app.cli.options import DEFAULT_CONFIG, ConfigPath
 from app.serve_document import configs, load_document
-from baton_command import find_intruder
 from deployments.cluster import start_cluster, stop_cluster
 
 
@@ -34,10 +32,6 @@ def run(
     """Start Ray and the application here and serve until Ctrl-C.  MODEL=... replaces the only model."""
     console = Console(stderr=True, highlight=False)
     started_at = time.monotonic()
-    if intruder := find_intruder([os.getcwd()]):  # which Ray puts first on the path of its workers
-        raise RuntimeError(
-            f"{intruder} would be taken for Baton's package of the same name: run Baton in another folder"
-        )
     document = load_document(config)
     device = check_document(document)
     console.print(f"{config}: ok; engines run on {device}" + ("" if device == "cuda" else " (no GPU found)"))

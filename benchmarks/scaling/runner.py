@@ -83,7 +83,8 @@ class Runner:
             "temperature": 0,
             "stream": True,
         }
-        sent_at, times = self._now(), []
+        sent_at = self._now()
+        times: list[float] = []
         try:
             async with client.stream("POST", "/v1/completions", json=body) as answer:
                 error = await self._read(answer, times)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from baton_command import PACKAGES
 from tests.conftest import REPOSITORY
 
+PACKAGES = {"app", "deployments"}
 UV = REPOSITORY / "scripts/uv.sh"
 
 
@@ -46,7 +46,7 @@ def test_the_wheel_adds_two_names_to_site_packages(wheel: Path) -> None:
         "baton.pth",
         "baton_command.py",
     }
-    assert {name.split("/")[1] for name in names if name.startswith("baton/")} == set(PACKAGES)
+    assert {name.split("/")[1] for name in names if name.startswith("baton/")} == PACKAGES
 
 
 def test_the_wheel_has_all_of_both_packages(wheel: Path) -> None:

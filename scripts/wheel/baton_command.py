@@ -6,13 +6,14 @@ path (docs/decisions/0018-wheel.md).  Where another package of such a name comes
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FOLDER = HERE / "baton" if (HERE / "baton").is_dir() else HERE
+FOLDER = HERE / "baton" if (HERE / "baton").is_dir() else HERE.parents[1]
 """Where Baton's packages are: a folder of site-packages, or the repository."""
 PACKAGES = ("app", "deployments")
 
@@ -34,6 +35,10 @@ def main() -> None:
     if intruder := find_intruder(sys.path):
         advice = "take it off PYTHONPATH, or install Baton into an environment of its own"
         print(f"baton: {intruder} comes before Baton's package of the same name: {advice}", file=sys.stderr)
+        raise SystemExit(2)
+    if sys.argv[1:2] == ["run"] and (intruder := find_intruder([os.getcwd()])):  # which Ray puts first for its workers
+        advice = "run Baton in another folder"
+        print(f"baton: {intruder} would be taken for Baton's package of the same name: {advice}", file=sys.stderr)
         raise SystemExit(2)
     from app.cli.main import main as run
 
