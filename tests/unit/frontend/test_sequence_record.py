@@ -1,13 +1,13 @@
 """What is logged and counted of a sequence: once, and both from the same facts."""
 
 import logging
+import time
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
 
 from app.config import SloConfig
-from app.frontend import sequence_record
 from app.frontend.sequence_record import SequenceRecord
 from app.messages import PrefillReport, TokenDelta
 from app.routing.decision import Prediction
@@ -142,7 +142,7 @@ def test_a_sequence_within_its_slo_is_goodput(
 ) -> None:
     """11 tokens, so 10 gaps of 50 ms each on average, be they in few deltas or many."""
     now = 0.0
-    monkeypatch.setattr(sequence_record.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     record = SequenceRecord(model, "r", 100, slo=SloConfig(ttft_ms=2000, itl_ms=50))
     now = ttft_s
     record.on_delta(TokenDelta([1]))
