@@ -99,7 +99,7 @@ class PooledEngineClient(EngineClient):
         """
         context = current_request()
         try:
-            prefill_mode = _prefill_mode(prompt, sampling_params)
+            prefill_mode = _to_prefill_mode(_take_prefill_mode(sampling_params), prompt)
             request = self._to_engine_request(prompt, sampling_params, request_id, lora_request, priority)
             request.reasoning_ended = reasoning_ended
             request.reasoning_parser_kwargs = reasoning_parser_kwargs
@@ -312,9 +312,16 @@ def _refuse_what_cannot_be_served(prompt: Any, params: SamplingParams, lora_requ
         raise VLLMValidationError(f"only text prompts are served, got {kind} input", parameter="prompt")
 
 
-def _prefill_mode(prompt: Any, params: SamplingParams) -> PrefillMode:
-    """Take ``vllm_xargs: {"baton_prefill": ...}`` of the request out of its sampling parameters."""
-    mode = (params.extra_args or {}).pop("baton_prefill", "auto")
+def _take_prefill_mode(params: SamplingParams) -> Any:
+    """Remove ``vllm_xargs: {"baton_prefill": ...}`` from the sampling parameters: no engine knows it.
+
+    Returns what the client sent, whatever that is.
+    """
+    return (params.extra_args or {}).pop("baton_prefill", "auto")
+
+
+def _to_prefill_mode(mode: Any, prompt: Any) -> PrefillMode:
+    """Raises VLLMValidationError for a mode that does not exist or that `prompt` must not have."""
     if mode not in get_args(PrefillMode):
         raise VLLMValidationError(
             f"baton_prefill must be one of {', '.join(get_args(PrefillMode))}",

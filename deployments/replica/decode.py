@@ -56,7 +56,6 @@ class DecodeWorker(Worker):
 
     async def _generate(self, link: Link, call: Submit, descriptor: TransferDescriptor | None, reason: str) -> None:
         """Generate with the KV of `descriptor`, or without one because of `reason`."""
-        began = time.monotonic()
         phase = _first_phase(descriptor)
 
         def emit(delta: TokenDelta) -> None:
@@ -65,7 +64,7 @@ class DecodeWorker(Worker):
             if report is None:
                 self._generated_tokens += len(delta.token_ids)
             else:
-                delta = _complete(delta, report, reason, descriptor, time.monotonic() - began)
+                delta = _complete(delta, report, reason, descriptor)
                 if phase in ("waiting", "promised"):
                     self._meter.count(started=1)
                 self._phases[phase] -= 1
@@ -190,15 +189,13 @@ def _first_phase(descriptor: TransferDescriptor | None) -> Phase:
 
 
 def _complete(
-    delta: TokenDelta, report: PrefillReport, reason: str, descriptor: TransferDescriptor | None, first_token_s: float
+    delta: TokenDelta, report: PrefillReport, reason: str, descriptor: TransferDescriptor | None
 ) -> TokenDelta:
-    """The report with what this replica knows and the engine cannot: why decode prefilled itself, and how long it took.
+    """The report with what this replica knows and the engine cannot: why decode prefilled itself, or what prefill took.
 
     `report` is the delta's.
     """
-    changed: dict[str, Any] = {"first_token_s": first_token_s}
-    if reason:
-        changed["reason"] = reason
+    changed: dict[str, Any] = {"reason": reason} if reason else {}
     if descriptor is not None and descriptor.prefill_s is not None and report.kind == "remote":
         changed |= {"prefill_s": descriptor.prefill_s, "prefill_cached_tokens": descriptor.cached_tokens}
     return msgspec.structs.replace(delta, report=msgspec.structs.replace(report, **changed))
