@@ -42,6 +42,7 @@ from app.config import ModelConfig
 from app.errors import BatonError, EngineDead, InvalidRequest, NoReplica, Overloaded, ReplicaLost
 from app.frontend.orchestrator import Orchestrator
 from app.frontend.request_context import RequestContext, current_request
+from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
 from app.messages import GenerateRequest, Logprobs, PrefillMode, TokenDelta
 from app.routing.decision import RoutingHints
@@ -165,15 +166,6 @@ class PooledEngineClient(EngineClient):
     ) -> None:
         """Feed one sequence's deltas to the output processor, and its error, if any, to the caller's queue."""
         assert request.prompt_token_ids is not None
-        record = SequenceRecord(
-            self._model_name,
-            request.request_id,
-            len(request.prompt_token_ids),
-            slo=self._slo,
-            has_session=hints.session is not None,
-        )
-        if hints.explain:
-            context.sequences.append(record)
         task = asyncio.current_task()
         assert task is not None
         end = ""
@@ -194,9 +186,20 @@ class PooledEngineClient(EngineClient):
                 task.cancel()
             end = end or delta.finish_reason or ""
 
+        progress = SequenceProgress(emit)
+        record = SequenceRecord(
+            progress,
+            self._model_name,
+            request.request_id,
+            len(request.prompt_token_ids),
+            slo=self._slo,
+            has_session=hints.session is not None,
+        )
+        if hints.explain:
+            context.sequences.append(record)
         try:
             generate_request = _to_generate_request(request, prefill_mode)
-            await self._orchestrator.run(generate_request, emit, hints=hints, on_decision=record.on_decision)
+            await self._orchestrator.run(generate_request, progress, hints=hints, on_decision=record.on_decision)
         except (BatonError, TimeoutError) as error:
             end = type(error).__name__
             if isinstance(error, Overloaded):

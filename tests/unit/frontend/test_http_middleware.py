@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.frontend.http_middleware import BodyLimit, ErrorBeforeStream, RoutingHeaders, error_body
 from app.frontend.request_context import begin_request, current_request
+from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
 from tests.unit.decisions import decision
 
@@ -362,7 +363,7 @@ def answering(status: int, *waits_s: float) -> ASGIApp:
         for seconds in waits_s:
             context.refuse_for(seconds)
         if context.wants_explanation:
-            context.sequences.append(SequenceRecord("m", "r", 1))
+            context.sequences.append(SequenceRecord(SequenceProgress(lambda delta: None), "m", "r", 1))
             context.sequences[-1].on_decision(decision())
         await asyncio.create_task(send({"type": "http.response.start", "status": status}))
 

@@ -17,10 +17,10 @@ import pytest_asyncio
 from starlette.types import ASGIApp
 
 from app.config import parse
-from app.engines.base import Emit
 from app.errors import InvalidRequest, NoReplica, Overloaded
 from app.frontend.http_middleware import error_body
 from app.frontend.orchestrator import Orchestrator
+from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, PrefillReport, TokenDelta
 from app.routing.decision import Candidate, Decision, RoutingHints
 from tests.unit.decisions import decision
@@ -64,7 +64,7 @@ class FakeOrchestrator:
     async def run(
         self,
         request: GenerateRequest,
-        emit: Emit,
+        progress: SequenceProgress,
         *,
         hints: RoutingHints,
         on_decision: Callable[[Decision], object],
@@ -75,11 +75,11 @@ class FakeOrchestrator:
         for _ in range(self.num_decisions):
             on_decision(decision(others={"decode": [OTHER]} if hints.explain else {}))
         await asyncio.sleep(TTFT_S)
-        emit(TokenDelta([20], report=REPORT))
+        progress.take(TokenDelta([20], report=REPORT))
         await asyncio.sleep(0.001)
         if self.fails:
             raise self.fails
-        emit(TokenDelta([21], finish_reason="length"))
+        progress.take(TokenDelta([21], finish_reason="length"))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
