@@ -112,7 +112,7 @@ class PooledEngineClient(EngineClient):
                     output = queue.get_nowait() or await queue.get()
                     assert isinstance(output, RequestOutput)
                     is_finished = output.finished
-                    context.has_begun = True
+                    context.has_output = True
                     yield output
             finally:
                 for task in tasks:
