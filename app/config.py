@@ -1,4 +1,4 @@
-"""Every setting of Baton, in one tree, validated once and passed whole.
+"""Every setting of Baton, in one tree that is validated once and passed whole.
 
 The tree is the ``args`` of the Serve application in serve_config.yaml.  Serve's own settings (HTTP host and
 port, proxies, logging) stay where Serve documents them, beside ``applications`` in the same file.
@@ -22,14 +22,10 @@ from pydantic import (
 from app.engines.registry import EngineName, owned_args
 from app.errors import ConfigError
 from app.messages import Role
-from app.models.tiny import Size
-
-MADE_MODELS: dict[str, Size] = {"baton:tiny": "tiny", "baton:small": "small"}
-"""The `source` of each model that Baton makes itself (app/models/tiny.py)."""
 
 
 class Settings(BaseModel):
-    """Base of every section: immutable, and an unknown key is an error."""
+    """The base of every section: it is immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,25 +36,25 @@ class Resources(Settings):
     num_cpus: float = Field(default=1.0, ge=0)
     """CPU cores; also the number of threads (OMP_NUM_THREADS) of an engine on a CPU."""
     num_gpus: float | None = Field(default=None, ge=0)
-    """GPUs; by default tensor_parallel_size on CUDA and 0 on a CPU."""
+    """GPUs; the default is tensor_parallel_size on CUDA and 0 on a CPU."""
     memory_bytes: int | None = Field(default=None, gt=0)
     custom: dict[str, float] = {}
     """Ray custom resources that a replica takes."""
     node_labels: dict[str, str] = {}
-    """Labels that its node must have (Ray's label selectors), e.g. ``{baton/pool: prefill}``, to keep a pool on its
-    worker group."""
+    """Labels that a replica's node must have (Ray's label selectors), e.g. ``{baton/pool: prefill}``.  They keep a pool
+    on its worker group."""
 
 
 class DeploymentConfig(Settings):
-    """What Serve needs to know of any of the deployments."""
+    """What Serve needs to know about a deployment."""
 
     replicas: int | None = Field(default=None, ge=1)
     """A fixed number of replicas; 1 if neither this nor `autoscaling` is set."""
     autoscaling: dict[str, Any] | None = None
     """Serve's AutoscalingConfig, verbatim, instead of `replicas`: `min_replicas`, `max_replicas`, `upscale_delay_s`,
-    `downscale_delay_s`, `look_back_period_s`, ...  How many replicas the load takes is Baton's to say, by the model's
-    `slo` (app/autoscaling/replica_plan.py), unless this names another `policy`.  `target_ongoing_requests` is for
-    frontends (200 by default); for a pool it is a bound of the user's own, beside the others."""
+    `downscale_delay_s`, `look_back_period_s`, ...  Unless this names another `policy`, Baton decides how many replicas
+    the load takes, by the model's `slo` (app/autoscaling/replica_plan.py).  `target_ongoing_requests` is for frontends
+    (200 by default); for a pool it is an additional bound."""
     resources: Resources = Resources()
     environment: dict[str, str] = {}
     """Environment variables of the replicas' processes."""
@@ -66,7 +62,7 @@ class DeploymentConfig(Settings):
     """Serve replaces a replica after three failed checks."""
     health_check_timeout_s: float = Field(default=10.0, gt=0)
     graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0)
-    """How long a replica that is being removed may go on with the requests that it has."""
+    """How long a replica that is being removed may go on with its requests."""
 
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> Self:
@@ -76,20 +72,20 @@ class DeploymentConfig(Settings):
 
 
 class PoolConfig(DeploymentConfig):
-    """One pool of engines in one role."""
+    """One pool: the engines of a model in one role."""
 
     engine: EngineName = "vllm"
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that one replica's engine is spread over."""
     engine_args: dict[str, Any] = {}
-    """Arguments of the engine (vLLM: AsyncEngineArgs), untouched, over those of the model."""
+    """Arguments of the engine (vLLM: AsyncEngineArgs), passed on untouched; they override those of the model."""
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
     """How long a replica that is being removed may go on with its sequences, and a prefill replica wait until its KV
     has been pulled."""
     python: str | None = Field(default=None, min_length=1)
-    """The Python interpreter that the replicas run in, where the engine's environment is another one than that of
-    Ray's workers; a relative path counts from the repository's root.  By default ``.venv-sglang/bin/python`` for
-    SGLang if that is there, else the workers' own (on Kubernetes the worker group's image is the environment)."""
+    """The Python interpreter that the replicas run in, if the engine's environment is not that of Ray's workers.  A
+    relative path counts from the repository's root.  The default is ``.venv-sglang/bin/python`` for SGLang if that
+    exists, and otherwise the workers' own (on Kubernetes the worker group's image is the environment)."""
 
     @model_validator(mode="after")
     def _refuse_owned_args(self) -> Self:
@@ -98,27 +94,27 @@ class PoolConfig(DeploymentConfig):
 
 
 class PrefillWeights(Settings):
-    """How much each score of a prefill replica counts; app/routing/scores.py says what they are, each from 0 to 1.
+    """How much each score of a prefill replica counts.  Scores are from 0 to 1; app/routing/scores.py explains them.
 
-    `prefix` and `queue` count in the same unit, tokens to compute before this prompt's end, so with equal weights
-    the replica with the least of them is the best for this prompt.
+    `prefix` and `queue` count in the same unit, tokens to compute before this prompt is done.  So with equal weights
+    the replica with the fewest of them is the best for this prompt.
     """
 
     prefix: float = Field(default=4.0, ge=0)
-    """How much of the prompt it has cached.  More than the queue, for the sake of other prompts: what is computed a
-    second time pushes something else out of a cache.  Under load 4 gave both more hits and a lower mean TTFT than 1
-    (docs/benchmarks/2026-11-21-routing.md)."""
+    """How much of the prompt it has cached.  This counts more than the queue for the sake of other prompts: what is
+    computed a second time pushes something else out of a cache.  Under load 4 gave both more hits and a lower mean TTFT
+    than 1 (docs/benchmarks/2026-11-21-routing.md)."""
     queue: float = Field(default=1.0, ge=0)
-    """How little it has to compute before."""
+    """How little it has to compute before this prompt."""
     affinity: float = Field(default=0.05, ge=0)
     """Whether it is the session's own."""
 
 
 class DecodeWeights(Settings):
-    """How much each score of a replica that decodes counts; app/routing/scores.py says what they are."""
+    """How much each score of a replica that decodes counts; app/routing/scores.py explains the scores."""
 
     prefix: float = Field(default=1.0, ge=0)
-    """How much of the prompt it has cached: that is neither computed nor transferred."""
+    """How much of the prompt it has cached, which is neither computed nor transferred."""
     queue: float = Field(default=1.0, ge=0)
     """How few prompt tokens wait there to be computed."""
     batch: float = Field(default=1.0, ge=0)
@@ -128,16 +124,16 @@ class DecodeWeights(Settings):
     affinity: float = Field(default=0.05, ge=0)
     """Whether it is the session's own."""
     topology: float = Field(default=0.1, ge=0)
-    """How near to the prefill replica it is: the same node, or by the transfers measured between the nodes."""
+    """How near it is to the prefill replica: on the same node, or by the transfers measured between the nodes."""
 
 
 class PredictedPlacement(Settings):
-    """Prefill where the predicted time to the first token is shorter, what others would lose by it included."""
+    """Prefill where the predicted time to the first token is shorter, interference with other sequences included."""
 
     policy: Literal["predicted"] = "predicted"
     itl_budget_ms: float = Field(default=50.0, ge=0)
-    """How long the sequences that run on a decode replica may wait for a prompt that is prefilled there.  What
-    exceeds it is counted, for each of them, as if the request itself waited for it."""
+    """How long the sequences that run on a decode replica may wait for a prompt that is prefilled there.  Whatever
+    exceeds it is counted for each of them as if the request itself waited for it."""
 
 
 class ThresholdPlacement(Settings):
@@ -145,13 +141,13 @@ class ThresholdPlacement(Settings):
 
     policy: Literal["thresholds"]
     max_local_tokens: int = Field(default=512, ge=0)
-    """A prompt with at most so many tokens that decode has not cached is prefilled there."""
+    """A prompt is prefilled on decode if at most this many of its tokens are not cached there."""
     max_prefill_queue_tokens: int = Field(default=65_536, ge=0)
-    """So is any prompt, if more tokens than this wait on the best prefill replica."""
+    """Any prompt is prefilled on decode if more tokens than this wait on the best prefill replica."""
 
 
 class RemotePlacement(Settings):
-    """Prefill remotely whatever can be."""
+    """Prefill remotely whatever can be prefilled remotely."""
 
     policy: Literal["remote"]
 
@@ -165,18 +161,18 @@ class RoutingConfig(Settings):
     prefill_weights: PrefillWeights = PrefillWeights()
     decode_weights: DecodeWeights = DecodeWeights()
     max_queued_tokens: int = Field(default=262_144, ge=1)
-    """Prompt tokens that may wait on one replica to be computed.  Where all of prefill is at this bound, prompts are
-    prefilled locally; where that is at it too, requests get 429."""
+    """Prompt tokens that may wait on one replica to be computed.  If all of prefill is at this bound, prompts are
+    prefilled locally; if all local replicas are at it too, requests get 429."""
 
 
 class SloConfig(Settings):
-    """What sequences shall be served within: what the pools' autoscaling aims at, and what counts as goodput."""
+    """The times within which sequences are to be served: autoscaling aims at them, and goodput counts by them."""
 
     ttft_ms: float = Field(default=2000.0, gt=0)
-    """Time to the first token: what pools that compute prompts are scaled by."""
+    """Time to the first token.  Pools that compute prompts scale by it."""
     itl_ms: float = Field(default=50.0, gt=0)
-    """Between two tokens, the mean over a sequence: what pools that decode are scaled by, with their KV memory and the
-    sequences that wait for a slot."""
+    """Time between two tokens, as the mean over a sequence.  Pools that decode scale by it, by their KV memory and by
+    the sequences that wait for a slot."""
 
 
 class ModelConfig(Settings):
@@ -187,15 +183,15 @@ class ModelConfig(Settings):
     source: str = Field(min_length=1)
     """A Hugging Face id, a folder, or ``baton:tiny`` or ``baton:small`` for a model that Baton makes."""
     engine_args: dict[str, Any] = {}
-    """Engine arguments of both pools, e.g. max_model_len."""
+    """Engine arguments of all pools, e.g. max_model_len."""
     server_args: dict[str, Any] = {}
     """Options of vLLM's API server, e.g. ``tool_call_parser: hermes``, ``reasoning_parser``, ``chat_template``."""
     prefill: PoolConfig | None = None
     """Without it the decode pool serves alone (aggregated)."""
     decode: PoolConfig
     aggregated: PoolConfig | None = None
-    """Engines beside prefill and decode that serve whole requests: those whose prompt is better not transferred.
-    SGLang's decode engines cannot prefill, so with SGLang only this makes disaggregation conditional; vLLM's can."""
+    """Engines beside prefill and decode that serve whole requests whose prompt is better not transferred.  SGLang's
+    decode engines cannot prefill, so SGLang needs this pool for conditional disaggregation; vLLM does not."""
     routing: RoutingConfig = RoutingConfig()
     slo: SloConfig = SloConfig()
 
@@ -231,15 +227,15 @@ class ModelConfig(Settings):
 
     @property
     def engine(self) -> EngineName:
-        """The engine of its pools."""
+        """The engine that the model's pools run."""
         return self.decode.engine
 
     def deployment_name(self, role: Role) -> str:
-        """The Serve deployment of a pool; other models that come and go leave it as it is."""
+        """Return the name of a pool's Serve deployment, which does not depend on other models."""
         return f"{role}-{re.sub(r'[^A-Za-z0-9._-]', '-', self.name)}"
 
     def pool(self, role: Role) -> PoolConfig | None:
-        """The pool of a role; None if the model has none."""
+        """Return the pool of a role; None if the model has none."""
         pools: dict[Role, PoolConfig | None] = {
             "prefill": self.prefill,
             "decode": self.decode,
@@ -248,11 +244,11 @@ class ModelConfig(Settings):
         return pools[role]
 
     def pools(self) -> dict[Role, PoolConfig]:
-        """Those that it has."""
+        """Return the pools that the model has, by role."""
         return {role: pool for role in get_args(Role) if (pool := self.pool(role)) is not None}
 
     def merged_engine_args(self, pool: PoolConfig) -> dict[str, Any]:
-        """The arguments that an engine of `pool` starts with."""
+        """Return the arguments that an engine of `pool` starts with."""
         return {**self.engine_args, **pool.engine_args}
 
 
@@ -262,13 +258,13 @@ class TransferConfig(Settings):
     backends: list[str] = Field(default=["UCX"], min_length=1)
     """NIXL plug-ins, in order of preference: UCX, LIBFABRIC, GDS, ..."""
     required_transport: Literal["any", "rdma", "nvlink", "shm", "tcp"] = "any"
-    """What UCX must use.  Where its log shows that it uses none of that, KV is no longer transferred: decode
-    prefills, and each log line and metric says ``transport_refused``."""
+    """What UCX must use.  If its log shows that it uses something else, KV is no longer transferred: decode prefills,
+    and each log line and metric says ``transport_refused``."""
     port_min: int = Field(default=20000, ge=1024, le=65535)
     port_max: int = Field(default=29999, ge=1024, le=65535)
-    """The side-channel ports that replicas on one node share out among themselves."""
+    """`port_min` to `port_max` are the side-channel ports that the replicas on one node share."""
     lease_s: int = Field(default=30, ge=12)
-    """How long prefill keeps KV for a decode that has not asked for it; vLLM renews it every sixth of this."""
+    """How long prefill keeps KV for a decode that has not asked for it; vLLM renews the lease every sixth of this."""
 
     @model_validator(mode="after")
     def _ports_in_order(self) -> Self:
@@ -284,24 +280,24 @@ class TransferConfig(Settings):
 
 
 class FrontendConfig(DeploymentConfig):
-    """The deployment that talks HTTP; it needs no GPU and loads no weights."""
+    """The deployment that serves HTTP; it needs no GPU and loads no weights."""
 
     max_ongoing_requests: int = Field(default=10_000, ge=1)
     """Requests that one frontend replica holds before Serve's proxy makes new ones wait."""
     metrics_port: int | None = Field(default=None, ge=1024, le=65535)
-    """Where each frontend serves its own /metrics, for Prometheus: on the HTTP port any one of them answers.  With
-    several on one node, each takes the first free port from here on."""
+    """The port at which each frontend serves its own /metrics for Prometheus, since any frontend may answer on the HTTP
+    port.  If several are on one node, each takes the first free port from this one on."""
 
 
 class LimitsConfig(Settings):
     """Bounds on what one request may take."""
 
     max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
-    """A larger HTTP body is refused with 413."""
+    """The largest HTTP body in bytes; a larger one is refused with 413."""
     ttft_timeout_s: float = Field(default=300.0, gt=0)
-    """From a request's arrival to its first token, queueing included; then 504."""
+    """The longest time from a request's arrival to its first token, queueing included; after it the answer is 504."""
     itl_timeout_s: float = Field(default=60.0, gt=0)
-    """Between two tokens; then the request fails."""
+    """The longest time between two tokens; after it the request fails."""
     prefill_timeout_s: float = Field(default=60.0, gt=0)
     """How long decode waits for a handoff before it prefills itself."""
     max_attempts: int = Field(default=3, ge=1)
@@ -312,11 +308,11 @@ class BatonConfig(Settings):
     """The whole application."""
 
     models: list[ModelConfig] = Field(min_length=1)
-    """The models, each with pools of its own behind the one endpoint; their names differ."""
+    """The models, each with pools of its own behind the one endpoint.  Their names must differ."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the engines run; `auto` takes CUDA if the cluster has a GPU."""
+    """Where the engines run; `auto` means CUDA if the cluster has a GPU."""
     transfer: TransferConfig | None = Field(default=None, validate_default=True)
-    """Needed as soon as a model has a prefill pool."""
+    """This section is needed as soon as a model has a prefill pool."""
     frontend: FrontendConfig = FrontendConfig()
     limits: LimitsConfig = LimitsConfig()
 
@@ -327,7 +323,7 @@ class BatonConfig(Settings):
         for index, model in enumerate(models):
             other = seen.setdefault(model.deployment_name("decode"), index)
             if other != index:
-                # Not a ValueError: the error is to name the field inside the list.
+                # This is no ValueError, so that the error names the field inside the list.
                 raise ConfigError(
                     f"models.{index}.name",
                     f"{model.name!r} and models.{other}.name {models[other].name!r} would be the same deployment "
@@ -350,7 +346,7 @@ class BatonConfig(Settings):
 
 
 def parse(args: dict[str, Any]) -> BatonConfig:
-    """The validated tree.  Raises ConfigError that names the first wrong field and says how many more there are."""
+    """Validate the tree.  Raises ConfigError that names the first wrong field and says how many more there are."""
     try:
         return BatonConfig.model_validate(args)
     except ValidationError as error:
@@ -362,7 +358,7 @@ def parse(args: dict[str, Any]) -> BatonConfig:
 
 
 def _path(location: tuple[str | int, ...]) -> str:
-    """The dotted path of a field; pydantic puts a union's choice after the field that holds it."""
+    """Return the dotted path of a field, without a union's choice, which pydantic puts after the union's field."""
     parts = [str(part) for part in location]
     return ".".join(part for before, part in zip(["", *parts], parts, strict=False) if before != "placement")
 

@@ -1,4 +1,4 @@
-"""Every error that crosses a seam of Baton, in one tree.
+"""Every error that crosses a seam of Baton, in one tree of classes.
 
 Each class passes all its fields to ``super().__init__`` so that it survives pickling between Serve
 deployments (tests/unit/test_errors.py pickles every one of them).
@@ -12,7 +12,7 @@ class BatonError(Exception):
 
 
 class ConfigError(BatonError):
-    """The configuration cannot work; raised before any engine starts.
+    """The configuration cannot work.  This is raised before any engine starts.
 
     ``field`` is the dotted path inside ``args`` of the Serve application, e.g. ``models.0.decode.replicas``.
     """
@@ -27,7 +27,7 @@ class ConfigError(BatonError):
 
 
 class InvalidRequest(BatonError):
-    """The engine refuses the request itself: a retry elsewhere would fail the same way (HTTP 400)."""
+    """The engine refuses the request itself, so a retry elsewhere would fail in the same way (HTTP 400)."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -42,21 +42,21 @@ class EngineDead(BatonError):
 
 
 class EngineFailed(BatonError):
-    """The engine ended one request with an internal error while it goes on serving others."""
+    """The engine ended one request with an internal error, and goes on serving others."""
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
 
 
 class PrefillFailed(BatonError):
-    """A prompt's KV did not come from prefill, and this decode engine cannot compute it: another prefill may."""
+    """A prompt's KV did not come from prefill, and this decode engine cannot compute it; another prefill may."""
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
 
 
 class ReplicaLost(BatonError):
-    """A decode replica went away, or no longer is the one that the caller meant."""
+    """A replica is gone, or is no longer the one that the caller meant."""
 
     def __init__(self, replica_id: str, detail: str = "the replica is gone") -> None:
         super().__init__(replica_id, detail)
@@ -81,7 +81,7 @@ class NoReplica(BatonError):
 class Overloaded(BatonError):
     """Too many prompt tokens wait on every replica that could prefill (HTTP 429 with ``Retry-After``).
 
-    `retry_after_s` is about how long it takes until one of them is below the bound.
+    `retry_after_s` is roughly how long it takes until one of them is below the bound.
     """
 
     def __init__(self, retry_after_s: float) -> None:

@@ -1,6 +1,6 @@
-"""The messages that cross deployments: plain data, no Ray, no engine types.
+"""The messages that cross deployments.  They are plain data, without Ray's or an engine's types.
 
-A *handoff* is what prefill gives to decode; its content is a `TransferDescriptor`.  The KV tensors themselves
+A *handoff* is what prefill gives to decode, and its content is a `TransferDescriptor`.  The KV tensors themselves
 never appear here: NIXL moves them between the engines.
 """
 
@@ -11,19 +11,20 @@ from typing import Any, Literal
 import msgspec
 
 Role = Literal["prefill", "decode", "aggregated"]
-"""What a pool's engines do: compute prompts for others; decode what was computed elsewhere (and, where there is no
-prefill pool or the engine can, prompts too); or, beside two such pools, serve whole requests by themselves."""
+"""What a pool's engines do.  *prefill* computes prompts for others.  *decode* generates from prompts computed
+elsewhere, and computes prompts too if there is no prefill pool or if the engine can.  *aggregated* serves whole
+requests beside two such pools."""
 
 PrefillMode = Literal["auto", "local", "remote", "corrupted"]
-"""How one request wants its prompt prefilled: as Baton sees fit; by the replica that decodes it; by the prefill pool;
-or there but from another prompt, so that decode gets KV that is wrong (the control run of ``baton verify``)."""
+"""How one request wants its prompt prefilled: as Baton decides, by the replica that decodes it, by the prefill pool, or
+by the prefill pool but from another prompt, so that decode gets wrong KV (the control run of ``baton verify``)."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate.
 
     `sampling` holds the sampling parameters that differ from their defaults, under the names of vLLM's
-    ``SamplingParams`` (the superset that the OpenAI server produces); an adapter that lacks one must refuse it.
+    ``SamplingParams`` (the superset that the OpenAI server produces).  An adapter that lacks one must refuse it.
     """
 
     request_id: str
@@ -33,18 +34,18 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     prefill_mode: PrefillMode = "auto"
     expected_cached_tokens: int = 0
-    """What the router expects the engine that prefills the prompt to have cached of it.  Only the count of the work
-    that waits there (`ReplicaLoad.queued_tokens`) goes by it."""
+    """How many of the prompt's tokens the router expects the engine that prefills it to have cached.  This only affects
+    the count of the work that waits there (`ReplicaLoad.queued_tokens`)."""
     reasoning_ended: bool | None = None
-    """Whether structured output binds from the first token on; None lets the engine's reasoning parser tell."""
+    """Whether structured output applies from the first token on; None leaves that to the engine's reasoning parser."""
     reasoning_parser_kwargs: dict[str, Any] | None = None
 
 
 class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     """Where a prompt's KV lies on a prefill replica and until when.
 
-    `params` belongs to the engine that wrote it and is opaque to everybody else.  For vLLM its size grows with
-    one integer per KV block of the prompt and with nothing else.
+    `params` belongs to the engine that wrote it, and is opaque to everything else.  For vLLM its size grows by one
+    integer for each KV block of the prompt and by nothing else.
     """
 
     engine: str
@@ -58,23 +59,23 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds after `ready_at` during which prefill keeps the KV for a decode that has not asked for it yet."""
     params: dict[str, Any]
     prefill_s: float | None = None
-    """Seconds from the request's arrival at the prefill engine to `ready_at`, waiting included; None where the
-    descriptor comes before the KV is computed (SGLang)."""
+    """Seconds from the request's arrival at the prefill engine to `ready_at`, waiting included; None if the descriptor
+    comes before the KV is computed (SGLang)."""
 
     def has_expired(self, now: float) -> bool:
-        """Whether pulling now is unsafe: past half the lease prefill may free and reuse the blocks mid-read."""
+        """Whether pulling now is unsafe: after half the lease prefill may free and reuse the blocks during the read."""
         return now - self.ready_at > self.lease_s / 2
 
 
 UNKNOWN_RANK = 0
-"""The rank of a token where the engine does not tell it."""
+"""The rank of a token if the engine does not tell it."""
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log probabilities of n positions with k candidates each.
 
     `token_ids` and `logprobs` have shape [n, k]; the first candidate of a row is the token itself.  `ranks`
-    has shape [n]: the rank of that token in the vocabulary, 1 the most likely, or UNKNOWN_RANK.
+    has shape [n] and holds that token's rank in the vocabulary: 1 for the most likely one, or UNKNOWN_RANK.
     """
 
     token_ids: list[list[int]]
@@ -83,7 +84,7 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
-    """How the prompt's KV came to be on the decode replica; sent once, with a sequence's first delta."""
+    """How the prompt's KV came to be on the decode replica.  It is sent once, with a sequence's first delta."""
 
     kind: Literal["remote", "local"]
     reason: str
@@ -94,7 +95,7 @@ class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
     transferred_tokens: int
     """Prompt tokens whose KV was read from the prefill replica."""
     transport: str
-    """What carried them, as UCX names its lanes, e.g. ``rma(cuda_ipc/cuda)``; empty where nothing moved."""
+    """What carried them, as UCX names its lanes, e.g. ``rma(cuda_ipc/cuda)``; empty if nothing moved."""
     prefill_s: float | None = None
     """`TransferDescriptor.prefill_s`, if the KV came from prefill."""
     prefill_cached_tokens: int | None = None
@@ -102,12 +103,12 @@ class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
 
 
 def local_prefill(replica: str, cached_tokens: int, reason: str = "") -> PrefillReport:
-    """The report of a prompt that `replica` prefilled itself."""
+    """Return the report of a prompt that `replica` prefilled itself."""
     return PrefillReport("local", reason, None, replica, cached_tokens, transferred_tokens=0, transport="")
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
-    """What one engine step added to one sequence, or several steps if the frontend was behind."""
+    """What one engine step added to one sequence, or what several steps added if the frontend was behind."""
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length", "abort", "repetition"] | None = None
@@ -118,7 +119,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
 
 
 def merge_deltas(first: TokenDelta, second: TokenDelta) -> TokenDelta:
-    """What two successive deltas of a sequence add together."""
+    """Return what two successive deltas of a sequence add together."""
     return TokenDelta(
         token_ids=first.token_ids + second.token_ids,
         finish_reason=second.finish_reason,
@@ -140,15 +141,15 @@ def _merge_logprobs(first: Logprobs | None, second: Logprobs | None) -> Logprobs
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One look at an engine's load and at what it moved since it started."""
+    """An engine's load at one moment, and what it has moved since it started."""
 
     num_running: int = 0
     num_waiting: int = 0
     num_held_up: int = 0
-    """Those that wait for nothing but a slot on decode, where the engine can tell (SGLang, on either side)."""
+    """Requests that wait only for a slot on decode, if the engine can tell (SGLang can, on either side)."""
     num_blocks: int = 0
     num_used_blocks: int = 0
-    """KV blocks that requests hold, those kept for a decode that has not pulled yet included."""
+    """KV blocks that requests hold, including those kept for a decode that has not pulled yet."""
     num_transfers: int = 0
     num_failed_transfers: int = 0
     transferred_bytes: int = 0
@@ -159,11 +160,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 PrefixCache = Literal["published", "silent", "none"]
-"""How an engine's prefix cache is known: by its events; by what was sent to it, as it tells nothing; or it has none."""
+"""How an engine's prefix cache is known: by its events, by what was sent to it (it has no events), or there is none."""
 
 
 class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica tells once, when it is ready."""
+    """What a replica tells about itself once, when it is ready."""
 
     replica_id: str
     role: Role
@@ -181,23 +182,23 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
-    """What a replica has to do at present, for all frontends together."""
+    """The work that a replica has at present, for all frontends together."""
 
     sequences: int = 0
-    """Requests that it has not finished, waiting ones included."""
+    """Requests that it has not finished, including waiting ones."""
     queued_tokens: int = 0
-    """Prompt tokens that it has still to compute, cached ones left out, for requests without a first token."""
+    """Prompt tokens that it has still to compute, without cached ones, for requests that have no first token yet."""
     used_blocks: int = 0
     """KV blocks that requests hold."""
     decoding: int = 0
-    """Those of `sequences` that have got a token: each step of the engine is one of theirs."""
+    """Those of `sequences` that have a token; each step of the engine gives them another one."""
 
 
 class KvUpdate(msgspec.Struct, frozen=True, array_like=True):
-    """What changed in a replica's prefix cache: empty it if `is_reset`, then take out `removed`, then put in `stored`.
+    """What changed in a replica's prefix cache.  Empty it if `is_reset`, then take out `removed`, then put in `stored`.
 
-    Blocks go by the hashes of app/kv_cache/block_hashes.py, which are the same for every engine; no hash is in both
-    lists.
+    Blocks are named by the hashes of app/kv_cache/block_hashes.py, which are the same for every engine.  No hash is in
+    both lists.
     """
 
     stored: list[int]
@@ -206,22 +207,22 @@ class KvUpdate(msgspec.Struct, frozen=True, array_like=True):
 
 
 BlockHash = int | bytes
-"""An engine's own name of a KV block; it means something to that engine only."""
+"""An engine's own name of a KV block.  Only that engine understands it."""
 
 
 class BlockStored(msgspec.Struct, frozen=True, tag=True):
-    """Full KV blocks that an engine's prefix cache holds from now on: a chain, each the next one's parent.
+    """Full KV blocks that an engine's prefix cache holds from now on.  They are a chain: each is the next one's parent.
 
     `token_ids` holds the blocks' tokens one after the other.
     """
 
     block_hashes: list[BlockHash]
     parent_block_hash: BlockHash | None
-    """The block before the first of them; None at the beginning of a prompt."""
+    """The block before the first one; None at the beginning of a prompt."""
     token_ids: list[int]
     block_size: int
     cache_salt: str | None = None
-    """That of the prompts which may use the blocks."""
+    """The salt of the prompts that may use the blocks."""
 
 
 class BlockRemoved(msgspec.Struct, frozen=True, tag=True):
@@ -231,7 +232,7 @@ class BlockRemoved(msgspec.Struct, frozen=True, tag=True):
 
 
 class AllBlocksCleared(msgspec.Struct, frozen=True, tag=True):
-    """Whatever events said before: the prefix cache is to be taken as empty."""
+    """The prefix cache is to be taken as empty, whatever earlier events said."""
 
 
 KvEvent = BlockStored | BlockRemoved | AllBlocksCleared

@@ -1,4 +1,4 @@
-"""What can be known to fail before any engine starts, beyond what app/config.py sees."""
+"""Finds what cannot work before any engine starts, beyond what app/config.py sees."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ SGLANG_PYTHON = ".venv-sglang/bin/python"
 
 
 def choose_device(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
-    """The configured device, or CUDA if any node has a GPU."""
+    """Return the configured device, or CUDA if any node has a GPU."""
     if config.device != "auto":
         return config.device
     return "cuda" if any(gpus_per_node) else "cpu"
 
 
 def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
-    """The device to use.  Raises ConfigError that names the field.
+    """Check the configuration and return the device to use.  Raises ConfigError that names the field.
 
-    `gpus_per_node` is what each node has now.  With ``device: cuda`` set and no GPU there yet, nodes are taken to
-    come later (Kubernetes scales them up from zero), so their number and size are not checked.
+    `gpus_per_node` is the number of GPUs that each node has now.  If ``device: cuda`` is set and no GPU is there yet,
+    nodes are expected to come later (Kubernetes adds them from zero), so their number and size are not checked.
     """
     device = choose_device(config, gpus_per_node)
     for index, model in enumerate(config.models):
@@ -51,7 +51,7 @@ def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
 
 
 def gpus_of_replica(pool: PoolConfig, device: str) -> float:
-    """What Ray reserves for one replica of `pool`."""
+    """Return the GPUs that Ray reserves for one replica of `pool`."""
     if pool.resources.num_gpus is not None:
         return pool.resources.num_gpus
     if pool.engine == "sim":
@@ -60,7 +60,7 @@ def gpus_of_replica(pool: PoolConfig, device: str) -> float:
 
 
 def python_of_replica(pool: PoolConfig) -> str | None:
-    """The interpreter that replicas of `pool` run in; None for the one that Ray's workers have."""
+    """Return the interpreter that replicas of `pool` run in; None for the one that Ray's workers have."""
     if pool.python is not None:
         return str(REPOSITORY / pool.python)
     default = REPOSITORY / SGLANG_PYTHON
@@ -68,9 +68,9 @@ def python_of_replica(pool: PoolConfig) -> str | None:
 
 
 def check_interpreters(config: BatonConfig) -> None:
-    """That this machine has the pools' interpreters.  Raises ConfigError.
+    """Check that this machine has the pools' interpreters.  Raises ConfigError.
 
-    For where the engines run on this machine: a cluster elsewhere may have what its driver has not, and vice versa.
+    Call it only if the engines run on this machine: a cluster elsewhere may have what its driver lacks, and vice versa.
     """
     for index, model in enumerate(config.models):
         for role, pool in model.pools().items():
@@ -95,7 +95,7 @@ def _check_sglang(config: BatonConfig, field: str, model: ModelConfig) -> None:
         raise ConfigError("transfer.backends", f"SGLang takes one, and {field} runs it")
     if not model.server_args.get("reasoning_parser"):
         return
-    # Only SGLang's engine itself can hold back a grammar until reasoning ends; vLLM's is told by the frontend.
+    # SGLang's engine itself has to hold back a grammar until reasoning ends; vLLM's is told by the frontend.
     pools = model.pools()
     pools.pop("prefill", None)
     if not all(model.merged_engine_args(pool).get("reasoning_parser") for pool in pools.values()):
@@ -117,7 +117,7 @@ def _check_size(field: str, pool: PoolConfig, device: Device, gpus_per_node: Seq
 
 
 def _check_total(config: BatonConfig, gpus_per_node: Sequence[int]) -> None:
-    """With the device found rather than configured, the GPUs that are there are all there will be."""
+    """Check the sum of GPUs.  Where the device was found and not configured, no more GPUs are expected to come."""
     wanted = 0.0
     for model in config.models:
         for pool in model.pools().values():
@@ -145,8 +145,8 @@ def _check_sim(field: str, role: str, model: ModelConfig, pool: PoolConfig) -> N
 def check_with_vllm(config: BatonConfig, device: Device) -> None:
     """Have vLLM make the configuration of each engine and of its server, without starting them.
 
-    Takes seconds, and vLLM changes this process's environment on the way: call it in a process of its own.
-    Engines are checked where they would run only, since vLLM asks for the device.  Raises ConfigError.
+    This takes seconds, and vLLM changes the environment of the process meanwhile, so call it in a process of its own.
+    Engines are checked only where they would run, because vLLM looks for the device.  Raises ConfigError.
     """
     import dataclasses
 
@@ -164,7 +164,7 @@ def check_with_vllm(config: BatonConfig, device: Device) -> None:
 def check_with_sglang(config: BatonConfig) -> None:
     """Ask SGLang, in its own environment on this machine, which engine arguments it knows.
 
-    Takes as long as SGLang's import, seconds.  Raises ConfigError that names one that it does not know.
+    This takes as long as SGLang's import, which is seconds.  Raises ConfigError that names an unknown argument.
     """
     for index, model in enumerate(config.models):
         if model.engine == "sglang":
@@ -175,7 +175,7 @@ def check_with_sglang(config: BatonConfig) -> None:
 @functools.cache
 def _sglang_args(python: str) -> frozenset[str]:
     code = "from sglang.srt.server_args import ServerArgs; print('', *ServerArgs.__struct_fields__)"
-    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}  # else it looks for a GPU
+    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}  # otherwise it looks for a GPU
     answer = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment, check=False)
     if answer.returncode:
         raise ConfigError("engine_args", f"SGLang cannot be asked: {answer.stderr.strip().splitlines()[-1]}")

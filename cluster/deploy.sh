@@ -92,15 +92,20 @@ write_kustomization() {
     done
 }
 
+# manifests JSONPATH: what the manifests say there. A patch that changes nothing has kubectl read them without a cluster.
+manifests() { kubectl patch --local --type=merge --patch='{}' --filename="$work/manifests" --output="jsonpath=$1"; }
+
 # values KEY: what stands behind KEY anywhere in the manifests, each once.
-values() { awk -v key="$1:" '$1 == key || ($1 == "-" && $2 == key) { gsub(/"/, "", $NF); print $NF }' "$work/manifests" | sort -u; }
+values() { manifests "{range ..${1//./\\.}}{@}{\"\n\"}{end}" | sort -u; }
 
 # A component patches worker groups by name; one that a profile does not have becomes a group with nothing but the patch.
 check_groups() {
-    local names
-    names=$(grep -c 'groupName:' "$work/manifests" || true)
-    (($(grep -c 'rayStartParams:' "$work/manifests" || true) > names)) ||
-        die "a component of '${components[*]}' is for profiles with the worker groups prefill and decode, which '$name' has not"
+    local groups group parameters
+    groups=$(manifests '{range ..workerGroupSpecs[*]}{.groupName} {.rayStartParams}{"\n"}{end}')
+    while read -r group parameters; do
+        [[ -z $group || -n $parameters ]] || die "a component of '${components[*]}' is for profiles with the worker groups prefill and" \
+            "decode, and '$name' has no group '$group'"
+    done <<<"$groups"
 }
 
 check_placeholders() {
@@ -122,33 +127,23 @@ check_nodes() {
     done
     [[ -z $missing ]] || die "no node is labelled karpenter.sh/nodepool, nor is there a Karpenter NodePool, for:$missing" \
         "(cluster/karpenter has them)"
-    grep -q 'nvidia.com/gpu:' "$work/manifests" && [[ -z $pools ]] || return 0
+    [[ -z $pools && -n $(values nvidia.com/gpu) ]] || return 0
     [[ -n $(kubectl get nodes --output='jsonpath={.items[*].status.allocatable.nvidia\.com/gpu}' | tr -d ' 0') ]] ||
         die "no node has a GPU to give (nvidia.com/gpu): is NVIDIA's device plugin installed?"
 }
 
-# wanted_secrets: name and key of each that the manifests take a value from and cannot do without.
-wanted_secrets() {
-    awk '
-        pending != "" && $0 !~ /optional: true/ { print pending }
-        { pending = "" }
-        inside && $1 == "key:" { key = $2 }
-        inside && $1 == "name:" { pending = $2 " " key; inside = 0 }
-        $NF == "secretKeyRef:" { inside = 1 }
-        END { if (pending != "") print pending }
-    ' "$work/manifests" | sort -u
-}
-
 check_storage() {
     local default='{range .items[?(@.metadata.annotations.storageclass\.kubernetes\.io/is-default-class=="true")]}{.metadata.name}{end}'
-    grep -q 'volumeClaimTemplates:' "$work/manifests" || return 0
+    [[ -n $(manifests "{..volumeClaimTemplates}") ]] || return 0
     [[ -n $(kubectl get storageclasses.storage.k8s.io --output="jsonpath=$default") ]] ||
         die "no StorageClass is the default, which Redis' volume asks for: make one the default, or add --component redis-external"
 }
 
 check_secrets() {
-    local secret key value missing=""
-    while read -r secret key; do
+    local secrets secret key optional value missing=""
+    secrets=$(manifests '{range ..secretKeyRef}{.name} {.key} {.optional}{"\n"}{end}' | sort -u) || return
+    while read -r secret key optional; do
+        [[ -n $secret && $optional != true ]] || continue
         k get "secret/$secret" >/dev/null 2>&1 && continue
         case $secret in
             hf-token) value='YOUR_HUGGING_FACE_TOKEN' ;;
@@ -157,7 +152,7 @@ check_secrets() {
         esac
         say "secret '$secret' is missing: kubectl --namespace $namespace create secret generic $secret --from-literal=$key=$value"
         missing=yes
-    done < <(wanted_secrets)
+    done <<<"$secrets"
     [[ -z $missing ]]
 }
 

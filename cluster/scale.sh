@@ -52,9 +52,11 @@ check_groups() {
         --output='jsonpath={range .spec.workerGroupSpecs[*]}{.groupName}{" "}{.maxReplicas}{"\n"}{end}')
 }
 
+# A ConfigMap that is sent nowhere: so kubectl writes the file as a string in JSON.
 write_patch() {
-    printf 'spec:\n  serveConfigV2: |2\n'
-    sed 's/^/    /' "$work/after"
+    local data
+    data=$(kubectl create configmap patch --dry-run=client --from-file=serveConfigV2="$work/after" --output='jsonpath={.data}')
+    printf '{"spec": %s}\n' "$data"
 }
 
 pod=$(head_pod "$name")
@@ -63,6 +65,6 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 rayservice "$name" '{.spec.serveConfigV2}' >"$work/before"
 in_head "$pod" baton scale "$model" --file - "${targets[@]}" <"$work/before" >"$work/after"
-write_patch >"$work/patch.yaml"
-k patch "rayservices.ray.io/$name" --type=merge --field-manager=baton --patch-file="$work/patch.yaml"
+write_patch >"$work/patch.json"
+k patch "rayservices.ray.io/$name" --type=merge --field-manager=baton --patch-file="$work/patch.json"
 say "asked for; 'kubectl --namespace $namespace exec $pod --container=ray-head -- baton status' shows when it is so"

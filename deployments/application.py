@@ -39,7 +39,7 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
     bounds: str
     message: str
     plan: dict[str, Any] | None
-    """The last one of app/planning, ``reason`` and ``signals`` included; None of a fixed number of replicas."""
+    """The newest plan (app/autoscaling), with ``reason`` and ``signals``; None for a fixed number of replicas."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,1 +1,1 @@
-"""How many replicas each deployment shall have: plain functions of what its replicas measured."""
+"""Plans how many replicas each deployment is to have, in plain functions of what its replicas measured."""

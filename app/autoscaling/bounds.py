@@ -1,4 +1,4 @@
-"""How many replicas a pool shall have, as ``baton scale`` writes it into a Serve config."""
+"""How many replicas a pool may have, as ``baton scale`` writes it into a Serve config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from app.serve_document import unshared
 
 
 class Bounds(NamedTuple):
-    """Between how many replicas autoscaling may choose; the same number twice leaves it no choice."""
+    """The least and the most replicas that autoscaling may choose; two equal numbers leave it no choice."""
 
     low: int
     high: int
@@ -22,7 +22,7 @@ class Bounds(NamedTuple):
 
 
 def parse_targets(texts: Sequence[str]) -> dict[str, Bounds]:
-    """Each pool's bounds of ``prefill=3`` and ``decode=2..6``.  Raises ConfigError."""
+    """Parse texts like ``prefill=3`` and ``decode=2..6`` into each pool's bounds.  Raises ConfigError."""
     targets: dict[str, Bounds] = {}
     for text in texts:
         pool, _, numbers = text.partition("=")
@@ -39,9 +39,9 @@ def parse_targets(texts: Sequence[str]) -> dict[str, Bounds]:
 
 
 def scale(applications: Sequence[Mapping[str, Any]], name: str, targets: Mapping[str, Bounds]) -> list[dict[str, Any]]:
-    """The applications of a Serve config, with the bounds of the model `name` changed; the given ones stay as they are.
+    """Return the applications of a Serve config with the bounds of the model `name` changed; the arguments stay.
 
-    `name` may be the application's too where that serves one model.  The pool ``frontend`` is the application's.
+    `name` may also be that of an application that serves one model.  The pool ``frontend`` belongs to the application.
     Raises ConfigError for an unknown name or pool.
     """
     changed = unshared([dict(application) for application in applications])
@@ -59,19 +59,19 @@ def scale(applications: Sequence[Mapping[str, Any]], name: str, targets: Mapping
 
 
 def scale_document(document: Mapping[str, Any], name: str, targets: Mapping[str, Bounds]) -> dict[str, Any]:
-    """A whole Serve config with the bounds changed; the given one stays as it is.  Raises ConfigError."""
+    """Return a whole Serve config with the bounds changed; the given one stays as it is.  Raises ConfigError."""
     return {**document, "applications": scale(document["applications"], name, targets)}
 
 
 def bounds_of(section: Mapping[str, Any]) -> Bounds:
-    """Those that a pool's section of a Serve config has now."""
+    """Return the bounds that a pool's section of a Serve config has now."""
     if (autoscaling := section.get("autoscaling")) is None:
         return Bounds(*[section.get("replicas") or 1] * 2)
     return Bounds(autoscaling.get("min_replicas", 1), autoscaling.get("max_replicas", 1))
 
 
 def _find(applications: Sequence[dict[str, Any]], name: str) -> tuple[dict[str, Any], int]:
-    """The application and the index of its model that `name` means."""
+    """Return the application that `name` means, and the index of its model.  Raises ConfigError."""
     names: list[str] = []
     for application in applications:
         models = [model.name for model in parse(application["args"]).models]
@@ -90,11 +90,11 @@ def _check_pool(pool: str, model: ModelConfig) -> None:
 
 
 def _set_bounds(section: dict[str, Any], bounds: Bounds) -> None:
-    """In the way that the section has chosen: a fixed number stays one unless there are two to choose between."""
+    """Set the bounds as the section does it: a fixed number stays fixed unless the bounds leave a choice."""
     if section.get("autoscaling") is None and bounds.low == bounds.high:
         section["replicas"] = bounds.low
         return
     section.pop("replicas", None)
     autoscaling = {**(section.get("autoscaling") or {}), "min_replicas": bounds.low, "max_replicas": bounds.high}
-    autoscaling.pop("initial_replicas", None)  # of the first deployment, and perhaps outside the new bounds
+    autoscaling.pop("initial_replicas", None)  # it was for the first deployment, and may be outside the new bounds
     section["autoscaling"] = autoscaling

@@ -1,4 +1,4 @@
-"""What a replica has to do, as its own clock measured it.
+"""A replica's load, as its own clock measured it.
 
 A replica reports the integral of each field of `Load` since its start.  The difference of two reports over the time
 between them is the exact mean, however rarely it reports and whatever came and went meanwhile.
@@ -13,30 +13,30 @@ import msgspec
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """Means over a time, of one replica or summed over several."""
+    """Means over a period, of one replica or summed over several."""
 
     queued_tokens: float = 0.0
     """Prompt tokens that wait to be computed here, cached ones left out."""
     busy: float = 0.0
-    """The share of the time in which there are any."""
+    """The share of the time in which any tokens wait."""
     computed_tokens: float = 0.0
     """Prompt tokens computed per second."""
     prompts: float = 0.0
     """Prompts computed per second."""
     prefilling: float = 0.0
-    """Sequences whose prompt is computed here or waits for that."""
+    """Sequences whose prompt is being computed here or waits for it."""
     waiting: float = 0.0
-    """Sequences without a token whose prompt another replica has computed: they wait for a slot, or their KV moves."""
+    """Sequences without a token whose prompt another replica has computed: they wait for a slot or for their KV."""
     transferring: float = 0.0
-    """Those whose KV moves."""
+    """Sequences of these whose KV is being transferred."""
     started: float = 0.0
-    """Sequences per second that waited and got their first token."""
+    """Sequences per second that had waited and got their first token."""
     decoding: float = 0.0
     """Sequences that have a token."""
     generated_tokens: float = 0.0
-    """Tokens per second after the first of their sequence."""
+    """Tokens per second, without the first of each sequence."""
     kv_use: float = 0.0
-    """The share of the KV memory that the sequences here take."""
+    """The share of the KV memory that the sequences here take up."""
 
     @property
     def sequences(self) -> float:
@@ -47,12 +47,12 @@ FIELDS = Load.__struct_fields__
 
 
 def total(loads: Sequence[Load]) -> Load:
-    """The sum over replicas."""
+    """Return the sum over replicas."""
     return Load(**{field: sum(getattr(load, field) for load in loads) for field in FIELDS})
 
 
 def mean_load(earlier: Mapping[str, float], later: Mapping[str, float], seconds: float) -> Load:
-    """What a replica had to do between two of its reports that are `seconds` apart."""
+    """Return a replica's mean load between two of its reports that are `seconds` apart."""
     return Load(**{field: max(0.0, later[field] - earlier[field]) / seconds for field in FIELDS})
 
 
@@ -66,17 +66,17 @@ class LoadMeter:
         self._integrals = dict.fromkeys(FIELDS, 0.0)
 
     def set_levels(self, **levels: float) -> None:
-        """From now on these fields have these values."""
+        """Set the values that these fields have from now on."""
         self._advance()
         self._levels.update(levels)
 
     def count(self, **events: float) -> None:
-        """So much of these fields has happened."""
+        """Add events to these fields."""
         for field, number in events.items():
             self._integrals[field] += number
 
     def read(self) -> dict[str, float]:
-        """The integrals of all fields from the start until now."""
+        """Return the integrals of all fields from the start until now."""
         self._advance()
         return dict(self._integrals)
 

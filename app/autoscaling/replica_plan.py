@@ -1,9 +1,9 @@
-"""From what a deployment's replicas capacity to how many there shall be, and why.
+"""Plans from the load of a deployment's replicas how many there are to be, and says why.
 
-1. Each demand looks at one thing that can run short and says how many replicas it takes to keep it under its target.
-   All are sums over replicas, so that a load asks for as much on whatever number of them it runs.
+1. Each demand looks at one thing that can run short, and says how many replicas it takes to keep that under its target.
+   All demands are sums over replicas, so the same load asks for the same number however many replicas carry it.
 2. The largest demand counts.
-3. `settle` gives up replicas only if the rest would be well under every target, and not on the word of some.
+3. `settle` gives up replicas only if the rest would be well under every target, and only if all have reported.
 
 Serve does the rest by the user's AutoscalingConfig: means over `look_back_period_s`, delays, factors, bounds.
 """
@@ -18,52 +18,53 @@ import msgspec
 from app.autoscaling.load import Load, total
 
 MAX_BUSY, MIN_BUSY = 0.8, 0.5
-"""The share of the time that a replica shall at most compute prompts.  A prompt waits on average
-own time * busy / (1 - busy) where prompts come at random (M/M/1), so with 0.8 four times its own; long prompts leave
-less of their target for waiting, but half of a replica is to be used whatever the target is."""
+"""The largest share of the time in which a replica is to compute prompts.  If prompts come at random, a prompt waits on
+average its own time * busy / (1 - busy) (M/M/1), which is four times its own with 0.8.  Long prompts leave less of
+their target for waiting, so their share is smaller, but half of a replica is to be used whatever the target is."""
 MAX_KV_USE = 0.85
-"""The share of the KV memory that shall at most be taken: at 100 % an engine preempts sequences, which computes their
-KV a second time, and what runs grows by a token each step."""
+"""The largest share of the KV memory that is to be taken.  At 100 % an engine preempts sequences, whose KV is then
+computed a second time, and running sequences grow by a token each step."""
 MIN_BATCH = 8
-"""Fewer sequences on each replica do not make steps shorter: reading the weights takes 4.9 ms of the 5.0 ms that a step
-of 8 short sequences takes (app/engines/sim/profiles/h200-llama-8b.yaml)."""
+"""Fewer sequences than this on each replica do not make steps shorter: reading the weights takes 4.9 ms of the 5.0 ms
+that a step of 8 short sequences takes (app/engines/sim/profiles/h200-llama-8b.yaml)."""
 FADE_S = 300.0
-"""After so long a replica is believed half as fast as it was seen to be: short prompts, and sequences without a place,
-make it look slow, and more replicas than are needed cost more than one that is added a little later."""
+"""After this many seconds a replica is believed to be half as fast as it was seen to be.  A memory is needed because
+short prompts, and sequences without a slot, make it look slow, and more replicas than needed cost more than one that is
+added a little later."""
 SPARE = 0.85
-"""Replicas are given up only if the rest would be below this share of every target."""
+"""Replicas are given up only if the others would be below this share of every target."""
 
 
 class Targets(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pool is to keep."""
+    """What a pool is to achieve."""
 
     ttft_s: float
     itl_s: float
     sequences: float | None = None
-    """On each replica, if the user has set `target_ongoing_requests`."""
+    """The number of sequences on each replica, if the user has set `target_ongoing_requests`."""
     is_for_prompts: bool
-    """Whether prompts are computed here first of all.  A decode pool beside a prefill pool computes what its frontends
-    rather do not send there; it grows for that only where the TTFT suffers, as more of prefill takes it away again."""
+    """Whether the pool is there to compute prompts.  A decode pool beside a prefill pool computes prompts which
+    frontends prefer not to send there.  It grows for them only if the TTFT suffers, as more prefill takes them away."""
 
 
 class SeenCapacity(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica of a pool was seen to do; 0 if it never was."""
+    """What a replica of a pool was seen to do; a field is 0 if it was never seen."""
 
     tokens_per_s: float = 0.0
-    """Prompt tokens that it computes while it has any."""
+    """Prompt tokens per second that it computes while any wait."""
     prompt_tokens: float = 0.0
-    """Of a typical prompt, those that have to be computed."""
+    """The tokens of a typical prompt that have to be computed."""
     slots: float = 0.0
     """Sequences that decode at once on it."""
 
     @property
     def prompt_s(self) -> float:
-        """What a typical prompt takes by itself."""
+        """The seconds that a typical prompt takes by itself."""
         return self.prompt_tokens / self.tokens_per_s if self.tokens_per_s else 0.0
 
 
 class Replicas(msgspec.Struct, frozen=True, kw_only=True):
-    """Those of a deployment: to how many it is on the way, how many run, and how many of them have reported."""
+    """The replicas of a deployment: how many it aims at, how many run, and how many of these have reported."""
 
     target: int
     running: int
@@ -71,14 +72,14 @@ class Replicas(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Demand(msgspec.Struct, frozen=True):
-    """So many replicas, and why."""
+    """How many replicas one thing that can run short asks for, and why."""
 
     replicas: float
     reason: str
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """How many replicas there shall be: Serve rounds up, and applies its bounds and delays."""
+    """How many replicas there are to be; Serve rounds up, and applies its bounds and delays."""
 
     replicas: float
     reason: str
@@ -89,14 +90,14 @@ NOTHING = Demand(0.0, "nothing to do")
 
 
 def plan_frontend(requests: float, target_requests: float, replicas: Replicas) -> Plan:
-    """The frontends, by the requests that they hold."""
+    """Plan the frontends by the requests that they hold."""
     reason = f"{_count(requests, 'request')} in flight, {target_requests:g} per replica are the target"
     demand = Demand(requests / target_requests, reason) if requests else NOTHING
     return settle(demand, replicas, {"requests": requests})
 
 
 def plan_pool(loads: Sequence[Load], capacity: SeenCapacity, targets: Targets, replicas: Replicas) -> Plan:
-    """One pool of engines, by the loads of its replicas that reported."""
+    """Plan one pool of engines by the loads of its replicas that have reported."""
     load = total(loads)
     demands = (
         ttft_demand(load, capacity, targets, replicas.running),
@@ -121,7 +122,7 @@ def plan_pool(loads: Sequence[Load], capacity: SeenCapacity, targets: Targets, r
 
 
 def measure(loads: Sequence[Load], before: SeenCapacity, targets: Targets, passed_s: float) -> SeenCapacity:
-    """What a replica can do, by what they did, and by what was known `passed_s` ago where that shows more."""
+    """Return what a replica can do, by what they did now or, if that shows more, by what was known `passed_s` ago."""
     load = total(loads)
     known = msgspec.structs.replace(before, tokens_per_s=before.tokens_per_s * 0.5 ** (passed_s / FADE_S))
     if load.computed_tokens and load.prompts and load.busy:
@@ -139,7 +140,7 @@ def measure(loads: Sequence[Load], before: SeenCapacity, targets: Targets, passe
 
 
 def count_in_line(loads: Sequence[Load], capacity: SeenCapacity) -> float:
-    """How many sequences wait for a slot: those that neither transfers nor the prompts before them explain."""
+    """Return how many sequences wait for a slot: those that neither transfers nor earlier prompts explain."""
     return sum(
         max(0.0, load.prefilling - load.prompts * predict_ttft_s(load, capacity, 1))  # Little's law
         + max(0.0, load.waiting - load.transferring)
@@ -148,14 +149,14 @@ def count_in_line(loads: Sequence[Load], capacity: SeenCapacity) -> float:
 
 
 def predict_ttft_s(load: Load, capacity: SeenCapacity, running: int) -> float:
-    """What a typical prompt waits that arrives now: for all that is before it, and for itself."""
+    """Return the seconds that a typical prompt which arrives now waits for everything before it, and takes itself."""
     return _ratio(load.queued_tokens, capacity.tokens_per_s * max(running, 1)) + capacity.prompt_s
 
 
 def ttft_demand(load: Load, capacity: SeenCapacity, targets: Targets, running: int) -> Demand:
-    """So many that what waits is computed within what the typical prompt itself leaves of the target.
+    """Ask for enough replicas to compute what waits within the time that a typical prompt leaves of the target.
 
-    At least that prompt's own time is left, so that nobody asks for more replicas than prompts wait.
+    That time is taken to be at least the prompt's own, so this never asks for more replicas than prompts wait.
     """
     if not (load.queued_tokens and capacity.tokens_per_s):
         return NOTHING
@@ -169,7 +170,7 @@ def ttft_demand(load: Load, capacity: SeenCapacity, targets: Targets, running: i
 
 
 def busy_demand(load: Load, capacity: SeenCapacity, targets: Targets, running: int) -> Demand:
-    """So many that a prompt that arrives finds few others before it."""
+    """Ask for enough replicas that a prompt which arrives finds few others before it."""
     if not (targets.is_for_prompts and load.busy):
         return NOTHING
     most = min(MAX_BUSY, max(MIN_BUSY, 1 - capacity.prompt_s / targets.ttft_s))
@@ -180,7 +181,7 @@ def busy_demand(load: Load, capacity: SeenCapacity, targets: Targets, running: i
 
 
 def slot_demand(loads: Sequence[Load], capacity: SeenCapacity) -> Demand:
-    """So many that all sequences decode at once, once it was seen how many a replica has slots for."""
+    """Ask for enough replicas that all sequences decode at once, once a replica's slots are known."""
     if not capacity.slots:
         return NOTHING
     decoding, in_line = sum(load.decoding for load in loads), count_in_line(loads, capacity)
@@ -191,20 +192,20 @@ def slot_demand(loads: Sequence[Load], capacity: SeenCapacity) -> Demand:
 
 
 def kv_demand(load: Load, running: int) -> Demand:
-    """So many that their KV memory has room."""
+    """Ask for enough replicas that their KV memory has room."""
     if not load.kv_use:
         return NOTHING
     return Demand(
-        min(load.kv_use / MAX_KV_USE, float(math.ceil(load.sequences))),  # a replica for each
+        min(load.kv_use / MAX_KV_USE, float(math.ceil(load.sequences))),  # at most a replica for each
         f"{load.kv_use / max(running, 1):.0%} of the KV memory is taken against {MAX_KV_USE:.0%}, "
         f"by {_count(load.sequences, 'sequence')}",
     )
 
 
 def itl_demand(loads: Sequence[Load], targets: Targets) -> Demand:
-    """So many that the ITL is at its target if it goes with the number of sequences.
+    """Ask for enough replicas that the ITL meets its target if it is in proportion to the number of sequences.
 
-    It goes with it less than that, so that the next plans ask for more, up to what is enough and never beyond.
+    It shrinks less than in proportion, so the next plans ask for more, up to what is enough and never beyond.
     """
     decoding = sum(load.decoding for load in loads)
     generated = sum(load.generated_tokens for load in loads)
@@ -223,7 +224,7 @@ def itl_demand(loads: Sequence[Load], targets: Targets) -> Demand:
 
 
 def sequence_demand(load: Load, targets: Targets) -> Demand:
-    """So many as the user has said."""
+    """Ask for as many replicas as the user's own target says."""
     if targets.sequences is None or not load.sequences:
         return NOTHING
     return Demand(
@@ -233,7 +234,7 @@ def sequence_demand(load: Load, targets: Targets) -> Demand:
 
 
 def settle(demand: Demand, replicas: Replicas, signals: dict[str, float]) -> Plan:
-    """The demand, unless it would give up replicas too soon."""
+    """Plan for the demand, unless that would give up replicas too soon."""
     if demand.replicas > replicas.target:
         return Plan(demand.replicas, demand.reason, signals)
     if replicas.reporting < replicas.running or not replicas.running:

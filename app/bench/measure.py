@@ -1,9 +1,9 @@
-"""The order in which endpoints are measured.
+"""Measures endpoints in an order that is fair to all of them.
 
 1. Each endpoint is warmed up with a small load of the same kind, whose prompts never come again.
-2. In each repetition every level once, on all endpoints right after one another, in turn forwards and backwards: what
-   drifts on the machine meanwhile hits them alike.
-3. At a level all endpoints get the same prompts at the same moments; no prompt comes twice to the same endpoint.
+2. Each repetition runs every level once, on all endpoints right after one another, alternately forwards and backwards.
+   So a drift of the machine hits all of them alike.
+3. At a level all endpoints get the same prompts at the same moments.  No prompt comes twice to the same endpoint.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from app.errors import ConfigError
 WARM_UP = Level(concurrency=4)
 WARM_UP_REQUESTS = 8
 REQUESTS_PER_STREAM = 4
-"""At least; with fewer, most of a closed loop would be its ends, where not all streams are busy."""
+"""The least number.  With fewer, most of a closed loop would be its ends, where not all streams are busy."""
 OPEN_LOOP_S = 10.0
-"""At least so long; of a shorter time few arrivals are left once the first requests have ended."""
+"""The least duration.  In a shorter one few arrivals are left once the first requests have ended."""
 
 
 class Workload(msgspec.Struct, frozen=True):
-    """What every level has in common: a load to draw, or a trace."""
+    """What all levels have in common: a load to draw, or a trace."""
 
     title: str
     drawn: LoadSpec = LoadSpec(concurrency=None, num_requests=1)
-    """Its concurrency, rate and seed are those of the level; it has at least so many requests."""
+    """The load to draw, with at least this number of requests.  The level sets concurrency, rate and seed."""
     trace: list[Request] = []
-    """Replayed instead of drawing, if there is any."""
+    """Requests to replay instead of drawing a load, if there are any."""
 
     def load(self, level: Level, seed: str) -> RequestPlan:
-        """The load at a level; another seed makes other prompts."""
+        """Return the load at a level; another seed makes other prompts."""
         if self.trace:
             return RequestPlan(at_speed(self.trace, level.speed or 1.0), level.concurrency or None, seed)
         least = round(level.rate * OPEN_LOOP_S) if level.rate else REQUESTS_PER_STREAM * level.concurrency
@@ -62,17 +62,17 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 class Benchmark:
-    """Fills a report; a load that fails is noted there and does not end the benchmark."""
+    """Runs a benchmark and fills its report.  A load that fails is noted there and does not end the benchmark."""
 
     def __init__(self, client: LoadClient, report: Report, workload: Workload, console: Console) -> None:
-        """`report.endpoints` is what is measured."""
+        """`report.endpoints` are measured."""
         self._client = client
         self._report = report
         self._workload = workload
         self._console = console
 
     def run(self, levels: Sequence[Level], repetitions: int) -> None:
-        """Measure all levels, `repetitions` times; once only.
+        """Measure all levels, `repetitions` times.  Call it once only.
 
         Raises ConfigError if no request fits a model or a tokenizer cannot be loaded, LoadFailed if an endpoint
         does not even answer the warm-up.
@@ -101,7 +101,7 @@ class Benchmark:
                 yield Turn(repetition, levels[index], endpoint, load)
 
     def _fitting(self, load: RequestPlan) -> RequestPlan:
-        """The load less what some endpoint's model is too short for."""
+        """Return the load without requests that are too long for some endpoint's model.  Raises ConfigError."""
         known = [endpoint.max_model_tokens for endpoint in self._report.endpoints if endpoint.max_model_tokens]
         max_tokens = min(known, default=None)
         requests = fitting(load.requests, max_tokens)
@@ -159,6 +159,6 @@ def _in_short(measurement: Measurement) -> str:
 
 
 def _progress(console: Console) -> Progress:
-    """Drawn twice a second: it runs on the cores that serve."""
+    """Return a progress bar that is drawn only twice a second, because it runs on the cores that serve."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("requests"))
     return Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=2)

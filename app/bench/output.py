@@ -1,4 +1,4 @@
-"""What every benchmark does with ``--json`` and ``--picture``, and when it is told to end."""
+"""What every benchmark does with ``--json`` and ``--picture``, and when it is told to stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from app.errors import ConfigError
 
 
 def check_files(json: Path | None, picture: Path | None) -> None:
-    """Fail now, not after everything has been measured."""
+    """Check that the files can be written, so that this fails now and not after everything was measured."""
     for option, path in (("--json", json), ("--picture", picture)):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(option, f"the folder of {path} does not exist")
@@ -21,7 +21,7 @@ def check_files(json: Path | None, picture: Path | None) -> None:
 
 
 def write_files(report: Report, json: Path | None, picture: Path | None) -> None:
-    """Write what `--json` and `--picture` ask for; without a measurement there is nothing to draw."""
+    """Write what `--json` and `--picture` ask for.  Without a measurement no picture is drawn."""
     if json is not None:
         json.write_bytes(to_json(report))
     if picture is not None and report.measurements:
@@ -29,6 +29,6 @@ def write_files(report: Report, json: Path | None, picture: Path | None) -> None
 
 
 def exit_in_order(*_: object) -> None:
-    """End in order on a plain kill as on Ctrl-C; a second signal (`timeout` sends two) must not cut that short."""
+    """End in order on SIGTERM as on Ctrl-C.  A second signal (`timeout` sends two) must not cut that short."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + signal.SIGTERM)

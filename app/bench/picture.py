@@ -1,6 +1,6 @@
-"""One page that shows a benchmark: latencies and throughput against load, with what is needed to repeat it.
+"""Draws a benchmark on one page: latencies and throughput against load, with what is needed to repeat it.
 
-Drawn by matplotlib, which is imported only here: it is an extra (``pip install 'baton[bench]'``).
+matplotlib draws it.  It is imported only here, because it is an extra (``pip install 'baton[bench]'``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FORMATS = (".svg", ".png", ".pdf")
 PAGE_INCHES = (11.69, 8.27)  # A4, landscape
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's, which people who see fewer colours can tell apart too."""
+"""Okabe and Ito's colours, which people with colour blindness can tell apart too."""
 MARKERS = "osD^vP"
 FOOTER_COLUMNS = 220
 TINT = "#666666"
@@ -37,7 +37,7 @@ AXES = {
 
 
 class Line(msgspec.Struct, frozen=True):
-    """What a panel shows of each target."""
+    """One quantity that a panel shows of each target."""
 
     value: Callable[[Measurement], float | None]
     style: str
@@ -79,7 +79,7 @@ PANELS = (
 
 
 def check(path: Path) -> None:
-    """Raise ConfigError if no picture can be written there."""
+    """Raise ConfigError if no picture can be written to `path`."""
     if path.suffix not in FORMATS:
         raise ConfigError("--picture", f"{path.name} ends with none of {', '.join(FORMATS)}")
     if find_spec("matplotlib") is None:
@@ -87,7 +87,7 @@ def check(path: Path) -> None:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Write the page; the suffix of `path` says in which format."""
+    """Write the page; the suffix of `path` chooses the format."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -101,7 +101,7 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _targets(measurements: list[Measurement]) -> list[str]:
-    """In the order of their names, so that a target keeps its colour whichever was measured first."""
+    """Return the targets ordered by name, so that a target keeps its colour whichever was measured first."""
     return sorted({measurement.target for measurement in measurements})
 
 
@@ -127,7 +127,7 @@ def _draw_panel(axes: Axes, panel: Panel, measurements: list[Measurement]) -> No
 
 
 def _draw_line(axes: Axes, line: Line, measurements: list[Measurement], colour: str, marker: str) -> None:
-    """The median of the repetitions; a band from the least to the greatest where there are several."""
+    """Draw the median of the repetitions, and a band from the least to the greatest if there are several."""
     values: dict[float, list[float]] = {}
     for measurement in sorted(measurements, key=lambda measurement: measurement.level.value):
         value = line.value(measurement)
@@ -141,7 +141,7 @@ def _draw_line(axes: Axes, line: Line, measurements: list[Measurement], colour: 
 
 
 def scale_logarithmically(axes: Axes) -> None:
-    """Ticks at 1, 2 and 5, as plain numbers."""
+    """Make an axis logarithmic, with ticks at 1, 2 and 5 as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -151,7 +151,7 @@ def scale_logarithmically(axes: Axes) -> None:
 
 
 def _frame(figure: Figure, report: Report) -> None:
-    """Title and legend above, and below what it takes to repeat the benchmark."""
+    """Put title and legend above, and below what it takes to repeat the benchmark."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 import httpx
 import msgspec
 
+from app.bench.client import describe, read_events
 from app.bench.report import Machine
 from app.errors import BatonError
 
@@ -175,8 +176,8 @@ class PromptClient:
         try:
             with self._client.stream("POST", path, json={**asked, **request}) as response:
                 if not response.is_success:
-                    said = " ".join(response.read().decode(errors="replace").split())[:300]
-                    raise CacheBenchError(f"{path} answered {response.status_code}: {said}")
+                    response.read()
+                    raise CacheBenchError(f"{path} answered {describe(response)}")
                 return _read_answer(response, sent_at)
         except (httpx.HTTPError, msgspec.DecodeError) as error:
             raise CacheBenchError(f"{self._client.base_url} broke off an answer: {error!r}") from error
@@ -216,14 +217,6 @@ def _read_answer(response: httpx.Response, sent_at: float) -> TimedAnswer:
         )
     details = usage.prompt_tokens_details or _Details()
     return TimedAnswer(ttft_s * 1000, usage.prompt_tokens, details.cached_tokens, "".join(text))
-
-
-def read_events(response: httpx.Response) -> Iterator[bytes]:
-    """The data of each event.  Not iter_lines: it also splits at what JSON leaves as it is, such as U+2028."""
-    rest = b""
-    for chunk in response.iter_bytes():
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line[5:].strip() for line in lines if line.startswith(b"data:"))
 
 
 def repeat_prompts(server: PromptClient, tokens: int, repeat: int) -> list[Pair]:

@@ -1,4 +1,4 @@
-"""What a tree of processes costs: CPU time and memory, from /proc (Linux)."""
+"""Measures what a tree of processes costs: CPU time and memory, from /proc (Linux)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Process(msgspec.Struct, frozen=True):
     pid: int
     parent: int
     started_at: int
-    """Clock ticks since boot; with `pid` it names a process for good."""
+    """The start in clock ticks since boot.  Together with `pid` it identifies a process for good."""
     cpu_s: float
-    """CPU time so far, that of its ended children included."""
+    """CPU time so far, including that of children that have ended."""
     title: str
-    """The command line, or what the process wrote over it."""
+    """The command line, or what the process has written over it."""
 
     def is_alive(self) -> bool:
         now = read_process(self.pid)
@@ -32,17 +32,17 @@ class Process(msgspec.Struct, frozen=True):
 
 
 class RoleMemory(msgspec.Struct, frozen=True):
-    """Memory of all processes in one role."""
+    """The memory of all processes in one role."""
 
     role: str
     num_processes: int
     pss_bytes: int
-    """Proportional set size: pages that n processes share count as one n-th for each."""
+    """Proportional set size: a page that n processes share counts as one n-th for each."""
 
 
 def parse_stat(stat: str, title: str) -> Process | None:
-    """A line of /proc/<pid>/stat; None for a zombie."""
-    head, _, tail = stat.rpartition(")")  # the name in parentheses may hold anything, spaces too
+    """Parse a line of /proc/<pid>/stat; None for a zombie."""
+    head, _, tail = stat.rpartition(")")  # the name in parentheses may hold anything, even spaces
     pid, _, name = head.partition(" (")
     fields = tail.split()
     if fields[0] in "ZX":
@@ -57,7 +57,7 @@ def parse_stat(stat: str, title: str) -> Process | None:
 
 
 def read_process(pid: int) -> Process | None:
-    """The process with that id; None if there is none."""
+    """Return the process with that id; None if there is none."""
     try:
         title = (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         return parse_stat((PROC / str(pid) / "stat").read_text(), title)
@@ -66,7 +66,7 @@ def read_process(pid: int) -> Process | None:
 
 
 def read_tree(*roots: int) -> list[Process]:
-    """The processes with these ids and all their descendants, parents first."""
+    """Return the processes with these ids and all their descendants, parents first."""
     children: dict[int, list[Process]] = defaultdict(list)
     for entry in PROC.iterdir():
         if entry.name.isdigit() and (process := read_process(int(entry.name))):
@@ -78,13 +78,13 @@ def read_tree(*roots: int) -> list[Process]:
 
 
 def cpu_between(before: list[Process], after: list[Process]) -> float:
-    """CPU seconds that the tree used from one reading to the next."""
+    """Return the CPU seconds that the tree used from one reading to the next."""
     earlier = {(process.pid, process.started_at): process.cpu_s for process in before}
     return sum(process.cpu_s - earlier.get((process.pid, process.started_at), 0.0) for process in after)
 
 
 def pss_bytes(pid: int) -> int:
-    """Proportional set size; 0 for a process that is gone."""
+    """Return the proportional set size; 0 for a process that is gone."""
     try:
         rollup = (PROC / str(pid) / "smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -94,7 +94,7 @@ def pss_bytes(pid: int) -> int:
 
 
 def memory_by_role(tree: list[Process], roots: dict[int, str]) -> list[RoleMemory]:
-    """Memory of a tree whose roots have the roles `roots` (process id to role), largest first."""
+    """Return the memory, largest first, of a tree whose roots have the roles `roots` (process id to role)."""
     roles: dict[int, str] = {}
     memory: dict[str, list[int]] = defaultdict(list)
     for process in tree:
@@ -115,13 +115,13 @@ TITLES = {
     r"ray::|default_worker\.py": "other Ray workers",
     r"raylet|gcs_server|/ray/(dashboard|_private)/|runtime_env_agent|log_monitor": "Ray itself",
 }
-"""What processes call themselves, and the role that it means; the first that matches counts."""
+"""What processes call themselves, and the role that this means.  The first one that matches counts."""
 
 OWNERS = {"prefill": "prefill ", "decode": "decode "}
 
 
 def role_of(title: str, root_role: str | None, parent_role: str) -> str:
-    """The role of a process: what it was started as, what it calls itself, or else its parent's."""
+    """Return the role of a process: what it was started as, what it calls itself, or else its parent's role."""
     if root_role is not None:
         return root_role
     role = next((role for pattern, role in TITLES.items() if re.search(pattern, title)), None)
@@ -133,7 +133,7 @@ def role_of(title: str, root_role: str | None, parent_role: str) -> str:
 
 
 def end_all(tree: list[Process]) -> None:
-    """Kill those that still run."""
+    """Kill the processes that still run."""
     for process in tree:
         if process.is_alive():
             try:

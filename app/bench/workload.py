@@ -1,9 +1,9 @@
-"""What is sent: lengths, prompts and moments, made the same way for a closed loop, an open loop and a trace.
+"""Makes what is sent: lengths, prompts and moments, in the same way for a closed loop, an open loop and a trace.
 
-All three become one list of `Request`.  A prompt is a list of pieces; a piece is a number and a length, and the number
-seeds its tokens.  Requests that name the same piece share its tokens, as a shared prefix does and as the `hash_ids` of
-Mooncake's traces do (https://github.com/kvcache-ai/Mooncake, FAST25-release/traces); a shorter piece begins as a longer
-one with its number does.
+All three become one list of `Request`.  A prompt is a list of pieces.  A piece is a number and a length, and the number
+seeds its tokens.  So requests that name the same piece share its tokens, as with a shared prefix and the `hash_ids` of
+Mooncake's traces (https://github.com/kvcache-ai/Mooncake, FAST25-release/traces).  A shorter piece begins like a
+longer one with the same number.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ PREFIX_PIECES = 1 << 40
 
 
 class Uniform(msgspec.Struct, frozen=True, tag=True):
-    """Every length from `low` to `high`, both included."""
+    """Every length from `low` to `high`, both included, is equally likely."""
 
     low: int
     high: int
 
 
 class Normal(msgspec.Struct, frozen=True, tag=True):
-    """Cut off below 1."""
+    """Lengths are normally distributed, cut off below 1."""
 
     mean: float
     sd: float
 
 
 class LogNormal(msgspec.Struct, frozen=True, tag=True):
-    """`mean` is that of the lengths, `sigma` the standard deviation of their logarithms."""
+    """`mean` is the mean of the lengths, `sigma` the standard deviation of their logarithms."""
 
     mean: float
     sigma: float
 
 
 Lengths = int | Uniform | Normal | LogNormal
-"""A distribution of lengths in tokens; a number means that all have that length."""
+"""A distribution of lengths in tokens.  A number means that all have that length."""
 
 GRAMMAR = "N, uniform:LOW:HIGH, normal:MEAN:SD or lognormal:MEAN:SIGMA"
 
 
 def parse_lengths(option: str, text: str) -> Lengths:
-    """A distribution as it is written on the command line (GRAMMAR).  Raises ConfigError, naming the option."""
+    """Parse a distribution as it is written on the command line (GRAMMAR).  Raises ConfigError, naming the option."""
     name, *words = text.strip().split(":")
     try:
         if not words:
@@ -89,7 +89,7 @@ def _whole(number: float) -> int:
 
 
 def draw_length(lengths: Lengths, random: Random) -> int:
-    """One length, at least 1."""
+    """Draw one length, at least 1."""
     match lengths:
         case Uniform(low, high):
             return random.randint(low, high)
@@ -105,7 +105,7 @@ class Request(msgspec.Struct, frozen=True):
     """One greedy completion of exactly `output_tokens` tokens."""
 
     at_s: float
-    """When it is sent, counted from the begin of the load."""
+    """When it is sent, in seconds from the beginning of the load."""
     pieces: list[tuple[int, int]]
     """(number, length in tokens) of each part of the prompt."""
     output_tokens: int
@@ -115,7 +115,7 @@ class Request(msgspec.Struct, frozen=True):
         return sum(length for _, length in self.pieces)
 
     def prompt(self, vocabulary: Sequence[int], seed: str) -> list[int]:
-        """The token ids, drawn from `vocabulary`; the same for the same seed, in every process."""
+        """Return the token ids, drawn from `vocabulary`.  The same seed gives the same ids in every process."""
         return [
             token
             for number, length in self.pieces
@@ -124,14 +124,14 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class RequestPlan(msgspec.Struct, frozen=True):
-    """What one run of the client sends."""
+    """The requests that one run of the client sends."""
 
     requests: list[Request]
     concurrency: int | None
-    """At most so many at a time: a request that is due waits in the client, and its times count from when it is sent.
-    None: each is sent when it is due."""
+    """At most this many requests run at a time.  A request that is due waits in the client, and its times count from
+    when it is sent.  With None each is sent when it is due."""
     seed: str
-    """Loads with different seeds share no prompt."""
+    """Loads with different seeds have no prompt in common."""
 
 
 class LoadSpec(msgspec.Struct, frozen=True):
@@ -140,21 +140,21 @@ class LoadSpec(msgspec.Struct, frozen=True):
     concurrency: int | None
     num_requests: int
     input_tokens: Lengths = 500
-    """Of the prompt after its prefix."""
+    """The length of the prompt after its prefix."""
     output_tokens: Lengths = 64
     first_prompt: int = 0
-    """Prompts are numbered; the same number and seed is the same prompt."""
+    """The number of the first prompt.  The same number and seed give the same prompt."""
     rate: float | None = None
-    """Requests/s, on average."""
+    """Requests per second, on average."""
     burstiness: float = 1.0
-    """1: a Poisson process; the gaps are gamma-distributed with this shape, so less is more bursty."""
+    """The shape of the gamma-distributed gaps.  1 is a Poisson process, and less is more bursty."""
     num_prefixes: int = 0
-    """So many prefixes are shared, each by as many requests; 0: none."""
+    """How many prefixes are shared, each by the same number of requests; with 0 none is."""
     prefix_tokens: int = 0
     seed: str = "0"
 
     def load(self) -> RequestPlan:
-        """The requests."""
+        """Draw the requests."""
         random = Random(f"{self.seed}/lengths/{self.first_prompt}")
         arrivals = arrival_times(self.num_requests, self.rate, self.burstiness, random)
         requests = [self._request(self.first_prompt + n, at_s, random) for n, at_s in enumerate(arrivals)]
@@ -168,9 +168,9 @@ class LoadSpec(msgspec.Struct, frozen=True):
 
 
 def arrival_times(count: int, rate: float | None, burstiness: float, random: Random) -> list[float]:
-    """`count` moments in seconds, `rate` per second; all 0 without a rate.
+    """Draw `count` moments in seconds, `rate` per second; all are 0 without a rate.
 
-    They are stretched so that the last is at count / rate exactly, as vLLM's client does: few random gaps would
+    They are stretched so that the last is at count / rate exactly, as in vLLM's client: a few random gaps would
     make another rate than the one that was asked for.
     """
     if rate is None:
@@ -183,15 +183,15 @@ class TraceLine(msgspec.Struct):
     """One line of a trace in Mooncake's format; other fields are ignored."""
 
     timestamp: float
-    """Milliseconds."""
+    """The moment in milliseconds."""
     input_length: int
     output_length: int
     hash_ids: list[int]
-    """One per block of 512 tokens."""
+    """One hash for each block of 512 tokens."""
 
 
 def read_trace(path: Path, limit: int | None) -> list[Request]:
-    """The first `limit` requests of a trace, from its first moment on.  Raises ConfigError."""
+    """Read the first `limit` requests of a trace, from its first moment on.  Raises ConfigError."""
     try:
         lines = path.read_bytes().splitlines()[:limit]
     except OSError as error:
@@ -217,12 +217,12 @@ def _parse_line(number: int, text: bytes) -> Request:
 
 
 def at_speed(requests: list[Request], speed: float) -> list[Request]:
-    """The same requests, `speed` times as fast after one another."""
+    """Return the same requests, `speed` times as fast after one another."""
     return [msgspec.structs.replace(request, at_s=request.at_s / speed) for request in requests]
 
 
 def fitting(requests: list[Request], max_tokens: int | None) -> list[Request]:
-    """Those that a model takes whose context has `max_tokens` tokens (None: not known, so all)."""
+    """Return the requests that fit a context of `max_tokens` tokens; all of them if it is None (not known)."""
     if max_tokens is None:
         return requests
     return [request for request in requests if request.input_tokens + request.output_tokens <= max_tokens]

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.bench.endpoint import find_card, find_version, new_client, parse_url
+from app.bench.client import find_card, find_version, new_client, parse_url
 from app.bench.output import check_files
 from app.bench.prefix_cache import (
     ANSWER_TIMEOUT_S,

@@ -22,15 +22,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from app.bench.endpoint import find_card, new_client, parse_url
-from app.bench.prefix_cache import (
-    COMPLETION_TOKENS,
-    PromptClient,
-    converse,
-    find_vocabulary,
-    read_events,
-    repeat_prompts,
-)
+from app.bench.client import describe, find_card, new_client, parse_url, read_events
+from app.bench.prefix_cache import COMPLETION_TOKENS, PromptClient, converse, find_vocabulary, repeat_prompts
 from app.errors import BatonError, ConfigError
 from app.messages import PrefillMode
 
@@ -233,7 +226,7 @@ class Endpoint:
         with self.client.stream("POST", CHAT, json=body) as response:
             if not response.is_success:
                 response.read()
-                raise Unexpected("a stream", _describe(response))
+                raise Unexpected("a stream", describe(response))
             yield from read_events(response)
 
     def replicas(self) -> dict[str, _Replica]:
@@ -242,12 +235,8 @@ class Endpoint:
 
 def _decode(response: httpx.Response, shape: type[T]) -> T:
     if not response.is_success:
-        raise Unexpected("an answer", _describe(response))
+        raise Unexpected("an answer", describe(response))
     return msgspec.json.decode(response.content, type=shape)
-
-
-def _describe(response: httpx.Response) -> str:
-    return f"{response.status_code}: {' '.join(response.text.split())[:300]}"
 
 
 def check_health(baton: Endpoint) -> str:
@@ -396,7 +385,7 @@ def check_bad_input(baton: Endpoint) -> str:
 
 def _check_refused(response: httpx.Response, status: int, name: str) -> str:
     if response.status_code != status or name not in response.text:
-        raise Unexpected(f"{status} that names {name}", _describe(response))
+        raise Unexpected(f"{status} that names {name}", describe(response))
     return str(status)
 
 

@@ -24,6 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from app.bench.client import ask, find_cards, new_client, parse_url
 from app.errors import BatonError
 from app.messages import PrefillMode
 
@@ -133,7 +134,7 @@ class Endpoint:
 
     def _find(self, name: str | None, mode: str) -> Any:
         """What the server says of the model called `name`, or of its first one in `mode`."""
-        cards = self._get("/v1/models")["data"]
+        cards = find_cards("--url", self._client)
         for card in cards:
             if card.get("mode") == mode and card["id"] == (name or card["id"]):
                 return card
@@ -214,13 +215,7 @@ class Endpoint:
 
     def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         try:
-            response = self._client.request(method, path, json=body)
-        except httpx.HTTPError as error:
-            raise VerifyError(f"{self._client.base_url} does not answer ({error}); is Baton running there?") from error
-        if response.status_code != 200:
-            raise VerifyError(f"{method} {path} answered {response.status_code}: {response.text[:300]}")
-        try:
-            return response.json()
+            return ask("--url", self._client, method, path, body).json()
         except ValueError as error:
             raise VerifyError(f"{method} {path} answered no JSON; is it Baton that runs there?") from error
 
@@ -238,13 +233,10 @@ def compare_output(
 
     `reference` is an aggregated model of the same application, with the same weights and engine.
 
-    Raises VerifyError if the application cannot be reached or did not transfer the KV of every prompt.
+    Raises ConfigError if the application cannot be reached, VerifyError if it did not transfer every prompt's KV.
     """
-    try:
-        new_client = httpx.Client(base_url=url, timeout=ANSWER_TIMEOUT_S)
-    except httpx.InvalidURL as error:
-        raise VerifyError(f"{url} is no URL: {error}") from error
-    with new_client as client:
+    _, base_url = parse_url("--url", url)
+    with new_client(base_url, ANSWER_TIMEOUT_S) as client:
         endpoint = Endpoint(client, model, reference)
         before = endpoint.transfers()
         prompts = _prompts(endpoint, random.Random(seed))

@@ -1,7 +1,7 @@
-"""What an engine's prefix cache holds, by the block hashes that all of Baton shares.
+"""Translates an engine's KV events into the block hashes that all of Baton shares.
 
-An engine's events name blocks by hashes of its own, which mean nothing to anybody else, so a worker translates them
-beside its engine: the frontends get updates that they can look prompts up in without knowing what engine it is.
+An engine's events name blocks by hashes of its own, which mean nothing to anybody else.  So a worker translates them
+beside its engine, and the frontends get updates that they can look prompts up in without knowing the engine.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ from app.messages import AllBlocksCleared, BlockHash, BlockStored, KvEvent, KvUp
 
 
 class EventTranslator:
-    """Follows one engine's events and tells what each list of them changed.
+    """Follows one engine's events, and returns what each list of them changed.
 
-    An engine may hold the same block more than once, as vLLM does after it computed one prompt twice at the same time,
-    and then reports each copy stored and each copy removed: a block is there until its last copy goes.
+    An engine may hold the same block more than once, as vLLM does after it computed one prompt twice at the same time.
+    It then reports each copy as stored and each copy as removed, so a block is there until its last copy goes.
 
-    What cannot be trusted is left out: better to miss a block than to send a request to one that is not there.  A
-    block whose parent was removed stays, though no prompt reaches it: it counts again when the parent is back, as it
-    does in the engine.
+    Blocks that cannot be trusted are left out: it is better to miss a block than to send a request to one that is not
+    there.  A block whose parent was removed stays, though no prompt reaches it.  It counts again when the parent is
+    back, as it does in the engine.
 
-    Takes 130 to 160 bytes for each block where the engine's hashes are integers, 160 to 190 where they are vLLM's 32
-    bytes (`size_bytes` measures), and 0.4 us to follow one that is stored.
+    A block takes 130 to 160 bytes if the engine's hashes are integers, and 160 to 190 if they are vLLM's 32 bytes
+    (`size_bytes` measures it).  Following one that is stored takes 0.4 us.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        """`num_blocks` of `block_size` tokens each are what the engine has."""
-        # An engine removes a block before it reuses it, so without loss there are never more than num_blocks.  The
-        # eighth on top is for one that reports a removal somewhat late.
+        """The engine has `num_blocks` blocks of `block_size` tokens each."""
+        # An engine removes a block before it reuses it, so without loss there are never more than num_blocks.  An
+        # eighth is added for an engine that reports a removal somewhat late.
         self._max_copies = num_blocks + num_blocks // 8
         self._block_size = block_size
         self._names: dict[BlockHash, int] = {}
         self._more_copies: dict[BlockHash, int] = {}
         self._num_copies = 0
         self.num_orphans = 0
-        """Blocks left out so far: of unknown parents, of another block size, or with tokens missing."""
+        """Blocks left out so far: their parent is unknown, their size is another one, or tokens are missing."""
         self.num_overflows = 0
-        """How often there were more blocks than the engine has, so that removals must have been lost, and all were
+        """How often there were more blocks than the engine has.  Removals must have been lost then, so all blocks were
         forgotten."""
 
     def __len__(self) -> int:
         return len(self._names)
 
     def apply(self, events: list[KvEvent]) -> KvUpdate:
-        """Follow `events` and return what they changed, exactly: no block that was there is in `stored`, none that
-        was not is in `removed`."""
+        """Follow `events` and return exactly what they changed: `stored` has only blocks that were not there before,
+        and `removed` only blocks that were."""
         change = Change()
         for event in events:
             if isinstance(event, BlockStored):
@@ -62,11 +62,11 @@ class EventTranslator:
         return change.as_update()
 
     def snapshot(self) -> KvUpdate:
-        """Everything, for a frontend that begins to listen; the updates returned later continue it."""
+        """Return all blocks, for a frontend that begins to listen; updates returned later continue this one."""
         return KvUpdate(stored=list(self._names.values()), removed=[], is_reset=True)
 
     def size_bytes(self) -> int:
-        """What it takes in memory.  Walks over all blocks: for benchmarks."""
+        """Return the bytes that it takes in memory.  This walks over all blocks, so it is for benchmarks."""
         tables = getsizeof(self._names) + getsizeof(self._more_copies)
         return tables + sum(hash_bytes(key) + hash_bytes(name) for key, name in self._names.items())
 
@@ -74,7 +74,7 @@ class EventTranslator:
         parent: int | None
         if event.parent_block_hash is None:
             parent = root_hash(event.cache_salt)
-        else:  # which has the salt in it
+        else:  # the parent has the salt in it
             parent = self._names.get(event.parent_block_hash)
         size = self._block_size
         is_whole = event.block_size == size and len(event.token_ids) == len(event.block_hashes) * size

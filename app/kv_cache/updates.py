@@ -1,4 +1,4 @@
-"""Changes of a prefix cache: made one event at a time, and merged for a frontend that is behind."""
+"""Changes of a prefix cache: collected one event at a time, and merged for a frontend that is behind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from app.messages import KvUpdate
 
 
 def merge_updates(*updates: KvUpdate) -> KvUpdate:
-    """The one update that does what `updates` do one after the other, for a frontend that is behind.
+    """Return one update that does what `updates` do one after the other, for a frontend that is behind.
 
     Each must be the exact change since the one before, as `EventTranslator` returns them.  The result then names no
     more blocks than were there before the first and are there after the last, however many updates it stands for.
@@ -23,30 +23,30 @@ def merge_updates(*updates: KvUpdate) -> KvUpdate:
 
 
 class Change:
-    """The net effect of what happens one after the other."""
+    """Collects the net effect of changes that happen one after the other."""
 
     def __init__(self) -> None:
-        # Sets in the order of insertion: PrefixIndex takes less memory if the blocks of a prompt stay together.
+        # Sets that keep the order of insertion: PrefixIndex takes less memory if a prompt's blocks stay together.
         self._stored: dict[int, None] = {}
         self._removed: dict[int, None] = {}
         self._is_reset = False
 
     def store(self, name: int) -> None:
-        """A block that was not there is."""
+        """Add a block that was not there."""
         if name in self._removed:
             del self._removed[name]
         else:
             self._stored[name] = None
 
     def remove(self, name: int) -> None:
-        """A block that was there is no longer."""
+        """Remove a block that was there."""
         if name in self._stored:
             del self._stored[name]
         else:
             self._removed[name] = None
 
     def reset(self) -> None:
-        """None is there any more."""
+        """Remove all blocks."""
         self._stored.clear()
         self._removed.clear()
         self._is_reset = True

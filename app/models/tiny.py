@@ -28,6 +28,8 @@ MARKUP_TOKENS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
 PAD_ID, EOS_ID = 0, 2
 
 Size = Literal["tiny", "small"]
+SOURCES: dict[str, Size] = {"baton:tiny": "tiny", "baton:small": "small"}
+"""What a configuration gives as the `source` of each model that is made here."""
 SHAPES: dict[Size, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4},
     "small": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 4},

@@ -1,4 +1,4 @@
-"""What the router decided for one sequence, and all that it decided by."""
+"""What the router decided for one sequence, and everything that it based this on."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ class Candidate(msgspec.Struct, frozen=True):
     queued_tokens: int
     """Prompt tokens that wait there to be computed."""
     scores: dict[str, float]
-    """Each in [0, 1], by the name of its weight in the configuration; app/routing/scores.py says what they are."""
+    """Each score is in [0, 1], by the name of its weight in the configuration; app/routing/scores.py explains them."""
     total: float
     """The weighted sum of the scores."""
 
 
 class Prediction(msgspec.Struct, frozen=True):
-    """Predicted seconds to the first token, of both ways; None where that way is not open or nothing was measured."""
+    """Predicted seconds to the first token, one for each way; None if that way is not open or nothing was measured."""
 
     remote_s: float | None = None
     local_s: float | None = None
     interference_s: float = 0.0
-    """What a local prefill would cost the sequences that run there, beyond their budget, added up over them."""
+    """How long a local prefill would make the sequences that run there wait beyond their budget, added up over them."""
 
 
 class Decision(msgspec.Struct, frozen=True):
     """Where one sequence is prefilled and decoded.
 
-    `kind` and `reason` are labels of ``baton_decisions_total``.  Reasons of a local prefill: ``aggregated`` (there is
-    no prefill pool), ``requested``, ``prompt_logprobs``, ``no_prefill_replica``, ``no_decode_replica`` (an aggregated
-    one serves), ``prefill_full``, ``faster``, ``short`` and ``prefill_queue`` (thresholds).  Of a remote one:
-    ``requested``, ``only_way`` (nothing else can prefill), ``configured``, ``unmeasured``, ``faster``, ``long``
-    (thresholds), ``local_full``.
+    `kind` and `reason` are labels of ``baton_decisions_total``.  A local prefill has one of the reasons ``aggregated``
+    (there is no prefill pool), ``requested``, ``prompt_logprobs``, ``no_prefill_replica``, ``no_decode_replica`` (an
+    aggregated replica serves), ``prefill_full``, ``faster``, ``short`` and ``prefill_queue`` (by thresholds).  A remote
+    one has ``requested``, ``only_way`` (nothing else can prefill), ``configured``, ``unmeasured``, ``faster``, ``long``
+    (by thresholds) or ``local_full``.
     """
 
     kind: Literal["remote", "local"]
@@ -50,9 +50,9 @@ class Decision(msgspec.Struct, frozen=True):
     prefill: Candidate | None
     predicted: Prediction
     others: dict[Role, list[Candidate]] = {}
-    """The next best of each pool that was looked at, where an explanation was asked for."""
+    """The next best candidates of each pool that was looked at, if an explanation was asked for."""
     decided_in_s: float = 0.0
-    """How long it took to decide."""
+    """How long the decision took."""
 
     @property
     def expected_cached_tokens(self) -> int:
@@ -61,12 +61,12 @@ class Decision(msgspec.Struct, frozen=True):
 
     @property
     def predicted_ttft_s(self) -> float | None:
-        """Of the way that was chosen."""
+        """The predicted seconds to the first token of the way that was chosen."""
         return self.predicted.remote_s if self.kind == "remote" else self.predicted.local_s
 
 
 class RoutingHints(msgspec.Struct, frozen=True):
-    """What a client says that concerns routing only."""
+    """What a client says about routing."""
 
     session: str | None = None
     """Requests of one session are preferably served by one replica."""

@@ -1,4 +1,4 @@
-"""Whether a request's prompt is prefilled on the prefill pool or on the replica that decodes it."""
+"""Chooses whether a prompt is prefilled on the prefill pool or on the replica that decodes it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from app.routing.scores import Scored
 
 Kind = Literal["remote", "local"]
 PlacementChoice = tuple[Kind, str]
-"""Where, and why, in the words of `Decision.reason`."""
+"""Where the prompt is prefilled, and why, in the words of `Decision.reason`."""
 
 
 def demanded(request: GenerateRequest) -> PlacementChoice | None:
-    """Where a request wants its prompt prefilled, or has to have it; None if that is free.
+    """Return where a request wants its prompt prefilled, or has to have it prefilled; None if that is free.
 
     ``prompt_logprobs`` come out of the forward pass over the prompt, which under disaggregation runs on the other
     engine, so such a request is served without it rather than refused.
@@ -38,7 +38,7 @@ def place(
     local: Scored,
     predicted: Prediction,
 ) -> PlacementChoice:
-    """Choose where both ways are open; `num_tokens` is the prompt's length."""
+    """Choose between the two ways when both are open; `num_tokens` is the prompt's length."""
     match policy:
         case PredictedPlacement():
             if predicted.remote_s is None or predicted.local_s is None:
@@ -56,9 +56,9 @@ def place(
 
 
 def corrupt_prompt(request: GenerateRequest) -> GenerateRequest:
-    """The same request with another prompt of the same length: its KV is wrong for the original."""
+    """Return the same request with another prompt of the same length, whose KV is wrong for the original."""
     first, *rest = request.prompt_token_ids
     corrupted = [*rest, first]
-    if corrupted == request.prompt_token_ids:  # one token, however often: take a neighbour that exists
+    if corrupted == request.prompt_token_ids:  # it repeats one token: take a neighbouring id that exists
         corrupted = [first - 1 if first else 1] * len(corrupted)
     return msgspec.structs.replace(request, prompt_token_ids=corrupted)

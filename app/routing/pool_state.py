@@ -1,7 +1,7 @@
 """What a frontend knows of one pool: its replicas, how busy each is, and what each has cached.
 
-Load is what the replica reported, corrected by what this frontend has sent and seen finished since that report came.
-So a frontend's own requests count at once, and those of other frontends after one message from the replica.
+A replica's load is what it reported last, corrected by what this frontend has sent and seen finished since then.  So
+a frontend's own requests count at once, and those of other frontends after one message from the replica.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ AVOID_S = 10.0
 """How long a replica that failed is passed over; Serve needs three failed health checks to replace it."""
 
 SMALL_POOL = 16
-"""Up to so many replicas all are looked at."""
+"""A pool of at most this many replicas is looked at as a whole."""
 NUM_DRAWN = 8
-"""Of a larger pool it is so many that have cached the most of the prompt, the session's own, and so many drawn at
-random: the best of 8 drawn is among the least loaded quarter of a pool with probability 0.9 (1 - 0.75**8), and
-frontends that do not talk to each other do not all draw the same one."""
+"""Of a larger pool, this many replicas that have cached the most of the prompt are looked at, the session's own, and
+this many drawn at random.  The best of 8 drawn is among the least loaded quarter of a pool with probability 0.9
+(1 - 0.75**8), and frontends that do not talk to each other do not all draw the same one."""
 
 
 class Gauge:
-    """A quantity of which a replica reports the whole and this frontend knows its own part."""
+    """A quantity: a replica reports the whole of it, and this frontend knows its own part."""
 
     __slots__ = ("_others", "own", "value")
 
     def __init__(self) -> None:
         self.own = 0
         self.value = 0
-        """The best guess of the whole: kept up to date, as it is read far more often than it changes."""
+        """The best guess of the whole.  It is stored, because it is read far more often than it changes."""
         self._others = 0
 
     def report(self, value: int) -> None:
-        self._others = value - self.own  # may be below 0: of our own, what is on its way was not counted
+        self._others = value - self.own  # below 0 if the report misses those of ours that are on their way
         self._update()
 
     def _update(self) -> None:
@@ -79,11 +79,11 @@ class ReplicaState:
         self.decoding.report(load.decoding)
 
     def num_blocks(self, num_tokens: int) -> int:
-        """How many blocks hold so many tokens."""
+        """Return how many blocks hold `num_tokens` tokens."""
         return -(-num_tokens // self.info.block_size_tokens)
 
     def assume(self, request: GenerateRequest) -> KvUpdate | None:
-        """What a prompt that is sent here changes in the cache, if the replica does not tell that itself."""
+        """Return what a prompt that is sent here changes in the cache; None if the replica publishes that itself."""
         if self._assumed is None:
             return None
         hashes = block_hashes(request.prompt_token_ids, self.info.block_size_tokens, root_hash(request.cache_salt))
@@ -94,7 +94,7 @@ class PoolState:
     """The replicas of one pool that can be reached."""
 
     def __init__(self, index: PrefixIndex, clock: Callable[[], float] = time.monotonic) -> None:
-        """`index` may be other pools' as well: one walk over a prompt's blocks then finds all that hold it."""
+        """Pools may share `index`: one walk over a prompt's blocks then finds all replicas that hold it."""
         self.replicas: dict[str, ReplicaState] = {}
         self.index = index
         self._ids: list[str] = []
@@ -103,11 +103,11 @@ class PoolState:
 
     @property
     def block_size(self) -> int | None:
-        """Tokens of a block, which all replicas of a pool share; None if there is no replica."""
+        """The tokens in a block, the same for all replicas of a pool; None if there is no replica."""
         return self.replicas[self._ids[0]].info.block_size_tokens if self._ids else None
 
     def join(self, info: ReplicaInfo) -> None:
-        """A replica can be reached from now on; nothing is known of its load and cache yet."""
+        """Add a replica that can be reached from now on; nothing is known of its load and cache yet."""
         self.leave(info.replica_id)
         self.replicas[info.replica_id] = ReplicaState(info)
         self._ids.append(info.replica_id)
@@ -130,7 +130,7 @@ class PoolState:
             self.index.update(replica, update)
 
     def assume(self, replica: str, request: GenerateRequest) -> None:
-        """`request` is sent to `replica`, which will have its prompt cached."""
+        """Take note that `request` is sent to `replica`, which will have its prompt cached."""
         if (view := self.replicas.get(replica)) is not None and (update := view.assume(request)) is not None:
             self.index.update(replica, update)
 
@@ -140,14 +140,14 @@ class PoolState:
             view.avoid_until = self._clock() + AVOID_S
 
     def own_replica(self, session: str | None) -> str | None:
-        """The replica that a session's requests prefer."""
+        """Return the replica that a session's requests prefer."""
         return self._ring.own(session) if session else None
 
     def candidates(self, cached: Mapping[str, int], own: str | None, lost: Collection[str]) -> list[str]:
-        """Replicas worth a look: all of a small pool, else see NUM_DRAWN.
+        """Return the replicas that are worth a look: all of a small pool, otherwise as NUM_DRAWN says.
 
-        `cached` are tokens of the prompt, by replica, of any pool; `own` is the session's own replica, if it has one.
-        Those that failed lately are left out, unless there is no other: one that is suspect beats none.
+        `cached` has the cached tokens of the prompt by replica, of any pool; `own` is the session's own replica, if it
+        has one.  Replicas that failed lately are left out unless there is no other: a suspect one is better than none.
         """
         if len(self._ids) <= SMALL_POOL:
             found: Iterable[str] = self._ids

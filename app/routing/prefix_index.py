@@ -1,4 +1,4 @@
-"""Which replicas hold how much of a prompt in their prefix caches."""
+"""Finds which replicas hold how much of a prompt in their prefix caches."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from app.kv_cache.block_hashes import hash_bytes
 from app.messages import KvUpdate
 
 MIN_LOG = 1024
-"""Up to so many entries (8 KiB) the log of a replica's blocks is not worth cleaning up."""
+"""A log of a replica's blocks with at most this many entries (8 KiB) is not worth cleaning up."""
 
 
 class PrefixIndex:
     """The blocks that the replicas of a model hold, by the hashes of app/kv_cache/block_hashes.py.
 
-    Takes 90 to 130 bytes for a block that one replica holds, and 8 to 18 for each further replica that holds it,
-    beside the integers of `_holders`: at most 28 bytes and 4 for every 30 of its replicas for each block, if no
-    neighbours share one.  So it is bounded by what fits into the replicas' caches (`size_bytes` measures).
+    The index takes 90 to 130 bytes for a block that one replica holds, and 8 to 18 for each further replica that holds
+    it.  The integers of `_holders` come on top: for each block at most 28 bytes and 4 for every 30 of its replicas, if
+    no neighbours share one.  So what fits into the replicas' caches bounds its size (`size_bytes` measures it).
 
     `update` takes about 0.3 us for each block, `match` 0.06 us for each block that it finds and 0.1 us for each
     replica that holds any.
@@ -33,18 +33,18 @@ class PrefixIndex:
         self._holders: dict[int, int] = {}
         self._replicas: dict[str, _Replica] = {}
         self._names: dict[int, str] = {}
-        """Of the replicas, by the positions of their bits."""
+        """The replicas by the positions of their bits."""
 
     def __len__(self) -> int:
-        """Blocks that any replica holds."""
+        """Return how many blocks any replica holds."""
         return len(self._holders)
 
     def num_blocks(self, replica: str) -> int:
-        """Blocks that `replica` holds."""
+        """Return how many blocks `replica` holds."""
         return self._replicas[replica].num_blocks if replica in self._replicas else 0
 
     def update(self, replica: str, update: KvUpdate) -> None:
-        """Follow what changed in the prefix cache of `replica`, be it known or new."""
+        """Follow what changed in the prefix cache of `replica`, whether it is known or new."""
         known = self._replicas.get(replica) or self._add(replica)
         if update.is_reset:
             self._remove(known, known.log)
@@ -55,16 +55,16 @@ class PrefixIndex:
             self._clean_up(known)
 
     def forget(self, replica: str) -> None:
-        """`replica` is no more, if it ever was."""
+        """Remove everything about `replica`; nothing happens if it is not known."""
         known = self._replicas.pop(replica, None)
         if known is not None:
             self._remove(known, known.log)
             del self._names[known.bit.bit_length() - 1]
 
     def match(self, hashes: Iterable[int]) -> dict[str, int]:
-        """How many leading blocks of `hashes` in a row each replica holds; those that hold none are left out.
+        """Return how many leading blocks of `hashes` each replica holds; replicas that hold none are left out.
 
-        Takes from `hashes` only as many as the replica that holds most of them has, and one more.
+        This consumes as many of `hashes` as the replica with the most of them holds, and one more.
         """
         depths: dict[str, int] = {}
         lookups = map(self._holders.get, hashes)
@@ -86,7 +86,7 @@ class PrefixIndex:
         return depths
 
     def size_bytes(self) -> int:
-        """What it takes in memory.  Walks over all blocks: for benchmarks."""
+        """Return the bytes that it takes in memory.  This walks over all blocks, so it is for benchmarks."""
         holders = {id(holders): getsizeof(holders) for holders in self._holders.values()}
         logs = sum(getsizeof(replica.log) for replica in self._replicas.values())
         return getsizeof(self._holders) + sum(map(hash_bytes, self._holders)) + sum(holders.values()) + logs
@@ -127,12 +127,12 @@ class PrefixIndex:
                 del holders_of[block]
 
     def _clean_up(self, replica: _Replica) -> None:
-        """Leave in its log what it holds.  Takes 12 ms for 50,000 blocks, once for so many that were removed."""
+        """Leave in its log only what it holds.  This takes 12 ms for 50,000 blocks, once for as many removed blocks."""
         holders_of, bit = self._holders, replica.bit
         replica.log = array("q", {block for block in replica.log if holders_of.get(block, 0) & bit})
 
     def _record(self, replicas: int, depth: int, depths: dict[str, int]) -> None:
-        """Enter `depth` for each of the bits."""
+        """Enter `depth` for the replica of each bit."""
         while replicas:
             position = replicas.bit_length() - 1
             depths[self._names[position]] = depth
@@ -144,15 +144,15 @@ class _Replica:
 
     def __init__(self, bit: int) -> None:
         self.bit = bit
-        """The one that stands for it in the index."""
+        """The bit that stands for it in the index."""
         self.num_blocks = 0
         self.log = array("q")
-        """All that it holds and some that it held, some of them twice.  Exact sets took 25 bytes more for a block of
-        one replica and 130 more for each further one: their own tables, and copies of the hashes."""
+        """All blocks that it holds and some that it held, some of them twice.  Exact sets would take 25 bytes more for
+        a block of one replica and 130 more for each further one, for their own tables and copies of the hashes."""
 
 
 class ApproximateCache:
-    """What a replica that tells nothing of its prefix cache is assumed to hold: what it was sent last."""
+    """What a replica that publishes nothing of its prefix cache is assumed to hold: what it was sent last."""
 
     def __init__(self, capacity_blocks: int) -> None:
         self._capacity_blocks = capacity_blocks
@@ -162,10 +162,10 @@ class ApproximateCache:
         return len(self._hashes)
 
     def assume(self, hashes: list[int]) -> KvUpdate:
-        """A prompt with these block hashes was sent there; what that changes."""
+        """Take note of a prompt with these block hashes that was sent there, and return what that changes."""
         cache = self._hashes
         stored = []
-        # The first blocks come last, so that they are evicted last, as engines do: without them the others are no use.
+        # The first blocks come last, so that they are evicted last, as in engines: the others are useless without them.
         for name in reversed(hashes[: self._capacity_blocks]):
             if name not in cache:
                 stored.append(name)

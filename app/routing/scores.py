@@ -1,4 +1,4 @@
-"""How good a replica would be for a prompt: scores in [0, 1], and their weighted sum.
+"""Scores how good a replica would be for a prompt: several scores in [0, 1], and their weighted sum.
 
 ``prefix`` and ``queue`` are both tokens divided by the *horizon*: the prompt's length plus the longest queue among the
 candidates.  With equal weights their sum is highest where (queued + uncached) tokens are fewest, which is where the
@@ -19,18 +19,19 @@ from app.routing.decision import Candidate
 from app.routing.pool_state import ReplicaState
 
 HALF_BATCH = 32
-"""Sequences at which the `batch` score is a half.  A step of a batch of 32 takes 1.1 to 1.5 times as long as one of a
-single sequence (profiles of the sim engine), so below it other reasons should decide, and above it this one more."""
+"""The number of sequences at which the `batch` score is one half.  A step with 32 sequences takes 1.1 to 1.5 times as
+long as one with a single sequence (profiles of the sim engine).  So other scores should decide below this number, and
+this score should count more above it."""
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """What the scores need to know of a prompt and its request."""
+    """What the scores need to know about a prompt and its request."""
 
     num_tokens: int
     own_replica: str | None
-    """That of the session."""
+    """The session's own replica, if the request has a session."""
     nearness: Mapping[str, float] = {}
-    """In [0, 1], by node; 1 where nothing is known to be nearer."""
+    """How near each node is, in [0, 1]; 1 where nothing is known to be nearer."""
 
 
 PREFILL_SCORES = ("prefix", "queue", "affinity")
@@ -54,7 +55,7 @@ class Scored(msgspec.Struct):
 
     @property
     def has_kv_room(self) -> bool:
-        """Whether a decode replica would have a block left."""
+        """Whether a decode replica would have a KV block left."""
         return self.scores[DECODE_SCORES.index("kv")] > 0
 
 
@@ -65,7 +66,7 @@ def score(
     cached_tokens: Mapping[str, int],
     weights: Sequence[float],
 ) -> list[Scored]:
-    """Each of `replicas` with its scores, in the order given; `weights` say which, PREFILL_SCORES or DECODE_SCORES."""
+    """Score each of `replicas`, in the given order.  `weights` belong to PREFILL_SCORES or DECODE_SCORES."""
     queued = [views[replica].queued_tokens.value for replica in replicas]
     horizon = max(1, prompt.num_tokens + max(queued, default=0))
     is_decode = len(weights) == len(DECODE_SCORES)
@@ -89,17 +90,17 @@ def _decode_scores(prompt: Prompt, view: ReplicaState, cached_tokens: int) -> tu
 
 
 def _free_after(num_tokens: int, view: ReplicaState) -> float:
-    """The share of KV blocks that would be free with `num_tokens` more in it."""
+    """Return the share of KV blocks that would be free with `num_tokens` more tokens in them."""
     used = view.used_blocks.value + view.num_blocks(num_tokens)
     return max(0.0, 1 - used / view.info.num_blocks)
 
 
 def pick(scored: Sequence[Scored]) -> Scored | None:
-    """The highest total, ties broken at random; None if there is none."""
+    """Return the candidate with the highest total; ties are broken at random.  None if there is no candidate."""
     return max(scored, key=lambda candidate: (candidate.total, random()), default=None)
 
 
 def weights_of(config: PrefillWeights | DecodeWeights) -> tuple[float, ...]:
-    """A section of weights as `score` takes them."""
+    """Return a section of weights in the order that `score` takes."""
     names = PREFILL_SCORES if isinstance(config, PrefillWeights) else DECODE_SCORES
     return tuple(getattr(config, name) for name in names)

@@ -1,4 +1,4 @@
-"""What the router of one model knows, and how it is set."""
+"""What the router of one model knows, and its settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RouterState:
         can_decode_prefill: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`can_decode_prefill`: whether an engine that decodes for a prefill pool can prefill as well."""
+        """`can_decode_prefill` says whether an engine that decodes for a prefill pool can prefill as well."""
         self.config = config
         self.has_prefill = has_prefill
         self.predictor = TtftPredictor(clock)
@@ -43,7 +43,7 @@ class RouterState:
         }
 
     def local_role(self) -> Role | None:
-        """The pool that prefills locally: the aggregated one if any of it is ready; None if there is none."""
+        """Return the pool that prefills locally: the aggregated one if any of it is ready; None if there is none."""
         if "aggregated" in self.pools and self.pools["aggregated"].replicas:
             return "aggregated"
         return "decode" if self._can_decode_prefill else None

@@ -1,4 +1,4 @@
-"""What one decision goes by: who could serve, how good each would be, and how long both ways would take."""
+"""Gathers what one decision is based on: who could serve, how good each would be, and how long both ways would take."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Ranking:
         self.best = pick(scored)
 
         def has_room(s: Scored) -> bool:
-            # One on which nothing waits takes a prompt of any length.
+            # A replica on which nothing waits takes a prompt of any length.
             return not s.queued_tokens or s.queued_tokens + num_tokens - s.cached_tokens <= max_queued_tokens
 
         self.best_with_room = self.best
@@ -38,7 +38,7 @@ class Ranking:
 
 
 class Survey:
-    """What one decision goes by; pools are looked at when they are first asked for."""
+    """What one decision is based on; a pool is looked at when it is first asked for."""
 
     def __init__(
         self, state: RouterState, request: GenerateRequest, hints: RoutingHints, lost: Collection[str]
@@ -53,7 +53,7 @@ class Survey:
         self.local_role = state.local_role()
 
     def place(self, predicted: Prediction) -> PlacementChoice:
-        """Where to prefill.  Raises InvalidRequest and Overloaded."""
+        """Choose where to prefill.  Raises InvalidRequest and Overloaded."""
         state, local_role, wish = self._state, self.local_role, demanded(self._request)
         if not state.has_prefill:
             return "local", "aggregated"
@@ -78,20 +78,20 @@ class Survey:
         return place(state.config.placement, self._num_tokens, prefill, local, predicted)
 
     def best(self, role: Role) -> Scored:
-        """The best replica.  Raises NoReplica."""
+        """Return the best replica.  Raises NoReplica."""
         if (best := self.ranking(role).best) is None:
             raise NoReplica(role)
         return best
 
     def demand(self, role: Role) -> Scored:
-        """The best replica that has room in its queue.  Raises NoReplica and Overloaded."""
+        """Return the best replica that has room in its queue.  Raises NoReplica and Overloaded."""
         self.best(role)
         if (best := self.ranking(role).best_with_room) is None:
             raise Overloaded(self._retry_after_s())
         return best
 
     def _retry_after_s(self) -> float:
-        """When the least busy replica that prefills will have room, at the measured speed."""
+        """Return after how many seconds, at the measured speed, the least busy replica that prefills will have room."""
         bound = self._state.config.max_queued_tokens
         excesses = [
             s.queued_tokens + self._num_tokens - s.cached_tokens - bound
@@ -121,11 +121,11 @@ class Survey:
         scored = score(prompt, replicas, view.replicas, cached, self._state.weights[role])
         if role == "prefill":
             return scored
-        # Where none has room for the prompt's KV, engines make it wait.
+        # If none has room for the prompt's KV, the engine makes it wait.
         return [s for s in scored if s.has_kv_room] or scored
 
     def _cached_tokens(self, block_size: int) -> dict[str, int]:
-        """Of the prompt, by replica.  Its last token is always computed: the first new one is sampled from it."""
+        """Return the prompt's cached tokens by replica.  The last token is always computed, for the first new one."""
         if block_size not in self._cached:
             request = self._request
             hashes = block_hashes(request.prompt_token_ids, block_size, root_hash(request.cache_salt))
@@ -134,7 +134,7 @@ class Survey:
         return self._cached[block_size]
 
     def _nearness(self, replicas: Collection[str]) -> Mapping[str, float]:
-        """Of the nodes of decode `replicas` to the best prefill replica."""
+        """Return how near the nodes of decode `replicas` are to the best prefill replica."""
         if not self._state.has_prefill or (prefill := self.ranking("prefill").best) is None:
             return {}
         views = self._state.pools["decode"].replicas
@@ -142,7 +142,7 @@ class Survey:
         return self._state.topology.nearness(prefill.view.info.node_ip, nodes)
 
     def predict(self) -> Prediction:
-        """The times to the first token of the ways that are open."""
+        """Predict the times to the first token of the ways that are open."""
         remote = local = None
         if self._state.has_prefill:
             prefill, decode = self.ranking("prefill").best_with_room, self.ranking("decode").best
@@ -159,7 +159,7 @@ class Survey:
         return PromptWork(self._num_tokens, scored.cached_tokens, scored.queued_tokens, scored.view.decoding.value)
 
     def others(self, chosen: Collection[str]) -> dict[Role, list[Candidate]]:
-        """The next best of each pool that was looked at."""
+        """Return the next best candidates of each pool that was looked at."""
         return {
             role: [s.candidate() for s in nlargest(NUM_OTHERS, rest, key=lambda s: s.total)]
             for role, ranking in self._rankings.items()

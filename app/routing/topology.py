@@ -1,4 +1,4 @@
-"""How near two nodes are to each other: by how long transfers between them took, else by whether they are the same."""
+"""Tells how near two nodes are: by how long transfers between them took, or else by whether they are the same node."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections import OrderedDict
 from collections.abc import Collection
 
 MAX_PAIRS = 4096
-"""Pairs of nodes that are remembered; the one that had no transfer for longest goes first."""
+"""How many pairs of nodes are remembered; the one without a transfer for the longest time is forgotten first."""
 SMOOTHING = 0.2
-"""The share of the newest transfer in a pair's average."""
+"""The share that the newest transfer has in a pair's average."""
 OTHER_NODE = 0.5
-"""The nearness of another node before anything was measured: the same node has 1."""
+"""The nearness of another node before anything was measured; the same node has 1."""
 
 
 class Topology:
-    """Learns from transfers."""
+    """How near nodes are, learnt from transfers."""
 
     def __init__(self) -> None:
         self._slowness: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     def learn(self, prefill_node: str, decode_node: str, slowness: float) -> None:
-        """`slowness` is how long a handover took, divided by what one of its length takes on average."""
+        """Learn from one handover: `slowness` is its time divided by what one of its length takes on average."""
         pair = prefill_node, decode_node
         before = self._slowness.pop(pair, slowness)
         self._slowness[pair] = before + SMOOTHING * (slowness - before)
@@ -28,7 +28,7 @@ class Topology:
             self._slowness.popitem(last=False)
 
     def nearness(self, prefill_node: str, decode_nodes: Collection[str]) -> dict[str, float]:
-        """Of each of `decode_nodes`, in (0, 1]: 1 where handovers take no longer than on average."""
+        """Return a number in (0, 1] for each of `decode_nodes`: 1 where handovers take no longer than on average."""
         found = {}
         for node in decode_nodes:
             slowness = self._slowness.get((prefill_node, node))

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import httpx
 
+from app.bench.client import describe, new_client
 from app.bench.processes import Process, end_all, read_tree
 from benchmarks.peers.targets import Command, NotMeasurable, Plan, last_line
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 10.0
 ISOLATED_FROM = ("RAY_ADDRESS", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", "RAY_SERVE_ENABLE_HA_PROXY", "PYTHONPATH")
 """Environment variables that would make a target join another cluster or be another target."""
 
@@ -91,14 +93,15 @@ def _wait_until_ready(plan: Plan, model: str, servers: Servers) -> None:
     request = {"model": model, "prompt": "Ready?", "max_tokens": 1}
     said = "no answer"
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        servers.check_alive()
-        try:
-            answer = httpx.post(f"{plan.base_url}/v1/completions", json=request, timeout=10.0)
-            if answer.is_success:
-                return
-            said = f"{answer.status_code} {answer.text[:200]}"
-        except httpx.TransportError:
-            pass  # not listening yet, or holding the request until it can serve
-        time.sleep(0.5)
+    with new_client(plan.base_url, ANSWER_TIMEOUT_S) as client:
+        while time.monotonic() < deadline:
+            servers.check_alive()
+            try:
+                answer = client.post("/v1/completions", json=request)
+                if answer.is_success:
+                    return
+                said = describe(answer)
+            except httpx.TransportError:
+                pass  # not listening yet, or holding the request until it can serve
+            time.sleep(0.5)
     raise NotMeasurable(f"not ready within {START_TIMEOUT_S:.0f} s: {said}")

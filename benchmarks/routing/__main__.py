@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from app.bench.endpoint import find_card, find_version, new_client, parse_url
+from app.bench.client import find_card, find_version, new_client, parse_url
 from app.bench.output import check_files
 from app.bench.prefix_cache import find_vocabulary
 from app.bench.report import this_run

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import httpx
 import msgspec
 
+from app.bench.client import describe, new_async_client
 from app.errors import BatonError
 
 Mode = Literal["auto", "local", "remote"]
@@ -172,7 +173,7 @@ class ExplainedClient:
         except httpx.HTTPError as error:
             raise PlacementBenchError(f"the server does not answer: {error!r}") from error
         if not answer.is_success:
-            raise PlacementBenchError(f"/v1/completions answered {answer.status_code}: {answer.text[:300]}")
+            raise PlacementBenchError(f"/v1/completions answered {describe(answer)}")
         if "x-baton-explain" not in answer.headers:
             raise PlacementBenchError("answers have no header x-baton-explain: is this Baton?")
         explained = msgspec.json.decode(answer.headers["x-baton-explain"])[0]
@@ -254,8 +255,7 @@ async def measure_placement(
     url: str, model: str, vocabulary: Sequence[int], longest: int, repeat: int, rng: random.Random
 ) -> AsyncIterator[CaseResult]:
     """The mixed set, one case after the other.  Raises PlacementBenchError."""
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=ANSWER_TIMEOUT_S, limits=limits) as client:
+    async with new_async_client(url, ANSWER_TIMEOUT_S) as client:
         server = ExplainedClient(client, model, vocabulary, rng)
         await warm_up(server, longest, WARM_UPS)
         for case in mixed_cases(longest):

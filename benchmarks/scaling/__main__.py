@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.bench.endpoint import find_card, new_client, parse_url
+from app.bench.client import find_card, new_client, parse_url
 from app.bench.output import check_files
 from app.bench.report import this_run
 from app.cli.entry import run_app, to_app

@@ -3,8 +3,8 @@
 The waves are the test of pools that scale apart: long prompts must grow prefill alone, long outputs decode alone, and
 both must be back at their least afterwards, with no request lost on the way.  The command says whether that was so.
 
-The client is a small one of its own, since it has to know when each answer came (docs/decisions/0009 is about
-`baton bench`, whose client keeps sums only); a chunk costs it 0.1 ms, which is nothing at the rates used here.
+The load does not come from vLLM's client, as that of `baton bench` does (docs/decisions/0009): it keeps sums only, and
+here the moment of each answer counts.  A chunk costs 0.1 ms, which is nothing at the rates used here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from random import Random
 import httpx
 from rich.console import Console
 
+from app.bench.client import EventParser, new_async_client
 from benchmarks.scaling.report import (
     ANSWER_TIMEOUT_S,
     SAMPLE_S,
@@ -45,10 +46,9 @@ class Runner:
     async def run(self, waves: Sequence[Wave], console: Console) -> None:
         self._began = time.monotonic()
         watching = asyncio.create_task(self._watch())
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         try:
             async with (
-                httpx.AsyncClient(base_url=self._url, timeout=ANSWER_TIMEOUT_S, limits=limits) as client,
+                new_async_client(self._url, ANSWER_TIMEOUT_S) as client,
                 asyncio.TaskGroup() as group,
             ):
                 for wave, begin in zip(waves, starts(waves), strict=False):
@@ -83,18 +83,29 @@ class Runner:
             "temperature": 0,
             "stream": True,
         }
-        sent_at, times, last = self._now(), [], ""
+        sent_at = self._now()
+        times: list[float] = []
         try:
             async with client.stream("POST", "/v1/completions", json=body) as answer:
-                async for line in answer.aiter_lines():
-                    if line.startswith("data: {"):
-                        times.append(self._now())
-                    last = line or last
-                error = "" if last == "data: [DONE]" else f"status {answer.status_code}, and the last line was {last}"
+                error = await self._read(answer, times)
         except httpx.HTTPError as problem:
             error = repr(problem)
         itl_s = (times[-1] - times[0]) / (wave.output_tokens - 1) if len(times) > 1 else None
         self.requests.append(Ended(wave.kind, sent_at, times[0] - sent_at if times else None, itl_s, error))
+
+    async def _read(self, answer: httpx.Response, times: list[float]) -> str:
+        """Add the moment of each event to `times`; returns what was wrong with the answer, or nothing."""
+        last, parser = "", EventParser()
+        if not answer.is_success:
+            last = (await answer.aread()).decode(errors="replace")
+        async for chunk in answer.aiter_bytes():
+            for data in parser.feed(chunk):
+                if data.startswith(b"{"):
+                    times.append(self._now())
+                last = f"data: {data.decode()}"
+        if last == "data: [DONE]":
+            return ""
+        return f"status {answer.status_code}, and the last line was {last}"
 
     async def _watch(self) -> None:
         from deployments.application import read_status

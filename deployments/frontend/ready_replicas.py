@@ -43,5 +43,5 @@ _ready: dict[DeploymentID, ReadyReplicas] = {}
 
 
 def ready_replicas_of(deployment_id: DeploymentID) -> ReadyReplicas:
-    """The ready of a deployment; filled once a handle to it was first used."""
+    """Return the ready replicas of a deployment; there are none until a handle to it is first used."""
     return _ready.setdefault(deployment_id, ReadyReplicas())

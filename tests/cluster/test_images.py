@@ -115,8 +115,9 @@ def test_what_the_build_reads_is_there_and_is_let_into_its_context() -> None:
 
 def test_the_wheel_is_made_of_all_that_the_project_names() -> None:
     project = _project()
-    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]  # type: ignore[index]
-    wanted = {*packages, project["project"]["readme"], *project["project"]["license-files"]}  # type: ignore[index]
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]  # type: ignore[index]
+    sources = {*wheel["only-include"], *(str(Path(file).parent) for file in wheel["force-include"])}
+    wanted = {*sources, project["project"]["readme"], *project["project"]["license-files"]}  # type: ignore[index]
     assert wanted < _paths_of_the_context()
 
 

@@ -91,7 +91,7 @@ def test_all_pods_of_a_profile_are_scraped(profile: str, objects: dict[str, list
 
 
 def test_the_dashboards_are_what_the_script_writes(objects: dict[str, list[Object]]) -> None:
-    loaded = {}
+    loaded: dict[str, str] = {}
     for config_map in objects["ConfigMap"]:
         assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
         loaded |= config_map["data"]

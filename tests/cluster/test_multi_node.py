@@ -114,12 +114,12 @@ def deploy(cluster: Cluster, **bounds: int) -> None:
 def settled(cluster: Cluster, timeout_s: float = 60, **num: int) -> Status:
     """The status once the application runs with so many replicas of these groups."""
 
-    def look() -> Status | None:
+    def poll() -> Status | None:
         now = status(cluster)
         is_there = all(len(now.replicas.get(group, ())) == number for group, number in num.items())
         return now if is_there and now.is_settled() else None
 
-    found: Status = wait_until(look, timeout_s, f"the application runs with {num}", every_s=0.5)
+    found: Status = wait_until(poll, timeout_s, f"the application runs with {num}", every_s=0.5)
     return found
 
 
@@ -273,7 +273,7 @@ def test_replicas_run_on_the_nodes_of_their_group(ray_cluster: Cluster) -> None:
 def test_every_node_with_a_replica_answers(ray_cluster: Cluster) -> None:
     now = status(ray_cluster)
     for address in {HEAD, *now.nodes("frontend"), *now.nodes("prefill"), *now.nodes("decode")}:
-        answer = wait_until(lambda address=address: try_to_ask(ray_cluster, address), 20, f"{address} answers")
+        answer = wait_until(partial(try_to_ask, ray_cluster, address), 20, f"{address} answers")
         assert answer["actual"]["kind"] == "remote"
 
 

@@ -187,7 +187,7 @@ def running(desk: Desk) -> Desk:
     desk.server.add("ray.io/v1", "RayService", NAME, labels=labels, spec=spec, status=status)
     for cluster in ("sample-old", "sample-abc"):
         labels = {"baton.io/service": NAME, "ray.io/node-type": "head", "ray.io/cluster": cluster}
-        fields = {"spec": {"nodeName": "node-1"}, "status": {"phase": "Running"}}
+        fields: dict[str, Any] = {"spec": {"nodeName": "node-1"}, "status": {"phase": "Running"}}
         desk.server.add("v1", "Pod", f"{cluster}-head", labels=labels, owner=NAME, **fields)
     return desk
 
@@ -242,7 +242,7 @@ def test_odd_names_are_refused(running: Desk, script: str, name: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_kubectl(desk: Desk, script: str, tmp_path: Path) -> None:
-    tools = ["awk", "bash", "basename", "cp", "dirname", "env", "grep", "mkdir", "mktemp", "rm", "sed"]
+    tools = ["bash", "basename", "cp", "dirname", "env", "grep", "mkdir", "mktemp", "rm", "sed"]
     (bare := tmp_path / "bare").mkdir()
     for tool in tools:
         (bare / tool).symlink_to(shutil.which(tool) or tool)

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openai.types.chat import ChatCompletionFunctionToolParam
 
 from app.config import parse
 from app.errors import ConfigError
@@ -18,7 +19,7 @@ from tests.engines.conftest import SGLANG_AGGREGATED, Baton
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(600)]
 
 PROMPTS = ["The quick brown fox", "Once upon a time in a land", "def main(args): return", "In the beginning was"]
-SCHEMA = {
+SCHEMA: dict[str, object] = {
     "type": "object",
     "properties": {"size": {"type": "integer", "maximum": 9, "minimum": 0}, "ok": {"type": "boolean"}},
     "required": ["size", "ok"],
@@ -33,7 +34,10 @@ TAG = {
         "end": "</f>",
     },
 }
-TOOL = {"type": "function", "function": {"name": "measure", "description": "m", "parameters": SCHEMA, "strict": True}}
+TOOL: ChatCompletionFunctionToolParam = {
+    "type": "function",
+    "function": {"name": "measure", "description": "m", "parameters": SCHEMA, "strict": True},
+}
 
 
 def test_kv_really_moves(baton: Baton) -> None:
@@ -191,7 +195,7 @@ def test_tool_call(real: Baton) -> None:
         model=real.model,
         messages=[{"role": "user", "content": "Measure it"}],
         max_tokens=400,
-        tools=[TOOL],  # type: ignore[list-item]
+        tools=[TOOL],
         tool_choice={"type": "function", "function": {"name": "measure"}},
     )
     call = (answer.choices[0].message.tool_calls or [])[0]

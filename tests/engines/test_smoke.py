@@ -40,7 +40,7 @@ def test_the_sim_engine_has_no_structured_output(sim: Baton, capsys: Any) -> Non
 
 
 def test_the_script_for_this_machine_passes_as_well(vllm: Baton) -> None:
-    command = [REPOSITORY / "cluster/test.sh", "local", "--model", vllm.model]
+    command = [str(REPOSITORY / "cluster/test.sh"), "local", "--model", vllm.model]
     done = subprocess.run(
         command,
         env={**os.environ, "BATON_URL": vllm.url},

@@ -11,14 +11,15 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 
 from app.config import BatonConfig, parse
-from app.engines.base import Emit, EngineInfo, EngineSpec
+from app.engines.base import Emit, Engine, EngineInfo, EngineSpec
+from app.engines.registry import EngineName
 from app.errors import EngineDead, EngineFailed
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import (
@@ -95,7 +96,7 @@ class ScriptedEngine:
     def computed_prompts(self) -> tuple[int, int]:
         return 0, 0
 
-    async def kv_events(self) -> AsyncIterator[list[KvEvent]]:
+    async def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
         while True:
             yield await self._events.get()
 
@@ -106,8 +107,8 @@ class ScriptedEngine:
             block, parent = tuple(prompt[:end]), tuple(prompt[: end - BLOCK_SIZE])
             if block not in self._cached:
                 self._cached.add(block)
-                names = [hash(block)], hash(parent) if parent else None
-                events.append(BlockStored(*names, list(block[-BLOCK_SIZE:]), BLOCK_SIZE))
+                before = hash(parent) if parent else None
+                events.append(BlockStored([hash(block)], before, list(block[-BLOCK_SIZE:]), BLOCK_SIZE))
         if events:
             self._events.put_nowait(events)
 
@@ -162,8 +163,13 @@ class ScriptedEngine:
                     self._queued.pop(request.request_id, None)
                     self._cache(source)
                 is_last = position == len(source) - 1
-                reason = "length" if is_last else None
-                emit(TokenDelta([token + 1], finish_reason=reason, report=report if not position else None))
+                emit(
+                    TokenDelta(
+                        [token + 1],
+                        finish_reason="length" if is_last else None,
+                        report=report if not position else None,
+                    )
+                )
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
             self._diary.write("generate_cancelled", request.request_id)
@@ -205,12 +211,16 @@ def _script(request: GenerateRequest) -> dict[str, Any]:
     return dict(request.sampling.get("extra_args") or {})
 
 
+def create_scripted_engine(engine: EngineName, spec: EngineSpec) -> Engine:
+    return ScriptedEngine(spec)
+
+
 class ScriptedPrefill(PrefillWorker):
-    create_engine = staticmethod(lambda name, spec: ScriptedEngine(spec))
+    create_engine = staticmethod(create_scripted_engine)
 
 
 class ScriptedDecode(DecodeWorker):
-    create_engine = staticmethod(lambda name, spec: ScriptedEngine(spec))
+    create_engine = staticmethod(create_scripted_engine)
 
     async def __del__(self) -> None:
         self._engine._diary.write("removed")  # type: ignore[attr-defined]
@@ -218,13 +228,15 @@ class ScriptedDecode(DecodeWorker):
 
 
 class ScriptedAggregated(AggregatedWorker):
-    create_engine = staticmethod(lambda name, spec: ScriptedEngine(spec))
+    create_engine = staticmethod(create_scripted_engine)
 
 
 class Caller:
     """A frontend without HTTP: runs sequences through the real orchestrator and pools."""
 
-    async def __init__(self, config: BatonConfig, pools: dict[Role, Any]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: BatonConfig, pools: dict[Role, Any]
+    ) -> None:
         self._model = ServedModel(config.models[0], pools, config.limits)
         self._diary = Diary(config.models[0].engine_args["diary"])
         self._diary.write("caller")
@@ -251,7 +263,7 @@ class Caller:
 
     async def replicas(self) -> dict[str, list[str]]:
         """Those that can be reached."""
-        return {role: list(view.replicas) for role, view in self._model.router.pools.items()}
+        return {role: list(pool.replicas) for role, pool in self._model.router.pools.items()}
 
 
 def scripted_application(

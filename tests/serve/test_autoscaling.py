@@ -134,18 +134,18 @@ class Application:
         """All targets that a pool has inside the block."""
         seen: set[int] = set()
 
-        async def look() -> None:
+        async def poll() -> None:
             while True:
                 seen.add((await asyncio.to_thread(self.targets))[role])
                 await asyncio.sleep(0.2)
 
-        looking = asyncio.create_task(look())
+        polling = asyncio.create_task(poll())
         try:
             yield seen
         finally:
-            looking.cancel()
-            await asyncio.wait([looking])
-        assert looking.cancelled(), looking.exception()
+            polling.cancel()
+            await asyncio.wait([polling])
+        assert polling.cancelled(), polling.exception()
 
     @asynccontextmanager
     async def wave(self, prompt_tokens: int, max_tokens: int, every_s: float) -> AsyncIterator[None]:

@@ -64,7 +64,7 @@ class Application:
         found: dict[str, Any] = explanation
         return found
 
-    def views(self) -> dict[str, dict[str, int]]:
+    def pool_states(self) -> dict[str, dict[str, int]]:
         return {replica["role"]: replica["view"] for replica in self.http.get("/stats").json()["replicas"]}
 
     def kill(self, role: str) -> None:
@@ -85,10 +85,10 @@ def app(serve_url: str) -> Iterator[Application]:
 
 
 def test_all_three_pools_are_told_of(app: Application) -> None:
-    (model,) = app.frontend.health()["models"]
+    (model,) = app.health()["models"]
     assert (model["mode"], model["state"]) == ("disaggregated", "ready")
     assert model["pools"] == {role: {"ready": 1} for role in ("prefill", "decode", "aggregated")}
-    assert {endpoint["role"] for endpoint in app.frontend.health()["endpoints"]} == {"prefill", "decode", "aggregated"}
+    assert {endpoint["role"] for endpoint in app.health()["endpoints"]} == {"prefill", "decode", "aggregated"}
 
 
 def test_short_prompts_are_the_aggregated_pools_and_long_ones_are_not(app: Application) -> None:
@@ -104,11 +104,15 @@ def test_stats_tell_what_the_frontend_believes(app: Application) -> None:
     app.serve(LONG)
     app.serve(SHORT)
     # The last token's block is not full.
-    wait_until(lambda: app.views()["prefill"]["cached_blocks"] == len(LONG) // 16, 5, "the prompt in the view")
-    wait_until(lambda: app.views()["aggregated"]["cached_blocks"] >= 1, 5, "the other one, too")
+    wait_until(
+        lambda: app.pool_states()["prefill"]["cached_blocks"] == len(LONG) // 16, 5, "the prompt in the pool state"
+    )
+    wait_until(lambda: app.pool_states()["aggregated"]["cached_blocks"] >= 1, 5, "the other one, too")
     assert app.serve(LONG)["expected"]["cached_tokens"] > 0
     idle = {"sequences": 0, "queued_tokens": 0, "used_blocks": 0}
-    wait_until(lambda: all(idle.items() <= view.items() for view in app.views().values()), 5, "nothing left to do")
+    wait_until(
+        lambda: all(idle.items() <= state.items() for state in app.pool_states().values()), 5, "nothing left to do"
+    )
 
 
 def test_the_aggregated_pool_serves_what_the_others_cannot(app: Application) -> None:
@@ -116,7 +120,7 @@ def test_the_aggregated_pool_serves_what_the_others_cannot(app: Application) -> 
     app.kill("prefill")
     app.kill("decode")
     wait_until(lambda: app.state() == "degraded", 5, "their death noticed", every_s=0.02)
-    assert app.frontend.health()["status"] == "degraded"
+    assert app.health()["status"] == "degraded"
     explanation = app.serve(LONG)
     assert explanation["aggregated"]
     assert explanation["reason"].startswith("no_")

@@ -147,7 +147,7 @@ def test_models_are_listed_with_their_engine_mode_and_state(app: Application) ->
 
 
 def test_health_and_stats_tell_the_models_apart(app: Application) -> None:
-    assert app.frontend.health()["models"] == [
+    assert app.health()["models"] == [
         {
             "name": SPLIT,
             "engine": "sim",
@@ -171,7 +171,7 @@ def test_health_and_stats_tell_the_models_apart(app: Application) -> None:
         (SPLIT, "decode"),
         (WHOLE, "decode"),
     }
-    known = {endpoint["replica_id"]: endpoint["model"] for endpoint in app.frontend.health()["endpoints"]}
+    known = {endpoint["replica_id"]: endpoint["model"] for endpoint in app.health()["endpoints"]}
     assert known == {replica["replica_id"]: replica["model"] for replica in replicas}
 
 

@@ -1,5 +1,6 @@
 """What is refused before any engine starts, given what the nodes have."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def test_the_device_is_what_is_configured_or_cuda_where_a_gpu_is(
 def test_more_gpus_than_a_node_has_are_refused(
     role: str, device: str, gpus_per_node: list[int], wanted: int, words: str
 ) -> None:
-    config = configured(device, **{role: {"tensor_parallel_size": wanted}})
+    pools: dict[str, Any] = {role: {"tensor_parallel_size": wanted}}
+    config = configured(device, **pools)
     with pytest.raises(ConfigError, match=words) as caught:
         check(config, gpus_per_node)
     assert caught.value.field == f"models.0.{role}.tensor_parallel_size"
@@ -105,7 +107,7 @@ def test_a_source_without_a_model_is_refused(
 
 
 def test_the_error_names_the_model_that_cannot_work() -> None:
-    models = [{"name": name, "source": "baton:tiny", "decode": {}} for name in ("a", "b", "c")]
+    models: list[dict[str, Any]] = [{"name": name, "source": "baton:tiny", "decode": {}} for name in ("a", "b", "c")]
     models[1]["decode"] = {"tensor_parallel_size": 2}
     with pytest.raises(ConfigError) as caught:
         check(parse({"models": models}), [])
@@ -119,7 +121,7 @@ def test_the_gpus_of_all_pools_are_counted() -> None:
 
 
 def test_the_gpus_of_all_models_are_counted() -> None:
-    models = [{"name": name, "source": "baton:tiny", "decode": {}} for name in ("a", "b")]
+    models: list[dict[str, Any]] = [{"name": name, "source": "baton:tiny", "decode": {}} for name in ("a", "b")]
     check(parse({"models": models}), [2])
     with pytest.raises(ConfigError, match="want 2 GPUs, but there are 1"):
         check(parse({"models": models}), [1])
@@ -132,7 +134,7 @@ def test_the_gpus_of_all_models_are_counted() -> None:
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository without any environment, and a Python without SGLang."""
     monkeypatch.setattr(preflight, "REPOSITORY", tmp_path)
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     return tmp_path
 
 
@@ -189,7 +191,7 @@ def test_a_python_that_is_there_is_accepted(repository: Path) -> None:
 
 
 def test_sglang_may_be_in_this_very_environment(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: object() if name == "sglang" else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "sglang" else None)
     check_interpreters(configured(prefill={"engine": "sglang"}, decode={"engine": "sglang"}))
 
 
@@ -209,7 +211,11 @@ def test_sglang_must_be_told_of_the_reasoning_parser_too() -> None:
 
 def test_each_sglang_pool_that_decodes_must_be_told() -> None:
     told = {"engine": "sglang", "engine_args": {"reasoning_parser": "qwen3"}}
-    pools = {"prefill": {"engine": "sglang"}, "decode": told, "server_args": {"reasoning_parser": "qwen3"}}
+    pools: dict[str, Any] = {
+        "prefill": {"engine": "sglang"},
+        "decode": told,
+        "server_args": {"reasoning_parser": "qwen3"},
+    }
     check(configured(**pools), [])
     check(configured(**pools, aggregated=told), [])
     with pytest.raises(ConfigError, match="structured output would not wait"):
@@ -237,6 +243,6 @@ def test_a_reasoning_parser_that_the_engine_knows_is_accepted(engine: str, engin
 
 def test_sglang_takes_one_nixl_backend() -> None:
     pool = {"engine": "sglang"}
-    models = [{"name": "m", "source": "baton:tiny", "prefill": pool, "decode": pool}]
+    models: list[dict[str, Any]] = [{"name": "m", "source": "baton:tiny", "prefill": pool, "decode": pool}]
     with pytest.raises(ConfigError, match=r"transfer\.backends: SGLang takes one, and models\.0 runs it"):
         check(parse({"models": models, "transfer": {"backends": ["UCX", "GDS"]}}), [])

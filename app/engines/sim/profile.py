@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.errors import ConfigError
-from app.routing.least_squares import fit_non_negative
+from app.least_squares import fit_non_negative
 
 FOLDER = Path(__file__).with_name("profiles")
 """The profiles that come with Baton."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import time
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -130,7 +131,7 @@ def test_an_itl_that_no_number_of_replicas_reaches_does_not_take_them_all() -> N
     assert replicas == 3  # of 20 sequences
 
 
-def test_places_are_learnt_where_sequences_wait_and_remembered_afterwards() -> None:
+def test_slots_are_learnt_where_sequences_wait_and_remembered_afterwards() -> None:
     full = decoding(64, waiting=40, started=10)
     measured = measure([full], QUICK, DECODE, 0.0)
     assert measured.slots == 64
@@ -146,7 +147,7 @@ def test_places_are_learnt_where_sequences_wait_and_remembered_afterwards() -> N
     assert plan(half, half, targets=DECODE, measured=measured).replicas == pytest.approx(104 / 64 / 0.85)
 
 
-def test_local_prompts_that_wait_longer_than_computing_takes_lack_places_too() -> None:
+def test_local_prompts_that_wait_longer_than_computing_takes_lack_slots_too() -> None:
     load = decoding(8, prefilling=20, prompts=4, busy=1, queued_tokens=400, computed_tokens=80)
     assert measure([load], QUICK, DECODE, 0.0).slots == 8
     # The same where what waits is computed as fast as it can be.
@@ -165,7 +166,7 @@ def test_a_replica_is_not_slow_because_it_has_little_to_do() -> None:
     assert measure([short], SeenCapacity(), PREFILL, 0.0).tokens_per_s == 200
 
 
-def test_slow_transfers_are_no_lack_of_places() -> None:
+def test_slow_transfers_are_no_lack_of_slots() -> None:
     load = decoding(5, waiting=20, transferring=20, started=1)
     assert measure([load], QUICK, DECODE, 0.0).slots == 0
 
@@ -179,13 +180,14 @@ class Prefill(PrefillWorker):
     def __init__(self, **fields: Any) -> None:
         vars(self).update(fields, _info=INFO)
 
-    def __del__(self) -> None: ...
+    def __del__(self) -> None: ...  # type: ignore[override]  # nothing to await, and nobody who would
 
 
 class Decode(DecodeWorker):
     """Likewise."""
 
-    __init__, __del__ = Prefill.__init__, Prefill.__del__
+    __init__ = Prefill.__init__
+    __del__ = Prefill.__del__  # type: ignore[assignment]  # as above
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ class Decode(DecodeWorker):
     ],
     ids=["it computes", "there is room", "the KV that decode has not pulled fills it"],
 )
-def test_prompts_that_only_lack_the_place_of_unpulled_kv_are_no_load_of_prefill(
+def test_prompts_that_only_lack_the_blocks_of_unpulled_kv_are_no_load_of_prefill(
     stats: EngineStats, queued: int
 ) -> None:
     worker = Prefill(_running=dict.fromkeys("abc"))
@@ -385,7 +387,7 @@ class Policy(autoscaling.PoolPolicy):
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def published(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What is put into Ray's KV."""
     kept: dict[str, Any] = {}
     monkeypatch.setattr(autoscaling, "_internal_kv_put", lambda key, value: kept.update({key: json.loads(value)}))
@@ -407,39 +409,41 @@ def test_a_replica_with_one_report_or_old_ones_counts_as_silent() -> None:
     assert len(autoscaling.reported_loads(context(BUSY, at=149.0))) == 1
 
 
-def test_a_plan_is_told_in_log_metrics_and_kv(told: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_plan_is_published_in_log_metrics_and_kv(published: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     policy = Policy()
     with caplog.at_level(logging.INFO, logger="ray.serve"):
         for _ in range(3):
-            assert policy(context(BUSY)) == (pytest.approx(0.97 / 0.85), {})
+            wanted, state = policy(context(BUSY))
+            assert wanted == pytest.approx(0.97 / 0.85)
+            assert state == {}
     assert [record.getMessage() for record in caplog.records] == [
         "autoscaling deployment=decode-tiny model=tiny role=decode replicas=1 wanted=2 "
         "reason='97% of the KV memory is taken against 85%, by 40 sequences'"
     ]
-    plan = told["baton:autoscaling:baton:decode-tiny"]
+    plan = published["baton:autoscaling:baton:decode-tiny"]
     assert plan["replicas"] == 1
     assert plan["wanted"] == pytest.approx(0.97 / 0.85)
     assert plan["reason"].startswith("97%")
     assert plan["signals"]["decoding"] == 40
 
 
-def test_an_unchanged_plan_is_told_again_before_it_looks_old(
-    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_an_unchanged_plan_is_published_again_before_it_looks_old(
+    published: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 50.0
-    monkeypatch.setattr(autoscaling.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     policy = Policy()
     policy(context(BUSY))
-    told.clear()
+    published.clear()
     policy(context(BUSY))
-    assert not told
+    assert not published
     now += autoscaling.PUBLISH_S
     policy(context(BUSY))
-    assert told
+    assert published
 
 
 def test_a_policy_that_fails_keeps_the_replicas_and_says_so_once(
-    told: dict[str, Any], caplog: pytest.LogCaptureFixture
+    published: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = Policy()
     broken = context(BUSY, target=5)
@@ -452,8 +456,8 @@ def test_a_policy_that_fails_keeps_the_replicas_and_says_so_once(
     assert policy(context(BUSY))[0] > 1
 
 
-def test_a_plan_that_cannot_be_told_counts_all_the_same(
-    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_plan_that_cannot_be_published_counts_all_the_same(
+    published: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(autoscaling, "_internal_kv_put", Mock(side_effect=ConnectionError("no GCS")))
     assert Policy()(context(BUSY))[0] > 1

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from app.bench.endpoint import Endpoint, find_endpoint
 from app.bench.load import LoadFailed, LoadResult

@@ -35,7 +35,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.num_connections += 1
 
     def do_GET(self) -> None:
-        answers = {"/v1/models": {"data": self.server.models}, "/version": {"version": "1.2.3"}}
+        answers: dict[str, dict[str, Any]] = {
+            "/v1/models": {"data": self.server.models},
+            "/version": {"version": "1.2.3"},
+        }
         self._answer(200 if self.path in answers else 404, answers.get(self.path, {}))
 
     def do_POST(self) -> None:

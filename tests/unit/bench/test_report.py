@@ -117,13 +117,13 @@ class TestOutput:
         assert any(line.startswith("| req/s asked | target") for line in lines)
         assert any(line.startswith("|         2.5 | vllm") for line in lines)
 
-    def test_what_spoils_numbers_is_said(self) -> None:
-        corrupted = make_report(
+    def test_what_makes_numbers_doubtful_is_said(self) -> None:
+        doubtful = make_report(
             measurements=[make_measurement("a", 0, client_cores=0.9, failures={"Bad Gateway": 2})],
             num_requests=10,
             num_left_out=3,
         )
-        lines = printed(corrupted)
+        lines = printed(doubtful)
         assert "failed: a at concurrency 1: 2 x Bad Gateway" in lines
         assert "left out: 3 of 10 requests: too long for the model" in lines
         assert any(line.startswith("the client was busy: a at concurrency 1") for line in lines)

@@ -21,7 +21,7 @@ from app.bench.workload import LoadSpec
 from app.config import parse
 from app.engines.sim.profile import load_profile
 from benchmarks.peers import control_plane, prompts, report, targets
-from benchmarks.peers.prompts import as_text
+from benchmarks.peers.prompts import TextRequest, as_text
 from benchmarks.peers.report import PeersReport, RoleCost
 from benchmarks.peers.runner import WARM_UP, Schedule
 from benchmarks.peers.suites import SUITES, plan_target
@@ -181,10 +181,11 @@ class TestPrompts:
     def test_text_has_as_many_words_as_the_request_has_tokens(self) -> None:
         load = LoadSpec(concurrency=2, num_requests=3, input_tokens=500, first_prompt=7).load()
         text = as_text(load, "/models/tiny")
-        sent = [request.prompt([], text.seed) for request in text.requests]
+        requests = [request for request in text.requests if isinstance(request, TextRequest)]
+        sent = [request.prompt([], text.seed) for request in requests]
         assert [len(prompt.split()) for prompt in sent] == [500, 500, 500]
         assert len(set(sent)) == 3
-        assert sent == [request.prompt([], text.seed) for request in text.requests], "the same for all targets"
+        assert sent == [request.prompt([], text.seed) for request in requests], "the same for all targets"
         assert [r.output_tokens for r in text.requests] == [r.output_tokens for r in load.requests]
         assert text.concurrency == 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from app.bench.workload import MOONCAKE_BLOCK_TOKENS, Request
 from app.config import RemotePlacement, RoutingConfig
 from app.engines.sim.profile import PrefillTimes, SimProfile, StepTimes, TransferTimes
 from app.errors import Overloaded
-from app.messages import GenerateRequest, PrefillReport
+from app.messages import GenerateRequest, PrefillReport, Role
+from app.routing.pool_state import PoolState
 from app.routing.router import Router
 from benchmarks.routing.__main__ import bench_routing
 from benchmarks.routing.decision_time import measure_decisions
@@ -48,7 +49,7 @@ class Local:
     """All on the first decode replica, which prefills; notes what it is told."""
 
     def __init__(self) -> None:
-        self.pools: dict[Any, Any] = {}
+        self.pools: Mapping[Role, PoolState] = {}
         self.reports: list[PrefillReport] = []
 
     def place(self, request: GenerateRequest) -> FleetAssignment:
@@ -119,10 +120,10 @@ def test_what_the_router_believes_in_the_end_is_what_the_replicas_hold(policy: s
     router_policy = make_policy(policy, spec, timeline)
     fleet = Fleet(spec, router_policy, timeline)
     fleet.run(conversations(6, 5, gap_s=1.0))
-    for role, view in router_policy.pools.items():
+    for role, pool in router_policy.pools.items():
         for name in spec.names(role):
-            assert view.index.num_blocks(name) == len(fleet.replicas[name].scheduler.pool.cached_hashes)
-            assert view.replicas[name].sequences.value == view.replicas[name].queued_tokens.value == 0
+            assert pool.index.num_blocks(name) == len(fleet.replicas[name].scheduler.pool.cached_hashes)
+            assert pool.replicas[name].sequences.value == pool.replicas[name].queued_tokens.value == 0
 
 
 @pytest.mark.parametrize("policy", ["power of two", "remote", "predicted"])
@@ -210,18 +211,18 @@ def test_each_placement_is_told_once_of_its_first_token_and_of_its_end() -> None
     assert told == Counter(f"{what} of {number}" for what in ("first", "end") for number in range(9))
 
 
-def test_a_view_knows_the_load_one_message_later() -> None:
+def test_the_pool_state_has_the_load_one_message_later() -> None:
     spec, timeline, policy, seen = make_spec(), Timeline(), Local(), list[tuple[int, int]]()
-    policy.pools["decode"] = view = Router(RoutingConfig(), has_prefill=False).pools["decode"]
+    policy.pools = Router(RoutingConfig(), has_prefill=False).pools
     fleet = Fleet(spec, policy, timeline)
 
-    def look() -> None:
-        replica = view.replicas["decode-0"]
+    def poll() -> None:
+        replica = policy.pools["decode"].replicas["decode-0"]
         seen.append((replica.sequences.value, replica.queued_tokens.value))
 
     end_s = PROFILE.prefill_s(512)
     for moment in (spec.message_s * 0.9, spec.message_s * 1.1, end_s + spec.message_s * 1.1, 9.0):
-        timeline.at(moment, look)
+        timeline.at(moment, poll)
     fleet.run([request(0.0, [1])])
     assert seen == [(0, 0), (1, 512), (1, 0), (0, 0)]
 

@@ -98,7 +98,7 @@ async def test_streams_run_while_a_case_is_measured_and_not_after() -> None:
     assert baton.num_running == 0
 
 
-def test_harm_counts_as_time_of_the_local_way() -> None:
+def test_interference_counts_as_time_of_the_local_way() -> None:
     samples = [
         sample("local", "local", 100.0, interference_ms=60.0),
         sample("remote", "remote", 150.0, interference_ms=60.0),

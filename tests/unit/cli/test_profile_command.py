@@ -136,7 +136,7 @@ def test_an_endpoint_or_a_model_that_is_not_there_is_said(profile: Any, server: 
     code, _, said = profile(path, "--url", server.url, "--model", "other")
     assert code == 2
     assert "there is no model 'other'" in said
-    assert "known are served" in said
+    assert "served are served" in said
     server.max_model_len = 100
     code, _, said = profile(path, "--url", server.url)
     assert code == 2

@@ -18,7 +18,7 @@ ALL = set(CHECKS)
 
 
 class BatonHandler(Handler):
-    """What Baton adds to an OpenAI server; `flaw` of the server spoils one thing."""
+    """What Baton adds to an OpenAI server; `flaw` of the server breaks one thing."""
 
     server: Baton
 

@@ -24,6 +24,7 @@ from app.cli.verify import (
     compare_output,
 )
 from app.cli.verify import TOLERANCE as USUAL_TOLERANCE
+from app.errors import ConfigError
 
 TOLERANCE = 0.02
 NUM_PROMPTS = 10
@@ -316,7 +317,7 @@ def test_a_reference_that_answers_otherwise_fails(baton: FakeBaton) -> None:
     ids=["aggregated only", "none", "unknown", "aggregated", "unknown reference", "disaggregated reference"],
 )
 def test_a_model_that_is_not_there_is_an_error(
-    baton: FakeBaton, modes: dict[str, str], named: dict[str, str], words: str
+    baton: FakeBaton, modes: dict[str, str], named: dict[str, Any], words: str
 ) -> None:
     baton.modes = modes
     with pytest.raises(VerifyError, match=words):
@@ -402,7 +403,7 @@ def test_a_prompt_of_the_reference_that_was_not_prefilled_remotely_verifies_noth
     ids=["local prefill", "by prefill", "reference", "by prefill, told otherwise", "local, told otherwise"],
 )
 def test_a_small_logprob_difference_passes_by_prefill_only(
-    baton: FakeBaton, engine: str, named: dict[str, str], tolerance: float | None, passes: bool
+    baton: FakeBaton, engine: str, named: dict[str, Any], tolerance: float | None, passes: bool
 ) -> None:
     baton.engine = engine
     baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
@@ -421,7 +422,7 @@ def closed_port() -> int:
 def test_a_url_where_nothing_answers_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     url = url.format(port=closed_port())
-    with pytest.raises(VerifyError) as caught:
+    with pytest.raises(ConfigError) as caught:
         verified(url)
     assert url in str(caught.value)
 
@@ -429,11 +430,11 @@ def test_a_url_where_nothing_answers_is_named(url: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("path", ["/v1/models", "/tokenize", "/v1/completions", "/stats"])
 def test_an_error_in_an_answer_is_passed_on_with_its_path(baton: FakeBaton, path: str) -> None:
     baton.fixed[path] = 500, "no engine"
-    with pytest.raises(VerifyError, match=f"{path} answered 500: no engine"):
+    with pytest.raises(ConfigError, match=f"{path} answered 500: no engine"):
         verified(baton.url)
 
 
 def test_a_url_where_something_else_answers_is_an_error(baton: FakeBaton) -> None:
     baton.fixed["/v1/models"] = 200, "<html>welcome</html>"
-    with pytest.raises(VerifyError, match="/v1/models"):
+    with pytest.raises(ConfigError, match="/v1/models"):
         verified(baton.url)

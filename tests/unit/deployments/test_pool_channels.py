@@ -1,4 +1,4 @@
-"""Who is in a pool's view and when, with replicas behind real sockets and Serve's word played by the test."""
+"""Which replicas a pool's state has and when, with replicas behind real sockets and Serve's word played by the test."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Replica:
     async def start(self) -> None:
         self.address = await self.server.start("127.0.0.1")
 
-    def as_serve_tells_it(self) -> Any:
+    def as_serve_reports_it(self) -> Any:
         info = ReplicaInfo(
             replica_id=self.name,
             role="decode",
@@ -65,19 +65,19 @@ class Pool:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ready = ReadyReplicas()
-        self.view = PoolState(PrefixIndex())
+        self.state = PoolState(PrefixIndex())
         monkeypatch.setattr(pool_channels, "ready_replicas_of", lambda deployment_id: self.ready)
         monkeypatch.setattr(pool_channels, "RECONNECT_S", 0.01)
-        self.channels = PoolChannels(SimpleNamespace(deployment_id=None), self.view)
+        self.channels = PoolChannels(SimpleNamespace(deployment_id=None), self.state)
 
     def consist_of(self, *replicas: Replica) -> None:
         """What Serve says."""
-        self.ready.update([replica.as_serve_tells_it() for replica in replicas])
+        self.ready.update([replica.as_serve_reports_it() for replica in replicas])
 
     def knows(self, replica: Replica) -> bool:
-        """Whether the view has all that the replica tells at first."""
-        view = self.view.replicas.get(replica.name)
-        return view is not None and view.sequences.value == 3 and self.view.index.num_blocks(replica.name) == 2
+        """Whether the state has all that the replica tells at first."""
+        known = self.state.replicas.get(replica.name)
+        return known is not None and known.sequences.value == 3 and self.state.index.num_blocks(replica.name) == 2
 
 
 @pytest.fixture
@@ -103,9 +103,9 @@ def submit(pool: Pool, replica: Replica, into: list[TokenDelta]) -> Any:
 
 async def test_a_replica_joins_with_what_it_knows(pool: Pool, replica: Replica) -> None:
     pool.consist_of(replica)
-    assert not pool.view.replicas
+    assert not pool.state.replicas
     await until(lambda: pool.knows(replica))
-    assert pool.view.replicas["r"].info.num_blocks == 8
+    assert pool.state.replicas["r"].info.num_blocks == 8
 
 
 async def test_replicas_that_serve_knew_before_are_connected_too(
@@ -113,19 +113,21 @@ async def test_replicas_that_serve_knew_before_are_connected_too(
 ) -> None:
     pool = Pool(monkeypatch)
     pool.consist_of(replica)
-    later = PoolChannels(SimpleNamespace(deployment_id=None), view := PoolState(PrefixIndex()))
-    await until(lambda: "r" in view.replicas)
+    later = PoolChannels(SimpleNamespace(deployment_id=None), state := PoolState(PrefixIndex()))
+    await until(lambda: "r" in state.replicas)
     pool.ready.update([])
-    await until(lambda: not view.replicas)
+    await until(lambda: not state.replicas)
     with pytest.raises(ReplicaLost):
         later.channel("r")
 
 
-async def test_a_replica_that_cannot_be_reached_is_not_in_the_view_until_it_can(pool: Pool, replica: Replica) -> None:
+async def test_a_replica_that_cannot_be_reached_is_not_in_the_pool_state_until_it_can(
+    pool: Pool, replica: Replica
+) -> None:
     good, replica.address = replica.address, {**replica.address, "port": "1"}
     pool.consist_of(replica)
     await asyncio.sleep(0.1)  # it would be there by now
-    assert not pool.view.replicas
+    assert not pool.state.replicas
     with pytest.raises(ReplicaLost):
         pool.channels.channel("r")
     replica.address["port"] = good["port"]
@@ -138,11 +140,11 @@ async def test_a_broken_connection_takes_the_replica_out_at_once_and_a_new_one_s
     pool.consist_of(replica)
     await until(lambda: pool.knows(replica))
     replica.server.publish_kv(KvUpdate([3], []))
-    await until(lambda: pool.view.index.num_blocks("r") == 3)
+    await until(lambda: pool.state.index.num_blocks("r") == 3)
     sequence = submit(pool, replica, [])
     await until(lambda: replica.links)
     left_first: list[bool] = []
-    sequence.ended.add_done_callback(lambda _: left_first.append("r" not in pool.view.replicas))
+    sequence.ended.add_done_callback(lambda _: left_first.append("r" not in pool.state.replicas))
     (writer,) = replica.server._writers.values()
     writer.transport.abort()
     with pytest.raises(ReplicaLost):
@@ -160,7 +162,7 @@ async def test_a_replica_that_serve_removes_leaves_at_once_but_ends_its_sequence
     sequence = submit(pool, replica, received)
     await until(lambda: replica.links)
     pool.consist_of()
-    await until(lambda: not pool.view.replicas)
+    await until(lambda: not pool.state.replicas)
     with pytest.raises(ReplicaLost):
         pool.channels.channel("r")
     assert not channel.is_closed
@@ -178,7 +180,7 @@ async def test_a_replica_that_serve_brings_back_joins_on_another_connection(pool
     old = pool.channels.channel("r")
     submit(pool, replica, [])
     pool.consist_of()
-    await until(lambda: not pool.view.replicas)
+    await until(lambda: not pool.state.replicas)
     pool.consist_of(replica)
     await until(lambda: pool.knows(replica))
     assert pool.channels.channel("r") is not old

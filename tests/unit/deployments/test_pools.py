@@ -57,7 +57,7 @@ class Served:
         monkeypatch.setattr(pools, "PoolChannels", lambda handle, view: channels)
         handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._attach))
         pool = RayDecodePool(handle, PoolState(PrefixIndex()))
-        handoff = RayHandoff("p", "reference", self.prefill_lost, lambda: None)  # type: ignore[arg-type]
+        handoff = RayHandoff("p", "reference", self.prefill_lost, lambda: None)
         progress = SequenceProgress(self.deltas.append)
         self.task = asyncio.create_task(pool.generate(REQUEST, handoff, "", "d", progress))
 

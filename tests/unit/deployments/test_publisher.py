@@ -102,7 +102,7 @@ async def turn() -> None:
     await asyncio.sleep(0)
 
 
-async def test_a_change_of_load_is_told_in_the_next_turn_of_the_loop(replica: Replica) -> None:
+async def test_a_change_of_load_is_published_in_the_next_turn_of_the_loop(replica: Replica) -> None:
     replica.heard()
     replica.publisher.poll_soon()
     replica.num_requests, replica.engine.tokens = 2, 30  # what happens before the loop turns is in it
@@ -115,7 +115,7 @@ async def test_a_change_of_load_is_told_in_the_next_turn_of_the_loop(replica: Re
     assert replica.heard()[0][-1] == ReplicaLoad(3, 30)
 
 
-async def test_a_load_that_did_not_change_is_told_again_with_each_poll_only(replica: Replica) -> None:
+async def test_a_load_that_did_not_change_is_published_again_with_each_poll_only(replica: Replica) -> None:
     """A frontend that misjudged its own part of the load is put right by the next one."""
     replica.num_requests = 1
     replica.publisher.poll_soon()
@@ -171,7 +171,7 @@ async def test_a_dead_engine_is_asked_once(replica: Replica, caplog: pytest.LogC
     assert replica.engine.num_polls == 1
 
 
-async def test_the_caches_changes_are_told_by_the_shared_names(replica: Replica) -> None:
+async def test_the_caches_changes_are_published_by_the_shared_names(replica: Replica) -> None:
     replica.heard()
     replica.updates.clear()
     await replica.engine.events.put([FIRST])
@@ -182,7 +182,7 @@ async def test_the_caches_changes_are_told_by_the_shared_names(replica: Replica)
     assert replica.server.snapshot() == KvUpdate([NAMES[1]], [], is_reset=True)
 
 
-async def test_what_changes_nothing_is_not_told(replica: Replica) -> None:
+async def test_what_changes_nothing_is_not_published(replica: Replica) -> None:
     replica.heard()
     await replica.engine.events.put([FIRST, BlockRemoved([11])])
     await replica.engine.events.put([BlockRemoved([99])])
@@ -224,7 +224,7 @@ async def test_when_nobody_follows_the_cache_any_more_it_is_forgotten(
     assert ("replica_id=r follow-cache failed" in caplog.text) == (ending is not None)
 
 
-async def test_a_replica_without_events_tells_nothing_of_its_cache() -> None:
+async def test_a_replica_without_events_publishes_nothing_of_its_cache() -> None:
     replica = Replica(prefix_cache="none")
     await turn()
     assert replica.link.take_now().kv is None

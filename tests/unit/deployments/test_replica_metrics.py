@@ -51,14 +51,14 @@ class Engine:
     def __init__(self) -> None:
         self.answer = EngineStats(num_blocks=100)
         self.error: Exception | None = None
-        self.num_looks = 0
-        self.looks: asyncio.Task[None]
+        self.num_polls = 0
+        self.polling: asyncio.Task[None]
 
     def queued_tokens(self) -> int:
         return 300
 
     async def stats(self) -> EngineStats:
-        self.num_looks += 1
+        self.num_polls += 1
         if self.error is not None:
             raise self.error
         return self.answer
@@ -72,7 +72,7 @@ async def engine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
     Gauge.exported = {}
     engine: Any = Engine()
     metrics = WorkerMetrics(engine, lambda: (5, 3), "m", SPEC)
-    engine.looks = metrics._task
+    engine.polling = metrics._task
     yield engine
     await metrics.stop()
 
@@ -106,9 +106,9 @@ async def test_a_replica_has_one_transport_at_a_time(engine: Engine) -> None:
 async def test_an_engine_that_says_nothing_any_more_is_left_alone_and_logged(
     engine: Engine, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await until(lambda: engine.num_looks > 0)
+    await until(lambda: engine.num_polls > 0)
     engine.error = error
     with caplog.at_level(logging.WARNING, logger="baton.worker_metrics"):
-        await until(engine.looks.done)
+        await until(engine.polling.done)
     assert "metrics are exported no longer" in caplog.text
-    engine.looks.exception()
+    engine.polling.exception()

@@ -301,7 +301,7 @@ async def test_whatever_is_lost_no_block_is_taken_to_be_there_that_is_not(
         assert cached <= set(range(last - Engine.CAPACITY + 1, last + 1))
 
 
-VLLM = {"lora_name": None, "group_idx": 0, "kv_cache_spec_kind": "full_attention", "session_id": "x"}
+VLLM: dict[str, Any] = {"lora_name": None, "group_idx": 0, "kv_cache_spec_kind": "full_attention", "session_id": "x"}
 
 
 @pytest.mark.parametrize(

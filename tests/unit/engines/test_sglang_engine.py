@@ -266,8 +266,10 @@ async def test_only_a_token_that_the_request_names_is_a_stop_reason(
 
 # Log probabilities
 
-OF_TOKENS = {"output_token_logprobs": [(-0.5, 20, None), (-3.0, 21, None)]}
-OF_CANDIDATES = {"output_top_logprobs": [[(-0.5, 20, None), (-1.5, 9, None)], [(-0.25, 8, None), (-2.0, 9, None)]]}
+OF_TOKENS: dict[str, Any] = {"output_token_logprobs": [(-0.5, 20, None), (-3.0, 21, None)]}
+OF_CANDIDATES: dict[str, Any] = {
+    "output_top_logprobs": [[(-0.5, 20, None), (-1.5, 9, None)], [(-0.25, 8, None), (-2.0, 9, None)]]
+}
 
 
 @pytest.mark.parametrize(
@@ -672,9 +674,7 @@ async def test_a_prefill_engine_that_never_answers_is_given_up(start: Start, mon
         await asyncio.wait_for(generate(engine, handoff=descriptor(1)), 5)
 
 
-async def test_a_prefill_engine_is_not_looked_at_for_every_request(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_prefill_engine_is_not_polled_for_every_request(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.engines.sglang.HEARTBEAT_S", 60.0)
     engine, _ = start()
     async with Bootstrap().listening() as bootstrap:
@@ -693,7 +693,7 @@ async def test_a_prefill_engine_that_was_gone_is_found_again(start: Start) -> No
         assert await generate(engine, handoff=descriptor(port))
 
 
-async def test_a_prefill_engine_that_has_gone_is_noticed_at_its_next_look(
+async def test_a_prefill_engine_that_has_gone_is_noticed_at_the_next_poll(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.engines.sglang.HEARTBEAT_S", 0.0)

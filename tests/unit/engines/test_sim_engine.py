@@ -555,7 +555,7 @@ async def test_faults_by_chance_depend_on_the_seed_alone(start: Any) -> None:
     assert 8 <= sum(first) <= 30
 
 
-async def test_events_are_told_from_the_start_on_until_it_stops(start: Any) -> None:
+async def test_events_are_published_from_the_start_on_until_it_stops(start: Any) -> None:
     async with start() as engine:
         assert engine.info.prefix_cache == "published"
         await generate(engine, request(max_tokens=1, salt="salt"))
@@ -573,7 +573,9 @@ async def test_events_are_told_from_the_start_on_until_it_stops(start: Any) -> N
     assert await asyncio.wait_for(waits, 5) is None
 
 
-async def test_events_that_nobody_took_in_time_are_told_as_lost(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_events_that_nobody_took_in_time_are_published_as_lost(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("app.engines.sim.blocks.MAX_WAITING_EVENTS", 2)
     async with start() as engine:
         for seed in range(4):
@@ -692,10 +694,11 @@ def test_a_configuration_with_sim_engines_is_checked_before_any_starts() -> None
     assert check(config, []) == "cpu"
     assert check(config, [1]) == "cuda"
     assert gpus_of_replica(config.models[0].decode, "cuda") == 0
-    for section, changes in {
+    refused: dict[str, dict[str, Any]] = {
         "engine_args": {"engine_args": {"gpu_memory_utilization": 0.5}},
         "prefill.engine_args": {"prefill": {"engine": "sim", "engine_args": {"gpu_memory_utilization": 0.5}}},
-    }.items():
+    }
+    for section, changes in refused.items():
         with pytest.raises(ConfigError) as caught:
             check(parse(configured(**changes)), [])
         assert caught.value.field == f"models.0.{section}.gpu_memory_utilization"

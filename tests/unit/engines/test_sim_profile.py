@@ -25,7 +25,7 @@ from app.engines.sim.profile import (
 )
 from app.engines.sim.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
 from app.errors import ConfigError
-from app.routing.least_squares import fit_non_negative
+from app.least_squares import fit_non_negative
 
 
 def test_the_built_in_profiles_load_and_say_where_their_numbers_come_from() -> None:

@@ -64,7 +64,7 @@ def output(sequence: ScheduledSequence) -> list[int]:
     return sequence.tokens[sequence.prompt_tokens :]
 
 
-def replay(events: list[KvEvent], cached: set[int]) -> set[int]:
+def replay(events: list[KvEvent], cached: set[int | bytes]) -> set[int | bytes]:
     """What a consumer of `events` takes the cache to hold.  Checks that each event fits what came before."""
     for event in events:
         if isinstance(event, AllBlocksCleared):

@@ -201,7 +201,7 @@ async def test_a_stream_starts_with_its_first_event() -> None:
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
     async with asyncio.timeout(DEADLINE_S):
-        task = asyncio.create_task(ErrorBeforeStream(app)({"type": "http"}, asyncio.Event().wait, sent.put))
+        task = asyncio.create_task(ErrorBeforeStream(app)({"type": "http"}, asyncio.Queue[Message]().get, sent.put))
         assert (await sent.get())["type"] == "http.response.start"
         assert (await sent.get())["body"] == EVENT
         go_on.set()
@@ -243,7 +243,7 @@ class Client:
 
     async def run(self, app: ASGIApp) -> None:
         async with asyncio.timeout(DEADLINE_S):
-            await RoutingHeaders(ErrorBeforeStream(app))(self.scope, asyncio.Event().wait, self.send)
+            await RoutingHeaders(ErrorBeforeStream(app))(self.scope, asyncio.Queue[Message]().get, self.send)
 
     @property
     def status(self) -> int:
@@ -365,7 +365,7 @@ def answering(status: int, *waits_s: float) -> ASGIApp:
         if context.wants_explanation:
             context.sequences.append(SequenceRecord(SequenceProgress(lambda delta: None), "m", "r", 1))
             context.sequences[-1].on_decision(decision())
-        await asyncio.create_task(send({"type": "http.response.start", "status": status}))
+        await asyncio.ensure_future(send({"type": "http.response.start", "status": status}))
 
     return app
 
@@ -393,7 +393,7 @@ async def test_only_1_asks_for_an_explanation(value: bytes) -> None:
     assert (b"x-baton-explain" in client.headers) == (value == b"1")
 
 
-async def test_an_exchange_ends_with_its_request() -> None:
+async def test_a_request_context_ends_with_its_request() -> None:
     with begin_request(wants_explanation=True) as outer:
         await Client().run(answering(200, 5.0))
         assert current_request() is outer

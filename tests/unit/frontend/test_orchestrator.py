@@ -12,7 +12,7 @@ from app.config import LimitsConfig, RemotePlacement, RoutingConfig
 from app.errors import EngineDead, EngineFailed, InvalidRequest, NoReplica, PrefillFailed, ReplicaLost
 from app.frontend.orchestrator import Handoff, Orchestrator
 from app.frontend.sequence_progress import SequenceProgress
-from app.messages import GenerateRequest, PrefillMode, PrefillReport, TokenDelta
+from app.messages import GenerateRequest, PrefillMode, PrefillReport, Role, TokenDelta
 from app.routing.decision import Decision, RoutingHints
 from app.routing.router import Router
 from tests.unit.routing.samples import replica_info
@@ -138,7 +138,12 @@ def orchestrator(
         has_aggregated=aggregated is not None,
         can_decode_prefill=can_decode_prefill,
     )
-    for role, pool in (("prefill", prefill), ("decode", decode), ("aggregated", aggregated)):
+    pools: dict[Role, FakePrefill | FakeDecode | None] = {
+        "prefill": prefill,
+        "decode": decode,
+        "aggregated": aggregated,
+    }
+    for role, pool in pools.items():
         for replica in pool.ready if pool else ():
             router.pools[role].join(replica_info(replica, role))
     return Orchestrator(router, prefill, decode, LimitsConfig(**limits), aggregated=aggregated)
@@ -147,7 +152,7 @@ def orchestrator(
 def loads(server: Orchestrator) -> dict[str, Counter[str]]:
     """The sequences that the router counts on each replica, by role."""
     return {
-        role: Counter({name: view.sequences.own for name, view in pool.replicas.items() if view.sequences.own})
+        role: Counter({name: state.sequences.own for name, state in pool.replicas.items() if state.sequences.own})
         for role, pool in server._router.pools.items()
     }
 
@@ -399,7 +404,8 @@ def test_a_decode_that_cannot_prefill_never_has_to(
     attempts: list[TokenDelta | Exception], max_attempts: int, num_prefill: int, num_decode: int
 ) -> None:
     prefill = FakePrefill(*(f"p{number}" for number in range(num_prefill)))
-    decode = FakeDecode([f"d{number}" for number in range(num_decode)], *([ending, LAST] for ending in attempts))
+    scripts: list[Script] = [[ending, LAST] for ending in attempts]
+    decode = FakeDecode([f"d{number}" for number in range(num_decode)], *scripts)
 
     async def serve() -> None:
         server = depending_on_prefill(prefill, decode, max_attempts=max_attempts)
@@ -524,7 +530,7 @@ async def test_cancelling_while_the_prefill_is_being_started_cancels_the_start()
     ids=["first token", "next token"],
 )
 async def test_a_token_that_does_not_come_in_time_ends_the_sequence(
-    script: Script, limits: dict[str, float], has_kv: bool
+    script: Script, limits: dict[str, Any], has_kv: bool
 ) -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], script)
     task = asyncio.create_task(served(orchestrator(prefill, decode, **limits)))
@@ -537,7 +543,12 @@ async def test_a_token_that_does_not_come_in_time_ends_the_sequence(
 
 
 async def test_a_next_token_is_awaited_no_longer_because_the_first_might_have_taken_longer() -> None:
-    decode = FakeDecode(["d"], [FIRST, HANG])
+    class Slow(FakeDecode):
+        async def generate(self, *arguments: Any) -> None:
+            await asyncio.sleep(0.02)
+            await super().generate(*arguments)
+
+    decode = Slow(["d"], [FIRST, HANG])
     task = asyncio.create_task(served(orchestrator(None, decode, ttft_timeout_s=60, itl_timeout_s=0.05)))
     await asyncio.wait([task], timeout=DEADLINE_S / 2)
     assert task.done()

@@ -39,7 +39,7 @@ APIS: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "hi", "max_output_tokens": 2},
     "/v1/messages": {"messages": MESSAGES, "max_tokens": 2},
 }
-USER = {
+USER: dict[str, dict[str, Any]] = {
     "/v1/completions": {"user": "ann"},
     "/v1/chat/completions": {"user": "ann"},
     "/v1/responses": {"user": "ann"},

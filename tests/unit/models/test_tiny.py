@@ -3,14 +3,15 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from app.models import tiny as tiny_model
 from app.models.tiny import CORPUS, EOS_ID, PAD_ID, VOCAB_SIZE, ensure_tiny_model
@@ -18,6 +19,8 @@ from app.models.tiny import CORPUS, EOS_ID, PAD_ID, VOCAB_SIZE, ensure_tiny_mode
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Weather?"}
+
+Render = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +38,15 @@ def one_torch_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model_dir: Path):
+def tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model_dir)
 
 
 @pytest.fixture(scope="module")
-def render(tokenizer):
-    def render(messages: list[dict], **options) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+def render(tokenizer: PreTrainedTokenizerBase) -> Render:
+    def render(messages: list[dict[str, Any]], **options: Any) -> str:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return text
 
     return render
 
@@ -79,7 +83,7 @@ def test_the_loser_of_a_race_returns_the_winners_model(monkeypatch: pytest.Monke
 def test_a_failed_build_says_so_and_leaves_nothing_behind(
     step: tuple[object, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(*_) -> None:
+    def fail(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(tiny_model, "_save_tokenizer", lambda folder: folder.mkdir())
@@ -109,7 +113,7 @@ def test_making_it_leaves_the_callers_random_numbers_alone(tmp_path: Path) -> No
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_model_and_tokenizer_agree_on_the_vocabulary(model_dir: Path, tokenizer) -> None:
+def test_model_and_tokenizer_agree_on_the_vocabulary(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     config = AutoConfig.from_pretrained(model_dir)
     assert config.vocab_size == len(tokenizer) == VOCAB_SIZE
     assert (config.eos_token_id, config.pad_token_id) == (EOS_ID, PAD_ID)
@@ -117,7 +121,7 @@ def test_model_and_tokenizer_agree_on_the_vocabulary(model_dir: Path, tokenizer)
     assert all(tokenizer.decode([token]) for token in range(VOCAB_SIZE))
 
 
-def test_special_and_markup_tokens_are_one_token_each(tokenizer) -> None:
+def test_special_and_markup_tokens_are_one_token_each(tokenizer: PreTrainedTokenizerBase) -> None:
     special, markup = tiny_model.SPECIAL_TOKENS, tiny_model.MARKUP_TOKENS
     ids = tokenizer.encode("".join(special + markup))
     assert tokenizer.convert_ids_to_tokens(ids) == special + markup
@@ -126,22 +130,22 @@ def test_special_and_markup_tokens_are_one_token_each(tokenizer) -> None:
 
 @given(text=st.text(max_size=200))
 @settings(max_examples=200, deadline=None)
-def test_any_text_survives_the_round_trip(tokenizer, text: str) -> None:
+def test_any_text_survives_the_round_trip(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_text_that_normalisation_or_clean_up_would_change_survives(tokenizer) -> None:
+def test_text_that_normalisation_or_clean_up_would_change_survives(tokenizer: PreTrainedTokenizerBase) -> None:
     text = "  e\u0301 \u00e9 don 't , yes !\t\r\n<|im_end|> <think> \U0001f642\u200d "
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_template_renders_chatml(render) -> None:
+def test_the_template_renders_chatml(render: Render) -> None:
     system, user = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>user\nWeather?<|im_end|>\n"
     assert render([USER]) == user
     assert render([SYSTEM, USER], add_generation_prompt=True) == system + user + "<|im_start|>assistant\n"
 
 
-def test_the_template_lists_the_tools_in_the_system_message(render) -> None:
+def test_the_template_lists_the_tools_in_the_system_message(render: Render) -> None:
     for messages in ([SYSTEM, USER], [USER]):
         system, user = render(messages, tools=[TOOL]).removesuffix("<|im_end|>\n").split("<|im_end|>\n")
         assert system.startswith("<|im_start|>system\n")
@@ -151,7 +155,7 @@ def test_the_template_lists_the_tools_in_the_system_message(render) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city": "Paris"}'])
-def test_the_template_renders_tool_calls_and_their_answers(render, arguments) -> None:
+def test_the_template_renders_tool_calls_and_their_answers(render: Render, arguments: str | dict[str, str]) -> None:
     call = {"type": "function", "function": {"name": "get_weather", "arguments": arguments}}
     assistant = {"role": "assistant", "content": None, "tool_calls": [call]}
     answer = {"role": "tool", "tool_call_id": "1", "content": "sunny"}

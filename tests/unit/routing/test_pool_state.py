@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,7 +32,8 @@ def test_own_work_counts_at_once_and_others_after_one_report() -> None:
 
 @given(st.lists(st.one_of(st.integers(1, 50), st.just("end"), st.just("report")), max_size=60))
 def test_with_one_frontend_a_report_changes_nothing_once_the_replica_has_caught_up(steps: list[int | str]) -> None:
-    gauge, running, total = Gauge(), [], 0
+    gauge, total = Gauge(), 0
+    running: list[tuple[AbstractContextManager[None], int]] = []
     for step in steps:
         if step == "report":
             gauge.report(total)

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from app.config import RoutingConfig
 from app.errors import InvalidRequest, NoReplica, Overloaded
-from app.messages import KvUpdate, PrefillReport, ReplicaLoad
+from app.messages import KvUpdate, PrefillReport, ReplicaLoad, Role
 from app.routing.decision import Decision, RoutingHints
 from app.routing.pool_state import AVOID_S
 from app.routing.router import NO_HINTS, Router
 from tests.unit.routing.samples import hashes, replica_info, request
 
-REMOTE = {"placement": {"policy": "remote"}}
+REMOTE: dict[str, Any] = {"placement": {"policy": "remote"}}
 
 
 class Clock:
@@ -45,9 +45,10 @@ class Fleet:
             can_decode_prefill=can,
             clock=self.clock,
         )
-        for role, name, count in (("prefill", "p", num_prefill), ("decode", "d", num_decode)):
+        counts: dict[Role, int] = {"prefill": num_prefill, "decode": num_decode}
+        for role, count in counts.items():
             for number in range(count):
-                self.router.pools[role].join(replica_info(f"{name}{number}", role, **info))  # type: ignore[index]
+                self.router.pools[role].join(replica_info(f"{role[0]}{number}", role, **info))
         for number in range(num_aggregated or 0):
             self.router.pools["aggregated"].join(replica_info(f"a{number}", "aggregated"))
 
@@ -401,7 +402,7 @@ def test_a_replica_that_left_since_it_was_chosen_does_no_harm() -> None:
     in_flight.end()
 
 
-def test_where_replicas_tell_nothing_of_their_cache_it_is_assumed_from_what_they_were_sent() -> None:
+def test_where_replicas_publish_nothing_of_their_cache_it_is_assumed_from_what_they_were_sent() -> None:
     fleet = Fleet(2, 2, info={"prefix_cache": "silent", "num_blocks": 20}, **REMOTE)
     first = fleet.decide(160)
     fleet.router.begin(request(160), first).end()

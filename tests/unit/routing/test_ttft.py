@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.routing.least_squares import fit_non_negative
+from app.least_squares import fit_non_negative
 from app.routing.ttft import (
     MAX_AGE_S,
     REFIT_EVERY,
@@ -114,7 +114,7 @@ def test_what_was_measured_long_ago_counts_as_not_measured() -> None:
 
 
 def test_what_made_handovers_slow_may_have_passed_so_they_are_tried_again_and_the_past_is_forgotten() -> None:
-    """A wave that decode had no places for, after which every prompt went to decode, and nobody saw it end."""
+    """A wave that decode had no slots for, after which every prompt went to decode, and nobody saw it end."""
     clock = Clock()
     predictor = TtftPredictor(clock)
     work, handover = PromptWork(4000, 0, 0), HandoverWork(4000)
@@ -161,7 +161,7 @@ def test_local_prefill_is_learnt_apart_and_slows_with_the_batch() -> None:
     assert predictor.local_s(PromptWork(3000, 0, 0, 20)) == pytest.approx(3 * truth(work, 1.0) + 0.04, rel=0.15)
 
 
-def test_harm_is_what_exceeds_the_budget_for_every_sequence() -> None:
+def test_interference_is_what_exceeds_the_budget_for_every_sequence() -> None:
     predictor = TtftPredictor(Clock())
     for num_tokens in (100, 1000, 10000) * 10:
         predictor.learn_local(PromptWork(num_tokens, 0, 0, 5), 0.5 + 1e-4 * num_tokens)

@@ -27,19 +27,19 @@ pytestmark = pytest.mark.serve
 
 @pytest.fixture(scope="module")
 def app(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
-    yield from running("views", tmp_path_factory.mktemp("diary"), prefill=1, decode=1, aggregated=1)
+    yield from running("pool-states", tmp_path_factory.mktemp("diary"), prefill=1, decode=1, aggregated=1)
 
 
 @asynccontextmanager
 async def another_frontend(role: str) -> AsyncIterator[PoolState]:
-    """The view of a frontend that comes later than the application's own: this process."""
+    """The pool state of a frontend that comes later than the application's own: this process."""
     async with connected(role) as channels:
         yield channels._view
 
 
 @asynccontextmanager
 async def connected(role: str) -> AsyncIterator[PoolChannels]:
-    handle = serve.get_deployment_handle(f"{role}-scripted", "views")
+    handle = serve.get_deployment_handle(f"{role}-scripted", "pool-states")
     if not handle.is_initialized:
         handle._init(_run_router_in_separate_loop=True)
     channels = PoolChannels(handle, PoolState(PrefixIndex()))
@@ -51,16 +51,16 @@ async def connected(role: str) -> AsyncIterator[PoolChannels]:
         task.cancel()
 
 
-async def told(app: Application) -> dict[str, dict[str, Any]]:
+async def stats(app: Application) -> dict[str, dict[str, Any]]:
     """What the application's frontend believes of the one replica of each pool."""
-    stats = await app.handle.stats.remote()
-    return {replica["role"]: replica.get("view") or {} for replica in stats}
+    replicas = await app.handle.stats.remote()
+    return {replica["role"]: replica.get("view") or {} for replica in replicas}
 
 
 async def wait_for(app: Application, role: str, **values: int) -> None:
     async def is_so() -> bool:
-        view = (await told(app)).get(role, {})
-        return {name: view.get(name) for name in values} == values
+        state = (await stats(app)).get(role, {})
+        return {name: state.get(name) for name in values} == values
 
     await eventually(is_so, 10, f"{role} {values}")
 
@@ -69,19 +69,19 @@ def hashes(prompt: list[int]) -> list[int]:
     return list(block_hashes(prompt, BLOCK_SIZE, root_hash(None)))
 
 
-async def held(view: PoolState, prompt: list[int]) -> None:
-    """Return when one replica of the view holds all of a prompt."""
+async def held(state: PoolState, prompt: list[int]) -> None:
+    """Return when one replica of the pool holds all of a prompt."""
 
     async def is_held() -> bool:
-        return list(view.index.match(hashes(prompt)).values()) == [len(hashes(prompt))]
+        return list(state.index.match(hashes(prompt)).values()) == [len(hashes(prompt))]
 
-    await eventually(is_held, 10, "the prompt in the view")
+    await eventually(is_held, 10, "the prompt in the pool state")
 
 
 async def test_what_a_prompt_leaves_in_the_caches_is_known_to_every_frontend(app: Application) -> None:
     await app.wait_for(prefill=1, decode=1, aggregated=1)
     assert all(endpoint["prefix_cache"] == "published" for endpoint in await app.handle.endpoints.remote())
-    before = await told(app)
+    before = await stats(app)
     prompt = [1, 2, 3, 4, 5, 6, 7]
     async with another_frontend("prefill") as early:
         await eventually(lambda: asyncio.sleep(0, early.replicas), 10, "a connection")
@@ -91,7 +91,7 @@ async def test_what_a_prompt_leaves_in_the_caches_is_known_to_every_frontend(app
         await wait_for(app, role, cached_blocks=before[role]["cached_blocks"] + 3)
         async with another_frontend(role) as late:
             await held(late, prompt)
-    assert (await told(app))["aggregated"]["cached_blocks"] == 0
+    assert (await stats(app))["aggregated"]["cached_blocks"] == 0
     report = deltas[0].report
     assert report is not None
     assert (report.prefill_s, report.prefill_cached_tokens) == (PREFILL_S, 0)
@@ -140,10 +140,10 @@ async def test_a_prefill_replica_takes_no_sequences_on_its_channel(app: Applicat
 async def test_a_local_prefill_is_the_aggregated_pools_and_counts_as_its_queue(app: Application) -> None:
     await app.wait_for(aggregated=1)
     response = app.start("queue", decode_hangs_at=0, mode="local", prompt=[1, 2, 3])
-    async with another_frontend("aggregated") as view:
+    async with another_frontend("aggregated") as state:
 
         async def is_queued() -> bool:
-            return [replica.queued_tokens.value for replica in view.replicas.values()] == [3]
+            return [replica.queued_tokens.value for replica in state.replicas.values()] == [3]
 
         await eventually(is_queued, 10, "three tokens in the queue")
     await wait_for(app, "aggregated", sequences=1, own_sequences=1, queued_tokens=3)
@@ -158,13 +158,13 @@ async def test_a_local_prefill_is_the_aggregated_pools_and_counts_as_its_queue(a
 async def test_a_new_frontend_knows_the_caches_from_the_start(app: Application) -> None:
     await app.wait_for(prefill=1, decode=1)
     await app.run("before", prompt=[50, 51, 52, 53, 54, 55])
-    cached = {role: view["cached_blocks"] for role, view in (await told(app)).items()}
+    cached = {role: state["cached_blocks"] for role, state in (await stats(app)).items()}
     caller = max(app.diary.pids("caller"))
     os.kill(caller, signal.SIGKILL)
     await eventually(lambda: asyncio.sleep(0, app.diary.pids("caller") - {caller}), 60, "another frontend")
 
     async def knows() -> bool:
-        return {role: view.get("cached_blocks") for role, view in (await told(app)).items()} == cached
+        return {role: state.get("cached_blocks") for role, state in (await stats(app)).items()} == cached
 
     await eventually(knows, 20, f"the new frontend knows {cached}")
     assert min(cached["prefill"], cached["decode"]) >= 3
@@ -176,11 +176,11 @@ async def test_a_replica_that_dies_leaves_at_once_and_its_successor_begins_with_
     (victim,) = (await app.replicas())["prefill"]
     health = await app.handle.endpoints.remote()
     (pid,) = [endpoint["pid"] for endpoint in health if endpoint["replica_id"] == victim]
-    async with another_frontend("prefill") as view:
-        await eventually(lambda: asyncio.sleep(0, victim in view.replicas), 10, "the victim in the view")
+    async with another_frontend("prefill") as state:
+        await eventually(lambda: asyncio.sleep(0, victim in state.replicas), 10, "the victim in the pool state")
         os.kill(pid, signal.SIGKILL)
-        await eventually(lambda: asyncio.sleep(0, victim not in view.replicas), 2, "the victim out of the view")
-        assert not view.index.match(hashes([60, 61, 62, 63]))
+        await eventually(lambda: asyncio.sleep(0, victim not in state.replicas), 2, "the victim out of the pool state")
+        assert not state.index.match(hashes([60, 61, 62, 63]))
     await app.wait_for(prefill=0)
     assert (await app.handle.health.remote())["state"] == "degraded"
     assert tokens_of(await app.run("meanwhile")) == [11, 21, 31, 41]

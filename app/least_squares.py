@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 def fit_non_negative(
     rows: Sequence[Sequence[float]], values: Sequence[float], weights: Sequence[float] | None = None
 ) -> list[float]:
-    """Coefficients, none below 0, with which `rows` [n, k] give `values` [n] (above 0), to 4 digits.
+    """Fit coefficients [k], none below 0, with which `rows` [n, k] give `values` [n] (all above 0); 4 digits each.
 
-    Least squares of the relative errors, each times its weight [n]: a millisecond matters in a short prompt's time
-    and not in a long one's.  The optimum is the unconstrained one over some subset of the columns, and of up to five
-    columns all 31 subsets are soon tried (0.3 ms): on the normal equations, whose columns are scaled to length 1.
+    The squares of the relative errors are minimized, each error times its weight [n]: a millisecond matters in a short
+    prompt's time and not in a long one's.  The optimum is the unconstrained one over some subset of the columns.  With
+    up to five columns all 31 subsets are soon tried (0.3 ms), on the normal equations with columns scaled to length 1.
     """
-    import numpy as np  # a second that a sim engine's start need not take
+    import numpy as np  # here, as it would add a second to the start of a sim engine
 
     weight = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
     matrix = np.asarray(rows, dtype=float) * (weight / np.asarray(values, dtype=float))[:, None]
@@ -48,5 +48,5 @@ def _solve(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
 
     try:
         return np.linalg.solve(gram, moment)
-    except np.linalg.LinAlgError:  # columns that depend on each other: a smaller subset does as well
+    except np.linalg.LinAlgError:  # the columns depend on each other: a smaller subset does as well
         return np.full(len(moment), -1.0)
