@@ -104,9 +104,6 @@ class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
     """`TransferDescriptor.prefill_s`, if the KV came from prefill."""
     prefill_cached_tokens: int | None = None
     """`TransferDescriptor.cached_tokens`, where `prefill_s` is known."""
-    first_token_s: float | None = None
-    """Seconds on the decode replica from having all that it needs, the request and where its KV comes from prefill the
-    descriptor, to the first token."""
 
 
 def local_prefill(replica: str, cached_tokens: int, reason: str = "") -> PrefillReport:

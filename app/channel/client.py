@@ -40,7 +40,6 @@ class SubmittedSequence:
     def __init__(self, number: int, emit: Callable[[TokenDelta], None]) -> None:
         self.number = number
         self.emit = emit
-        self.has_started = False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def fail(self, error: BatonError) -> None:
@@ -164,7 +163,6 @@ class Channel:
             # One that was cancelled or has failed may still be in a frame that was on its way.
             if (sequence := self._sequences.get(number)) is None or sequence.ended.done():
                 continue
-            sequence.has_started = True
             sequence.emit(delta)
             if delta.finish_reason is not None:
                 del self._sequences[number]

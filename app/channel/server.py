@@ -46,7 +46,6 @@ class Link:
     def __init__(self, link_id: str, load: ReplicaLoad | None, snapshot: Callable[[], KvUpdate | None]) -> None:
         """`load` is the present one; `snapshot` tells the whole prefix cache, or None if the replica does not know."""
         self.id = link_id
-        self.last_number = -1
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._deltas: dict[int, TokenDelta] = {}
         self._failures: list[tuple[int, Failure]] = []
@@ -64,9 +63,6 @@ class Link:
     def __len__(self) -> int:
         """How many sequences run."""
         return len(self._tasks)
-
-    def is_running(self, number: int) -> bool:
-        return number in self._tasks
 
     def put(self, number: int, delta: TokenDelta) -> None:
         """Send a delta of a sequence, with what else there is in this turn of the event loop."""
@@ -101,7 +97,6 @@ class Link:
 
     def start(self, number: int, sequence: Coroutine[Any, Any, None]) -> None:
         """Run `sequence`; a BatonError that it raises is sent to the frontend."""
-        self.last_number = number
         self._tasks[number] = asyncio.create_task(self._run(number, sequence), name=f"sequence-{number}")
 
     async def _run(self, number: int, sequence: Coroutine[Any, Any, None]) -> None:
@@ -125,11 +120,15 @@ class Link:
 
     def cancel(self, number: int) -> None:
         if task := self._tasks.get(number):
-            task.cancel()
+            self._cancel(task)
 
     def cancel_all(self) -> None:
         for task in self._tasks.values():
-            task.cancel()
+            self._cancel(task)
+
+    def _cancel(self, task: asyncio.Task[None]) -> None:
+        """Not before it has begun: of a task that is cancelled before its first step nothing runs, no cleaning up."""
+        self._loop.call_soon(task.cancel)
 
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
@@ -166,7 +165,9 @@ class ChannelServer:
     def __init__(self, replica_id: str, run: Callable[[Link, Submit], Coroutine[Any, Any, None]]) -> None:
         """`run` serves one sequence; it is cancelled when the frontend cancels it or goes away."""
         self.links: dict[str, Link] = {}
+        self.on_open: Callable[[Link], object] = lambda link: None
         self.on_close: Callable[[Link], object] = lambda link: None
+        """Called once each of the link's sequences has been cancelled."""
         self.snapshot: Callable[[], KvUpdate | None] = lambda: None
         """The whole prefix cache, for a frontend that has heard nothing so far; None if nobody knows."""
         self._replica_id = replica_id
@@ -238,6 +239,7 @@ class ChannelServer:
     async def _attend(self, link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.links[link.id] = link
         self._writers[link] = writer
+        self.on_open(link)
         sender = asyncio.create_task(_send(link, writer), name=f"send-{link.id}")
         try:
             async for frames in read_frames(reader):
@@ -251,7 +253,7 @@ class ChannelServer:
             sender.cancel()
             link.close()
             del self.links[link.id], self._writers[link]
-            self.on_close(link)
+            asyncio.get_running_loop().call_soon(self.on_close, link)
 
 
 async def _send(link: Link, writer: asyncio.StreamWriter) -> None:

@@ -22,6 +22,7 @@ from app.config import ModelConfig
 from app.errors import BatonError, EngineDead, InvalidRequest, NoReplica, Overloaded, ReplicaLost
 from app.frontend.orchestrator import Orchestrator
 from app.frontend.request_context import RequestContext, current_request
+from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
 from app.frontend.vllm_surface import (
     EngineClient,
@@ -103,7 +104,7 @@ class PooledEngineClient(EngineClient):
         """
         context = current_request()
         try:
-            prefill_mode = _prefill_mode(prompt, sampling_params)
+            prefill_mode = _to_prefill_mode(_take_prefill_mode(sampling_params), prompt)
             request = self._to_engine_request(prompt, sampling_params, request_id, lora_request, priority)
             request.reasoning_ended = reasoning_ended
             request.reasoning_parser_kwargs = reasoning_parser_kwargs
@@ -115,7 +116,7 @@ class PooledEngineClient(EngineClient):
                     output = queue.get_nowait() or await queue.get()
                     assert isinstance(output, RequestOutput)
                     is_finished = output.finished
-                    context.has_begun = True
+                    context.has_output = True
                     yield output
             finally:
                 for task in tasks:
@@ -169,15 +170,6 @@ class PooledEngineClient(EngineClient):
     ) -> None:
         """Feed one sequence's deltas to the output processor, and its error, if any, to the caller's queue."""
         assert request.prompt_token_ids is not None
-        record = SequenceRecord(
-            self._model_name,
-            request.request_id,
-            len(request.prompt_token_ids),
-            slo=self._slo,
-            has_session=hints.session is not None,
-        )
-        if hints.explain:
-            context.sequences.append(record)
         task = asyncio.current_task()
         assert task is not None
         end = ""
@@ -198,9 +190,20 @@ class PooledEngineClient(EngineClient):
                 task.cancel()
             end = end or delta.finish_reason or ""
 
+        progress = SequenceProgress(emit)
+        record = SequenceRecord(
+            progress,
+            self._model_name,
+            request.request_id,
+            len(request.prompt_token_ids),
+            slo=self._slo,
+            has_session=hints.session is not None,
+        )
+        if hints.explain:
+            context.sequences.append(record)
         try:
             generate_request = _to_generate_request(request, prefill_mode)
-            await self._orchestrator.run(generate_request, emit, hints=hints, on_decision=record.on_decision)
+            await self._orchestrator.run(generate_request, progress, hints=hints, on_decision=record.on_decision)
         except (BatonError, TimeoutError) as error:
             end = type(error).__name__
             if isinstance(error, Overloaded):
@@ -316,9 +319,16 @@ def _refuse_what_cannot_be_served(prompt: Any, params: SamplingParams, lora_requ
         raise VLLMValidationError(f"only text prompts are served, got {kind} input", parameter="prompt")
 
 
-def _prefill_mode(prompt: Any, params: SamplingParams) -> PrefillMode:
-    """Take ``vllm_xargs: {"baton_prefill": ...}`` of the request out of its sampling parameters."""
-    mode = (params.extra_args or {}).pop("baton_prefill", "auto")
+def _take_prefill_mode(params: SamplingParams) -> Any:
+    """Remove ``vllm_xargs: {"baton_prefill": ...}`` from the sampling parameters: no engine knows it.
+
+    Returns what the client sent, whatever that is.
+    """
+    return (params.extra_args or {}).pop("baton_prefill", "auto")
+
+
+def _to_prefill_mode(mode: Any, prompt: Any) -> PrefillMode:
+    """Raises VLLMValidationError for a mode that does not exist or that `prompt` must not have."""
     if mode not in get_args(PrefillMode):
         raise VLLMValidationError(
             f"baton_prefill must be one of {', '.join(get_args(PrefillMode))}",

@@ -42,7 +42,7 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
     ``expected`` is by the router, ``actual`` by the clock and the engines, null where it is not known yet.  Times to
     the first token are in ms; that of both ways is expected, null where a way is not open.
     """
-    decision, report = record.decision, record.report
+    decision, report = record.decision, record.progress.report
     if decision is None:
         return None
     return {
@@ -60,7 +60,7 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
             "kind": report and report.kind,
             "reason": report and report.reason,
             "cached_tokens": report and report.cached_tokens,
-            "ttft_ms": _ms(record.ttft_s),
+            "ttft_ms": _ms(record.progress.ttft_s),
         },
         "decided_us": round(decision.decided_in_s * 1e6, 1),
         "attempts": record.num_attempts,

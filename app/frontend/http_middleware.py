@@ -140,7 +140,7 @@ class _HeldResponse:
             return
         self._held.append(message)
         body = message.get("body", b"")
-        if (error := self._context.early_failure or _first_error(body)) is not None:
+        if (error := self._context.early_failure or _error_in_rendering(body)) is not None:
             await self._replace(error)
         elif message["type"] == "http.response.body" and not self._has_to_wait(message):
             held, self._held = self._held, []
@@ -157,7 +157,7 @@ class _HeldResponse:
         """Whether the engine has said nothing yet, and the stream goes on when it has."""
         asks_an_engine = self._scope.get("method") == "POST"  # GET: what another request began, once more
         is_comment = message.get("body", b"").startswith(b":")
-        return asks_an_engine and not self._context.has_begun and not is_comment and message.get("more_body", False)
+        return asks_an_engine and not self._context.has_output and not is_comment and message.get("more_body", False)
 
     async def _replace(self, error: dict[str, Any]) -> None:
         self._is_replaced = True
@@ -178,16 +178,16 @@ def _shaped(error: dict[str, Any], scope: Scope) -> dict[str, Any]:
     return {"error": error}
 
 
-def _first_error(body: bytes) -> dict[str, Any] | None:
-    """The error in a stream's first bytes, if that is what they are."""
-    for line in body.split(b"\n"):
-        if line.startswith(b"data: {"):
-            try:
-                event = json.loads(line.removeprefix(b"data: "))
-            except ValueError:  # not all of the event, or none of ours
-                return None
-            error = event.get("error")
-            if isinstance(error, dict) and isinstance(error.get("code"), int) and 400 <= error["code"] < 600:
-                return error
-            return None
-    return None
+def _error_in_rendering(body: bytes) -> dict[str, Any] | None:
+    """The error that vLLM's stream begins with, if that is what `body` is.
+
+    One case needs this: vLLM's server fails to render an engine's first output, because logprobs that were asked for
+    are missing, say.  Its streams of ``/v1/completions`` and of beam searches then begin with an error event of the
+    server's own making.  The engine side has not failed, so `RequestContext.failure` does not know of it.
+    """
+    if not body.startswith(b'data: {"error": '):
+        return None
+    event, _, _ = body.removeprefix(b"data: ").partition(b"\n\n")
+    error = json.loads(event)["error"]
+    has_status = isinstance(error, dict) and isinstance(error.get("code"), int) and 400 <= error["code"] < 600
+    return error if has_status else None

@@ -24,7 +24,8 @@ import msgspec
 
 from app.config import LimitsConfig
 from app.errors import BatonError, EngineDead, NoReplica, PrefillFailed, ReplicaLost
-from app.messages import Emit, GenerateRequest, PrefillReport, TokenDelta
+from app.frontend.sequence_progress import SequenceProgress
+from app.messages import GenerateRequest, PrefillReport
 from app.routing.decision import Candidate, Decision, RoutingHints
 from app.routing.in_flight import InFlight
 from app.routing.placement import corrupt_prompt
@@ -54,9 +55,16 @@ class DecodePool(Protocol):
     """The replicas of a pool that decodes, as the orchestrator calls them."""
 
     async def generate(
-        self, request: GenerateRequest, handoff: Handoff | None, local_reason: str, replica: str, emit: Emit
+        self,
+        request: GenerateRequest,
+        handoff: Handoff | None,
+        local_reason: str,
+        replica: str,
+        progress: SequenceProgress,
     ) -> None:
         """Run the sequence on `replica` to its end; `local_reason` says why it has no handoff.
+
+        Every delta is given to `progress`.
 
         Raises ReplicaLost, EngineDead, EngineFailed or InvalidRequest, and PrefillFailed before the first delta.
         """
@@ -82,29 +90,29 @@ class Orchestrator:
     async def run(
         self,
         request: GenerateRequest,
-        emit: Emit,
+        progress: SequenceProgress,
         *,
         hints: RoutingHints = NO_HINTS,
         on_decision: Callable[[Decision], object] = lambda decision: None,
     ) -> None:
-        """Serve the sequence, giving `emit` its deltas, and `on_decision` what was decided for each attempt.
+        """Serve the sequence, giving `progress` its deltas, and `on_decision` what was decided for each attempt.
 
         Raises NoReplica or Overloaded before the first delta if no replica could serve, ReplicaLost after it,
         TimeoutError if a token took longer than the limits allow, and what `DecodePool.generate` raises.
         """
         lost: list[str] = []
-        progress = Progress(emit, self._limits)
-        async with progress.in_time():
+        async with in_time(progress, self._limits):
             for attempt in range(self._limits.max_attempts):
                 decision = self._router.decide(request, hints, lost)
                 on_decision(decision)
+                progress.begin_attempt()
                 in_flight = self._router.begin(request, decision)
                 try:
                     await self._attempt(request, decision, in_flight, progress, attempt)
                     return
                 except (PrefillFailed, ReplicaLost, EngineDead) as error:
                     lost.append(self._blame(request, decision, error))
-                    if progress.has_started:
+                    if progress.has_first_token:
                         raise ReplicaLost(decision.serving.replica, str(error)) from error
                 finally:
                     in_flight.end()
@@ -120,16 +128,18 @@ class Orchestrator:
         return replica
 
     async def _attempt(
-        self, request: GenerateRequest, decision: Decision, in_flight: InFlight, progress: Progress, attempt: int
+        self,
+        request: GenerateRequest,
+        decision: Decision,
+        in_flight: InFlight,
+        progress: SequenceProgress,
+        attempt: int,
     ) -> None:
         handoff, local_reason = await self._start_prefill(request, decision, attempt)
-        has_arrived = False
 
-        def on_first(delta: TokenDelta) -> None:
-            nonlocal has_arrived
-            has_arrived = delta.report is not None and delta.report.kind == "remote"
-            in_flight.first_token(delta.report)
-            if handoff is not None and _has_failed(delta.report):
+        def on_first(attempt_ttft_s: float) -> None:
+            in_flight.first_token(progress.report, attempt_ttft_s)
+            if handoff is not None and _has_failed(progress.report):
                 self._router.pools["prefill"].avoid(handoff.replica)
 
         progress.on_first = on_first
@@ -138,9 +148,9 @@ class Orchestrator:
         if handoff is None:
             request = msgspec.structs.replace(request, expected_cached_tokens=decision.serving.cached_tokens)
         try:
-            await pool.generate(request, handoff, local_reason, decision.serving.replica, progress.take)
+            await pool.generate(request, handoff, local_reason, decision.serving.replica, progress)
         finally:
-            if handoff is not None and not has_arrived:
+            if handoff is not None and not progress.has_remote_kv:
                 handoff.cancel()
 
     async def _start_prefill(
@@ -160,45 +170,33 @@ class Orchestrator:
             return None, "no_prefill_replica"
 
 
-class Progress:
-    """How far a sequence has come, and by when it must have come further."""
+@asynccontextmanager
+async def in_time(progress: SequenceProgress, limits: LimitsConfig) -> AsyncGenerator[None, None]:
+    """Raises TimeoutError inside and out of the block once a delta is overdue.
 
-    def __init__(self, emit: Emit, limits: LimitsConfig) -> None:
-        self.has_started = False
-        self.on_first: Emit = lambda delta: None
-        self._emit = emit
-        self._loop = asyncio.get_running_loop()
-        self._patience_s = limits.itl_timeout_s
-        self._due = self._loop.time() + limits.ttft_timeout_s
-        self._timer = self._loop.call_at(self._due, lambda: None)
-        self._timeout = asyncio.timeout(None)
+    Nothing is done per delta: a timer looks now and then whether one is.  That it looks at least every `itl_timeout_s`
+    makes it come in time for the second delta too, whenever the first one comes.
+    """
+    loop = asyncio.get_running_loop()
+    timer: asyncio.Handle
 
-    def take(self, delta: TokenDelta) -> None:
-        """Pass a delta on."""
-        self._due = self._loop.time() + self._patience_s
-        if not self.has_started:
-            self.has_started = True
-            self._watch()  # the timer was set for the first token
-            self.on_first(delta)
-        self._emit(delta)
-
-    @asynccontextmanager
-    async def in_time(self) -> AsyncGenerator[None, None]:
-        """Raises TimeoutError inside and out of the block once a delta is overdue."""
-        async with asyncio.timeout(None) as self._timeout:
-            self._watch()
-            try:
-                yield
-            finally:
-                self._timer.cancel()
-
-    def _watch(self) -> None:
-        # Looks again when a delta may be overdue: moving a timer with every delta would cost more than the delta.
-        self._timer.cancel()
-        if self._loop.time() < self._due:
-            self._timer = self._loop.call_at(self._due, self._watch)
+    def look() -> None:
+        nonlocal timer
+        if progress.has_first_token:
+            due = progress.last_token_at + limits.itl_timeout_s
         else:
-            self._timeout.reschedule(self._due)
+            due = progress.arrived_at + limits.ttft_timeout_s
+        if (remaining_s := due - progress.now()) > 0:
+            timer = loop.call_later(min(remaining_s, limits.itl_timeout_s), look)
+        else:
+            timeout.reschedule(loop.time())
+
+    async with asyncio.timeout(None) as timeout:
+        timer = loop.call_soon(look)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def _to_prefill(request: GenerateRequest, prefill: Candidate, attempt: int) -> GenerateRequest:

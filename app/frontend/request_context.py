@@ -23,8 +23,9 @@ class RequestContext:
         self.wants_explanation = wants_explanation
         self.sequences: list[SequenceRecord] = []
         """The request's sequences in the order in which they were begun, if an explanation is wanted."""
-        self.has_begun = False
-        """Whether any token came out of an engine."""
+        self.has_output = False
+        """Whether vLLM's server was given anything to answer with.  That a sequence's first token has come
+        (sequence_progress.py) is not enough: a failure to process it, or of another sequence, may take its place."""
         self.failure: dict[str, Any] | None = None
         """The ``error`` object that ended the request: ``message``, ``type``, ``param`` and the status as ``code``."""
         self.retry_after_s: int | None = None
@@ -32,8 +33,8 @@ class RequestContext:
 
     @property
     def early_failure(self) -> dict[str, Any] | None:
-        """The failure of a request that got no token."""
-        return None if self.has_begun else self.failure
+        """The failure of a request that has nothing to answer with."""
+        return None if self.has_output else self.failure
 
     def refuse_for(self, seconds: float) -> None:
         """Ask the client to come back in so many seconds; of several sequences the one that waits longest counts."""

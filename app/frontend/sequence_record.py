@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from functools import cache
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ from prometheus_client import Counter, Histogram
 
 from app.config import SloConfig
 from app.frontend import metrics
+from app.frontend.sequence_progress import SequenceProgress
 from app.messages import PrefillReport, TokenDelta
 from app.routing.decision import Decision
 
@@ -24,10 +24,11 @@ GOOD_ENDS = ("stop", "length", "repetition")
 
 
 class SequenceRecord:
-    """Follows one sequence from its start to its end."""
+    """Follows one sequence from its start to its end; when its deltas came, its progress knows."""
 
     def __init__(
         self,
+        progress: SequenceProgress,
         model: str,
         request_id: str,
         prompt_tokens: int,
@@ -35,11 +36,10 @@ class SequenceRecord:
         slo: SloConfig = DEFAULT_SLO,
         has_session: bool = False,
     ) -> None:
+        self.progress = progress
         self.decision: Decision | None = None
         """That of the last attempt."""
         self.num_attempts = 0
-        self.ttft_s: float | None = None
-        self.report: PrefillReport | None = None
         self._model = model
         self._gaps = _labelled(metrics.INTER_TOKEN_LATENCY, model)
         self._request_id = request_id
@@ -47,7 +47,6 @@ class SequenceRecord:
         self._slo = slo
         self._has_session = has_session
         self._output_tokens = 0
-        self._started_at = self._last_at = time.monotonic()
 
     def on_decision(self, decision: Decision) -> None:
         """Take note of an attempt that is about to begin."""
@@ -57,22 +56,19 @@ class SequenceRecord:
         _labelled(metrics.DECISION_TIME, self._model).observe(decision.decided_in_s)
 
     def on_delta(self, delta: TokenDelta) -> None:
-        now = time.monotonic()
-        if self.ttft_s is None:
-            self.ttft_s = now - self._started_at
-        else:
-            self._gaps.observe(now - self._last_at)
-        self._last_at = now
+        """Count a delta that `progress` has taken note of."""
+        if (gap_s := self.progress.last_gap_s) is not None:
+            self._gaps.observe(gap_s)
         self._output_tokens += len(delta.token_ids)
-        self.report = delta.report or self.report
 
     def on_end(self, end: str) -> None:
         """`end` is a finish reason, ``cancelled`` or the name of an error."""
+        progress = self.progress
         _labelled(metrics.SEQUENCES, self._model, end).inc()
         _labelled(metrics.WITHIN_SLO, self._model).inc(end in GOOD_ENDS and self._is_within_slo())
         _labelled(metrics.GENERATION_TOKENS, self._model).inc(self._output_tokens)
-        if self.report is not None and self.ttft_s is not None:
-            self._count_prompt(self.report, self.ttft_s)
+        if progress.report is not None and progress.ttft_s is not None:
+            self._count_prompt(progress.report, progress.ttft_s)
         logger.info(
             "request_id=%s model=%s end=%s prompt_tokens=%d output_tokens=%d ttft_ms=%s total_ms=%.1f %s %s session=%s",
             self._request_id,
@@ -80,17 +76,18 @@ class SequenceRecord:
             end,
             self._prompt_tokens,
             self._output_tokens,
-            _ms(self.ttft_s),
-            (time.monotonic() - self._started_at) * 1e3,
-            _describe_prefill(self.report),
+            _ms(progress.ttft_s),
+            (progress.now() - progress.arrived_at) * 1e3,
+            _describe_prefill(progress.report),
             self._describe_decision(),
             "yes" if self._has_session else "no",
         )
 
     def _is_within_slo(self) -> bool:
-        if self.ttft_s is None or self.ttft_s * 1e3 > self._slo.ttft_ms:
+        progress = self.progress
+        if progress.ttft_s is None or progress.ttft_s * 1e3 > self._slo.ttft_ms:
             return False
-        decoding_s = self._last_at - self._started_at - self.ttft_s
+        decoding_s = progress.last_token_at - progress.arrived_at - progress.ttft_s
         return decoding_s * 1e3 <= self._slo.itl_ms * (self._output_tokens - 1)
 
     def _count_prompt(self, report: PrefillReport, ttft_s: float) -> None:

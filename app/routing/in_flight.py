@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from app.messages import GenerateRequest, PrefillReport, Role
@@ -20,14 +20,11 @@ class InFlight:
         views: Mapping[Role, PoolState],
         predictor: TtftPredictor,
         topology: Topology,
-        clock: Callable[[], float],
         request: GenerateRequest,
         decision: Decision,
     ) -> None:
         self._predictor = predictor
         self._topology = topology
-        self._clock = clock
-        self._begun_at = clock()
         self._decision = decision
         self._num_tokens = len(request.prompt_token_ids)
         # A replica may be gone since the decision; whoever calls it finds out.
@@ -53,13 +50,13 @@ class InFlight:
             self._until_end.enter_context(serving.sequences.counting(1))
             self._until_end.enter_context(serving.used_blocks.counting(num_blocks))
 
-    def first_token(self, report: PrefillReport | None) -> None:
-        """The prompt has been prefilled, as `report` says."""
+    def first_token(self, report: PrefillReport | None, ttft_s: float) -> None:
+        """The prompt has been prefilled, as `report` says, `ttft_s` seconds after the sequence was sent."""
         self._until_first.close()
         if self._serving is not None:
             self._until_end.enter_context(self._serving.decoding.counting(1))
         if report is not None and report.kind == self._decision.kind:
-            self._learn(report, self._clock() - self._begun_at)
+            self._learn(report, ttft_s)
         # Otherwise decode fell back on a prefill of its own, and the time says nothing of either way.
 
     def _learn(self, report: PrefillReport, ttft_s: float) -> None:

@@ -54,4 +54,4 @@ class Router(RouterState):
 
     def begin(self, request: GenerateRequest, decision: Decision) -> InFlight:
         """Count a sequence that is sent where `decision` says."""
-        return InFlight(self.pools, self.predictor, self.topology, self.clock, request, decision)
+        return InFlight(self.pools, self.predictor, self.topology, request, decision)

@@ -28,7 +28,6 @@ class RouterState:
     ) -> None:
         """`can_decode_prefill` says whether an engine that decodes for a prefill pool can prefill as well."""
         self.config = config
-        self.clock = clock
         self.has_prefill = has_prefill
         self.predictor = TtftPredictor(clock)
         self.topology = Topology()

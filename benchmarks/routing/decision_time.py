@@ -131,16 +131,15 @@ def _serve(router: Router, prompt: list[int]) -> float:
     decision = router.decide(request)
     seconds = time.perf_counter() - begin
     in_flight = router.begin(request, decision)
-    in_flight.first_token(
-        PrefillReport(
-            kind=decision.kind,
-            reason="",
-            prefill_replica=decision.prefill.replica if decision.prefill else None,
-            decode_replica=decision.serving.replica,
-            cached_tokens=0,
-            transferred_tokens=len(prompt) if decision.prefill else 0,
-            transport="",
-        )
+    report = PrefillReport(
+        kind=decision.kind,
+        reason="",
+        prefill_replica=decision.prefill.replica if decision.prefill else None,
+        decode_replica=decision.serving.replica,
+        cached_tokens=0,
+        transferred_tokens=len(prompt) if decision.prefill else 0,
+        transport="",
     )
+    in_flight.first_token(report, time.perf_counter() - begin - seconds)
     in_flight.end()
     return seconds

@@ -349,7 +349,7 @@ class Fleet:
 
     def _report(self, run: Run, sequence: ScheduledSequence) -> PrefillReport:
         """What the sim engine and its worker report."""
-        now, prefill = self._timeline.now, run.placement.prefill
+        prefill = run.placement.prefill
         return PrefillReport(
             kind="remote" if sequence.transferred_tokens else "local",
             reason="already_cached" if prefill and not sequence.transferred_tokens else "",
@@ -360,7 +360,6 @@ class Fleet:
             transport="sim" if sequence.transferred_tokens else "",
             prefill_s=run.handed_off_at - run.arrived_at if prefill else None,
             prefill_cached_tokens=run.prefill_cached_tokens if prefill else None,
-            first_token_s=now - (run.handed_off_at if prefill else run.arrived_at),
         )
 
     def _end(self, run: Run, sequence: ScheduledSequence) -> None:

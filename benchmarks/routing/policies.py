@@ -89,17 +89,18 @@ class Baton:
     """The production's router."""
 
     def __init__(self, config: RoutingConfig, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._router = Router(config, has_prefill=True, can_decode_prefill=True, has_aggregated=False, clock=clock)
         self.pools: Mapping[Role, PoolState] = self._router.pools
 
     def place(self, request: GenerateRequest) -> FleetAssignment:
         decision = self._router.decide(request)
-        in_flight = self._router.begin(request, decision)
+        begun_at, in_flight = self._clock(), self._router.begin(request, decision)
         prefill = decision.prefill if decision.kind == "remote" else None
         return FleetAssignment(
             prefill=prefill.replica if prefill else None,
             decode=decision.serving.replica,
-            first_token=in_flight.first_token,
+            first_token=lambda report: in_flight.first_token(report, self._clock() - begun_at),
             end=in_flight.end,
             reason=f"{decision.kind} {decision.reason}",
             expected_cached_tokens=(prefill or decision.serving).cached_tokens,

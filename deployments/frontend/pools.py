@@ -21,7 +21,8 @@ from ray.serve.exceptions import RayServeException
 from app.channel.client import Channel, SubmittedSequence
 from app.errors import BatonError, PrefillFailed, ReplicaLost
 from app.frontend.orchestrator import Handoff
-from app.messages import Emit, GenerateRequest
+from app.frontend.sequence_progress import SequenceProgress
+from app.messages import GenerateRequest
 from app.routing.pool_state import PoolState
 from deployments.detached import spawn_detached
 from deployments.frontend.pool_channels import PoolChannels
@@ -92,31 +93,53 @@ class RayDecodePool:
         self._channels = PoolChannels(handle, view)
 
     async def generate(
-        self, request: GenerateRequest, handoff: Handoff | None, local_reason: str, replica: str, emit: Emit
+        self,
+        request: GenerateRequest,
+        handoff: Handoff | None,
+        local_reason: str,
+        replica: str,
+        progress: SequenceProgress,
     ) -> None:
         channel = self._channels.channel(replica)
-        sequence = channel.submit(request, emit, has_handoff=handoff is not None, local_reason=local_reason)
-
-        def on_lost(_: object) -> None:
-            if not sequence.has_started:
-                sequence.fail(PrefillFailed("the prefill replica is gone"))
-
+        sequence = channel.submit(request, progress.take, has_handoff=handoff is not None, local_reason=local_reason)
         try:
             if isinstance(handoff, RayHandoff):
-                handoff.lost.add_done_callback(on_lost)
-                task = spawn_detached(self._hand_over(handoff.ref, channel, sequence, replica), name="attach")
-                self._attaching.add(task)
-                task.add_done_callback(self._attaching.discard)
+                self._hand_over(handoff, channel, sequence, replica, progress)
             await sequence.ended
         finally:
-            if isinstance(handoff, RayHandoff):
-                handoff.lost.remove_done_callback(on_lost)
             channel.finish(sequence)
 
-    async def _hand_over(self, ref: ObjectRef, channel: Channel, sequence: SubmittedSequence, replica: str) -> None:
-        """Goes on if the request is cancelled: decode then has the prefilled KV released."""
-        try:
-            await self._attach.remote(channel.link_id, sequence.number, [ref], replica_id=replica)
-        except (BatonError, RayError, RayServeException) as error:
-            logger.warning("decode_replica=%s attach failed: %r", replica, error)
-            sequence.fail(ReplicaLost(replica, type(error).__name__))
+    def _hand_over(
+        self,
+        handoff: RayHandoff,
+        channel: Channel,
+        sequence: SubmittedSequence,
+        replica: str,
+        progress: SequenceProgress,
+    ) -> None:
+        """Send decode the reference, and have the sequence fail if the handoff does before a token has come.
+
+        With the first token decode has all that it needs: neither the prefill replica's end nor an answer of `attach`
+        that went missing is of any concern then.  `attach` goes on if the request is cancelled: decode then has the
+        prefilled KV released.
+        """
+
+        def fail(error: BatonError) -> None:
+            if not progress.has_first_token:
+                sequence.fail(error)
+
+        def on_lost(_: object) -> None:
+            fail(PrefillFailed("the prefill replica is gone"))
+
+        async def attach() -> None:
+            try:
+                await self._attach.remote(channel.link_id, sequence.number, [handoff.ref], replica_id=replica)
+            except (BatonError, RayError, RayServeException) as error:
+                logger.warning("decode_replica=%s attach failed: %r", replica, error)
+                fail(ReplicaLost(replica, type(error).__name__))
+
+        handoff.lost.add_done_callback(on_lost)
+        sequence.ended.add_done_callback(lambda _: handoff.lost.remove_done_callback(on_lost))
+        task = spawn_detached(attach(), name="attach")
+        self._attaching.add(task)
+        task.add_done_callback(self._attaching.discard)

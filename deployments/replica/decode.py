@@ -1,15 +1,13 @@
 """The decode deployment: sequences in, token deltas out.
 
 Both travel on the frontends' channels (app/channel/).  Only the reference to a transfer descriptor comes by Ray,
-in `attach`: Ray follows references in its own calls and nowhere else.
+in `attach`: Ray follows references in its own calls and nowhere else.  handoff_rendezvous.py has the two meet.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any, Literal
 
 import msgspec
@@ -20,7 +18,7 @@ from app.channel.server import Link
 from app.config import BatonConfig
 from app.errors import InvalidRequest
 from app.messages import EngineStats, GenerateRequest, PrefillReport, ReplicaLoad, Role, TokenDelta, TransferDescriptor
-from deployments.detached import spawn_detached
+from deployments.replica.handoff_rendezvous import DescriptorExpired, HandoffRendezvous
 from deployments.replica.worker import Worker
 
 logger = logging.getLogger("baton.decode")
@@ -36,12 +34,12 @@ class DecodeWorker(Worker):
     role: Role = "decode"
 
     async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._handoffs: defaultdict[str, dict[int, asyncio.Future[ObjectRef]]] = defaultdict(dict)
-        self._releases: set[asyncio.Task[Any]] = set()
+        self._handoffs = HandoffRendezvous(self._release)
         self._phases: Counter[Phase] = Counter()
         self._generated_tokens = 0
         await super().__init__(config, device)
-        self._server.on_close = self._forget
+        self._server.on_open = lambda link: self._handoffs.open(link.id)
+        self._server.on_close = lambda link: self._handoffs.close(link.id)
 
     async def _run(self, link: Link, call: Submit) -> None:
         self._publisher.poll_soon()
@@ -55,7 +53,6 @@ class DecodeWorker(Worker):
 
     async def _generate(self, link: Link, call: Submit, descriptor: TransferDescriptor | None, reason: str) -> None:
         """Generate with the KV of `descriptor`, or without one because of `reason`."""
-        began = time.monotonic()
         phase = _first_phase(descriptor)
 
         def emit(delta: TokenDelta) -> None:
@@ -64,7 +61,7 @@ class DecodeWorker(Worker):
             if report is None:
                 self._generated_tokens += len(delta.token_ids)
             else:
-                delta = _complete(delta, report, reason, descriptor, time.monotonic() - began)
+                delta = _complete(delta, report, reason, descriptor)
                 if phase in ("waiting", "promised"):
                     self._meter.count(started=1)
                 self._phases[phase] -= 1
@@ -84,35 +81,18 @@ class DecodeWorker(Worker):
         self, link: Link, number: int, request: GenerateRequest
     ) -> tuple[TransferDescriptor | None, str]:
         """The descriptor once prefill has it, or None and why decode has to prefill itself."""
-        arrival = self._arrival(link.id, number)
         try:
-            async with asyncio.timeout(self._config.limits.prefill_timeout_s):
-                descriptor: TransferDescriptor = await (await asyncio.shield(arrival))
-        except asyncio.CancelledError:
-            self._abandon(arrival)
-            raise
+            return await self._handoffs.receive(link.id, number, self._config.limits.prefill_timeout_s), ""
         except TimeoutError:
-            self._abandon(arrival)
-            reason = "prefill_timeout"
+            return None, "prefill_timeout"
+        except DescriptorExpired:
+            return None, "descriptor_expired"
         except Exception as error:
             if isinstance(error, InvalidRequest) and not self._model.can_decode_prefill:
                 # Ray's error is a class of its own, which the channel would not know.
                 raise InvalidRequest(error.message) from error
             logger.warning("request_id=%s prefill failed: %r", request.request_id, error)
-            reason = "prefill_failed"
-        else:
-            if not descriptor.has_expired(time.time()):
-                return descriptor, ""
-            self._abandon(arrival)
-            reason = "descriptor_expired"
-        finally:
-            # A channel that closed has taken all of its own along.
-            self._handoffs.get(link.id, {}).pop(number, None)
-        return None, reason
-
-    def _arrival(self, link_id: str, number: int) -> asyncio.Future[ObjectRef]:
-        """What `attach` fulfils for a sequence, whichever of the two comes first."""
-        return self._handoffs[link_id].setdefault(number, asyncio.get_running_loop().create_future())
+            return None, "prefill_failed"
 
     async def attach(self, link_id: str, number: int, refs: list[ObjectRef], *, replica_id: str) -> None:
         """Give sequence `number` of a channel the reference to its transfer descriptor.
@@ -120,12 +100,7 @@ class DecodeWorker(Worker):
         `refs` holds that one reference: as an argument of its own Ray would resolve it before the call runs.
         """
         self.check_is_me(replica_id)
-        link = self._server.links.get(link_id)
-        is_over = link is None or (number <= link.last_number and number not in self._handoffs[link_id])
-        if is_over:
-            self._release_later(refs[0])
-        else:
-            self._arrival(link_id, number).set_result(refs[0])
+        self._handoffs.attach(link_id, number, refs[0])
 
     def num_requests(self) -> tuple[int, int]:
         return self._server.num_sequences(), self._phases["decoding"]
@@ -151,28 +126,7 @@ class DecodeWorker(Worker):
     def record_autoscaling_stats(self) -> dict[str, float]:
         return {**super().record_autoscaling_stats(), "generated_tokens": self._generated_tokens}
 
-    def _forget(self, link: Link) -> None:
-        """Give up what was attached to sequences that a closed channel never submitted."""
-        for number, arrival in self._handoffs.pop(link.id, {}).items():
-            if not link.is_running(number):
-                self._abandon(arrival)
-
-    def _abandon(self, arrival: asyncio.Future[ObjectRef]) -> None:
-        if arrival.done():
-            self._release_later(arrival.result())
-
-    def _release_later(self, ref: ObjectRef) -> None:
-        task = spawn_detached(self._release(ref), name="release-handoff")
-        self._releases.add(task)
-        task.add_done_callback(self._releases.discard)
-
-    async def _release(self, ref: ObjectRef) -> None:
-        """Free the KV of a prefill that nobody will pull, if it still comes to that."""
-        try:
-            descriptor = await ref
-        except Exception as error:  # noqa: BLE001  a prefill that failed or was cancelled holds no KV
-            logger.info("abandoned prefill ended: %s", type(error).__name__)
-            return
+    async def _release(self, descriptor: TransferDescriptor) -> None:
         await self._engine.release(descriptor)
 
 
@@ -189,15 +143,13 @@ def _first_phase(descriptor: TransferDescriptor | None) -> Phase:
 
 
 def _complete(
-    delta: TokenDelta, report: PrefillReport, reason: str, descriptor: TransferDescriptor | None, first_token_s: float
+    delta: TokenDelta, report: PrefillReport, reason: str, descriptor: TransferDescriptor | None
 ) -> TokenDelta:
-    """The report with what this replica knows and the engine cannot: why decode prefilled itself, and how long it took.
+    """The report with what this replica knows and the engine cannot: why decode prefilled itself, or what prefill took.
 
     `report` is the delta's.
     """
-    changed: dict[str, Any] = {"first_token_s": first_token_s}
-    if reason:
-        changed["reason"] = reason
+    changed: dict[str, Any] = {"reason": reason} if reason else {}
     if descriptor is not None and descriptor.prefill_s is not None and report.kind == "remote":
         changed |= {"prefill_s": descriptor.prefill_s, "prefill_cached_tokens": descriptor.cached_tokens}
     return msgspec.structs.replace(delta, report=msgspec.structs.replace(report, **changed))

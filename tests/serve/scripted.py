@@ -20,6 +20,7 @@ from ray import serve
 from app.config import BatonConfig, parse
 from app.engines.base import Engine, EngineInfo, EngineSpec
 from app.errors import EngineDead, EngineFailed
+from app.frontend.sequence_progress import SequenceProgress
 from app.messages import (
     BlockStored,
     Emit,
@@ -243,7 +244,7 @@ class Caller:
 
     async def run(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         deltas: asyncio.Queue[TokenDelta | None] = asyncio.Queue()
-        task = asyncio.create_task(self._model.orchestrator.run(request, deltas.put_nowait))
+        task = asyncio.create_task(self._model.orchestrator.run(request, SequenceProgress(deltas.put_nowait)))
         task.add_done_callback(lambda _: deltas.put_nowait(None))
         try:
             while (delta := await deltas.get()) is not None:

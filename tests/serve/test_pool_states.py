@@ -95,8 +95,6 @@ async def test_what_a_prompt_leaves_in_the_caches_is_known_to_every_frontend(app
     report = deltas[0].report
     assert report is not None
     assert (report.prefill_s, report.prefill_cached_tokens) == (PREFILL_S, 0)
-    assert report.first_token_s is not None
-    assert 0 < report.first_token_s < 5
 
 
 async def test_the_load_of_one_frontend_is_known_to_the_other(app: Application) -> None:

@@ -158,6 +158,22 @@ async def test_cancelling_reaches_the_replica() -> None:
         assert replica.server.num_sequences() == 0
 
 
+@pytest.mark.parametrize("closes", [False, True], ids=["cancelled", "closed"])
+async def test_a_sequence_that_is_cancelled_as_it_comes_has_begun_and_is_not_left_behind(closes: bool) -> None:
+    """Both frames arrive together; a task that is cancelled before its first step would not run at all."""
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        sequence = channel.submit(request(), lambda delta: None, has_handoff=True, local_reason="")
+        link = replica.server.links[channel.link_id]
+        channel.close() if closes else channel.finish(sequence)
+        await until(lambda: replica.cancelled == ["r"])
+        await until(lambda: len(link) == 0)
+        if closes:
+            await until(lambda: replica.closed == [link])
+            with pytest.raises(ReplicaLost):
+                await sequence.ended
+
+
 async def test_a_frontend_that_goes_away_takes_its_sequences_along() -> None:
     async with connected() as (replica, channel):
         replica.hangs = True

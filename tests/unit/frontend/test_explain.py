@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.frontend.explain import MAX_HEADER_BYTES, explain, explain_header
+from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
 from app.messages import PrefillReport, TokenDelta
 from app.routing.decision import Candidate, Decision, Prediction
@@ -17,7 +18,7 @@ REPORT = PrefillReport("local", "prefill_failed", None, "decode-1", 16, 0, "")
 
 
 def record(*decisions: Decision) -> SequenceRecord:
-    made = SequenceRecord("m", "r", 100)
+    made = SequenceRecord(SequenceProgress(lambda delta: None), "m", "r", 100)
     for each in decisions:
         made.on_decision(each)
     return made
@@ -85,7 +86,7 @@ def test_a_replica_goes_by_its_role_and_what_is_not_open_is_null() -> None:
 
 def test_the_last_attempt_is_explained_and_what_came_of_it() -> None:
     made = record(decision(), decision(reason="only_way"))
-    made.on_delta(TokenDelta([1], report=REPORT))
+    made.progress.take(TokenDelta([1], report=REPORT))
     explanation = explain(made)
     assert explanation is not None
     assert (explanation["reason"], explanation["attempts"]) == ("only_way", 2)

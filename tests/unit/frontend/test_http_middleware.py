@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.frontend.http_middleware import BodyLimit, ErrorBeforeStream, RoutingHeaders, error_body
 from app.frontend.request_context import begin_request, current_request
+from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
 from tests.unit.decisions import decision
 
@@ -94,7 +95,7 @@ async def test_a_body_over_the_limit_is_answered_413_through_another_middleware(
     assert response.status_code == 413
 
 
-async def test_an_answer_that_has_begun_is_not_begun_again() -> None:
+async def test_an_answer_that_has_output_is_not_begun_again() -> None:
     async def answers_first(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         while (await receive()).get("more_body"):
@@ -265,7 +266,7 @@ async def test_events_before_the_first_token_wait_for_it() -> None:
         for message in (START, part(CREATED), part(CREATED)):
             await send(message)
         assert client.sent == []
-        current_request().has_begun = True
+        current_request().has_output = True
         await send(part(EVENT))
         assert client.sent[1:] == [part(CREATED), part(CREATED), part(EVENT)]
         await send(part(DONE, more=False))
@@ -316,7 +317,7 @@ async def test_a_failure_after_the_first_token_replaces_nothing() -> None:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send(START)
-        current_request().has_begun = True
+        current_request().has_output = True
         current_request().failure = TOO_BUSY["error"]
         await send(part(EVENT))
         raise RuntimeError
@@ -362,7 +363,7 @@ def answering(status: int, *waits_s: float) -> ASGIApp:
         for seconds in waits_s:
             context.refuse_for(seconds)
         if context.wants_explanation:
-            context.sequences.append(SequenceRecord("m", "r", 1))
+            context.sequences.append(SequenceRecord(SequenceProgress(lambda delta: None), "m", "r", 1))
             context.sequences[-1].on_decision(decision())
         await asyncio.ensure_future(send({"type": "http.response.start", "status": status}))
 

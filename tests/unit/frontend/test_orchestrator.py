@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from app.config import LimitsConfig, RemotePlacement, RoutingConfig
 from app.errors import EngineDead, EngineFailed, InvalidRequest, NoReplica, PrefillFailed, ReplicaLost
 from app.frontend.orchestrator import Handoff, Orchestrator
-from app.messages import Emit, GenerateRequest, PrefillMode, PrefillReport, Role, TokenDelta
+from app.frontend.sequence_progress import SequenceProgress
+from app.messages import GenerateRequest, PrefillMode, PrefillReport, Role, TokenDelta
 from app.routing.decision import Decision, RoutingHints
 from app.routing.router import Router
 from tests.unit.routing.samples import replica_info
@@ -99,7 +100,12 @@ class FakeDecode:
         self.is_hanging = asyncio.Event()
 
     async def generate(
-        self, request: GenerateRequest, handoff: Handoff | None, local_reason: str, replica: str, emit: Emit
+        self,
+        request: GenerateRequest,
+        handoff: Handoff | None,
+        local_reason: str,
+        replica: str,
+        progress: SequenceProgress,
     ) -> None:
         script = self.scripts[min(len(self.calls), len(self.scripts) - 1)]
         self.calls.append(Call(request, handoff, local_reason, replica))
@@ -109,7 +115,7 @@ class FakeDecode:
                 if isinstance(step, Exception):
                     raise step
                 if isinstance(step, TokenDelta):
-                    emit(step)
+                    progress.take(step)
                     await asyncio.sleep(0)
                 else:
                     self.is_hanging.set()
@@ -161,7 +167,7 @@ async def served(
 ) -> list[TokenDelta]:
     received = [] if into is None else into
     async with asyncio.timeout(DEADLINE_S):
-        await orchestrator.run(request(prefill_mode), received.append)
+        await orchestrator.run(request(prefill_mode), SequenceProgress(received.append))
     return received
 
 
@@ -448,7 +454,7 @@ async def test_every_attempt_tells_its_decision_before_anything_is_sent() -> Non
     server = orchestrator(None, decode)
     await server.run(
         request(),
-        lambda delta: None,
+        SequenceProgress(lambda delta: None),
         hints=RoutingHints(explain=True),
         on_decision=lambda decision: told.append((decision, len(decode.calls))),
     )
@@ -486,7 +492,7 @@ async def test_a_prefill_whose_kv_has_arrived_is_not_cancelled_meanwhile_either(
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [REMOTE, FIRST, LAST])
     cancelled: list[bool] = []
     server = orchestrator(prefill, decode)
-    await server.run(request(), lambda delta: cancelled.append(prefill.handoffs[0].is_cancelled))
+    await server.run(request(), SequenceProgress(lambda delta: cancelled.append(prefill.handoffs[0].is_cancelled)))
     assert cancelled == [False] * 3
 
 
@@ -536,6 +542,44 @@ async def test_a_token_that_does_not_come_in_time_ends_the_sequence(
     assert prefill.handoffs[0].is_cancelled is not has_kv
 
 
+async def test_a_next_token_is_awaited_no_longer_because_the_first_might_have_taken_longer() -> None:
+    class Slow(FakeDecode):
+        async def generate(self, *arguments: Any) -> None:
+            await asyncio.sleep(0.02)
+            await super().generate(*arguments)
+
+    decode = Slow(["d"], [FIRST, HANG])
+    task = asyncio.create_task(served(orchestrator(None, decode, ttft_timeout_s=60, itl_timeout_s=0.05)))
+    await asyncio.wait([task], timeout=DEADLINE_S / 2)
+    assert task.done()
+    assert isinstance(task.exception(), TimeoutError)
+
+
+async def test_the_first_token_may_take_longer_than_a_next_one() -> None:
+    class Slow(FakeDecode):
+        async def generate(self, *arguments: Any) -> None:
+            await asyncio.sleep(0.1)
+            arguments[-1].take(LAST)
+
+    assert await served(orchestrator(None, Slow(["d"]), ttft_timeout_s=60, itl_timeout_s=0.02)) == [LAST]
+
+
+async def test_a_failed_attempt_is_not_in_the_time_that_the_router_learns() -> None:
+    now, learnt = 0.0, []
+
+    class Slow(FakeDecode):
+        async def generate(self, *arguments: Any) -> None:
+            nonlocal now
+            now += 0.25 if self.calls else 10.0
+            await super().generate(*arguments)
+
+    server = orchestrator(None, Slow(["d0", "d1"], [LOST], [first_delta("local", ""), LAST]))
+    server._router.predictor.learn_local = lambda work, ttft_s: learnt.append(ttft_s)  # type: ignore[method-assign]
+    await server.run(request(), progress := SequenceProgress(lambda delta: None, lambda: now))
+    assert learnt == [0.25]
+    assert progress.ttft_s == 10.25
+
+
 async def test_a_prefill_that_does_not_start_counts_against_the_time_to_the_first_token() -> None:
     prefill = FakePrefill("p", hangs=True)
     task = asyncio.create_task(served(orchestrator(prefill, FakeDecode(["d"], [LAST]), ttft_timeout_s=0.01)))
@@ -563,7 +607,7 @@ async def test_every_ending_takes_its_load_off_the_replicas(script: Script) -> N
 async def test_the_prefill_replica_is_relieved_at_the_first_token_and_the_decode_replica_at_the_last() -> None:
     server = orchestrator(FakePrefill("p"), FakeDecode(["d"], [FIRST, LAST]))
     seen: list[dict[str, Counter[str]]] = []
-    await server.run(request(), lambda delta: seen.append(loads(server)))
+    await server.run(request(), SequenceProgress(lambda delta: seen.append(loads(server))))
     assert seen == [{"prefill": Counter(), "decode": Counter(d=1)}] * 2
 
 
@@ -572,7 +616,7 @@ async def test_tokens_that_come_in_time_never_end_a_sequence_however_long_it_tak
         async def generate(self, *arguments: Any) -> None:
             for _ in range(10):
                 await asyncio.sleep(0.02)
-                arguments[-1](FIRST)
+                arguments[-1].take(FIRST)
 
     received = await served(orchestrator(None, Slow(["d"]), ttft_timeout_s=0.1, itl_timeout_s=0.1))
     assert received == [FIRST] * 10

@@ -20,7 +20,8 @@ from app.config import parse
 from app.errors import InvalidRequest, NoReplica, Overloaded
 from app.frontend.http_middleware import error_body
 from app.frontend.orchestrator import Orchestrator
-from app.messages import Emit, GenerateRequest, PrefillReport, TokenDelta
+from app.frontend.sequence_progress import SequenceProgress
+from app.messages import GenerateRequest, PrefillReport, TokenDelta
 from app.routing.decision import Candidate, Decision, RoutingHints
 from tests.unit.decisions import decision
 
@@ -59,26 +60,28 @@ class FakeOrchestrator:
         """Whether it fails after the first token."""
         self.num_decisions = 1
         self.hints: list[RoutingHints] = []
+        self.requests: list[GenerateRequest] = []
 
     async def run(
         self,
         request: GenerateRequest,
-        emit: Emit,
+        progress: SequenceProgress,
         *,
         hints: RoutingHints,
         on_decision: Callable[[Decision], object],
     ) -> None:
         self.hints.append(hints)
+        self.requests.append(request)
         if self.fails and not self.is_late:
             raise self.fails
         for _ in range(self.num_decisions):
             on_decision(decision(others={"decode": [OTHER]} if hints.explain else {}))
         await asyncio.sleep(TTFT_S)
-        emit(TokenDelta([20], report=REPORT))
+        progress.take(TokenDelta([20], report=REPORT))
         await asyncio.sleep(0.001)
         if self.fails:
             raise self.fails
-        emit(TokenDelta([21], finish_reason="length"))
+        progress.take(TokenDelta([21], finish_reason="length"))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -271,6 +274,40 @@ async def test_any_failure_before_the_first_token_has_its_status(
     assert "inside" not in said_error(path, response)["message"]
 
 
+@STREAM
+@pytest.mark.parametrize("path", APIS)
+async def test_a_first_token_that_cannot_be_processed_is_a_failure_before_any_output(
+    ask: Ask, path: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("inside")
+
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    monkeypatch.setattr(OutputProcessor, "process_outputs", fail)
+    response = await ask(path, stream=stream)
+    assert response.status_code == 500
+    assert "inside" not in said_error(path, response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"logprobs": 2}),
+        ("/v1/completions", {"logprobs": 1, "echo": True}),
+        ("/v1/chat/completions", {"use_beam_search": True, "n": 2}),
+    ],
+    ids=["logprobs", "of the prompt", "beam search"],
+)
+async def test_a_first_output_that_vllm_fails_to_render_has_its_status(
+    ask: Ask, path: str, asked: dict[str, Any]
+) -> None:
+    """The engine gives no logprobs.  Nothing fails on Baton's side: the status is in the stream's first event only."""
+    response = await ask(path, stream=True, **asked)
+    assert response.status_code == 500
+    assert said_error(path, response)["type"] == "InternalServerError"
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
 async def test_a_failure_after_the_first_token_leaves_the_stream_its_status(
     ask: Ask, orchestrator: FakeOrchestrator, path: str
@@ -287,6 +324,13 @@ async def test_a_prompt_that_vllm_refuses_has_its_status(ask: Ask, stream: bool)
     response = await ask("/v1/completions", EXPLAIN, stream=stream, vllm_xargs={"baton_prefill": "nowhere"})
     assert response.status_code == 400
     assert "remote" in said_error("/v1/completions", response)["message"]
+
+
+async def test_the_prefill_mode_is_batons_and_no_sampling_parameter(ask: Ask, orchestrator: FakeOrchestrator) -> None:
+    await ask("/v1/completions", vllm_xargs={"baton_prefill": "local", "other": 1})
+    (request,) = orchestrator.requests
+    assert request.prefill_mode == "local"
+    assert request.sampling["extra_args"] == {"other": 1}
 
 
 async def test_a_responses_stream_begins_with_its_first_event(ask: Ask) -> None:

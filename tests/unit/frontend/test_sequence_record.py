@@ -2,12 +2,14 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
 
 from app.config import SloConfig
+from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
 from app.messages import PrefillReport, TokenDelta
 from app.routing.decision import Prediction
@@ -34,12 +36,18 @@ def fields(caplog: pytest.LogCaptureFixture) -> dict[str, str]:
     return dict(field.split("=", 1) for field in line.split())
 
 
+def begun(model: str, clock: Callable[[], float] = time.monotonic, **facts: Any) -> SequenceRecord:
+    """The record of a sequence whose deltas its progress is given."""
+    record = SequenceRecord(SequenceProgress(lambda delta: record.on_delta(delta), clock), model, "r", 100, **facts)
+    return record
+
+
 def served(model: str, report: PrefillReport = REMOTE, *decisions: Any, **facts: Any) -> None:
-    record = SequenceRecord(model, "r", 100, **facts)
+    record = begun(model, **facts)
     for each in decisions or (decision(),):
         record.on_decision(each)
-    record.on_delta(TokenDelta([1], report=report))
-    record.on_delta(TokenDelta([2, 3], finish_reason="stop"))
+    record.progress.take(TokenDelta([1], report=report))
+    record.progress.take(TokenDelta([2, 3], finish_reason="stop"))
     record.on_end("stop")
 
 
@@ -80,7 +88,7 @@ def test_one_line_says_all_of_a_sequence_and_its_decision(model: str, caplog: py
 
 
 def test_a_sequence_that_got_nowhere_is_logged_too(model: str, caplog: pytest.LogCaptureFixture) -> None:
-    SequenceRecord(model, "r", 100).on_end("Overloaded")
+    begun(model).on_end("Overloaded")
     said = fields(caplog)
     assert (said["end"], said["decision"], said["prefill"], said["session"]) == ("Overloaded", "none", "none", "no")
 
@@ -96,7 +104,7 @@ def test_a_way_without_a_prediction_has_none(model: str, caplog: pytest.LogCaptu
 def test_expected_and_reported_cached_tokens_count_the_same_prompts(model: str) -> None:
     served(model)
     served(model)
-    without_token = SequenceRecord(model, "r", 100)
+    without_token = begun(model)
     without_token.on_decision(decision())
     without_token.on_end("ReplicaLost")
     assert count("baton_expected_cached_tokens_total", model=model) == 2 * 64
@@ -138,20 +146,19 @@ def test_what_went_wrong_on_the_way_is_no_error_of_the_prediction(model: str, re
     ],
 )
 def test_a_sequence_within_its_slo_is_goodput(
-    model: str, ttft_s: float, decoding_s: float, end: str, is_good: bool, monkeypatch: pytest.MonkeyPatch
+    model: str, ttft_s: float, decoding_s: float, end: str, is_good: bool
 ) -> None:
     """11 tokens, so 10 gaps of 50 ms each on average, be they in few deltas or many."""
     now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    record = SequenceRecord(model, "r", 100, slo=SloConfig(ttft_ms=2000, itl_ms=50))
+    record = begun(model, lambda: now, slo=SloConfig(ttft_ms=2000, itl_ms=50))
     now = ttft_s
-    record.on_delta(TokenDelta([1]))
+    record.progress.take(TokenDelta([1]))
     now = ttft_s + decoding_s
-    record.on_delta(TokenDelta([2] * 10))
+    record.progress.take(TokenDelta([2] * 10))
     record.on_end(end)
     assert count("baton_sequences_within_slo_total", model=model) == is_good
 
 
 def test_goodput_is_0_and_not_unknown_where_no_sequence_was_good(model: str) -> None:
-    SequenceRecord(model, "r", 100).on_end("NoReplica")
+    begun(model).on_end("NoReplica")
     assert REGISTRY.get_sample_value("baton_sequences_within_slo_total", {"model": model}) == 0

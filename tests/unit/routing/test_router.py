@@ -67,9 +67,8 @@ class Fleet:
         self.clock.now += seconds
         moved = num_tokens if decision.kind == "remote" else 0
         cached = 0 if prefill_s is not None else None
-        in_flight.first_token(
-            PrefillReport(decision.kind, "", None, "d0", 0, moved, "", prefill_s, prefill_cached_tokens=cached)
-        )
+        report = PrefillReport(decision.kind, "", None, "d0", 0, moved, "", prefill_s, prefill_cached_tokens=cached)
+        in_flight.first_token(report, seconds)
         in_flight.end()
 
     def measure(self, *, prefill_s: float = 1e-4, handover_s: float = 0.01, local_s: float = 1e-4) -> None:
@@ -382,7 +381,7 @@ def test_load_is_counted_until_the_first_token_and_until_the_end() -> None:
 
     in_flight = fleet.router.begin(request(160), fleet.decide(160))
     assert counted() == (1, 160, 1, 0, 10, 0)
-    in_flight.first_token(None)
+    in_flight.first_token(None, 0.1)
     assert counted() == (0, 0, 1, 0, 10, 1)
     in_flight.end()
     in_flight.end()
@@ -399,7 +398,7 @@ def test_a_replica_that_left_since_it_was_chosen_does_no_harm() -> None:
     fleet.router.pools["prefill"].leave("p0")
     fleet.router.pools["decode"].leave("d0")
     in_flight = fleet.router.begin(request(), decision)
-    in_flight.first_token(PrefillReport("remote", "", "p0", "d0", 0, 160, ""))
+    in_flight.first_token(PrefillReport("remote", "", "p0", "d0", 0, 160, ""), 0.1)
     in_flight.end()
 
 
@@ -419,8 +418,7 @@ def test_a_prefill_that_fell_back_on_decode_teaches_nothing() -> None:
     fleet = Fleet(1, 1)
     decision = fleet.decide()
     in_flight = fleet.router.begin(request(), decision)
-    fleet.clock.now += 1
-    in_flight.first_token(PrefillReport("local", "prefill_failed", None, "d0", 0, 0, ""))
+    in_flight.first_token(PrefillReport("local", "prefill_failed", None, "d0", 0, 0, ""), 1.0)
     assert where(fleet.decide()) == ("remote", "unmeasured")
 
 

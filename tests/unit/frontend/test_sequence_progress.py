@@ -1,0 +1,56 @@
+"""The one place that knows whether a sequence's first token has come, and when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.frontend.sequence_progress import SequenceProgress
+from app.messages import PrefillReport, TokenDelta
+
+
+class Followed:
+    """A progress in a time that only the test moves, and what it told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.told: list[Any] = []
+        self.progress = SequenceProgress(self.told.append, lambda: self.now)
+        self.progress.on_first = self.told.append
+
+
+def report(kind: Any) -> PrefillReport:
+    return PrefillReport(kind, "", None, "d", cached_tokens=0, transferred_tokens=0, transport="")
+
+
+def test_a_time_to_the_first_token_counts_from_the_arrival_and_the_routers_from_the_attempt() -> None:
+    followed = Followed()
+    followed.now += 2.0
+    followed.progress.begin_attempt()
+    followed.now += 3.0
+    followed.progress.begin_attempt()
+    followed.now += 0.5
+    assert followed.progress.ttft_s is None
+    followed.progress.take(TokenDelta([1]))
+    assert followed.progress.ttft_s == 5.5
+    assert followed.told == [0.5, TokenDelta([1])]
+
+
+def test_gaps_are_between_deltas() -> None:
+    followed = Followed()
+    gaps = []
+    for passed_s in (4.0, 0.25, 0.5):
+        followed.now += passed_s
+        followed.progress.take(TokenDelta([1]))
+        gaps.append(followed.progress.last_gap_s)
+    assert gaps == [None, 0.25, 0.5]
+    assert followed.progress.ttft_s == 4.0
+    assert followed.progress.last_token_at == followed.now
+
+
+def test_the_first_delta_says_where_the_kv_came_from() -> None:
+    for kind in ("remote", "local"):
+        progress = Followed().progress
+        assert (progress.has_first_token, progress.has_remote_kv) == (False, False)
+        progress.take(TokenDelta([1], report=report(kind)))
+        progress.take(TokenDelta([2]))
+        assert (progress.has_first_token, progress.has_remote_kv) == (True, kind == "remote")
