@@ -174,7 +174,7 @@ class DecodeWorker(Worker):
         except Exception as error:  # noqa: BLE001  a prefill that failed or was cancelled holds no KV
             logger.info("abandoned prefill ended: %s", type(error).__name__)
             return
-        await self._engine.release(descriptor)
+        await self._engine.release(descriptor.request_id, descriptor)
 
 
 class AggregatedWorker(DecodeWorker):

@@ -19,6 +19,7 @@ from ray import serve
 
 from app.config import BatonConfig, parse
 from app.engines.base import Emit, EngineInfo, EngineSpec
+from app.engines.prompt_queue import PromptQueue
 from app.errors import EngineDead, EngineFailed
 from app.messages import (
     BlockStored,
@@ -73,7 +74,7 @@ class ScriptedEngine:
         self._spec = spec
         self._diary = Diary(spec.engine_args["diary"])
         self._is_dead = False
-        self._queued: dict[str, int] = {}
+        self.prompt_queue = PromptQueue()
         self._cached: set[tuple[int, ...]] = set()
         self._events: asyncio.Queue[list[KvEvent]] = asyncio.Queue()
 
@@ -87,12 +88,6 @@ class ScriptedEngine:
             max_model_len=64,
             prefix_cache="published",
         )
-
-    def queued_tokens(self) -> int:
-        return sum(self._queued.values())
-
-    def computed_prompts(self) -> tuple[int, int]:
-        return 0, 0
 
     async def kv_events(self) -> AsyncIterator[list[KvEvent]]:
         while True:
@@ -128,6 +123,7 @@ class ScriptedEngine:
         return TransferDescriptor(
             engine="scripted",
             replica_id=self._spec.replica_id,
+            request_id=request.request_id,
             prompt_tokens=len(request.prompt_token_ids),
             cached_tokens=0,
             ready_at=0.0 if script.get("prefill") == "expired" else time.time(),
@@ -136,15 +132,14 @@ class ScriptedEngine:
             prefill_s=PREFILL_S,
         )
 
-    async def abandon(self, request_id: str) -> None:
-        self._diary.write("abandoned", request_id)
+    async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
+        self._diary.write("released" if descriptor else "abandoned", request_id)
 
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
         script = _script(request)
         self._diary.write("generate_started", request.request_id)
         source = descriptor.params["prompt"] if descriptor else request.prompt_token_ids
-        if descriptor is None:
-            self._queued[request.request_id] = len(source)
+        leave_queue = self.prompt_queue.enter(request, descriptor)
         report = PrefillReport(
             kind="remote" if descriptor else "local",
             reason="",
@@ -158,7 +153,7 @@ class ScriptedEngine:
             for position, token in enumerate(source):
                 await self._go_wrong(request.request_id, script, position)
                 if not position:
-                    self._queued.pop(request.request_id, None)
+                    leave_queue(is_computed=True)
                     self._cache(source)
                 is_last = position == len(source) - 1
                 reason = "length" if is_last else None
@@ -168,7 +163,7 @@ class ScriptedEngine:
             self._diary.write("generate_cancelled", request.request_id)
             raise
         finally:
-            self._queued.pop(request.request_id, None)
+            leave_queue()
 
     async def _go_wrong(self, request_id: str, script: dict[str, Any], position: int) -> None:
         """Do what the script says of the token at `position`."""
@@ -185,9 +180,6 @@ class ScriptedEngine:
         if position == script.get("decode_waits_at"):
             while not self._diary.count(script["event"]):  # noqa: ASYNC110  another process writes it
                 await asyncio.sleep(0.01)
-
-    async def release(self, descriptor: TransferDescriptor) -> None:
-        self._diary.write("released")
 
     async def stats(self) -> EngineStats:
         return EngineStats()
