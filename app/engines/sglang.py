@@ -186,6 +186,7 @@ class SglangEngine:
 
     def _start_engine(self) -> surface.Engine:
         arguments = build_engine_args(self._spec)
+        surface.check_environment(self._environment())
         if self._spec.device == "cpu":
             cpu_waits.check_sglang()
         if prefix_cache(arguments) == "published":

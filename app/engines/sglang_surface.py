@@ -6,10 +6,13 @@ tests/unit/engines/test_sglang_surface.py says when a detour can go.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, cast
 
 from app import upstream
+
+READ_ELSEWHERE = {"SGLANG_USE_CPU_ENGINE"}
+"""Environment variables that SGLang reads without the table of its own."""
 
 
 class FinishReason(TypedDict):
@@ -168,6 +171,15 @@ def check_classes() -> None:
     ]
     for found, protocol in used:
         upstream.check("sglang", found, protocol)
+
+
+def check_environment(names: Iterable[str]) -> None:
+    """Raise UpstreamChanged if SGLang does not read one of these environment variables, as far as they are its own."""
+    with upstream.imports("sglang"):
+        from sglang.srt.environ import envs
+    for name in names:
+        if name.startswith("SGLANG_") and name not in READ_ELSEWHERE and not hasattr(envs, name):
+            raise upstream.changed("sglang", f"it reads no environment variable {name}")
 
 
 def _check_engine(engine: Engine) -> None:

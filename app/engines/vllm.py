@@ -38,6 +38,7 @@ from app.engines.vllm_surface import (
     Output,
     SchedulerStats,
     VllmConfig,
+    check_environment,
     check_names,
     dead_error,
     rejection,
@@ -190,6 +191,7 @@ class VllmEngine:
         from vllm.config import KVEventsConfig
 
         check_names(is_disaggregated=self._spec.is_disaggregated)
+        check_environment(self._environment())
         config: VllmConfig = build_engine_args(self._spec).create_engine_config()
         if config.cache_config.enable_prefix_caching:  # by default it depends on the model
             self._kv_feed = KvEventFeed()

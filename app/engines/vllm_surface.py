@@ -7,7 +7,7 @@ tests/unit/engines/test_vllm_surface.py says when a detour can go.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -171,6 +171,15 @@ def check_names(*, is_disaggregated: bool) -> None:
         raise upstream.changed("vllm", f"no request ends with {ENDED_BY_AN_ERROR!r}")
     if is_disaggregated:
         _check_connector()
+
+
+def check_environment(names: Iterable[str]) -> None:
+    """Raise UpstreamChanged if vLLM does not read one of these environment variables, as far as they are its own."""
+    with upstream.imports("vllm"):
+        from vllm.envs import environment_variables
+    for name in names:
+        if name.startswith("VLLM_") and name not in environment_variables:
+            raise upstream.changed("vllm", f"it reads no environment variable {name}")
 
 
 def _check_connector() -> None:

@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class ScriptedEngine:
         self._is_dead = False
         self.prompt_queue = PromptQueue()
         self._cached: set[tuple[int, ...]] = set()
-        self._events: asyncio.Queue[list[KvEvent]] = asyncio.Queue()
+        self._events: asyncio.Queue[list[KvEvent] | None] = asyncio.Queue()
 
     async def start(self) -> EngineInfo:
         self._diary.write("started")
@@ -89,9 +89,9 @@ class ScriptedEngine:
             prefix_cache="published",
         )
 
-    async def kv_events(self) -> AsyncIterator[list[KvEvent]]:
-        while True:
-            yield await self._events.get()
+    async def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
+        while (events := await self._events.get()) is not None:
+            yield events
 
     def _cache(self, prompt: list[int]) -> None:
         """Keep the prompt's full blocks."""
@@ -108,6 +108,7 @@ class ScriptedEngine:
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
         script = _script(request)
         self._diary.write("prefill_started", request.request_id)
+        leave_queue = self.prompt_queue.enter(request)
         try:
             if script.get("prefill") == "hang":
                 await asyncio.sleep(3600)
@@ -115,9 +116,12 @@ class ScriptedEngine:
                 raise EngineFailed("told to")
             if script.get("prefill") == "die":
                 os._exit(1)
+            leave_queue(is_computed=True)
         except asyncio.CancelledError:
             self._diary.write("prefill_cancelled", request.request_id)
             raise
+        finally:
+            leave_queue()
         self._cache(request.prompt_token_ids)
         self._diary.write("prefill_done", request.request_id)
         return TransferDescriptor(
@@ -137,6 +141,7 @@ class ScriptedEngine:
 
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
         script = _script(request)
+        await self.check_health()
         self._diary.write("generate_started", request.request_id)
         source = descriptor.params["prompt"] if descriptor else request.prompt_token_ids
         leave_queue = self.prompt_queue.enter(request, descriptor)
@@ -182,6 +187,7 @@ class ScriptedEngine:
                 await asyncio.sleep(0.01)
 
     async def stats(self) -> EngineStats:
+        await self.check_health()
         return EngineStats()
 
     async def check_health(self) -> None:
@@ -190,6 +196,8 @@ class ScriptedEngine:
 
     async def stop(self) -> None:
         self._diary.write("stopped")
+        self._is_dead = True
+        self._events.put_nowait(None)
 
 
 def _script(request: GenerateRequest) -> dict[str, Any]:

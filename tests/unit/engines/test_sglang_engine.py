@@ -106,7 +106,7 @@ async def start() -> AsyncIterator[Start]:
 
     def start(role: Role = "decode", *, is_disaggregated: bool = True, **fields: Any) -> Any:
         engine = SglangEngine(spec(role, is_disaggregated=is_disaggregated, **fields))
-        fake = FakeSglang()
+        fake: Any = FakeSglang()
         engine._engine, engine._vocab_size, engine._page_size, engine._kv_bytes_per_token = fake, VOCAB_SIZE, 16, 4
         engine._eos_token_id = EOS
         engines.append(engine)
@@ -818,6 +818,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Starting], None]:
         monkeypatch.setattr("app.engines.sglang.os", SimpleNamespace(environ={}))
         monkeypatch.setattr("app.engines.sglang_surface.launch", package.launch)
         monkeypatch.setattr("app.engines.sglang_surface.version", lambda: "0.5.23")
+        monkeypatch.setattr("app.engines.sglang_surface.check_environment", lambda _: None)
         monkeypatch.setattr("app.engines.plugins.cpu_waits.check_sglang", lambda: None)
 
     return install

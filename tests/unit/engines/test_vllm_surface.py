@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from app.engines import vllm_surface
-from app.engines.vllm_surface import COUNTED, ConnectorStats, check_names, rejection
+from app.engines.vllm_surface import COUNTED, ConnectorStats, check_environment, check_names, rejection
 from app.errors import UpstreamChanged
 from app.messages import TransferDescriptor
 
@@ -49,6 +49,11 @@ def test_a_count_that_the_connector_no_longer_has_is_said(monkeypatch: pytest.Mo
     monkeypatch.setattr(vllm_surface, "COUNTED", (*COUNTED, "num_of_old"))
     with pytest.raises(UpstreamChanged, match="does not count num_of_old"):
         check_names(is_disaggregated=True)
+
+
+def test_an_environment_variable_that_vllm_does_not_read_is_said() -> None:
+    with pytest.raises(UpstreamChanged, match="no environment variable VLLM_OF_OLD"):
+        check_environment(["OMP_NUM_THREADS", "VLLM_NO_USAGE_STATS", "VLLM_OF_OLD"])
 
 
 def test_what_the_connector_counts_is_added_up() -> None:
