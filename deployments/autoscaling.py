@@ -15,12 +15,12 @@ import math
 import time
 from typing import Any
 
-from ray.experimental.internal_kv import _internal_kv_put
 from ray.serve.config import AutoscalingContext
 from ray.util.metrics import Gauge
 
 from app.autoscaling.load import FIELDS, Load, mean_load
 from app.autoscaling.replica_plan import Plan, Replicas, SeenCapacity, Targets, measure, plan_frontend, plan_pool
+from deployments.serve_hooks import put_internal_kv
 
 logger = logging.getLogger("ray.serve")
 
@@ -85,7 +85,7 @@ class Policy:
             "reason": plan.reason,
             "signals": plan.signals,
         }
-        _internal_kv_put(plan_key(context.app_name or "", context.deployment_name), json.dumps(told))
+        put_internal_kv(plan_key(context.app_name or "", context.deployment_name), json.dumps(told))
 
     def _complain(self, context: AutoscalingContext, plan: Plan, error: Exception) -> None:
         """Log an error, once as long as it stays the same: this runs several times a second."""

@@ -14,7 +14,6 @@ import ray
 from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
-from ray.serve._private.config import DeploymentConfig as ServeDeploymentConfig
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from app.config import (
@@ -30,6 +29,7 @@ from app.config import (
 from app.errors import ConfigError
 from app.messages import Role
 from app.preflight import check, gpus_of_replica, python_of_replica
+from deployments.serve_hooks import fix_version
 
 logger = logging.getLogger("baton.build")
 
@@ -131,24 +131,12 @@ def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig
     )
 
 
-class FixedVersion(ServeDeploymentConfig):
-    """Serve's settings of a deployment, whose version stays what it is made with.
-
-    Serve restarts a deployment's replicas when its version changes, and would give all of an application's deployments
-    a new one whenever anything in `args` changed, and in ``serve.run`` always.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name != "version":
-            super().__setattr__(name, value)
-
-
 def _deployment(target: type, *given: BatonConfig | str) -> Any:
     """A deployment whose version is what its replicas are `given`: as long as that is the same, they stay."""
     plain = [part.model_dump(mode="json") if isinstance(part, BatonConfig) else part for part in given]
     deployment = serve.deployment(target)
     version = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-    deployment._deployment_config = FixedVersion(version=version)
+    fix_version(deployment, version)
     return deployment
 
 

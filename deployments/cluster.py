@@ -66,16 +66,17 @@ def stop_cluster() -> None:
         ray.shutdown()
 
 
-def connect() -> Any:
-    """Serve's client.  Raises RuntimeError if there is no cluster, or no Serve in it."""
+def connect() -> None:
+    """Connect to the cluster, and to Serve in it.  Raises RuntimeError if there is no cluster, or no Serve in it."""
     import ray
     from ray.exceptions import RaySystemError
-    from ray.serve.context import _get_global_client
     from ray.serve.exceptions import RayServeException
+
+    from deployments.serve_hooks import find_serve
 
     try:
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
-        return _get_global_client()
+        find_serve()
     except (ConnectionError, RaySystemError) as error:
         raise RuntimeError(
             f"no Ray cluster can be reached; is Baton running, or should RAY_ADDRESS name another?  ({error})"

@@ -19,7 +19,6 @@ in a chunk make it longer, and chunks that arrive together have one of nearly 0,
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import sys
@@ -114,8 +113,8 @@ class LoadClient:
         self._receive(self._connection, lambda done: None)
 
     def check_tokenizer(self, tokenizer: str) -> None:
-        """RequestPlan the tokenizer, which the first load otherwise does.  Raises LoadFailed."""
-        self._call(lambda done: None, _vocabulary, tokenizer)
+        """Load the tokenizer, which the first load otherwise does.  Raises LoadFailed."""
+        self._call(lambda done: None, _load_vocabulary, tokenizer)
 
     def run(self, base_url: str, model: str, tokenizer: str, spec: LoadSpec) -> LoadResult:
         """Send the load and wait for all answers.  Raises LoadFailed, also if a single request fails."""
@@ -184,7 +183,9 @@ def _serve(connection: Connection, done: Synchronized[int], log: Path) -> None:
     with log.open("a") as sink:
         os.dup2(sink.fileno(), sys.stdout.fileno())
         os.dup2(sink.fileno(), sys.stderr.fileno())
-    _count_requests(done)
+    from app.bench import vllm_client
+
+    vllm_client.count_requests(done)
     connection.send(None)
     while True:
         try:
@@ -199,83 +200,16 @@ def _serve(connection: Connection, done: Synchronized[int], log: Path) -> None:
         connection.send(answer)
 
 
-def _count_requests(done: Synchronized[int]) -> None:
-    """Register vLLM's function for /v1/completions once more, as one that counts the requests that ended."""
-    from vllm.benchmarks.serve import ASYNC_REQUEST_FUNCS
+def _load_vocabulary(tokenizer: str) -> None:
+    from app.bench import vllm_client
 
-    send = ASYNC_REQUEST_FUNCS["openai"]
-
-    async def counted(request_func_input: Any, session: Any, pbar: Any = None) -> Any:
-        output = await send(request_func_input, session, pbar)
-        done.value += 1
-        return output
-
-    ASYNC_REQUEST_FUNCS["counted"] = counted
-
-
-@functools.cache
-def _vocabulary(tokenizer: str) -> list[int]:
-    """Every token id but the special ones."""
-    from vllm.tokenizers import get_tokenizer
-
-    loaded = get_tokenizer(tokenizer)
-    return sorted(set(loaded.get_vocab().values()) - set(loaded.all_special_ids))
+    vllm_client.vocabulary(tokenizer)
 
 
 def _run(base_url: str, model: str, tokenizer: str, load: RequestPlan) -> dict[str, Any]:
-    import uvloop
-    from vllm.benchmarks import serve
-    from vllm.benchmarks.datasets import SampleRequest
-    from vllm.utils.gc_utils import freeze_gc_heap
+    from app.bench import vllm_client
 
-    vocabulary = _vocabulary(tokenizer)
-    samples = [
-        SampleRequest(
-            prompt=request.prompt(vocabulary, load.seed),
-            prompt_len=request.input_tokens,
-            expected_output_len=request.output_tokens,
-            timestamp=request.at_s,
-        )
-        for request in load.requests
-    ]
-    freeze_gc_heap()  # as `vllm bench serve` does: prompts are many objects, and none of them is garbage
-    began_s = time.process_time()
-    report: dict[str, Any] = uvloop.run(serve.benchmark(**client_arguments(base_url, model, load, samples)))
-    del report["generated_texts"]
-    return {**report, "client_cpu_s": time.process_time() - began_s}
-
-
-def client_arguments(base_url: str, model: str, load: RequestPlan, samples: list[Any]) -> dict[str, Any]:
-    """The arguments of vLLM's `benchmark`: each request at its own moment, greedy, to its full length."""
-    from vllm.benchmarks.serve import TaskType
-
-    return {
-        "task_type": TaskType.GENERATION,
-        "endpoint_type": "counted",
-        "api_url": f"{base_url}/v1/completions",
-        "base_url": base_url,
-        "model_id": model,
-        "model_name": model,
-        "tokenizer": None,
-        "input_requests": samples,
-        "self_timed": True,
-        "max_concurrency": load.concurrency,
-        "ignore_eos": True,
-        "extra_body": {"temperature": 0},
-        "ready_check_timeout_sec": 0,
-        "disable_tqdm": True,
-        # What it would add up itself, and what is for other kinds of load:
-        "selected_percentile_metrics": [],
-        "selected_percentiles": [],
-        "goodput_config_dict": {},
-        "logprobs": None,
-        "request_rate": float("inf"),
-        "burstiness": 1.0,
-        "num_warmups": 0,
-        "profile": False,
-        "lora_modules": None,
-        "extra_headers": None,
-    }
+    return vllm_client.run(base_url, model, tokenizer, load)
 
 
 def parse_report(report: Mapping[str, Any], load: RequestPlan, limits_ms: Mapping[str, float]) -> LoadResult:

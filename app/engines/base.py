@@ -5,16 +5,13 @@ An adapter knows its engine and nothing of Ray; a deployment knows this protocol
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any, Literal, Protocol
 
 import msgspec
 
 from app.engines.prompt_queue import PromptQueue
-from app.messages import EngineStats, GenerateRequest, KvEvent, PrefixCache, Role, TokenDelta, TransferDescriptor
-
-Emit = Callable[[TokenDelta], None]
-"""Takes one sequence's delta of one engine step.  Called on the event loop, never blocks, never raises."""
+from app.messages import Emit, EngineStats, GenerateRequest, KvEvent, PrefixCache, Role, TransferDescriptor
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,8 +72,8 @@ class Engine(Protocol):
         `emit` gets each delta in the same turn of the event loop as the other sequences of its engine step, so
         that what a step produced can travel together.  The first delta carries the report, the last a
         finish_reason.  A transfer that fails is recomputed here, or raises PrefillFailed before the first delta by
-        an engine that cannot (`can_decode_prefill`); incomplete KV is never served from.  Raises InvalidRequest,
-        EngineDead or EngineFailed.
+        an engine that cannot (`ModelConfig.can_decode_prefill`); incomplete KV is never served from.
+        Raises InvalidRequest, EngineDead or EngineFailed.
         """
 
     async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:

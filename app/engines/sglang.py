@@ -29,7 +29,7 @@ from http import HTTPStatus
 from typing import Any
 
 from app.engines import sglang_surface as surface
-from app.engines.base import Emit, EngineInfo, EngineSpec
+from app.engines.base import EngineInfo, EngineSpec
 from app.engines.kv_events import KvEventFeed, follow
 from app.engines.plugins import cpu_waits
 from app.engines.plugins.owner_watch import owner_environment
@@ -40,6 +40,7 @@ from app.engines.ucx import UcxLog
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
 from app.messages import (
     UNKNOWN_RANK,
+    Emit,
     EngineStats,
     GenerateRequest,
     KvEvent,

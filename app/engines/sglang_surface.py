@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, cast
 
-from app import upstream
+from app.upstream import check_protocol, needed
 
 READ_ELSEWHERE = {"SGLANG_USE_CPU_ENGINE"}
 """Environment variables that SGLang reads without the table of its own."""
@@ -146,8 +146,7 @@ def launch(arguments: dict[str, Any]) -> Engine:
 
     Raises TypeError or ValueError for arguments that SGLang refuses, and UpstreamChanged where it lacks what is used.
     """
-    with upstream.imports("sglang"):
-        import sglang
+    import sglang
 
     check_classes()
     engine: Engine = sglang.Engine(**arguments)
@@ -161,39 +160,33 @@ def launch(arguments: dict[str, Any]) -> Engine:
 
 def check_classes() -> None:
     """Raise UpstreamChanged if the installed SGLang lacks anything that is used of its classes."""
-    with upstream.imports("sglang"):
+    with needed("sglang", "see an engine's load"):
         from sglang.srt.managers.load_snapshot import DisaggregationMetrics, LoadSnapshot, QueueMetrics
 
-    used: list[tuple[Any, type]] = [
-        (LoadSnapshot, Load),
-        (DisaggregationMetrics, DisaggregationLoad),
-        (QueueMetrics, QueueLoad),
-    ]
-    for found, protocol in used:
-        upstream.check("sglang", found, protocol)
+        check_protocol(LoadSnapshot, Load)
+        check_protocol(DisaggregationMetrics, DisaggregationLoad)
+        check_protocol(QueueMetrics, QueueLoad)
 
 
 def check_environment(names: Iterable[str]) -> None:
     """Raise UpstreamChanged if SGLang does not read one of these environment variables, as far as they are its own."""
-    with upstream.imports("sglang"):
+    with needed("sglang", "set up an engine"):
         from sglang.srt.environ import envs
-    for name in names:
-        if name.startswith("SGLANG_") and name not in READ_ELSEWHERE and not hasattr(envs, name):
-            raise upstream.changed("sglang", f"it reads no environment variable {name}")
+
+        for name in names:
+            if name.startswith("SGLANG_") and name not in READ_ELSEWHERE and not hasattr(envs, name):
+                raise AttributeError(f"it reads no environment variable {name}")
 
 
 def _check_engine(engine: Engine) -> None:
-    upstream.check("sglang", engine, Engine)
-    manager = engine.tokenizer_manager
-    used: list[tuple[Any, type]] = [
-        (manager, TokenizerManager),
-        (manager.model_config, ModelConfig),
-        (manager.load_snapshot_reader, LoadReader),
-        (engine.server_args, ServerArgs),
-        (engine._scheduler_init_result, SchedulerInitResult),
-    ]
-    for found, protocol in used:
-        upstream.check("sglang", found, protocol)
+    with needed("sglang", "run requests on an engine"):
+        check_protocol(engine, Engine)
+        manager = engine.tokenizer_manager
+        check_protocol(manager, TokenizerManager)
+        check_protocol(manager.model_config, ModelConfig)
+        check_protocol(manager.load_snapshot_reader, LoadReader)
+        check_protocol(engine.server_args, ServerArgs)
+        check_protocol(engine._scheduler_init_result, SchedulerInitResult)
 
 
 def version() -> str:
@@ -204,10 +197,8 @@ def version() -> str:
 
 def num_kv_tokens(engine: Engine) -> int:
     """Tokens that the KV memory of one rank holds."""
-    facts = engine._scheduler_init_result.scheduler_infos[0]
-    if "max_total_num_tokens" not in facts:
-        raise upstream.changed("sglang", "a scheduler does not say its max_total_num_tokens")
-    return int(facts["max_total_num_tokens"])
+    with needed("sglang", "know the size of its KV memory"):
+        return int(engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"])
 
 
 def kv_bytes_per_token(engine: Engine) -> int:
@@ -215,7 +206,8 @@ def kv_bytes_per_token(engine: Engine) -> int:
     model = engine.tokenizer_manager.model_config
     itemsize = 1 if engine.server_args.kv_cache_dtype.startswith("fp8") else model.dtype.itemsize
     if model.attention_arch.name == "MLA":
-        upstream.check("sglang", model, MlaConfig)
+        with needed("sglang", "know the size of a token's KV"):
+            check_protocol(model, MlaConfig)
         latent = cast(MlaConfig, model)
         per_layer = latent.kv_lora_rank + latent.qk_rope_head_dim
     else:

@@ -22,7 +22,8 @@ from typing import Any
 
 import msgspec
 
-from app.engines.base import Emit, EngineInfo, EngineSpec
+from app.engine_defaults import cpu_defaults
+from app.engines.base import EngineInfo, EngineSpec
 from app.engines.kv_events import KvEventFeed, follow
 from app.engines.plugins import cpu_waits
 from app.engines.plugins.owner_watch import owner_environment
@@ -46,6 +47,7 @@ from app.engines.vllm_surface import (
 )
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest
 from app.messages import (
+    Emit,
     EngineStats,
     GenerateRequest,
     KvEvent,
@@ -72,11 +74,6 @@ OWNED_ARGS = {
     "port": "http_options of the Serve config",
 }
 """Engine arguments that Baton sets, with where the user sets them instead."""
-
-
-def cpu_defaults(device: str) -> dict[str, Any]:
-    """Engine arguments that differ on a CPU: compiling kernels costs minutes there and gains little."""
-    return {"enforce_eager": True, "dtype": "bfloat16"} if device == "cpu" else {}
 
 
 def build_engine_args(spec: EngineSpec) -> Any:

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from app import upstream
 from app.messages import TransferDescriptor
+from app.upstream import check_protocol, needed
 
 ASK_FOR_HANDOFF = {
     "do_remote_decode": True,
@@ -148,50 +148,48 @@ COUNTED = tuple(name for name in ConnectorStats.__struct_fields__ if name != "nu
 
 def check_names(*, is_disaggregated: bool) -> None:
     """Raise UpstreamChanged if the installed vLLM lacks anything that is used of its classes."""
-    with upstream.imports("vllm"):
+    with needed("vllm", "run requests on an engine core"):
         from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
         from vllm.v1.engine.input_processor import InputProcessor as VllmInputProcessor
         from vllm.v1.metrics import stats
         from vllm.v1.outputs import LogprobsLists as VllmLogprobsLists
         from vllm.v1.outputs import LogprobsTensors as VllmLogprobsTensors
 
-    used: list[tuple[Any, type]] = [
-        (EngineCoreOutput, Output),
-        (EngineCoreOutputs, StepOutputs),
-        (EngineCoreRequest, CoreRequest),
-        (VllmInputProcessor, InputProcessor),
-        (stats.PrefillStats, PrefillStats),
-        (stats.SchedulerStats, SchedulerStats),
-        (VllmLogprobsLists, LogprobsLists),
-        (VllmLogprobsTensors, LogprobsTensors),
-    ]
-    for found, protocol in used:
-        upstream.check("vllm", found, protocol)
-    if ENDED_BY_AN_ERROR not in map(str, FinishReason):
-        raise upstream.changed("vllm", f"no request ends with {ENDED_BY_AN_ERROR!r}")
+        used: list[tuple[Any, type]] = [
+            (EngineCoreOutput, Output),
+            (EngineCoreOutputs, StepOutputs),
+            (EngineCoreRequest, CoreRequest),
+            (VllmInputProcessor, InputProcessor),
+            (stats.PrefillStats, PrefillStats),
+            (stats.SchedulerStats, SchedulerStats),
+            (VllmLogprobsLists, LogprobsLists),
+            (VllmLogprobsTensors, LogprobsTensors),
+        ]
+        for found, protocol in used:
+            check_protocol(found, protocol)
+        if ENDED_BY_AN_ERROR not in map(str, FinishReason):
+            raise AttributeError(f"no request ends with {ENDED_BY_AN_ERROR!r}")
     if is_disaggregated:
-        _check_connector()
+        with needed("vllm", "report what its NixlConnector moved"):
+            from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
+
+            if missing := set(COUNTED) - set(NixlKVConnectorStats().data):
+                raise AttributeError(f"it does not count {', '.join(sorted(missing))}")
 
 
 def check_environment(names: Iterable[str]) -> None:
     """Raise UpstreamChanged if vLLM does not read one of these environment variables, as far as they are its own."""
-    with upstream.imports("vllm"):
+    with needed("vllm", "set up an engine core"):
         from vllm.envs import environment_variables
-    for name in names:
-        if name.startswith("VLLM_") and name not in environment_variables:
-            raise upstream.changed("vllm", f"it reads no environment variable {name}")
 
-
-def _check_connector() -> None:
-    with upstream.imports("vllm"):
-        from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
-    if missing := set(COUNTED) - set(NixlKVConnectorStats().data):
-        raise upstream.changed("vllm", f"the NixlConnector does not count {', '.join(sorted(missing))}")
+        for name in names:
+            if name.startswith("VLLM_") and name not in environment_variables:
+                raise AttributeError(f"it reads no environment variable {name}")
 
 
 def start_core(config: VllmConfig) -> tuple[Core, InputProcessor]:
     """Start an engine core; returns when its model is loaded."""
-    with upstream.imports("vllm"):
+    with needed("vllm", "start an engine core"):
         from vllm.renderers import renderer_from_config
         from vllm.v1.engine.core_client import EngineCoreClient
         from vllm.v1.engine.input_processor import InputProcessor as VllmInputProcessor
@@ -202,8 +200,9 @@ def start_core(config: VllmConfig) -> tuple[Core, InputProcessor]:
         vllm_config=config, executor_class=Executor.get_class(config), log_stats=True
     )
     try:
-        upstream.check("vllm", core, Core)
-        upstream.check("vllm", core.resources, Resources)
+        with needed("vllm", "talk to an engine core"):
+            check_protocol(core, Core)
+            check_protocol(core.resources, Resources)
     except BaseException:
         core.shutdown(0.0)
         raise
@@ -212,7 +211,7 @@ def start_core(config: VllmConfig) -> tuple[Core, InputProcessor]:
 
 def dead_error() -> type[Exception]:
     """What `Core.get_output_async` raises once the engine core has died."""
-    with upstream.imports("vllm"):
+    with needed("vllm", "notice the death of an engine core"):
         from vllm.v1.engine.exceptions import EngineDeadError
     error: type[Exception] = EngineDeadError
     return error
@@ -223,8 +222,9 @@ def rejection(descriptor: TransferDescriptor) -> CoreRequest:
 
     What vLLM's ``AsyncLLM.notify_kv_transfer_request_rejected`` sends.
     """
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
+    with needed("vllm", "have KV freed that nobody fetches"):
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
 
     request: CoreRequest = EngineCoreRequest(
         request_id=f"release-{descriptor.params['remote_request_id']}",

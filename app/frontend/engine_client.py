@@ -17,32 +17,36 @@ from typing import Any, NoReturn, cast, get_args
 import msgspec
 import numpy as np
 import torch
-from vllm.config import VllmConfig
-from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import (
-    GenerationError,
-    GracefulHTTPError,
-    RetryableRequestError,
-    VLLMError,
-    VLLMValidationError,
-)
-from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
-from vllm.renderers import renderer_from_config
-from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
-from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
-from vllm.v1.engine.parallel_sampling import ParentRequest
-from vllm.v1.metrics.stats import PrefillStats
-from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
 from app.config import ModelConfig
 from app.errors import BatonError, EngineDead, InvalidRequest, NoReplica, Overloaded, ReplicaLost
 from app.frontend.orchestrator import Orchestrator
 from app.frontend.request_context import RequestContext, current_request
 from app.frontend.sequence_record import SequenceRecord
+from app.frontend.vllm_surface import (
+    EngineClient,
+    EngineCoreOutput,
+    EngineCoreRequest,
+    FinishReason,
+    GenerationError,
+    GracefulHTTPError,
+    InputProcessor,
+    LogprobsLists,
+    LogprobsTensors,
+    LoRARequest,
+    OutputProcessor,
+    ParentRequest,
+    PrefillStats,
+    RequestOutput,
+    RequestOutputCollector,
+    RetryableRequestError,
+    SamplingParams,
+    VllmConfig,
+    VLLMError,
+    VLLMValidationError,
+    create_error_response,
+    renderer_from_config,
+)
 from app.messages import GenerateRequest, Logprobs, PrefillMode, TokenDelta
 from app.routing.decision import RoutingHints
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from app.config import ModelConfig
-from app.engines.registry import can_decode_prefill
 from app.messages import Role
 
 State = Literal["ready", "degraded", "unavailable"]
@@ -19,7 +18,7 @@ def model_state(model: ModelConfig, ready: Mapping[Role, int]) -> State:
     """`ready` is how many replicas of each of its pools can be reached."""
     if all(ready.values()):
         return "ready"
-    decode_can_serve = ready["decode"] and (ready["prefill"] or can_decode_prefill(model.engine))
+    decode_can_serve = ready["decode"] and (ready["prefill"] or model.can_decode_prefill)
     return "degraded" if decode_can_serve or ready.get("aggregated") else "unavailable"
 
 

@@ -18,18 +18,11 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from app.config import BatonConfig, ModelConfig
-from app.engines.vllm import cpu_defaults
+from app.engine_defaults import cpu_defaults
 from app.errors import ConfigError
 from app.frontend.http_middleware import BodyLimit, ErrorBeforeStream, RoutingHeaders
 from app.frontend.model_dispatch import ModelDispatch
 from app.frontend.orchestrator import Orchestrator
-from app.frontend.vllm_surface import (
-    allow_several_greedy_sequences,
-    count_tool_calls_by_model,
-    let_cancellation_through,
-    share_http_metrics,
-    take_the_user_for_the_session,
-)
 from app.models.source import local_path
 
 WITHOUT_MEANING = (
@@ -54,11 +47,9 @@ StatsReport = Callable[[], Awaitable[dict[str, Any]]]
 
 def server_namespace(model: ModelConfig, index: int) -> argparse.Namespace:
     """The arguments of vLLM's server for model number `index`.  Raises ConfigError for one that it refuses."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.launchers.launcher import validate_api_server_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from app.frontend import vllm_surface
 
-    parser = make_arg_parser(FlexibleArgumentParser())
+    parser = vllm_surface.make_arg_parser(vllm_surface.FlexibleArgumentParser())
     arguments: argparse.Namespace = parser.parse_args(
         ["--model", local_path(model.source), "--served-model-name", model.name]
     )
@@ -71,8 +62,8 @@ def server_namespace(model: ModelConfig, index: int) -> argparse.Namespace:
                 raise ConfigError(f"models.{index}.{section}.{name}", "vLLM's server knows no such argument")
             setattr(arguments, name, value)
     try:
-        validate_parsed_serve_args(arguments)
-        validate_api_server_args(arguments)
+        vllm_surface.validate_parsed_serve_args(arguments)
+        vllm_surface.validate_api_server_args(arguments)
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"models.{index}.server_args", f"vLLM's server refuses them: {error}") from error
     return arguments
@@ -89,8 +80,7 @@ def _args_of_server(model: ModelConfig) -> dict[str, Any]:
 
 def frontend_config(arguments: argparse.Namespace) -> Any:
     """A VllmConfig for a process without an engine: no device is looked for, no weights are read."""
-    from vllm.config import VllmConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
+    from app.frontend.vllm_surface import AsyncEngineArgs, VllmConfig
 
     engine_args = AsyncEngineArgs.from_cli_args(arguments)
     model_config = engine_args.create_model_config()
@@ -107,12 +97,14 @@ async def build_server(
     config: BatonConfig, orchestrators: Sequence[Orchestrator], health: HealthReport, stats: StatsReport
 ) -> ASGIApp:
     """The ASGI application of all models; there is an orchestrator for each of `config.models`."""
-    allow_several_greedy_sequences()
-    let_cancellation_through()
-    take_the_user_for_the_session()
+    from app.frontend import vllm_surface
+
+    vllm_surface.allow_several_greedy_sequences()
+    vllm_surface.let_cancellation_through()
+    vllm_surface.take_the_user_for_the_session()
     if len(config.models) > 1:
-        count_tool_calls_by_model()
-        share_http_metrics()
+        vllm_surface.count_tool_calls_by_model()
+        vllm_surface.share_http_metrics()
     apps = {
         model.name: await _build_app(index, model, orchestrator)
         for index, (model, orchestrator) in enumerate(zip(config.models, orchestrators, strict=True))
@@ -126,10 +118,8 @@ async def build_server(
 
 async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator) -> FastAPI:
     """vLLM's server of one model, less what speaks of an engine in its process."""
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.app import build_app
-
     from app.frontend.engine_client import PooledEngineClient
+    from app.frontend.vllm_surface import build_app, init_app_state
 
     arguments = server_namespace(model, index)
     vllm_config = frontend_config(arguments)

@@ -23,9 +23,8 @@ from typing import Protocol
 import msgspec
 
 from app.config import LimitsConfig
-from app.engines.base import Emit
 from app.errors import BatonError, EngineDead, NoReplica, PrefillFailed, ReplicaLost
-from app.messages import GenerateRequest, PrefillReport, TokenDelta
+from app.messages import Emit, GenerateRequest, PrefillReport, TokenDelta
 from app.routing.decision import Candidate, Decision, RoutingHints
 from app.routing.in_flight import InFlight
 from app.routing.placement import corrupt_prompt

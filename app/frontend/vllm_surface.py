@@ -1,8 +1,150 @@
-"""Where Baton departs from vLLM's own behaviour, each with the reason and when it can go."""
+"""All that the frontend uses of vLLM, and where Baton departs from vLLM's own behaviour.
+
+Seen with vLLM 0.32.  Most of these names are vLLM's internals, so this is the one place to look when it moves them.
+What is missing or takes other parameters fails when this module is imported, with an error that names it
+(app/upstream.py).  Each patch says why it is there and when it can go; tests/unit/test_canaries.py fails then.
+
+Importing this imports vLLM, which takes seconds: modules that are imported where no server runs do it in a function.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+
+from app.upstream import Patch, UpstreamChanged, check_attributes, check_parameters, check_uses, needed
+
+with needed("vllm", "serve its API over engines in other processes"):
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.engine.protocol import EngineClient
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.exceptions import (
+        GenerationError,
+        GracefulHTTPError,
+        RetryableRequestError,
+        VLLMError,
+        VLLMValidationError,
+    )
+    from vllm.lora.request import LoRARequest
+    from vllm.outputs import RequestOutput
+    from vllm.renderers import renderer_from_config
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    check_parameters(make_arg_parser, "parser")
+    check_parameters(validate_parsed_serve_args, "args")
+    check_parameters(validate_api_server_args, "args")
+    check_parameters(build_app, "args", "supported_tasks", "model_config")
+    check_parameters(init_app_state, "engine_client", "state", "args", "supported_tasks")
+
+with needed("vllm", "make engine requests of prompts, and answers of engine outputs"):
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+    from vllm.v1.engine.parallel_sampling import ParentRequest
+    from vllm.v1.metrics.stats import PrefillStats
+    from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+
+    check_parameters(InputProcessor, "vllm_config", "renderer")
+    check_parameters(
+        InputProcessor.process_inputs, "self", "request_id", "prompt", "params", "supported_tasks", "priority"
+    )
+    check_parameters(InputProcessor.assign_request_id, "request")
+    check_parameters(OutputProcessor, "tokenizer", "log_stats")
+    check_parameters(OutputProcessor.add_request, "self", "request", "prompt", "parent_req", "request_index", "queue")
+    check_parameters(OutputProcessor.process_outputs, "self", "engine_core_outputs")
+    check_parameters(OutputProcessor.abort_requests, "self", "request_ids", "internal")
+    check_parameters(RequestOutputCollector, "output_kind", "request_id")
+    check_attributes(RequestOutputCollector, "get", "get_nowait", "put", "close")
+    check_parameters(ParentRequest, "request")
+    check_parameters(ParentRequest.get_child_info, "self", "index")
+    check_parameters(
+        EngineCoreOutput,
+        "request_id",
+        "new_token_ids",
+        "new_logprobs",
+        "new_prompt_logprobs_tensors",
+        "finish_reason",
+        "stop_reason",
+        "prefill_stats",
+    )
+    check_attributes(EngineCoreRequest, "reasoning_ended", "reasoning_parser_kwargs", "cache_salt", "priority")
+    check_parameters(PrefillStats, "num_cached_tokens")
+    check_attributes(LogprobsLists, "logprob_token_ids", "logprobs", "sampled_token_ranks")
+    check_attributes(LogprobsTensors, "logprob_token_ids", "logprobs", "selected_token_ranks")
+
+with needed("vllm", "serve n > 1 with temperature 0"):
+    GREEDY_CHECK = Patch(SamplingParams, "_verify_greedy_sampling", "self")
+    check_uses(SamplingParams.__post_init__, "_verify_greedy_sampling")
+
+with needed("vllm", "end the handler of a request whose client went away"):
+    from vllm.entrypoints.serve.utils import api_utils
+
+    WITH_CANCELLATION = Patch(api_utils, "with_cancellation", "handler_func")
+
+with needed("vllm", "take the user for the session"):
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+
+    SESSION_ID = Patch(GenerateBaseServing, "_get_session_id", "request", "raw_request")
+    ANTHROPIC_REQUEST = Patch(AnthropicServingMessages, "_build_base_request", "anthropic_request", "openai_messages")
+
+with needed("vllm", "count a tool call under its own model"):
+    from vllm.parser import abstract_parser
+    from vllm.parser import metrics as parser_metrics
+
+    TOOL_CALL_COUNT = Patch(
+        abstract_parser, "record_tool_parser_invocation", "is_tool_called", "is_streaming", "request"
+    )
+    check_attributes(parser_metrics, "_model_name")
+    check_uses(TOOL_CALL_COUNT.original, "_model_name")
+
+with needed("prometheus_fastapi_instrumentator", "count the HTTP requests of several applications"):
+    from prometheus_fastapi_instrumentator import metrics as http_metrics
+
+    HTTP_METRICS = Patch(http_metrics, "default")
+
+__all__ = [
+    "AsyncEngineArgs",
+    "EngineClient",
+    "EngineCoreOutput",
+    "EngineCoreRequest",
+    "FinishReason",
+    "FlexibleArgumentParser",
+    "GenerationError",
+    "GracefulHTTPError",
+    "InputProcessor",
+    "LoRARequest",
+    "LogprobsLists",
+    "LogprobsTensors",
+    "OutputProcessor",
+    "ParentRequest",
+    "PrefillStats",
+    "RequestOutput",
+    "RequestOutputCollector",
+    "RetryableRequestError",
+    "SamplingParams",
+    "VLLMError",
+    "VLLMValidationError",
+    "VllmConfig",
+    "allow_several_greedy_sequences",
+    "build_app",
+    "count_tool_calls_by_model",
+    "create_error_response",
+    "init_app_state",
+    "let_cancellation_through",
+    "make_arg_parser",
+    "renderer_from_config",
+    "share_http_metrics",
+    "take_the_user_for_the_session",
+    "validate_api_server_args",
+    "validate_parsed_serve_args",
+]
 
 
 def allow_several_greedy_sequences() -> None:
@@ -11,9 +153,7 @@ def allow_several_greedy_sequences() -> None:
     vLLM's reason is that the sequences come out equal, not that it could not serve them: each one is a request of
     its own by the time it reaches an engine.  Can go once vLLM accepts it.
     """
-    from vllm.sampling_params import SamplingParams
-
-    SamplingParams._verify_greedy_sampling = lambda self: None
+    GREEDY_CHECK.apply(lambda self: None)
 
 
 def let_cancellation_through() -> None:
@@ -21,12 +161,19 @@ def let_cancellation_through() -> None:
 
     Serve cancels such a request.  vLLM 0.32 runs the handler as a task beside one that waits for the disconnection,
     and the cancellation ends the wait for both but neither of them: an answer that nobody waits for was generated to
-    its end.  Must be called before vLLM's routers are imported, which is when `build_app` first runs.  Can go once
-    vLLM's ``with_cancellation`` cancels its handler when it is cancelled itself.
+    its end.  Must be called before vLLM's routers are imported, which is when `build_app` first runs; raises
+    UpstreamChanged if one of them has been.  Can go once vLLM's ``with_cancellation`` cancels its handler when it is
+    cancelled itself.
     """
-    from vllm.entrypoints.serve.utils import api_utils
-
-    api_utils.with_cancellation = lambda handler: handler
+    late = [
+        name
+        for name, module in list(sys.modules.items())
+        if name.startswith("vllm.") and module is not api_utils
+        if getattr(module, "with_cancellation", None) is WITH_CANCELLATION.original
+    ]
+    if late:
+        raise UpstreamChanged(f"too late to end the handlers of requests whose client went away: {late} is imported")
+    WITH_CANCELLATION.apply(lambda handler: handler)
 
 
 def take_the_user_for_the_session() -> None:
@@ -35,22 +182,18 @@ def take_the_user_for_the_session() -> None:
     vLLM 0.32 hands a session to the engine that comes as ``X-Session-ID`` or in a field ``session_id`` of its own,
     which no OpenAI client sends.  Can go once vLLM falls back on these fields.
     """
-    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
-
-    session_id, base_request = GenerateBaseServing._get_session_id, AnthropicServingMessages._build_base_request
 
     def session_or_user(request: Any, raw_request: Any) -> str | None:
-        return session_id(request, raw_request) or request.user or None
+        return SESSION_ID.original(request, raw_request) or request.user or None
 
     def with_user(request: Any, messages: Any) -> Any:
-        built = base_request(request, messages)
+        built = ANTHROPIC_REQUEST.original(request, messages)
         user = (getattr(request, "metadata", None) or {}).get("user_id")
         built.user = user if isinstance(user, str) else None
         return built
 
-    GenerateBaseServing._get_session_id = staticmethod(session_or_user)
-    AnthropicServingMessages._build_base_request = staticmethod(with_user)
+    SESSION_ID.apply(staticmethod(session_or_user))
+    ANTHROPIC_REQUEST.apply(staticmethod(with_user))
 
 
 def count_tool_calls_by_model() -> None:
@@ -59,13 +202,12 @@ def count_tool_calls_by_model() -> None:
     vLLM 0.32 has one model in a process and counts under the one that was set up last.  Can go once vLLM takes the
     name from the request.
     """
-    from vllm.parser import abstract_parser, metrics
 
     def record(*, request: Any, **facts: Any) -> None:
-        metrics._model_name = request.model
-        metrics.record_tool_parser_invocation(request=request, **facts)
+        parser_metrics._model_name = request.model
+        TOOL_CALL_COUNT.original(request=request, **facts)
 
-    abstract_parser.record_tool_parser_invocation = record
+    TOOL_CALL_COUNT.apply(record)
 
 
 def share_http_metrics() -> None:
@@ -74,14 +216,12 @@ def share_http_metrics() -> None:
     The middleware that vLLM uses makes the metrics once for each application, and counts nothing where their names are
     taken.  Can go when it counts there too.
     """
-    from prometheus_fastapi_instrumentator import metrics
-
-    make = metrics.default
     made: list[Any] = []
 
     def make_once(**options: Any) -> Any:
         if not made:
-            made.append(make(**options))
+            made.append(HTTP_METRICS.original(**options))
         return made[0]
 
-    metrics.default = make_once  # type: ignore[assignment]
+    if not HTTP_METRICS.is_applied:  # what was made once cannot be made again
+        HTTP_METRICS.apply(make_once)

@@ -29,9 +29,9 @@ import msgspec
 import yaml
 
 from app.config import ModelConfig, parse
+from app.engine_defaults import cpu_defaults
 from app.engines.plugins import cpu_waits
 from app.engines.plugins.owner_watch import owner_environment
-from app.engines.vllm import cpu_defaults
 from app.errors import BatonError
 from app.models.source import local_path
 from app.ports import free_port

@@ -18,12 +18,13 @@ from app.frontend.openai_server import build_server
 from app.messages import Role
 from deployments.frontend.served_model import ServedModel
 from deployments.process import adopt_serve_logging, freeze_heap
+from deployments.serve_hooks import AsgiIngress
 
 logger = logging.getLogger("baton.frontend")
 
 
 @serve.ingress()
-class Frontend:
+class Frontend(AsgiIngress):
     """All models' API servers; any number of replicas serve the same pools without talking to each other."""
 
     _metrics: MetricsServer | None = None
@@ -41,7 +42,7 @@ class Frontend:
             logger.info("metrics at port %d", self._metrics.port)
         freeze_heap()
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:
+    def asgi_app(self) -> ASGIApp:
         return self._app
 
     def _health(self) -> dict[str, Any]:

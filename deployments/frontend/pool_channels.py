@@ -19,6 +19,7 @@ from app.messages import ReplicaInfo
 from app.routing.pool_state import PoolState
 from deployments.detached import spawn_detached
 from deployments.frontend.ready_replicas import ready_replicas_of
+from deployments.serve_hooks import deployment_id_of
 
 logger = logging.getLogger("baton.pool_channels")
 
@@ -34,7 +35,7 @@ class PoolChannels:
         self._channels: dict[str, Channel] = {}
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self._loop = asyncio.get_running_loop()
-        self._ready = ready_replicas_of(handle.deployment_id)
+        self._ready = ready_replicas_of(deployment_id_of(handle))
         self._ready.on_change = partial(self._loop.call_soon_threadsafe, self._follow_ready_replicas)
         self._follow_ready_replicas()
 

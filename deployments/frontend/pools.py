@@ -19,13 +19,13 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from app.channel.client import Channel, SubmittedSequence
-from app.engines.base import Emit
 from app.errors import BatonError, PrefillFailed, ReplicaLost
 from app.frontend.orchestrator import Handoff
-from app.messages import GenerateRequest
+from app.messages import Emit, GenerateRequest
 from app.routing.pool_state import PoolState
 from deployments.detached import spawn_detached
 from deployments.frontend.pool_channels import PoolChannels
+from deployments.serve_hooks import method_by_reference, object_ref_of
 
 logger = logging.getLogger("baton.pools")
 
@@ -45,8 +45,8 @@ class RayPrefillPool:
     """The prefill replicas."""
 
     def __init__(self, handle: Any, view: PoolState) -> None:
-        self._prefill = handle.options(method_name="prefill", _by_reference=True)
-        self._abandon = handle.options(method_name="abandon", _by_reference=True)
+        self._prefill = method_by_reference(handle, "prefill")
+        self._abandon = method_by_reference(handle, "abandon")
         self._abandoning: set[asyncio.Task[None]] = set()
         self._channels = PoolChannels(handle, view)
 
@@ -55,7 +55,7 @@ class RayPrefillPool:
         # Outside the HTTP request: with it Serve would cancel the call, and the descriptor might be lost (`abandon`).
         response = contextvars.Context().run(self._prefill.remote, request, replica_id=replica)
         abandon = partial(self._abandon_later, request.request_id, replica)
-        sending = asyncio.ensure_future(response._to_object_ref())
+        sending = asyncio.ensure_future(object_ref_of(response))
         try:
             await asyncio.wait((sending, lost), return_when=asyncio.FIRST_COMPLETED)
             if not sending.done():
@@ -87,7 +87,7 @@ class RayDecodePool:
     """Replicas that decode: those of the decode pool, or of the aggregated one."""
 
     def __init__(self, handle: Any, view: PoolState) -> None:
-        self._attach = handle.options(method_name="attach", _by_reference=True)
+        self._attach = method_by_reference(handle, "attach")
         self._attaching: set[asyncio.Task[None]] = set()
         self._channels = PoolChannels(handle, view)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ray.serve._private.common import DeploymentID
-from ray.serve._private.request_router.replica_wrapper import RunningReplica
+from deployments.serve_hooks import DeploymentID, RunningReplica
 
 
 class ReadyReplicas:

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.serve._private.request_router.common import PendingRequest
-from ray.serve._private.request_router.replica_wrapper import RunningReplica
-from ray.serve._private.request_router.request_router import RequestRouter
-
 from app.errors import ReplicaLost
 from deployments.frontend.ready_replicas import ready_replicas_of
+from deployments.serve_hooks import ChosenReplicaRouter, RunningReplica
 
 
-class PoolRequestRouter(RequestRouter):
-    """Sends a call to the replica named by its ``replica_id`` argument: the caller has chosen already."""
+class PoolRequestRouter(ChosenReplicaRouter):
+    """Tells this process which replicas are ready, and sends a call to the one that it names."""
 
     def initialize_state(self, **kwargs: Any) -> None:
-        self._ready = ready_replicas_of(self._deployment_id)
+        self._ready = ready_replicas_of(self.deployment_id)
 
-    async def _choose_replica_for_request(
-        self, pending_request: PendingRequest, *, is_retry: bool = False
-    ) -> RunningReplica:
-        # Replaces Serve's queue of requests that wait for any replica with room: here there is one or none.
-        replica_id = pending_request.kwargs["replica_id"]
+    def find_replica(self, replica_id: str) -> RunningReplica:
         replica = self._ready.find(replica_id)
         if replica is None:
             raise ReplicaLost(replica_id)
         return replica
-
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        raise RuntimeError("Serve no longer asks _choose_replica_for_request first; see PoolRequestRouter")
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)

@@ -11,7 +11,6 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from app.config import LimitsConfig, ModelConfig
-from app.engines.registry import can_decode_prefill
 from app.errors import BatonError
 from app.frontend.health import model_state
 from app.frontend.orchestrator import Orchestrator
@@ -19,6 +18,7 @@ from app.messages import Role
 from app.routing.router import Router
 from deployments.frontend.pools import RayDecodePool, RayPrefillPool
 from deployments.frontend.ready_replicas import ready_replicas_of
+from deployments.serve_hooks import deployment_id_of
 
 
 class ServedModel:
@@ -32,14 +32,14 @@ class ServedModel:
             model.routing,
             has_prefill="prefill" in handles,
             has_aggregated="aggregated" in handles,
-            can_decode_prefill=can_decode_prefill(model.engine),
+            can_decode_prefill=model.can_decode_prefill,
         )
         views = self.router.pools
         decode = RayDecodePool(handles["decode"], views["decode"])
         prefill = RayPrefillPool(handles["prefill"], views["prefill"]) if "prefill" in handles else None
         aggregated = RayDecodePool(handles["aggregated"], views["aggregated"]) if "aggregated" in handles else None
         self.orchestrator = Orchestrator(self.router, prefill, decode, limits, aggregated=aggregated)
-        self._ready = {role: ready_replicas_of(handle.deployment_id) for role, handle in handles.items()}
+        self._ready = {role: ready_replicas_of(deployment_id_of(handle)) for role, handle in handles.items()}
 
     def health(self) -> dict[str, Any]:
         """What /health says of the model; /v1/models takes it from here."""

@@ -18,7 +18,6 @@ from ray import ObjectRef
 from app.channel.protocol import Submit
 from app.channel.server import Link
 from app.config import BatonConfig
-from app.engines.registry import can_decode_prefill
 from app.errors import InvalidRequest
 from app.messages import EngineStats, GenerateRequest, PrefillReport, ReplicaLoad, Role, TokenDelta, TransferDescriptor
 from deployments.detached import spawn_detached
@@ -96,7 +95,7 @@ class DecodeWorker(Worker):
             self._abandon(arrival)
             reason = "prefill_timeout"
         except Exception as error:
-            if isinstance(error, InvalidRequest) and not can_decode_prefill(self._model.engine):
+            if isinstance(error, InvalidRequest) and not self._model.can_decode_prefill:
                 # Ray's error is a class of its own, which the channel would not know.
                 raise InvalidRequest(error.message) from error
             logger.warning("request_id=%s prefill failed: %r", request.request_id, error)

@@ -18,11 +18,12 @@ from typing import Any
 from ray import serve
 
 from app.config import BatonConfig, parse
-from app.engines.base import Emit, EngineInfo, EngineSpec
+from app.engines.base import EngineInfo, EngineSpec
 from app.engines.prompt_queue import PromptQueue
 from app.errors import EngineDead, EngineFailed
 from app.messages import (
     BlockStored,
+    Emit,
     EngineStats,
     GenerateRequest,
     KvEvent,

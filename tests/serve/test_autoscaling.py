@@ -13,9 +13,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
-from ray.experimental.internal_kv import _internal_kv_get
-from ray.serve.context import _get_global_client
 
+from deployments.serve_hooks import get_internal_kv, serve_details
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.serve
@@ -68,9 +67,7 @@ class Application:
         return answer.is_success and answer.json()["status"] == "healthy"
 
     def deployments(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = _get_global_client().get_serve_details()["applications"]["scaling"][
-            "deployments"
-        ]
+        found: dict[str, dict[str, Any]] = serve_details()["applications"]["scaling"]["deployments"]
         return found
 
     def targets(self) -> dict[str, int]:
@@ -82,7 +79,7 @@ class Application:
 
     def plan(self, deployment: str) -> dict[str, Any]:
         """What the policy said last."""
-        value = _internal_kv_get(f"baton:autoscaling:scaling:{deployment}")
+        value = get_internal_kv(f"baton:autoscaling:scaling:{deployment}")
         found: dict[str, Any] = json.loads(value) if value else {}
         return found
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 from ray import serve
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema
 
 from app.autoscaling.bounds import Bounds
 from app.errors import ConfigError
 from deployments import application as running
+from deployments.serve_hooks import deploy_applications, serve_details
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.serve
@@ -27,7 +26,7 @@ def application(serve_url: str) -> Iterator[None]:
         "frontend": {"resources": {"num_cpus": 0.1}},
     }
     document = {"name": "scaled", "route_prefix": "/scaled", "import_path": "deployments.build:build", "args": args}
-    _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [document]}))
+    deploy_applications([document])
     wait_until(lambda: status().status == "RUNNING", 60, "the application runs")
     yield
     serve.delete("scaled")
@@ -48,9 +47,7 @@ def replicas(name: str) -> dict[str, int] | None:
 
 
 def pids(name: str) -> set[int]:
-    replicas: list[dict[str, Any]] = _get_global_client().get_serve_details()["applications"]["scaled"]["deployments"][
-        name
-    ]["replicas"]
+    replicas: list[dict[str, Any]] = serve_details()["applications"]["scaled"]["deployments"][name]["replicas"]
     return {replica["pid"] for replica in replicas}
 
 

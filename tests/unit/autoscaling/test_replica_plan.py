@@ -388,7 +388,7 @@ class Policy(autoscaling.PoolPolicy):
 def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What is put into Ray's KV."""
     kept: dict[str, Any] = {}
-    monkeypatch.setattr(autoscaling, "_internal_kv_put", lambda key, value: kept.update({key: json.loads(value)}))
+    monkeypatch.setattr(autoscaling, "put_internal_kv", lambda key, value: kept.update({key: json.loads(value)}))
     monkeypatch.setattr(autoscaling, "Gauge", Mock())
     return kept
 
@@ -455,6 +455,6 @@ def test_a_policy_that_fails_keeps_the_replicas_and_says_so_once(
 def test_a_plan_that_cannot_be_told_counts_all_the_same(
     told: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(autoscaling, "_internal_kv_put", Mock(side_effect=ConnectionError("no GCS")))
+    monkeypatch.setattr(autoscaling, "put_internal_kv", Mock(side_effect=ConnectionError("no GCS")))
     assert Policy()(context(BUSY))[0] > 1
     assert "no GCS" in caplog.text

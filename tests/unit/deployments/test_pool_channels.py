@@ -60,6 +60,9 @@ class Replica:
         return SimpleNamespace(replica_id=SimpleNamespace(unique_id=self.name), replica_metadata=metadata)
 
 
+HANDLE = SimpleNamespace(deployment_name="decode-tiny", app_name="baton")
+
+
 class Pool:
     """A pool as a frontend sees it."""
 
@@ -68,7 +71,7 @@ class Pool:
         self.view = PoolState(PrefixIndex())
         monkeypatch.setattr(pool_channels, "ready_replicas_of", lambda deployment_id: self.ready)
         monkeypatch.setattr(pool_channels, "RECONNECT_S", 0.01)
-        self.channels = PoolChannels(SimpleNamespace(deployment_id=None), self.view)
+        self.channels = PoolChannels(HANDLE, self.view)
 
     def consist_of(self, *replicas: Replica) -> None:
         """What Serve says."""
@@ -113,7 +116,7 @@ async def test_replicas_that_serve_knew_before_are_connected_too(
 ) -> None:
     pool = Pool(monkeypatch)
     pool.consist_of(replica)
-    later = PoolChannels(SimpleNamespace(deployment_id=None), view := PoolState(PrefixIndex()))
+    later = PoolChannels(HANDLE, view := PoolState(PrefixIndex()))
     await until(lambda: "r" in view.replicas)
     pool.ready.update([])
     await until(lambda: not view.replicas)

@@ -14,12 +14,11 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
-from app import upstream
 from app.engines import kv_events, sglang_surface
 from app.engines.base import EngineSpec
 from app.engines.plugins import cpu_waits
 from app.engines.sglang import SglangEngine
-from app.errors import UpstreamChanged
+from app.upstream import UpstreamChanged, check_protocol
 
 SPEC = EngineSpec(
     role="prefill",
@@ -48,7 +47,7 @@ def every_name_is_there() -> None:
     sglang_surface.check_environment(SglangEngine(SPEC)._environment())
     cpu_waits.check_sglang()
     methods = {name: value for name, value in vars(sglang_surface.Engine).items() if inspect.isfunction(value)}
-    upstream.check("sglang", Engine, type("Methods", (), methods))
+    check_protocol(Engine, type("Methods", (), methods))
 
 
 def a_name_that_is_gone_is_said() -> None:

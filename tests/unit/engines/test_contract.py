@@ -13,8 +13,9 @@ import pytest
 
 from app.engines.base import Engine, EngineSpec
 from app.engines.registry import create_engine
-from app.errors import BatonError, ConfigError, EngineDead, UpstreamChanged
+from app.errors import ConfigError, EngineDead
 from app.messages import Role
+from app.upstream import UpstreamChanged
 from tests.engine_contract import EngineContract, Pair, check_death
 from tests.serve.scripted import ScriptedEngine
 
@@ -99,7 +100,7 @@ async def test_an_engine_whose_start_failed_can_be_stopped_twice(
     tmp_path: Path,
     name: str,
     engine_args: dict[str, Any],
-    error: type[BatonError],
+    error: type[Exception],
 ) -> None:
     for module in ("vllm", "sglang"):
         monkeypatch.setattr(f"app.engines.{module}.os", SimpleNamespace(environ={}))

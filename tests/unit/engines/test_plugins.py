@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from app.engines.plugins import cpu_waits, vllm_amx
-from app.errors import UpstreamChanged
+from app.upstream import UpstreamChanged
 from tests.conftest import REPOSITORY
 
 IS_AMX_CPU = "amx_tile" in Path("/proc/cpuinfo").read_text()

@@ -19,10 +19,10 @@ import pytest
 
 from app.config import parse
 from app.engines.base import EngineInfo, EngineSpec
-from app.engines.registry import EngineName, can_decode_prefill, create_engine, owned_args
+from app.engines.registry import create_engine, owned_args
 from app.engines.sglang import CONNECT_TIMEOUT_S, OWNED_ARGS, SglangEngine, build_engine_args
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
-from app.messages import UNKNOWN_RANK, GenerateRequest, Logprobs, Role, TokenDelta, TransferDescriptor
+from app.messages import UNKNOWN_RANK, EngineName, GenerateRequest, Logprobs, Role, TokenDelta, TransferDescriptor
 from tests.conftest import eventually
 
 VOCAB_SIZE = 100
@@ -975,5 +975,6 @@ def test_an_argument_that_baton_sets_is_refused_for_every_engine(engine: EngineN
 @pytest.mark.parametrize("engine", get_args(EngineName))
 def test_every_engine_is_known_by_its_name(engine: EngineName) -> None:
     assert type(create_engine(engine, spec())).__name__.lower() == f"{engine}engine"
-    assert can_decode_prefill(engine) is (engine != "sglang")
+    (model,) = parse({"models": [{"name": "tiny", "source": "owner/tiny", "decode": {"engine": engine}}]}).models
+    assert model.can_decode_prefill is (engine != "sglang")
     assert owned_args(engine)

@@ -14,8 +14,8 @@ import pytest
 
 from app.engines import vllm_surface
 from app.engines.vllm_surface import COUNTED, ConnectorStats, check_environment, check_names, rejection
-from app.errors import UpstreamChanged
 from app.messages import TransferDescriptor
+from app.upstream import UpstreamChanged
 
 HANDOFF = TransferDescriptor(
     engine="vllm",

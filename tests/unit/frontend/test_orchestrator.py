@@ -9,10 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app.config import LimitsConfig, RemotePlacement, RoutingConfig
-from app.engines.base import Emit
 from app.errors import EngineDead, EngineFailed, InvalidRequest, NoReplica, PrefillFailed, ReplicaLost
 from app.frontend.orchestrator import Handoff, Orchestrator
-from app.messages import GenerateRequest, PrefillMode, PrefillReport, TokenDelta
+from app.messages import Emit, GenerateRequest, PrefillMode, PrefillReport, TokenDelta
 from app.routing.decision import Decision, RoutingHints
 from app.routing.router import Router
 from tests.unit.routing.samples import replica_info

@@ -17,11 +17,10 @@ import pytest_asyncio
 from starlette.types import ASGIApp
 
 from app.config import parse
-from app.engines.base import Emit
 from app.errors import InvalidRequest, NoReplica, Overloaded
 from app.frontend.http_middleware import error_body
 from app.frontend.orchestrator import Orchestrator
-from app.messages import GenerateRequest, PrefillReport, TokenDelta
+from app.messages import Emit, GenerateRequest, PrefillReport, TokenDelta
 from app.routing.decision import Candidate, Decision, RoutingHints
 from tests.unit.decisions import decision
 

@@ -1,0 +1,208 @@
+"""Every private name of Ray and Ray Serve that Baton uses, each as a function or class of its own.
+
+Seen with Ray 2.60.  What is missing or takes other parameters fails when this module is imported, with an error that
+names it (app/upstream.py); tests/unit/test_canaries.py fails when something here is no longer needed.  Importing this
+imports Ray, which reads its flags then: deployments/cluster.py does it once they are set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.upstream import check_attributes, check_parameters, check_uses, needed
+
+with needed("ray", "keep replicas whose arguments have not changed"):
+    from ray.serve._private.config import DeploymentConfig
+    from ray.serve._private.deploy_utils import get_deploy_args
+    from ray.serve.deployment import Deployment
+
+    check_uses(Deployment.__init__, "_deployment_config")
+    check_uses(Deployment.options, "_deployment_config")
+    check_uses(get_deploy_args, "version")
+    check_attributes(DeploymentConfig, "version")
+
+with needed("ray", "hand a transfer descriptor from prefill to decode by reference"):
+    from ray import ObjectRef
+    from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+    check_parameters(DeploymentHandle.options, "self", "method_name", "_by_reference")
+    check_parameters(DeploymentResponse._to_object_ref, "self")
+
+with needed("ray", "call the replica that the frontend has chosen"):
+    from ray.serve._private.common import DeploymentID
+    from ray.serve._private.request_router.common import PendingRequest
+    from ray.serve._private.request_router.replica_wrapper import RunningReplica
+    from ray.serve._private.request_router.request_router import RequestRouter
+    from ray.serve._private.router import AsyncioRouter
+
+    check_parameters(RequestRouter._choose_replica_for_request, "self", "pending_request", "is_retry")
+    check_parameters(RequestRouter.choose_replicas, "self", "candidate_replicas", "pending_request")
+    check_parameters(RequestRouter.initialize_state, "self")
+    check_parameters(RequestRouter.update_replicas, "self", "replicas")
+    check_parameters(RequestRouter.on_replica_actor_died, "self", "replica_id")
+    check_uses(AsyncioRouter._route_and_send_request_once, "_choose_replica_for_request")
+    check_uses(RequestRouter.__init__, "_deployment_id")
+    check_parameters(DeploymentID, "name", "app_name")
+    check_attributes(RequestRouter, "curr_replicas")
+    check_attributes(RunningReplica, "replica_id", "replica_metadata")
+    check_attributes(PendingRequest, "kwargs")
+    check_attributes(DeploymentHandle, "deployment_name", "app_name")
+
+with needed("ray", "serve vLLM's ASGI application"):
+    from ray import serve
+    from ray.serve._private.replica import SERVE_BUILD_ASGI_APP_METHOD
+
+    check_parameters(serve.ingress, "app")
+
+with needed("ray", "deploy applications from a configuration, and read it back"):
+    from ray.serve._private.client import ServeControllerClient
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ApplicationDetails, ServeDeploySchema
+
+    check_parameters(_get_global_client, "raise_if_no_controller_running")
+    check_parameters(ServeControllerClient.deploy_apps, "self", "config")
+    check_parameters(ServeControllerClient.get_serve_details, "self")
+    check_attributes(ApplicationDetails, "deployed_app_config")
+
+with needed("ray", "tell `baton status` why autoscaling wants what it wants"):
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+    check_parameters(_internal_kv_get, "key")
+    check_parameters(_internal_kv_put, "key", "value")
+
+__all__ = [
+    "AsgiIngress",
+    "ChosenReplicaRouter",
+    "DeploymentID",
+    "RunningReplica",
+    "deploy_applications",
+    "deployment_id_of",
+    "find_serve",
+    "fix_version",
+    "get_internal_kv",
+    "method_by_reference",
+    "object_ref_of",
+    "put_internal_kv",
+    "serve_details",
+]
+
+
+class _FixedVersion(DeploymentConfig):
+    """Serve's settings of a deployment, whose version stays what it is made with."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "version":
+            super().__setattr__(name, value)
+
+
+def fix_version(deployment: Any, version: str) -> None:
+    """Have a deployment keep its replicas as long as `version` stays the same.  Call it before its ``options``.
+
+    Serve restarts a deployment's replicas when its version changes, and would give all of an application's deployments
+    a new one whenever anything in `args` changed, and in ``serve.run`` always.  Can go once a deployment may have a
+    version of its own again (``Deployment.options`` refuses one).
+    """
+    deployment._deployment_config = _FixedVersion(version=version)
+
+
+def method_by_reference(handle: Any, method: str) -> Any:
+    """`handle`, to call `method` such that its answer stays in Ray's object store.
+
+    Where Serve calls by gRPC instead (RAY_SERVE_USE_GRPC_BY_DEFAULT) there is no reference to the answer.  Can go
+    with `object_ref_of`.
+    """
+    return handle.options(method_name=method, _by_reference=True)
+
+
+async def object_ref_of(response: Any) -> ObjectRef[Any]:
+    """The reference to the answer of a call that is `method_by_reference`, once the call was sent.
+
+    Raises what sending the call raised.  Can go once ``DeploymentResponse`` has a public method for it.
+    """
+    return await response._to_object_ref()
+
+
+def deployment_id_of(handle: Any) -> DeploymentID:
+    """What a request router knows its deployment by: the key that it shares with the handles of its process."""
+    return DeploymentID(name=handle.deployment_name, app_name=handle.app_name)
+
+
+class ChosenReplicaRouter(RequestRouter):
+    """A request router whose caller has chosen: it names the replica in the call's ``replica_id``.
+
+    Serve has a queue of requests that wait for any replica with room.  Here there is one replica or none, so that the
+    call is sent, or fails, at once.  A subclass says in `find_replica` which replica that is.  Can go once a handle can
+    be told which replica to call.
+    """
+
+    @property
+    def deployment_id(self) -> DeploymentID:
+        """The deployment whose replicas these are."""
+        return self._deployment_id
+
+    def find_replica(self, replica_id: str) -> RunningReplica:
+        """The replica of that id; raises what the call shall raise if there is none."""
+        raise NotImplementedError
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        return self.find_replica(pending_request.kwargs["replica_id"])
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        raise RuntimeError("Serve no longer asks _choose_replica_for_request first; see ChosenReplicaRouter")
+
+
+class AsgiIngress:
+    """Base of an ingress deployment that makes its ASGI application itself, in the replica.
+
+    To be decorated with ``@serve.ingress()``.  Can go once ``serve.ingress`` takes such a class by a public name.
+    """
+
+    def asgi_app(self) -> Any:
+        """The application; asked for once, after ``__init__``."""
+        raise NotImplementedError
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self.asgi_app()
+
+
+with needed("ray", "serve vLLM's ASGI application"):
+    getattr(AsgiIngress, SERVE_BUILD_ASGI_APP_METHOD)
+
+
+def find_serve() -> None:
+    """Raise RayServeException unless Serve runs in the cluster; ``serve.status`` would say that it serves nothing."""
+    _get_global_client()
+
+
+def deploy_applications(applications: list[dict[str, Any]]) -> None:
+    """Have Serve run these applications, and no others, from a Serve config's ``applications``.
+
+    Returns before they are up.  Raises RayServeException without a Serve to ask.  ``serve.run`` would do, but keeps no
+    configuration in the cluster.  Can go once Serve offers in Python what ``serve deploy`` does over the dashboard.
+    """
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": applications}))
+
+
+def serve_details() -> dict[str, Any]:
+    """Serve's ``ServeInstanceDetails``: of each application its configuration, deployments and replicas.
+
+    Raises RayServeException without a Serve to ask.  Can go once ``serve.status`` says as much: it knows neither
+    configurations nor the number of replicas that is aimed at.
+    """
+    details: dict[str, Any] = _get_global_client().get_serve_details()
+    return details
+
+
+def put_internal_kv(key: str, value: str) -> None:
+    """Keep `value` in the cluster's key-value store.  Can go once Ray has a public one."""
+    _internal_kv_put(key, value)
+
+
+def get_internal_kv(key: str) -> bytes | None:
+    """What `put_internal_kv` has kept; None if nothing."""
+    value: bytes | None = _internal_kv_get(key)
+    return value
