@@ -13,7 +13,7 @@ import pytest
 
 from app.engines.base import EngineSpec
 from app.engines.vllm import VllmEngine
-from app.errors import EngineFailed
+from app.errors import EngineDead, EngineFailed
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
 
 REQUEST = GenerateRequest(request_id="r", prompt_token_ids=[1] * 50, sampling={}, expected_cached_tokens=16)
@@ -119,6 +119,28 @@ async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(spec: EngineSp
     assert engine.prompt_queue.queued_tokens == 0
     engine.outputs.put_nowait(None)
     await task
+
+
+async def test_stopping_ends_what_runs_and_says_that_the_engine_is_dead(spec: EngineSpec) -> None:
+    is_under_way = asyncio.Event()
+
+    async def add_request_async(request: Any) -> None:
+        is_under_way.set()
+
+    engine: Any = VllmEngine(spec)
+    engine._core = SimpleNamespace(add_request_async=add_request_async, shutdown=lambda timeout: None)
+    made = SimpleNamespace(request_id="r-1")
+    engine._input_processor = SimpleNamespace(
+        process_inputs=lambda *_, **__: made, assign_request_id=lambda request: None
+    )
+    task = asyncio.create_task(engine.generate(REQUEST, None, lambda _: None))
+    await is_under_way.wait()
+    await engine.stop()
+    with pytest.raises(EngineDead, match="stopped"):
+        await asyncio.wait_for(task, 5)
+    with pytest.raises(EngineDead):
+        await engine.stats()
+    assert engine.prompt_queue.queued_tokens == 0
 
 
 @pytest.mark.parametrize("caches_prefixes", [True, False])
