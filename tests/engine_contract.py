@@ -42,6 +42,8 @@ class Pair:
     slow_decode: dict[str, Any] = field(default_factory=dict)
     """Sampling parameters that make a leg slow where many tokens do not."""
     can_decode_prefill: bool = True
+    keeps_kv: bool = True
+    """Whether a prompt's KV is there before decode has come for it."""
 
     def request(self, num_tokens: int = 40, **sampling: Any) -> GenerateRequest:
         sampling = {"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True, **sampling}
@@ -58,6 +60,10 @@ class Pair:
             if stats.num_used_blocks or stats.num_running or stats.num_waiting or engine.prompt_queue.queued_tokens:
                 return False
         return True
+
+    async def is_kv_kept(self) -> bool:
+        """Whether prefill holds KV."""
+        return (await self.prefill.stats()).num_used_blocks > 0
 
     async def until_idle(self) -> None:
         await eventually(self.are_idle, SOON_S, "all KV and all queues are as before")
@@ -125,6 +131,8 @@ class EngineContract:
         expired = (await pair.prefill.stats()).num_expired_handoffs
         request = pair.request()
         descriptor = await pair.prefill.prefill(request)
+        if pair.keeps_kv:
+            await eventually(pair.is_kv_kept, SOON_S, "the KV is kept")
         for _ in range(2):
             await pair.prefill.release(request.request_id)
             await pair.decode.release(request.request_id, descriptor)

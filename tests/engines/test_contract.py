@@ -22,7 +22,8 @@ def make_prompt(num_tokens: int) -> list[int]:
 async def pair(real: Baton) -> Pair:
     real.wait_until_healthy()
     prefill, decode = real.engine_of("prefill"), real.engine_of("decode")
-    pair = Pair(prefill, decode, make_prompt, num_tokens_of_slow=3500, can_decode_prefill=real.engine == "vllm")
+    is_vllm = real.engine == "vllm"
+    pair = Pair(prefill, decode, make_prompt, num_tokens_of_slow=3500, can_decode_prefill=is_vllm, keeps_kv=is_vllm)
     await pair.until_idle()
     return pair
 

@@ -60,6 +60,7 @@ async def pair(request: pytest.FixtureRequest, make: Make) -> AsyncIterator[Pair
         slow = {
             "slow_prefill": {"extra_args": {"prefill": "hang"}},
             "slow_decode": {"extra_args": {"decode_hangs_at": 1}},
+            "keeps_kv": False,
         }
     yield Pair(prefill, decode, make_prompt, **slow)
     for engine in engines:
