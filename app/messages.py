@@ -54,6 +54,7 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
 
     engine: str
     replica_id: str
+    request_id: str
     prompt_tokens: int
     cached_tokens: int
     """Prompt tokens that prefill found in its prefix cache."""

@@ -53,10 +53,50 @@ def check_parameters(function: Callable[..., Any], *names: str) -> None:
 
 def check_attributes(owner: Any, *names: str) -> None:
     """Raise AttributeError unless `owner` has all of them; fields count that its class, or a base, declares."""
-    declared = {name for base in getattr(owner, "__mro__", ()) for name in vars(base).get("__annotations__", ())}
     for name in names:
-        if name not in declared and not hasattr(owner, name):
+        if name not in _declared(owner) and not hasattr(owner, name):
             raise AttributeError(f"{owner.__module__}.{owner.__qualname__} has no {name}")
+
+
+def check_protocol(found: Any, used: type) -> None:
+    """Raise AttributeError or TypeError unless `found`, an object, class or module, has what the protocol `used` names.
+
+    Annotations of `used` are attributes, also of a class's objects.  Its methods say with what arguments Baton calls
+    those of `found`: keyword-only ones by name, all others by position.  So one protocol is both what the type checker
+    sees of an upstream's object, and what is asked of the installed version.
+    """
+    methods = [value for name, value in vars(used).items() if inspect.isfunction(value) and not name.startswith("__")]
+    for name in (*inspect.get_annotations(used), *(method.__name__ for method in methods)):
+        if not hasattr(found, name) and name not in _declared(found):
+            raise AttributeError(f"{_title(found)} has no {name}")
+    for method in methods:
+        _check_call(found, method)
+
+
+def _check_call(found: Any, call: Any) -> None:
+    """Raise TypeError unless the method of `found` with the name of `call` takes the arguments of `call`."""
+    method, title = getattr(found, call.__name__), f"{_title(found)}.{call.__name__}"
+    if inspect.iscoroutinefunction(call) != inspect.iscoroutinefunction(method):
+        raise TypeError(f"{title} is {'no' if inspect.iscoroutinefunction(call) else 'a'} coroutine function")
+    given = list(inspect.signature(call).parameters.values())[1:]
+    named = {parameter.name: None for parameter in given if parameter.kind == parameter.KEYWORD_ONLY}
+    is_unbound = isinstance(found, type) and inspect.isfunction(inspect.getattr_static(found, call.__name__))
+    try:
+        inspect.signature(method).bind(*[None] * (is_unbound + len(given) - len(named)), **named)
+    except TypeError as error:
+        raise TypeError(f"{title}: {error}") from error
+
+
+def _declared(owner: Any) -> set[str]:
+    """Fields that a class, or a base of it, declares."""
+    return {name for base in getattr(owner, "__mro__", ()) for name in vars(base).get("__annotations__", ())}
+
+
+def _title(found: Any) -> str:
+    if inspect.ismodule(found):
+        return found.__name__
+    kind = found if isinstance(found, type) else type(found)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def check_uses(function: Callable[..., Any], name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from app.engines.prompt_queue import PromptQueue
 from app.messages import Emit, EngineStats, GenerateRequest, KvEvent, PrefixCache, Role, TransferDescriptor
 
 
@@ -53,6 +54,8 @@ class Engine(Protocol):
     Cancelling `prefill` or `generate` aborts the request and gives its KV back: there is no other way to abort.
     """
 
+    prompt_queue: PromptQueue
+
     async def start(self) -> EngineInfo:
         """Return when the engine can serve.  Raises what the engine raised; `stop` is safe afterwards."""
 
@@ -61,12 +64,6 @@ class Engine(Protocol):
 
         The caller owns the KV until decode has pulled it, `release` was called or the lease ran out.
         Raises InvalidRequest, EngineDead, EngineFailed or PrefillFailed.
-        """
-
-    async def abandon(self, request_id: str) -> None:
-        """Stop what goes on of a prefill after `prefill` returned, if anything: decode will not come.
-
-        Called on a prefill engine, at most once for a request, whether it is known here or not.
         """
 
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
@@ -79,21 +76,16 @@ class Engine(Protocol):
         Raises InvalidRequest, EngineDead or EngineFailed.
         """
 
-    async def release(self, descriptor: TransferDescriptor) -> None:
-        """Tell the prefill engine that nobody will pull this KV.  Called on a decode engine."""
+    async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
+        """Nobody will fetch this prompt's KV: have it freed at once instead of when its lease runs out.
+
+        Called on the prefill engine without a descriptor, and on a decode engine with the one that `prefill` returned:
+        some engines free their KV by themselves, others only when a decode engine tells them.  Does no harm where the
+        request is unknown, was released before, or has had its KV fetched.
+        """
 
     async def stats(self) -> EngineStats:
         """The present load."""
-
-    def queued_tokens(self) -> int:
-        """Prompt tokens still to be computed for requests here that have no first token.
-
-        Counted per request as its prompt's length less `GenerateRequest.expected_cached_tokens`; a request whose KV
-        comes through a descriptor has none.
-        """
-
-    def computed_prompts(self) -> tuple[int, int]:
-        """How many prompts that `queued_tokens` counted have been computed since the start, and their tokens."""
 
     def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
         """What happens to the prefix cache, in order, from the engine's start on, for one consumer.

@@ -1,4 +1,4 @@
-"""How many prompt tokens an engine has still to compute, and how many it has, as far as its adapter can tell."""
+"""How many prompt tokens an engine has still to compute, and how many it has computed, as far as its adapter knows."""
 
 from __future__ import annotations
 
@@ -14,25 +14,32 @@ class Leave(Protocol):
 
 
 class PromptQueue:
-    """What `Engine.queued_tokens` and `Engine.computed_prompts` count."""
+    """The prompts of one engine.
+
+    A prompt counts as its length less `GenerateRequest.expected_cached_tokens`; one whose KV comes through a descriptor
+    does not count.
+    """
 
     def __init__(self) -> None:
-        self.num_tokens = 0
+        self.queued_tokens = 0
+        """Prompt tokens still to be computed for requests that have no first token."""
         self.computed_prompts = 0
+        """Prompts that were queued and have been computed since the engine's start."""
         self.computed_tokens = 0
+        """Their tokens."""
 
     def enter(self, request: GenerateRequest, descriptor: TransferDescriptor | None = None) -> Leave:
         """Count a prompt, unless `descriptor` brings its KV, until what this returns is called."""
         is_waiting = descriptor is None
         num_tokens = max(0, len(request.prompt_token_ids) - request.expected_cached_tokens) if is_waiting else 0
-        self.num_tokens += num_tokens
+        self.queued_tokens += num_tokens
 
         def leave(*, is_computed: bool = False) -> None:
             nonlocal is_waiting
             if not is_waiting:
                 return
             is_waiting = False
-            self.num_tokens -= num_tokens
+            self.queued_tokens -= num_tokens
             if is_computed:
                 self.computed_prompts += 1
                 self.computed_tokens += num_tokens

@@ -6,7 +6,7 @@
    prefill leg and returns at once, the descriptor being the room and the address of this engine's bootstrap server.
    `generate` on the decode side enters the room: it tells prefill where its KV goes, prefill computes and writes it
    there over NIXL, together with the first token, which prefill samples.
-4. Whichever leg ends early, SGLang tells the other one; a room that decode never enters is given up by `abandon`, or
+4. Whichever leg ends early, SGLang tells the other one; a room that decode never enters is given up by `release`, or
    after ``transfer.lease_s``.
 
 SGLang's decode engine cannot prefill, so a transfer that fails is `PrefillFailed`: another prefill replica may do it.
@@ -28,12 +28,14 @@ from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
+from app.engines import sglang_surface as surface
 from app.engines.base import EngineInfo, EngineSpec
 from app.engines.kv_events import KvEventFeed, follow
 from app.engines.plugins import cpu_waits
 from app.engines.plugins.owner_watch import owner_environment
 from app.engines.prompt_queue import Leave, PromptQueue
 from app.engines.sglang_sampling import Translation, translate
+from app.engines.sglang_surface import Candidates, FinishReason, Load, MetaInfo, Output, TokenLogprob
 from app.engines.ucx import UcxLog
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
 from app.messages import (
@@ -127,14 +129,14 @@ class SglangEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._ucx_log = UcxLog()
-        self._engine: Any = None
+        self._engine: surface.Engine | None = None
         self._page_size = 1
         self._reached_at: dict[tuple[str, int], float] = {}
         self._vocab_size = 0
         self._eos_token_id: int | None = None
         self._kv_bytes_per_token = 0
         self._prefills: dict[str, asyncio.Task[None]] = {}
-        self._queue = PromptQueue()
+        self.prompt_queue = PromptQueue()
         self._kv_feed: KvEventFeed | None = None
         self._num_transfers = 0
         self._num_failed_transfers = 0
@@ -144,20 +146,17 @@ class SglangEngine:
     async def start(self) -> EngineInfo:
         os.environ.update(self._environment())
         # Loading takes from seconds to many minutes: off the loop, which has to go on answering Serve.
-        await asyncio.to_thread(self._start_engine)
-        import sglang
-
-        manager = self._engine.tokenizer_manager
+        engine = self._engine = await asyncio.to_thread(self._start_engine)
+        manager = engine.tokenizer_manager
         manager.auto_create_handle_loop()  # on this loop, which hands out the tokens
-        scheduler = self._engine._scheduler_init_result.scheduler_infos[0]
-        self._page_size = self._engine.server_args.page_size or 1
+        self._page_size = engine.server_args.page_size or 1
         self._vocab_size = manager.model_config.vocab_size
         self._eos_token_id = getattr(manager.tokenizer, "eos_token_id", None)  # no tokenizer with skip_tokenizer_init
-        self._kv_bytes_per_token = _kv_bytes_per_token(manager.model_config, self._engine.server_args.kv_cache_dtype)
+        self._kv_bytes_per_token = surface.kv_bytes_per_token(engine)
         return EngineInfo(
             engine="sglang",
-            version=sglang.__version__,
-            num_blocks=scheduler["max_total_num_tokens"] // self._page_size,
+            version=surface.version(),
+            num_blocks=surface.num_kv_tokens(engine) // self._page_size,
             block_size_tokens=self._page_size,
             max_model_len=manager.context_len,
             prefix_cache=prefix_cache(build_engine_args(self._spec)),
@@ -186,15 +185,16 @@ class SglangEngine:
             }
         return environment
 
-    def _start_engine(self) -> None:
-        import sglang
-
+    def _start_engine(self) -> surface.Engine:
         arguments = build_engine_args(self._spec)
+        surface.check_environment(self._environment())
+        if self._spec.device == "cpu":
+            cpu_waits.check_sglang()
         if prefix_cache(arguments) == "published":
             self._kv_feed = KvEventFeed()
             arguments["kv_events_config"] = json.dumps(self._kv_feed.publisher)
         try:
-            self._engine = sglang.Engine(**arguments)
+            return surface.launch(arguments)
         except (TypeError, ValueError) as error:
             raise ConfigError("engine_args", f"SGLang refuses them: {error}") from error
 
@@ -205,7 +205,7 @@ class SglangEngine:
             )
         room = {"host": self._spec.kv_host, "port": self._spec.kv_port, "room": random.getrandbits(62)}
         arguments = self._arguments(request, self._translate(request), room)
-        leave_queue = self._queue.enter(request)  # SGLang says of this leg no more than that it has ended
+        leave_queue = self.prompt_queue.enter(request)  # SGLang says of this leg no more than that it has ended
         task = asyncio.create_task(self._prefill(request.request_id, arguments, leave_queue))
         self._prefills[request.request_id] = task
         task.add_done_callback(lambda _: self._prefills.pop(request.request_id))
@@ -213,6 +213,7 @@ class SglangEngine:
         return TransferDescriptor(
             engine="sglang",
             replica_id=self._spec.replica_id,
+            request_id=request.request_id,
             prompt_tokens=len(request.prompt_token_ids),
             cached_tokens=0,  # not known yet: it comes to decode together with the KV
             ready_at=time.time(),
@@ -228,7 +229,7 @@ class SglangEngine:
                 async for output in outputs:
                     if (abort := _abort_of(output)) is not None:
                         is_computed = False
-                        self._num_expired_handoffs += "timed out" in abort["message"]
+                        self._num_expired_handoffs += surface.has_lease_run_out(abort)
                         logger.warning("request_id=%s prefill ended: %s", request_id, abort["message"])
             leave_queue(is_computed=is_computed)
         except InvalidRequest as error:  # decode refuses it too, and answers
@@ -236,7 +237,8 @@ class SglangEngine:
         except Exception:
             logger.exception("request_id=%s prefill ended", request_id)
 
-    async def abandon(self, request_id: str) -> None:
+    async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
+        """Only the prefill engine can: it computes nothing before decode has come, and decode has not."""
         if (task := self._prefills.get(request_id)) is not None:
             task.cancel()
 
@@ -247,7 +249,7 @@ class SglangEngine:
         arguments = self._arguments(request, translation, descriptor.params if descriptor else None)
         if descriptor is not None:
             await self._check_reachable(descriptor)
-        leave_queue = self._queue.enter(request, descriptor)
+        leave_queue = self.prompt_queue.enter(request, descriptor)
         is_first = True
         try:
             async with aclosing(self._outputs(arguments)) as outputs:
@@ -261,9 +263,10 @@ class SglangEngine:
         finally:
             leave_queue()
 
-    def _stop_reason(self, output: dict[str, Any], request: GenerateRequest) -> int | None:
+    def _stop_reason(self, output: Output, request: GenerateRequest) -> int | None:
         """By vLLM's rule: a stop token that the request names, unless it is the end-of-sequence token."""
-        matched: int | None = (output["meta_info"]["finish_reason"] or {}).get("matched")
+        reason = output["meta_info"]["finish_reason"]
+        matched = reason.get("matched") if reason else None
         is_named = matched in request.sampling.get("stop_token_ids", ())
         return matched if is_named and matched != self._eos_token_id else None
 
@@ -306,10 +309,10 @@ class SglangEngine:
             arguments |= {f"bootstrap_{name}": value for name, value in room.items()}
         return arguments
 
-    async def _outputs(self, arguments: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def _outputs(self, arguments: dict[str, Any]) -> AsyncGenerator[Output, None]:
         """What SGLang says of one request; closing it early aborts the request.  Raises InvalidRequest."""
         try:
-            outputs = await self._engine.async_generate(**arguments)
+            outputs = await self._live_engine().async_generate(**arguments)
             async with aclosing(outputs):
                 async for output in outputs:
                     yield output
@@ -332,7 +335,7 @@ class SglangEngine:
         writer.close()
         self._reached_at[address] = now
 
-    def _failure(self, abort: dict[str, Any], descriptor: TransferDescriptor | None) -> Exception:
+    def _failure(self, abort: FinishReason, descriptor: TransferDescriptor | None) -> Exception:
         """What SGLang's ending of a request means; with `descriptor` no token has come yet."""
         if abort.get("status_code") == HTTPStatus.BAD_REQUEST:
             return InvalidRequest(abort["message"])
@@ -342,7 +345,7 @@ class SglangEngine:
         return PrefillFailed(f"prefill replica {descriptor.replica_id}: {abort['message']}")
 
     def _report(
-        self, request: GenerateRequest, descriptor: TransferDescriptor | None, meta_info: dict[str, Any]
+        self, request: GenerateRequest, descriptor: TransferDescriptor | None, meta_info: MetaInfo
     ) -> PrefillReport:
         """`transferred_tokens`, and `EngineStats.transferred_bytes` with it, are an upper bound: the whole prompt.
 
@@ -365,12 +368,9 @@ class SglangEngine:
             transport=self._ucx_log.transport,
         )
 
-    async def release(self, descriptor: TransferDescriptor) -> None:
-        """Nothing: prefill computes nothing before decode has come, and the frontend tells it to `abandon`."""
-
     async def stats(self) -> EngineStats:
         await self.check_health()
-        loads = self._engine.tokenizer_manager.load_snapshot_reader.read_all()
+        loads = self._live_engine().tokenizer_manager.load_snapshot_reader.read_all()
         used_tokens = sum(load.num_used_tokens for load in loads)
         return EngineStats(
             num_running=sum(load.num_running_reqs for load in loads)
@@ -386,21 +386,20 @@ class SglangEngine:
             transport=self._ucx_log.transport,
         )
 
-    def queued_tokens(self) -> int:
-        return self._queue.num_tokens
-
-    def computed_prompts(self) -> tuple[int, int]:
-        return self._queue.computed_prompts, self._queue.computed_tokens
-
     def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
         return follow(self._kv_feed)
 
     async def check_health(self) -> None:
-        if self._engine is None:
-            raise EngineDead
+        engine = self._live_engine()
         alive = {process.pid for process in multiprocessing.active_children()}
-        if not alive.issuperset(self._engine.get_all_child_pids()):
+        if not alive.issuperset(engine.get_all_child_pids()):
             raise EngineDead
+
+    def _live_engine(self) -> surface.Engine:
+        """Raises EngineDead if there is none: not yet, or not any more."""
+        if self._engine is None:
+            raise EngineDead("the engine does not run")
+        return self._engine
 
     async def stop(self) -> None:
         for task in list(self._prefills.values()):
@@ -412,28 +411,32 @@ class SglangEngine:
             self._kv_feed.close()
 
 
-def _held_up(load: Any) -> int:
+def _held_up(load: Load) -> int:
     """Requests that decode has no KV memory for: on decode itself, or on a prefill engine that waits for it."""
     on_prefill = load.disaggregation.prefill_bootstrap_queue_reqs if load.disaggregation else 0
-    return int(on_prefill + (load.queues.prealloc_ready if load.queues else 0))
+    return on_prefill + (load.queues.prealloc_ready if load.queues else 0)
 
 
-def _abort_of(output: dict[str, Any]) -> dict[str, Any] | None:
+def _abort_of(output: Output) -> FinishReason | None:
     """SGLang's reason if it ended the request before its time."""
-    reason: dict[str, Any] | None = output["meta_info"]["finish_reason"]
+    reason = output["meta_info"]["finish_reason"]
     return reason if reason is not None and reason["type"] == "abort" else None
 
 
 def _to_delta(
-    output: dict[str, Any], translation: Translation, stop_reason: int | None, report: PrefillReport | None
+    output: Output, translation: Translation, stop_reason: int | None, report: PrefillReport | None
 ) -> TokenDelta:
     meta_info = output["meta_info"]
     reason = meta_info["finish_reason"]
     logprobs = prompt_logprobs = None
     if translation.num_logprobs is not None:
-        logprobs = _to_logprobs(meta_info, "output", translation.num_logprobs)
+        logprobs = _to_logprobs(
+            meta_info["output_token_logprobs"], meta_info.get("output_top_logprobs"), translation.num_logprobs
+        )
     if translation.num_prompt_logprobs is not None and report is not None:
-        prompt_logprobs = _to_logprobs(meta_info, "input", translation.num_prompt_logprobs)
+        prompt_logprobs = _to_logprobs(
+            meta_info["input_token_logprobs"], meta_info.get("input_top_logprobs"), translation.num_prompt_logprobs
+        )
     return TokenDelta(
         token_ids=output["output_ids"],
         finish_reason=reason["type"] if reason else None,
@@ -444,12 +447,12 @@ def _to_delta(
     )
 
 
-def _to_logprobs(meta_info: dict[str, Any], side: str, num_candidates: int) -> Logprobs:
+def _to_logprobs(
+    of_tokens: list[TokenLogprob], of_candidates: list[Candidates | None] | None, num_candidates: int
+) -> Logprobs:
     """The log probabilities of new output tokens, or of the prompt's without its first, which has none."""
-    of_tokens = meta_info[f"{side}_token_logprobs"]
-    of_candidates = meta_info.get(f"{side}_top_logprobs") or [None] * len(of_tokens)
     logprobs = Logprobs(token_ids=[], logprobs=[], ranks=[])
-    for (logprob, token, _), candidates in zip(of_tokens, of_candidates, strict=True):
+    for (logprob, token, _), candidates in zip(of_tokens, of_candidates or [None] * len(of_tokens), strict=True):
         if logprob is None:
             continue
         top = [(value, candidate) for value, candidate, _ in candidates or ()]
@@ -458,13 +461,3 @@ def _to_logprobs(meta_info: dict[str, Any], side: str, num_candidates: int) -> L
         logprobs.logprobs.append([logprob, *(value for value, _ in top[:num_candidates])])
         logprobs.ranks.append(rank)
     return logprobs
-
-
-def _kv_bytes_per_token(model: Any, kv_cache_dtype: str) -> int:
-    """Bytes of one token's KV over all layers and ranks, from the model's shape; SGLang reports none."""
-    itemsize = 1 if kv_cache_dtype.startswith("fp8") else model.dtype.itemsize
-    if model.attention_arch.name == "MLA":
-        per_layer = model.kv_lora_rank + model.qk_rope_head_dim
-    else:
-        per_layer = model.get_total_num_kv_heads() * (model.head_dim + model.v_head_dim)
-    return int(model.num_hidden_layers * per_layer * itemsize)

@@ -29,6 +29,22 @@ from app.engines.plugins import cpu_waits
 from app.engines.plugins.owner_watch import owner_environment
 from app.engines.prompt_queue import PromptQueue
 from app.engines.ucx import UcxLog
+from app.engines.vllm_surface import (
+    ASK_FOR_HANDOFF,
+    ENDED_BY_AN_ERROR,
+    ConnectorStats,
+    Core,
+    InputProcessor,
+    LogprobsLists,
+    Output,
+    SchedulerStats,
+    VllmConfig,
+    check_environment,
+    check_names,
+    dead_error,
+    rejection,
+    start_core,
+)
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest
 from app.messages import (
     Emit,
@@ -58,16 +74,6 @@ OWNED_ARGS = {
     "port": "http_options of the Serve config",
 }
 """Engine arguments that Baton sets, with where the user sets them instead."""
-
-ASK_FOR_HANDOFF = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
-"""``kv_transfer_params`` with which a prefill engine keeps the prompt's KV and says where it lies."""
 
 
 def build_engine_args(spec: EngineSpec) -> Any:
@@ -120,7 +126,7 @@ def to_sampling_params(sampling: dict[str, Any], kv_transfer_params: dict[str, A
 class _Running(msgspec.Struct):
     """A request that the engine core works on."""
 
-    on_output: Callable[[Any], None]
+    on_output: Callable[[Output], None]
     ended: asyncio.Future[None]
 
     def fail(self, error: BaseException) -> None:
@@ -134,24 +140,24 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._ucx_log = UcxLog()
-        self._core: Any = None
-        self._input_processor: Any = None
+        self._core: Core | None = None
+        self._input_processor: InputProcessor
         self._running: dict[str, _Running] = {}
-        self._queue = PromptQueue()
+        self.prompt_queue = PromptQueue()
         self._kv_feed: KvEventFeed | None = None
         self._pump_task: asyncio.Task[None] | None = None
         self._death: EngineDead | None = None
-        self._scheduler_stats: Any = None
-        self._transfers: dict[str, float] = {}
+        self._scheduler_stats: SchedulerStats | None = None
+        self._moved = ConnectorStats()
 
     async def start(self) -> EngineInfo:
         os.environ.update(self._environment())
         # Loading takes from seconds to many minutes: off the loop, which has to go on answering Serve.
-        await asyncio.to_thread(self._start_core)
+        self._core, self._input_processor = await asyncio.to_thread(self._start_core)
         self._pump_task = asyncio.create_task(self._pump(), name="vllm-pump")
         import vllm
 
-        config = self._core.vllm_config
+        config = self._live_core().vllm_config
         return EngineInfo(
             engine="vllm",
             version=vllm.__version__,
@@ -178,27 +184,22 @@ class VllmEngine:
             environment.update(cpu_waits.ENVIRONMENT)
         return environment
 
-    def _start_core(self) -> None:
+    def _start_core(self) -> tuple[Core, InputProcessor]:
         from vllm.config import KVEventsConfig
-        from vllm.renderers import renderer_from_config
-        from vllm.v1.engine.core_client import EngineCoreClient
-        from vllm.v1.engine.input_processor import InputProcessor
-        from vllm.v1.executor import Executor
 
-        config = build_engine_args(self._spec).create_engine_config()
+        check_names(is_disaggregated=self._spec.is_disaggregated)
+        check_environment(self._environment())
+        config: VllmConfig = build_engine_args(self._spec).create_engine_config()
         if config.cache_config.enable_prefix_caching:  # by default it depends on the model
             self._kv_feed = KvEventFeed()
             config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, **self._kv_feed.publisher)
-        self._input_processor = InputProcessor(config, renderer_from_config(config))
-        self._core = EngineCoreClient.make_async_mp_client(
-            vllm_config=config, executor_class=Executor.get_class(config), log_stats=True
-        )
+        return start_core(config)
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
         began = time.monotonic()
         params = to_sampling_params({"max_tokens": 1, "temperature": 0.0}, dict(ASK_FOR_HANDOFF))
-        outputs: list[Any] = []
-        leave_queue = self._queue.enter(request)
+        outputs: list[Output] = []
+        leave_queue = self.prompt_queue.enter(request)
         try:
             await self._run(request, params, outputs.append)
             leave_queue(is_computed=True)
@@ -210,6 +211,7 @@ class VllmEngine:
         return TransferDescriptor(
             engine="vllm",
             replica_id=self._spec.replica_id,
+            request_id=request.request_id,
             prompt_tokens=len(request.prompt_token_ids),
             cached_tokens=last.prefill_stats.num_cached_tokens if last.prefill_stats else 0,
             ready_at=time.time(),
@@ -217,9 +219,6 @@ class VllmEngine:
             params=last.kv_transfer_params,
             prefill_s=time.monotonic() - began,
         )
-
-    async def abandon(self, request_id: str) -> None:
-        """Nothing: `prefill` returns when all is done, and then only `release` helps."""
 
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
         is_refused = descriptor is not None and self._ucx_log.falls_short(self._spec.required_transport)
@@ -229,13 +228,13 @@ class VllmEngine:
                 self._ucx_log.transport,
                 self._spec.required_transport,
             )
-            await self.release(descriptor)
+            await self.release(request.request_id, descriptor)
             descriptor = None
         params = to_sampling_params(request.sampling, dict(descriptor.params) if descriptor else None)
-        leave_queue = self._queue.enter(request, descriptor)
+        leave_queue = self.prompt_queue.enter(request, descriptor)
         is_first = True
 
-        def on_output(output: Any) -> None:
+        def on_output(output: Output) -> None:
             nonlocal is_first
             report = None
             if is_first:
@@ -249,7 +248,7 @@ class VllmEngine:
         finally:
             leave_queue()
 
-    def _report(self, output: Any, descriptor: TransferDescriptor | None, is_refused: bool) -> PrefillReport:
+    def _report(self, output: Output, descriptor: TransferDescriptor | None, is_refused: bool) -> PrefillReport:
         stats = output.prefill_stats
         local = stats.num_local_cached_tokens if stats else 0
         transferred = stats.num_external_cached_tokens if stats else 0
@@ -268,11 +267,11 @@ class VllmEngine:
             transport=self._ucx_log.transport,
         )
 
-    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Any], None]) -> None:
+    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Output], None]) -> None:
         """Run one request in the engine core; cancelling aborts it."""
         from vllm.exceptions import VLLMClientError
 
-        self._raise_if_dead()
+        core = self._live_core()
         prompt = {"type": "token", "prompt_token_ids": request.prompt_token_ids}
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
@@ -289,21 +288,21 @@ class VllmEngine:
         running = _Running(on_output, asyncio.get_running_loop().create_future())
         self._running[core_id] = running
         try:
-            await self._core.add_request_async(core_request)
+            await core.add_request_async(core_request)
             await running.ended
         finally:
             del self._running[core_id]
             # Cancelled: the future is too.  Where the core has ended the request there is nothing to abort.
             if (not running.ended.done() or running.ended.cancelled()) and self._death is None:
-                await self._core.abort_requests_async([core_id])
+                await core.abort_requests_async([core_id])
 
     async def _pump(self) -> None:
         """Hand out the outputs of each engine step until the engine core dies."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
+        EngineDeadError = dead_error()
+        core = self._live_core()
         try:
             while True:
-                step = await self._core.get_output_async()
+                step = await core.get_output_async()
                 if step.scheduler_stats is not None:
                     self._record(step.scheduler_stats)
                 for output in step.outputs:
@@ -311,58 +310,56 @@ class VllmEngine:
                     if running := self._running.get(output.request_id):
                         _hand_out(output, running)
         except EngineDeadError:
-            self._death = EngineDead()
-            for running in self._running.values():
-                running.fail(self._death)
+            self._end(EngineDead())
 
-    def _record(self, stats: Any) -> None:
+    def _record(self, stats: SchedulerStats) -> None:
         self._scheduler_stats = stats
-        for name, values in (stats.kv_connector_stats or {}).items():
-            self._transfers[name] = self._transfers.get(name, 0) + sum(values)
-            if name == "transfer_duration":
-                self._transfers["num_transfers"] = self._transfers.get("num_transfers", 0) + len(values)
+        if stats.kv_connector_stats:
+            self._moved.add(stats.kv_connector_stats)
 
-    async def release(self, descriptor: TransferDescriptor) -> None:
-        self._raise_if_dead()
-        await self._core.add_request_async(_rejection(descriptor))
+    async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
+        """Only a decode engine can: `prefill` returned when all was computed, and its engine waits to be told."""
+        if descriptor is None:
+            return
+        await self._live_core().add_request_async(rejection(descriptor))
 
     async def stats(self) -> EngineStats:
-        self._raise_if_dead()
-        num_blocks = self._core.vllm_config.cache_config.num_gpu_blocks
+        num_blocks = self._live_core().vllm_config.cache_config.num_gpu_blocks
         scheduler = self._scheduler_stats
-        moved = self._transfers
+        moved = self._moved
         return EngineStats(
             num_running=scheduler.num_running_reqs if scheduler else 0,
             num_waiting=scheduler.num_waiting_reqs if scheduler else 0,
             num_blocks=num_blocks,
             num_used_blocks=round(scheduler.kv_cache_usage * num_blocks) if scheduler else 0,
-            num_transfers=int(moved.get("num_transfers", 0)),
-            num_failed_transfers=int(moved.get("num_failed_transfers", 0) + moved.get("num_failed_handshakes", 0)),
-            transferred_bytes=int(moved.get("bytes_transferred", 0)),
-            transfer_s=moved.get("transfer_duration", 0.0),
-            num_expired_handoffs=int(moved.get("num_kv_expired_reqs", 0)),
+            num_transfers=moved.num_transfers,
+            num_failed_transfers=int(moved.num_failed_transfers + moved.num_failed_handshakes),
+            transferred_bytes=int(moved.bytes_transferred),
+            transfer_s=moved.transfer_duration,
+            num_expired_handoffs=int(moved.num_kv_expired_reqs),
             transport=self._ucx_log.transport,
         )
-
-    def queued_tokens(self) -> int:
-        return self._queue.num_tokens
-
-    def computed_prompts(self) -> tuple[int, int]:
-        return self._queue.computed_prompts, self._queue.computed_tokens
 
     def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
         return follow(self._kv_feed)
 
     async def check_health(self) -> None:
-        self._raise_if_dead()
-        if self._core is None or self._core.resources.engine_dead:
+        if self._live_core().resources.engine_dead:
             raise EngineDead
 
-    def _raise_if_dead(self) -> None:
-        if self._death is not None:
-            raise self._death
+    def _live_core(self) -> Core:
+        """Raises EngineDead if there is none: not yet, or not any more."""
+        if self._core is None or self._death is not None:
+            raise self._death or EngineDead("the engine has not been started")
+        return self._core
+
+    def _end(self, death: EngineDead) -> None:
+        self._death = self._death or death
+        for running in self._running.values():
+            running.fail(self._death)
 
     async def stop(self) -> None:
+        self._end(EngineDead("the engine was stopped"))
         if self._pump_task is not None:
             self._pump_task.cancel()
             self._pump_task = None
@@ -373,10 +370,10 @@ class VllmEngine:
             self._kv_feed.close()
 
 
-def _hand_out(output: Any, running: _Running) -> None:
+def _hand_out(output: Output, running: _Running) -> None:
     if running.ended.done():  # cancelled, but its task has not run yet
         return
-    if str(output.finish_reason) == "error":
+    if str(output.finish_reason) == ENDED_BY_AN_ERROR:
         running.fail(EngineFailed("vLLM ended the request with an internal error"))
         return
     running.on_output(output)
@@ -384,29 +381,7 @@ def _hand_out(output: Any, running: _Running) -> None:
         running.ended.set_result(None)
 
 
-def _rejection(descriptor: TransferDescriptor) -> Any:
-    """A request that the core aborts at once, so that its connector tells prefill to free the blocks.
-
-    What vLLM's ``AsyncLLM.notify_kv_transfer_request_rejected`` sends.
-    """
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
-
-    return EngineCoreRequest(
-        request_id=f"release-{descriptor.params['remote_request_id']}",
-        prompt_token_ids=[0],
-        mm_features=None,
-        sampling_params=SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": dict(descriptor.params)}),
-        pooling_params=None,
-        arrival_time=time.time(),
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-        abort_immediately=True,
-    )
-
-
-def _to_delta(output: Any, report: PrefillReport | None) -> TokenDelta:
+def _to_delta(output: Output, report: PrefillReport | None) -> TokenDelta:
     reason = str(output.finish_reason) if output.finish_reason is not None else None
     prompt_logprobs = output.new_prompt_logprobs_tensors
     return TokenDelta(
@@ -419,7 +394,7 @@ def _to_delta(output: Any, report: PrefillReport | None) -> TokenDelta:
     )
 
 
-def _to_logprobs(lists: Any) -> Logprobs:
+def _to_logprobs(lists: LogprobsLists) -> Logprobs:
     return Logprobs(
         token_ids=lists.logprob_token_ids.tolist(),
         logprobs=lists.logprobs.tolist(),

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 from aiohttp import web
 
-from app.engines.vllm import ASK_FOR_HANDOFF
+from app.engines.vllm_surface import ASK_FOR_HANDOFF
 
 SESSION = web.AppKey("session", aiohttp.ClientSession)
 

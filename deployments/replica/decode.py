@@ -127,7 +127,7 @@ class DecodeWorker(Worker):
         return {**super().record_autoscaling_stats(), "generated_tokens": self._generated_tokens}
 
     async def _release(self, descriptor: TransferDescriptor) -> None:
-        await self._engine.release(descriptor)
+        await self._engine.release(descriptor.request_id, descriptor)
 
 
 class AggregatedWorker(DecodeWorker):

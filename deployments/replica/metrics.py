@@ -70,7 +70,7 @@ class WorkerMetrics:
 
     def _publish(self, stats: EngineStats) -> None:
         sequences, decoding = self._count()
-        self._queued_tokens.set(self._engine.queued_tokens())
+        self._queued_tokens.set(self._engine.prompt_queue.queued_tokens)
         self._sequences.set(sequences)
         self._decoding.set(decoding)
         for field, gauge in self._of_engine.items():

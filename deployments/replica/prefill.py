@@ -64,7 +64,7 @@ class PrefillWorker(Worker):
         began = time.monotonic()
         try:
             # First whether the engine lives: what waits in a dead one waits for ever.
-            while _has_work(await self._engine.stats()) or self._engine.queued_tokens():  # noqa: ASYNC110  it tells nobody
+            while _has_work(await self._engine.stats()) or self._engine.prompt_queue.queued_tokens:  # noqa: ASYNC110  it tells nobody
                 await asyncio.sleep(HELD_KV_POLL_S)
         except BatonError as error:
             logger.warning("the KV that decode has not pulled is lost: %s", error)
@@ -79,7 +79,7 @@ class PrefillWorker(Worker):
         self.check_is_me(replica_id)
         if (task := self._running.get(request_id)) is not None:
             task.cancel()
-        await self._engine.abandon(request_id)
+        await self._engine.release(request_id)
 
 
 def _has_work(stats: EngineStats) -> bool:

@@ -69,7 +69,7 @@ class Publisher:
     def _poll(self, *, is_poll: bool = False) -> None:
         self._will_poll = False
         sequences, decoding = self._count()
-        load = ReplicaLoad(sequences, self._engine.queued_tokens(), self._stats.num_used_blocks, decoding)
+        load = ReplicaLoad(sequences, self._engine.prompt_queue.queued_tokens, self._stats.num_used_blocks, decoding)
         self._on_look(load, self._stats)
         if is_poll or load != self._load:
             self._load = load

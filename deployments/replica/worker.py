@@ -98,11 +98,10 @@ class Worker:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What deployments/autoscaling.py goes by; Serve asks regularly."""
-        prompts, tokens = self._engine.computed_prompts()
         return {
             **self._meter.read(),
-            "prompts": prompts,
-            "computed_tokens": tokens,
+            "prompts": self._engine.prompt_queue.computed_prompts,
+            "computed_tokens": self._engine.prompt_queue.computed_tokens,
             "transferring": self._transfer_s,
         }
 

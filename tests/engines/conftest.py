@@ -5,6 +5,7 @@ Real vLLM and real SGLang engines with real NIXL, prefill and decode apart, SGLa
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 from ray import serve
 
 from tests.conftest import REPOSITORY, wait_until
+from tests.engines import workers
 
 START_TIMEOUT_S = 300.0
 CONFIG = REPOSITORY / "cluster" / "local" / "two-engines.yaml"
@@ -88,6 +90,14 @@ class Baton:
                 return float(line.split()[-1])
         return 0.0
 
+    def handle(self, role: str) -> Any:
+        """Of a pool's deployment."""
+        return _handle(f"{role}-{self.model}")
+
+    def engine_of(self, role: str) -> workers.EngineOfReplica:
+        """The engine of the only replica of a role."""
+        return workers.EngineOfReplica(self.handle(role), self.stats(role)["replica_id"])
+
     def replica_process(self, role: str) -> psutil.Process:
         pids = [endpoint["pid"] for endpoint in self.endpoints() if endpoint["role"] == role]
         assert len(pids) == 1, pids
@@ -95,6 +105,14 @@ class Baton:
 
     def wait_until_healthy(self) -> None:
         wait_until(lambda: self.health()["state"] == "ready", START_TIMEOUT_S, f"{self.model} ready")
+
+
+@functools.cache
+def _handle(deployment: str) -> Any:
+    """Whose router has an event loop of its own, as each test has another."""
+    handle = serve.get_deployment_handle(deployment, "baton")
+    handle._init(_run_router_in_separate_loop=True)
+    return handle
 
 
 def engine_processes(replica: psutil.Process) -> list[psutil.Process]:
@@ -108,7 +126,17 @@ def is_of_engine(process: psutil.Process) -> bool:
 
 
 @pytest.fixture(scope="session")
-def application(serve_url: str) -> Iterator[str]:
+def opened_workers() -> Iterator[None]:
+    """Replicas are such that a test can call their engines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deployments.replica.prefill.PrefillWorker", workers.OpenedPrefill)
+        patch.setattr("deployments.replica.decode.DecodeWorker", workers.OpenedDecode)
+        patch.setattr("deployments.replica.decode.AggregatedWorker", workers.OpenedAggregated)
+        yield
+
+
+@pytest.fixture(scope="session")
+def application(serve_url: str, opened_workers: None) -> Iterator[str]:
     """The URL of the application of all models."""
     from deployments.build import build
 

@@ -7,7 +7,6 @@ import random
 
 import pytest
 import ray
-from ray import serve
 
 from app.cli.verify import compare_output
 from app.messages import GenerateRequest, TransferDescriptor
@@ -40,8 +39,7 @@ def test_verify_needs_no_reference_where_prefill_can_be_one(sglang: Baton) -> No
 
 
 async def test_descriptor_is_small(real: Baton) -> None:
-    handle = serve.get_deployment_handle(f"prefill-{real.model}", "baton")
-    handle._init(_run_router_in_separate_loop=True)
+    handle = real.handle("prefill")
     request = GenerateRequest(request_id="size", prompt_token_ids=[7] * 4095, sampling={})
     replica = real.stats("prefill")["replica_id"]
     descriptor: TransferDescriptor = await handle.prefill.remote(request, replica_id=replica)

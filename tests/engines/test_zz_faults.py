@@ -6,13 +6,16 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import psutil
 import pytest
+from ray.exceptions import RayActorError
 
 from app.cli.verify import compare_output
-from tests.conftest import wait_until
+from app.errors import EngineDead, ReplicaLost
+from tests.conftest import eventually, wait_until
 from tests.engines.conftest import SGLANG_AGGREGATED, START_TIMEOUT_S, Baton, engine_processes
 
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(900)]
@@ -117,3 +120,43 @@ def test_verify_passes_after_restarts(sglang: Baton) -> None:
     assert compare_output(
         sglang.url, model=sglang.model, reference=SGLANG_AGGREGATED, corrupt_kv=False, tolerance=0.001, seed=3
     )
+
+
+DEAD = (EngineDead, ReplicaLost, RayActorError)
+"""What says that an engine is dead: Serve may have given its replica up meanwhile, or SGLang have ended it."""
+
+
+async def test_the_death_of_an_engine_is_said(real: Baton) -> None:
+    real.wait_until_healthy()
+    engine = real.engine_of("decode")
+    await engine.check_health()
+    for process in engine_processes(real.replica_process("decode")):
+        process.kill()
+
+    async def is_said() -> bool:
+        with suppress(*DEAD):
+            await engine.check_health()
+            return False
+        return True
+
+    await eventually(is_said, 5, "the death is said")
+    with pytest.raises(DEAD):
+        await engine.stats()
+
+
+async def test_an_engine_can_be_stopped_twice(real: Baton) -> None:
+    processes = engine_processes(real.replica_process("prefill"))
+    assert processes
+    engine = real.engine_of("prefill")
+    for _ in range(2):
+        await engine.stop()
+    wait_until(lambda: all(map(has_ended, processes)), 10, "a stopped engine leaves no process behind")
+    with pytest.raises(DEAD):
+        await engine.check_health()
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also if its parent, which lives, has not waited for it."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    return True

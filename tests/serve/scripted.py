@@ -19,6 +19,7 @@ from ray import serve
 
 from app.config import BatonConfig, parse
 from app.engines.base import Engine, EngineInfo, EngineSpec
+from app.engines.prompt_queue import PromptQueue
 from app.errors import EngineDead, EngineFailed
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import (
@@ -76,9 +77,9 @@ class ScriptedEngine:
         self._spec = spec
         self._diary = Diary(spec.engine_args["diary"])
         self._is_dead = False
-        self._queued: dict[str, int] = {}
+        self.prompt_queue = PromptQueue()
         self._cached: set[tuple[int, ...]] = set()
-        self._events: asyncio.Queue[list[KvEvent]] = asyncio.Queue()
+        self._events: asyncio.Queue[list[KvEvent] | None] = asyncio.Queue()
 
     async def start(self) -> EngineInfo:
         self._diary.write("started")
@@ -91,15 +92,9 @@ class ScriptedEngine:
             prefix_cache="published",
         )
 
-    def queued_tokens(self) -> int:
-        return sum(self._queued.values())
-
-    def computed_prompts(self) -> tuple[int, int]:
-        return 0, 0
-
     async def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
-        while True:
-            yield await self._events.get()
+        while (events := await self._events.get()) is not None:
+            yield events
 
     def _cache(self, prompt: list[int]) -> None:
         """Keep the prompt's full blocks."""
@@ -116,6 +111,7 @@ class ScriptedEngine:
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
         script = _script(request)
         self._diary.write("prefill_started", request.request_id)
+        leave_queue = self.prompt_queue.enter(request)
         try:
             if script.get("prefill") == "hang":
                 await asyncio.sleep(3600)
@@ -123,14 +119,18 @@ class ScriptedEngine:
                 raise EngineFailed("told to")
             if script.get("prefill") == "die":
                 os._exit(1)
+            leave_queue(is_computed=True)
         except asyncio.CancelledError:
             self._diary.write("prefill_cancelled", request.request_id)
             raise
+        finally:
+            leave_queue()
         self._cache(request.prompt_token_ids)
         self._diary.write("prefill_done", request.request_id)
         return TransferDescriptor(
             engine="scripted",
             replica_id=self._spec.replica_id,
+            request_id=request.request_id,
             prompt_tokens=len(request.prompt_token_ids),
             cached_tokens=0,
             ready_at=0.0 if script.get("prefill") == "expired" else time.time(),
@@ -139,15 +139,15 @@ class ScriptedEngine:
             prefill_s=PREFILL_S,
         )
 
-    async def abandon(self, request_id: str) -> None:
-        self._diary.write("abandoned", request_id)
+    async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
+        self._diary.write("released" if descriptor else "abandoned", request_id)
 
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
         script = _script(request)
+        await self.check_health()
         self._diary.write("generate_started", request.request_id)
         source = descriptor.params["prompt"] if descriptor else request.prompt_token_ids
-        if descriptor is None:
-            self._queued[request.request_id] = len(source)
+        leave_queue = self.prompt_queue.enter(request, descriptor)
         report = PrefillReport(
             kind="remote" if descriptor else "local",
             reason="",
@@ -161,7 +161,7 @@ class ScriptedEngine:
             for position, token in enumerate(source):
                 await self._go_wrong(request.request_id, script, position)
                 if not position:
-                    self._queued.pop(request.request_id, None)
+                    leave_queue(is_computed=True)
                     self._cache(source)
                 is_last = position == len(source) - 1
                 emit(
@@ -176,7 +176,7 @@ class ScriptedEngine:
             self._diary.write("generate_cancelled", request.request_id)
             raise
         finally:
-            self._queued.pop(request.request_id, None)
+            leave_queue()
 
     async def _go_wrong(self, request_id: str, script: dict[str, Any], position: int) -> None:
         """Do what the script says of the token at `position`."""
@@ -194,10 +194,8 @@ class ScriptedEngine:
             while not self._diary.count(script["event"]):  # noqa: ASYNC110  another process writes it
                 await asyncio.sleep(0.01)
 
-    async def release(self, descriptor: TransferDescriptor) -> None:
-        self._diary.write("released")
-
     async def stats(self) -> EngineStats:
+        await self.check_health()
         return EngineStats()
 
     async def check_health(self) -> None:
@@ -206,6 +204,8 @@ class ScriptedEngine:
 
     async def stop(self) -> None:
         self._diary.write("stopped")
+        self._is_dead = True
+        self._events.put_nowait(None)
 
 
 def _script(request: GenerateRequest) -> dict[str, Any]:

@@ -58,7 +58,14 @@ requests = st.builds(
     reasoning_parser_kwargs=st.none() | st.dictionaries(words, plain, max_size=2),
 )
 descriptor = TransferDescriptor(
-    engine="vllm", replica_id="p", prompt_tokens=3, cached_tokens=0, ready_at=1000.0, lease_s=30.0, params={}
+    engine="vllm",
+    replica_id="p",
+    request_id="r",
+    prompt_tokens=3,
+    cached_tokens=0,
+    ready_at=1000.0,
+    lease_s=30.0,
+    params={},
 )
 
 

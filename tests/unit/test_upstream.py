@@ -6,13 +6,23 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 import pytest
 
-from app.upstream import Patch, UpstreamChanged, check_attributes, check_parameters, check_uses, needed
+from app.upstream import (
+    Patch,
+    UpstreamChanged,
+    check_attributes,
+    check_parameters,
+    check_protocol,
+    check_uses,
+    needed,
+)
 
 
 def test_an_error_names_package_version_name_and_need() -> None:
@@ -64,6 +74,99 @@ def test_what_fits_passes() -> None:
         check_parameters(Upstream.method, "self", "one")
         check_attributes(Upstream, "declared", "method")
         check_uses(Upstream.__init__, "made")
+
+
+class Used(Protocol):
+    size: int
+
+    def ask(self, what: str, *, timeout_s: float) -> str: ...
+
+    async def wait(self) -> None: ...
+
+
+class Found:
+    def __init__(self) -> None:
+        self.size = 1
+
+    def ask(self, question: str, more: int = 0, timeout_s: float = 1.0) -> str:
+        return question
+
+    async def wait(self) -> None: ...
+
+
+class WithoutSize(Found):
+    def __init__(self) -> None: ...
+
+
+class OtherKeyword(Found):
+    def ask(self, question: str, deadline_s: float = 1.0) -> str:  # type: ignore[override]
+        return question
+
+
+class OneMoreArgument(Found):
+    def ask(self, question: str, answer: str, timeout_s: float = 1.0) -> str:  # type: ignore[override]
+        return question
+
+
+class NoLongerAsync(Found):
+    def wait(self) -> None: ...  # type: ignore[override]
+
+
+def test_an_object_that_has_what_a_protocol_names_passes() -> None:
+    check_protocol(Found(), Used)
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"),
+    [
+        (WithoutSize(), "WithoutSize has no size"),
+        (OtherKeyword(), "OtherKeyword.ask: got an unexpected keyword argument 'timeout_s'"),
+        (OneMoreArgument(), "OneMoreArgument.ask: missing a required argument: 'answer'"),
+        (NoLongerAsync(), "NoLongerAsync.wait is no coroutine function"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_object_that_lacks_what_a_protocol_names_does_not(found: Any, problem: str) -> None:
+    with pytest.raises(UpstreamChanged, match=re.escape(problem)), needed("ray", "x"):
+        check_protocol(found, Used)
+
+
+class Fields(Protocol):
+    plain: int
+    made: list[int]
+
+
+@dataclass
+class DataClass:
+    plain: int
+    made: list[int] = field(default_factory=list)
+
+
+class Struct(msgspec.Struct):
+    plain: int
+    made: list[int] = []
+
+
+class Methods(Protocol):
+    def of_object(self, what: int) -> None: ...
+
+    def of_class(self, what: int) -> None: ...
+
+
+class HasMethods:
+    def of_object(self, what: int) -> None: ...
+
+    @staticmethod
+    def of_class(what: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("found", "used"), [(DataClass, Fields), (Struct, Fields), (HasMethods, Methods), (HasMethods(), Methods)]
+)
+def test_a_class_passes_for_what_its_objects_have(found: Any, used: type) -> None:
+    check_protocol(found, used)
+    with pytest.raises(AttributeError):
+        check_protocol(type("Empty", (), {}), used)
 
 
 def test_a_patch_replaces_and_keeps_the_original() -> None:

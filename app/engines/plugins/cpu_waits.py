@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from typing import Any, Protocol
+
+from app.upstream import check_protocol, needed
 
 SWITCH = "BATON_CPU_WAITS"
 PROGRESS_DELAY_US = 1000
@@ -37,13 +39,52 @@ ENVIRONMENT = {
 """What switches it on in an engine's processes."""
 
 
+class AgentConfig(Protocol):
+    """NIXL's ``nixlAgentConfig``."""
+
+    pthrDelay: int
+    """Microseconds between two polls of the progress thread."""
+
+
+class Registry(Protocol):
+    """SGLang's registry of what plug-ins hook into it."""
+
+    def register(self, target: str, hook: Any, hook_type: Any) -> None: ...
+
+
+class HookTypes(Protocol):
+    AFTER: Any
+    REPLACE: Any
+
+
+class Scheduler(Protocol):
+    """SGLang's."""
+
+    def on_idle(self) -> None: ...
+
+
+class IdleSleeper(Protocol):
+    """SGLang's, with a ``poller`` of the sockets that requests come by."""
+
+    def maybe_sleep(self) -> None: ...
+
+
+ON_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
+MAYBE_SLEEP = "sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper.maybe_sleep"
+
+
 def register() -> None:
-    """vLLM general plug-in; does nothing unless ENVIRONMENT is set.  May be called again."""
+    """vLLM general plug-in; does nothing unless ENVIRONMENT is set.  May be called again.
+
+    Raises UpstreamChanged where there is nothing to patch.
+    """
     if os.environ.get(SWITCH) != "1":
         return
     os.sched_yield = _sleep_briefly
-    from nixl import _bindings
+    with needed("nixl", "have its progress thread pause"):
+        from nixl import _bindings
 
+        check_protocol(_bindings.nixlAgentConfig, AgentConfig)
     if not hasattr(_bindings.nixlAgentConfig, "is_patient"):
         _bindings.nixlAgentConfig = _patient(_bindings.nixlAgentConfig)
 
@@ -55,10 +96,21 @@ def register_sglang() -> None:
     register()
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    managers = "sglang.srt.managers"
-    HookRegistry.register(f"{managers}.scheduler.Scheduler.on_idle", _pause_after, HookType.AFTER)
-    sleeper = f"{managers}.scheduler_components.idle_sleeper.IdleSleeper"
-    HookRegistry.register(f"{sleeper}.maybe_sleep", _sleep_until_message, HookType.REPLACE)
+    HookRegistry.register(ON_IDLE, _pause_after, HookType.AFTER)
+    HookRegistry.register(MAYBE_SLEEP, _sleep_until_message, HookType.REPLACE)
+
+
+def check_sglang() -> None:
+    """Raise UpstreamChanged if `register_sglang` would miss its targets: SGLang only logs what a plug-in raises."""
+    with needed("sglang", "have a scheduler pause while it waits"):
+        from sglang.srt.managers.scheduler import Scheduler as SglangScheduler
+        from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper as SglangIdleSleeper
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        check_protocol(SglangScheduler, Scheduler)
+        check_protocol(SglangIdleSleeper, IdleSleeper)
+        check_protocol(HookRegistry, Registry)
+        check_protocol(HookType, HookTypes)
 
 
 def _pause_after(_: Any, scheduler: Any) -> None:

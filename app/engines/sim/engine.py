@@ -160,7 +160,7 @@ class SimEngine:
         self._faults = FaultPlan(self._args.faults, self._args.seed)
         self._runs: dict[ScheduledSequence, _Run] = {}
         self._wake = asyncio.Event()
-        self._queue = PromptQueue()
+        self.prompt_queue = PromptQueue()
         self._prefix_cache: PrefixCache = "none"
         if self._args.enable_prefix_caching:
             self._prefix_cache = "published" if self._args.kv_events else "silent"
@@ -315,6 +315,7 @@ class SimEngine:
         return TransferDescriptor(
             engine="sim",
             replica_id=self._spec.replica_id,
+            request_id=request.request_id,
             prompt_tokens=sequence.prompt_tokens,
             cached_tokens=sequence.cached_tokens,
             ready_at=time.time(),
@@ -329,15 +330,12 @@ class SimEngine:
             prefill_s=time.monotonic() - began,
         )
 
-    async def abandon(self, request_id: str) -> None:
-        """Nothing: `prefill` returns when all is done, and then only `release` helps."""
-
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
         try:
             sequence = self._to_sequence(request, request.sampling, is_pulled=descriptor is not None)
         except BatonError:
             if descriptor is not None:
-                self._spawn(self.release(descriptor), "sim-release")
+                self._spawn(self.release(request.request_id, descriptor), "sim-release")
             raise
         num_logprobs = request.sampling.get("logprobs")
         await self._run(request, sequence, "decode_error", emit=emit, descriptor=descriptor, num_logprobs=num_logprobs)
@@ -349,7 +347,7 @@ class SimEngine:
         self._raise_if_dead()
         ended = asyncio.get_running_loop().create_future()
         struck = self._faults.strike(fault, "engine_death", "hang")
-        leave_queue = self._queue.enter(request, fields.get("descriptor"))
+        leave_queue = self.prompt_queue.enter(request, fields.get("descriptor"))
         run = _Run(sequence, ended, leave_queue, fault=struck, **fields)
         self._runs[sequence] = run
         self._scheduler.add(sequence)
@@ -366,7 +364,7 @@ class SimEngine:
             if run.pull is not None:
                 run.pull.cancel()
             if run.descriptor is not None and (run.pull is None or not run.pull.done()):
-                self._spawn(self.release(run.descriptor), "sim-release")
+                self._spawn(self.release(request.request_id, run.descriptor), "sim-release")
 
     def _free(self, sequence: ScheduledSequence) -> None:
         self._scheduler.cancel(sequence)
@@ -411,7 +409,7 @@ class SimEngine:
         kv_digest = None
         try:
             if self._faults.strike("transfer_failure"):
-                await self.release(descriptor)
+                await self.release(descriptor.request_id, descriptor)
                 raise TransferFailed("injected")
             kv_digest = await take(**_address(descriptor), duration_s=_scaled(duration_s, self._args.speed_up))
             self._num_transfers += 1
@@ -429,8 +427,10 @@ class SimEngine:
         num_blocks = -(-num_tokens // self._args.block_size)
         return num_blocks * self._args.block_size * self._profile.kv_bytes_per_token
 
-    async def release(self, descriptor: TransferDescriptor) -> None:
-        await release(**_address(descriptor))
+    async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
+        """Only a decode engine can: `prefill` returned when all was computed, and its engine waits to be told."""
+        if descriptor is not None:
+            await release(**_address(descriptor))
 
     async def stats(self) -> EngineStats:
         self._raise_if_dead()
@@ -447,12 +447,6 @@ class SimEngine:
             num_expired_handoffs=self._handoffs.num_expired,
             transport=TRANSPORT if self._num_transfers else "",
         )
-
-    def queued_tokens(self) -> int:
-        return self._queue.num_tokens
-
-    def computed_prompts(self) -> tuple[int, int]:
-        return self._queue.computed_prompts, self._queue.computed_tokens
 
     async def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
         while self._prefix_cache == "published" and self._death is None:

@@ -11,6 +11,7 @@ import pytest
 
 from app.channel.server import ChannelServer, Link
 from app.engines.base import EngineInfo
+from app.engines.prompt_queue import PromptQueue
 from app.errors import EngineDead
 from app.kv_cache.block_hashes import block_hashes, root_hash
 from app.messages import (
@@ -35,14 +36,11 @@ class Engine:
     """What a publisher asks of an engine."""
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.prompt_queue = PromptQueue()
         self.used_blocks = 0
         self.num_polls = 0
         self.is_dead = False
         self.events: asyncio.Queue[list[KvEvent] | Exception | None] = asyncio.Queue()
-
-    def queued_tokens(self) -> int:
-        return self.tokens
 
     async def stats(self) -> EngineStats:
         self.num_polls += 1
@@ -105,7 +103,10 @@ async def turn() -> None:
 async def test_a_change_of_load_is_published_in_the_next_turn_of_the_loop(replica: Replica) -> None:
     replica.heard()
     replica.publisher.poll_soon()
-    replica.num_requests, replica.engine.tokens = 2, 30  # what happens before the loop turns is in it
+    replica.num_requests, replica.engine.prompt_queue.queued_tokens = (
+        2,
+        30,
+    )  # what happens before the loop turns is in it
     await turn()
     assert replica.heard()[0][-1] == ReplicaLoad(2, 30)
     replica.num_requests = 3
@@ -137,10 +138,10 @@ async def test_an_idle_replica_says_so_to_a_new_frontend_and_asks_its_engine_not
 
 
 async def test_a_busy_engine_is_watched_until_it_is_idle(replica: Replica) -> None:
-    replica.engine.tokens = 10
+    replica.engine.prompt_queue.queued_tokens = 10
     replica.publisher.poll_soon()
     await turn()
-    replica.engine.tokens, replica.engine.used_blocks = 0, 5  # the engine says nothing of it
+    replica.engine.prompt_queue.queued_tokens, replica.engine.used_blocks = 0, 5  # the engine says nothing of it
     await until(lambda: replica.server._load == ReplicaLoad(0, 0, 5))
     replica.engine.used_blocks = 0
     await until(lambda: replica.server._load == ReplicaLoad())
@@ -153,10 +154,10 @@ async def test_a_queue_that_the_engine_works_off_is_noticed_between_polls(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(publishing, "POLLS_PER_STATS", 10_000)
-    replica.engine.tokens = 10
+    replica.engine.prompt_queue.queued_tokens = 10
     replica.publisher.poll_soon()
     await until(lambda: replica.server._load == ReplicaLoad(0, 10))
-    replica.engine.tokens = 4
+    replica.engine.prompt_queue.queued_tokens = 4
     await until(lambda: replica.server._load == ReplicaLoad(0, 4))
     assert replica.engine.num_polls == 0
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from app.engines.base import EngineSpec
+from app.engines.prompt_queue import PromptQueue
 from app.errors import EngineDead
 from app.messages import EngineStats
 from deployments.replica import metrics as worker_metrics
@@ -50,12 +51,11 @@ class Gauge:
 class Engine:
     def __init__(self) -> None:
         self.answer = EngineStats(num_blocks=100)
+        self.prompt_queue = PromptQueue()
+        self.prompt_queue.queued_tokens = 300
         self.error: Exception | None = None
         self.num_polls = 0
         self.polling: asyncio.Task[None]
-
-    def queued_tokens(self) -> int:
-        return 300
 
     async def stats(self) -> EngineStats:
         self.num_polls += 1

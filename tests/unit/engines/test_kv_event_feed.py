@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -357,6 +358,24 @@ async def test_the_classes_that_vllm_publishes_read_so_too(start: Start, read: C
     engine.publish_events([stored(99)])
     await reader.until_block(99)
     assert reader.lists[0] == [AllBlocksCleared(), BlockRemoved([1]), BlockStored([3], None, [7, 8], 2, SALT)]
+
+
+async def test_vllm_puts_the_salt_where_it_is_looked_for(start: Start, read: Callable[[], Reader]) -> None:
+    """The guess can go once vLLM's events name the salt, as SGLang's do: then `_Stored.cache_salt` has it."""
+    from vllm.distributed import kv_events as of_vllm
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, to_event_extra_keys
+
+    salted: Any = SimpleNamespace(cache_salt=SALT, lora_request=None, mm_features=[], prompt_embeds=None)
+    keys = [generate_block_hash_extra_keys(salted, begin, begin + 2, 0)[0] for begin in (0, 2)]
+    arguments = {"token_ids": [7, 8, 9, 10], "block_size": 2, "lora_id": None, "medium": "GPU", "lora_name": None}
+    block = of_vllm.BlockStored([3, 4], None, **arguments, extra_keys=to_event_extra_keys(keys), group_idx=0)
+    engine = start()
+    reader = read()
+    engine.publish_events([block])
+    engine.publish_events([stored(99)])
+    await reader.until_block(99)
+    assert reader.lists[0] == [BlockStored([3, 4], None, [7, 8, 9, 10], 2, SALT)]
+    assert not hasattr(of_vllm.BlockStored, "cache_salt")
 
 
 async def test_what_is_no_event_is_an_error(start: Start, read: Callable[[], Reader]) -> None:

@@ -7,7 +7,6 @@ import gc
 import json
 import multiprocessing
 import socket
-import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -107,7 +106,7 @@ async def start() -> AsyncIterator[Start]:
 
     def start(role: Role = "decode", *, is_disaggregated: bool = True, **fields: Any) -> Any:
         engine = SglangEngine(spec(role, is_disaggregated=is_disaggregated, **fields))
-        fake = FakeSglang()
+        fake: Any = FakeSglang()
         engine._engine, engine._vocab_size, engine._page_size, engine._kv_bytes_per_token = fake, VOCAB_SIZE, 16, 4
         engine._eos_token_id = EOS
         engines.append(engine)
@@ -141,6 +140,7 @@ def descriptor(port: int, room: int = 7) -> TransferDescriptor:
     return TransferDescriptor(
         engine="sglang",
         replica_id="prefill-1",
+        request_id="r",
         prompt_tokens=len(PROMPT),
         cached_tokens=0,
         ready_at=time.time(),
@@ -521,34 +521,34 @@ async def test_each_prefill_has_a_room_of_its_own(start: Start) -> None:
     assert all(0 <= room < 2**63 for room in rooms)  # SGLang's rooms are signed 64-bit integers
 
 
-async def test_abandoning_ends_the_leg_of_that_request_only(start: Start) -> None:
+async def test_releasing_ends_the_leg_of_that_request_only(start: Start) -> None:
     engine, fake = start("prefill")
     fake.scripts = [[HANG]]
     await engine.prefill(request("r"))
     await engine.prefill(request("r-1"))
     await settle(lambda: len(fake.asked) == 2, "both legs have begun")
-    await engine.abandon("r")
+    await engine.release("r")
     await settle(lambda: "r" not in engine._prefills, "the leg has ended")
     assert fake.aborted == [fake.asked[0]["rid"]]
     assert list(engine._prefills) == ["r-1"]
 
 
-async def test_abandoning_what_is_not_there_is_harmless(start: Start) -> None:
+async def test_releasing_what_is_not_there_is_harmless(start: Start) -> None:
     engine, fake = start("prefill")
     fake.scripts = [[output(20, reason=LENGTH)]]
-    await engine.abandon("never")
+    await engine.release("never")
     await engine.prefill(request())
     await settle(lambda: not engine._prefills, "the leg has ended")
-    await engine.abandon("r")
+    await engine.release("r")
     assert fake.aborted == []
 
 
-async def test_abandoning_a_prefill_that_has_just_begun_leaves_nothing(start: Start) -> None:
+async def test_releasing_a_prefill_that_has_just_begun_leaves_nothing(start: Start) -> None:
     engine, fake = start("prefill")
     fake.scripts = [[HANG]]
     await engine.prefill(request())
     await asyncio.sleep(0)
-    await engine.abandon("r")
+    await engine.release("r")
     await settle(lambda: not engine._prefills, "the leg has ended")
 
 
@@ -587,27 +587,29 @@ async def test_prefill_is_refused_where_kv_would_move_by_less_than_required(
         await engine.prefill(request())
 
 
-@pytest.mark.parametrize("ending", ["end", "abandon"])
+@pytest.mark.parametrize("ending", ["end", "release"])
 async def test_a_prompt_is_queued_until_its_leg_has_ended(start: Start, ending: str) -> None:
     engine, fake = start("prefill")
-    fake.scripts = [[HANG if ending == "abandon" else output(20, reason=LENGTH)]]
+    fake.scripts = [[HANG if ending == "release" else output(20, reason=LENGTH)]]
     asked = msgspec.structs.replace(request(prompt=[1] * 50), expected_cached_tokens=16)
     await engine.prefill(asked)
-    assert engine.queued_tokens() == 34
-    if ending == "abandon":
+    assert engine.prompt_queue.queued_tokens == 34
+    if ending == "release":
         await settle(lambda: len(fake.asked) == 1, "the leg has begun")
-        assert engine.queued_tokens() == 34
-        await engine.abandon("r")
-    await settle(lambda: not engine.queued_tokens(), "the leg has ended")
+        assert engine.prompt_queue.queued_tokens == 34
+        await engine.release("r")
+    await settle(lambda: not engine.prompt_queue.queued_tokens, "the leg has ended")
 
 
 async def test_a_prompt_that_is_served_here_is_queued_until_its_first_token(start: Start) -> None:
     engine, fake = start(is_disaggregated=False)
     fake.scripts = [[output(20), HANG]]
     received: list[int] = []
-    task = asyncio.create_task(engine.generate(request(), None, lambda _: received.append(engine.queued_tokens())))
+    task = asyncio.create_task(
+        engine.generate(request(), None, lambda _: received.append(engine.prompt_queue.queued_tokens))
+    )
     await settle(lambda: len(fake.asked) == 1, "it was asked")
-    assert received or engine.queued_tokens() == len(PROMPT)
+    assert received or engine.prompt_queue.queued_tokens == len(PROMPT)
     await settle(lambda: bool(received), "the first token")
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -615,7 +617,7 @@ async def test_a_prompt_that_is_served_here_is_queued_until_its_first_token(star
     fake.scripts = [[ValueError("no")]]
     with pytest.raises(InvalidRequest):
         await generate(engine)
-    assert engine.queued_tokens() == 0
+    assert engine.prompt_queue.queued_tokens == 0
 
 
 async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(start: Start, prefill_port: int) -> None:
@@ -623,10 +625,10 @@ async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(start: Start, 
     fake.scripts = [[HANG]]
     task = asyncio.create_task(generate(engine, handoff=descriptor(prefill_port)))
     await settle(lambda: len(fake.asked) == 1, "it was asked")
-    assert engine.queued_tokens() == 0
+    assert engine.prompt_queue.queued_tokens == 0
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert engine.queued_tokens() == 0
+    assert engine.prompt_queue.queued_tokens == 0
 
 
 # Decode from a prefill
@@ -773,14 +775,12 @@ async def test_stopping_what_did_not_start_is_harmless() -> None:
 class Starting:
     """SGLang's package, as far as a start needs it."""
 
-    __version__ = "0.5.23"
-
     def __init__(self, refuses: Exception | None = None) -> None:
         self.refuses = refuses
         self.arguments: dict[str, Any] = {}
         self.num_loops = 0
 
-    def Engine(self, **arguments: Any) -> Any:
+    def launch(self, arguments: dict[str, Any]) -> Any:
         if self.refuses:
             raise self.refuses
         self.arguments = arguments
@@ -811,16 +811,22 @@ class Starting:
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Takes what an engine sets, instead of this process's environment."""
-    taken: dict[str, str] = {}
-    monkeypatch.setattr("app.engines.sglang.os", SimpleNamespace(environ=taken))
-    return taken
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Starting], None]:
+    """Put a package in SGLang's place; what an engine sets of its environment is lost."""
+
+    def install(package: Starting) -> None:
+        monkeypatch.setattr("app.engines.sglang.os", SimpleNamespace(environ={}))
+        monkeypatch.setattr("app.engines.sglang_surface.launch", package.launch)
+        monkeypatch.setattr("app.engines.sglang_surface.version", lambda: "0.5.23")
+        monkeypatch.setattr("app.engines.sglang_surface.check_environment", lambda _: None)
+        monkeypatch.setattr("app.engines.plugins.cpu_waits.check_sglang", lambda: None)
+
+    return install
 
 
-async def test_it_starts_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+async def test_it_starts_and_says_what_it_is(install: Callable[[Starting], None]) -> None:
     package = Starting()
-    monkeypatch.setitem(sys.modules, "sglang", package)
+    install(package)
     engine = SglangEngine(spec())
     info = await engine.start()
     assert info == EngineInfo(
@@ -853,15 +859,14 @@ async def test_it_starts_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch, en
     ],
 )
 async def test_without_a_prefix_cache_of_which_tokens_are_told_there_are_no_events(
-    monkeypatch: pytest.MonkeyPatch,
-    environment: dict[str, str],
+    install: Callable[[Starting], None],
     role: Role,
     is_disaggregated: bool,
     engine_args: dict[str, Any],
     expected: str,
 ) -> None:
     package = Starting()
-    monkeypatch.setitem(sys.modules, "sglang", package)
+    install(package)
     engine = SglangEngine(spec(role, is_disaggregated=is_disaggregated, engine_args=engine_args))
     info = await engine.start()
     assert info.prefix_cache == expected
@@ -872,9 +877,9 @@ async def test_without_a_prefix_cache_of_which_tokens_are_told_there_are_no_even
 
 @pytest.mark.parametrize("error", [TypeError("unexpected keyword 'x'"), ValueError("unexpected keyword 'x'")])
 async def test_arguments_that_sglang_refuses_are_an_error_of_the_configuration(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], error: Exception
+    install: Callable[[Starting], None], error: Exception
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sglang", Starting(error))
+    install(Starting(error))
     with pytest.raises(ConfigError, match="unexpected keyword 'x'") as caught:
         await SglangEngine(spec()).start()
     assert caught.value.field == "engine_args"

@@ -330,7 +330,7 @@ async def test_a_request_that_decode_refuses_leaves_no_blocks_on_prefill(start: 
 
 async def test_a_prompt_that_prefill_had_cached_counts_as_cached(start: Any) -> None:
     async with start("prefill") as prefill, start("decode") as decode:
-        await prefill.release(await prefill.prefill(request()))
+        await prefill.release("r", await prefill.prefill(request()))
         descriptor = await prefill.prefill(request())
         assert descriptor.cached_tokens == 96
         report = (await generate(decode, request(), descriptor))[0].report
@@ -343,7 +343,7 @@ async def test_release_frees_the_blocks_at_once_and_may_be_repeated(start: Any) 
         descriptor = await prefill.prefill(request())
         assert (await prefill.stats()).num_used_blocks == 7
         for _ in range(2):
-            await decode.release(descriptor)
+            await decode.release("r", descriptor)
         await all_blocks_back(prefill)
         assert (await prefill.stats()).num_expired_handoffs == 0
 
@@ -370,7 +370,7 @@ async def test_a_prefill_engine_that_is_gone_leaves_decode_to_compute(start: Any
         report = deltas[0].report
         assert report is not None
         assert report.reason == "transfer_failed"
-        await decode.release(descriptor)
+        await decode.release("r", descriptor)
 
 
 @pytest.mark.parametrize("answer", [b"", b"hello\n", b"x" * 100_000])
@@ -461,10 +461,10 @@ async def test_cancelling_a_prefill_gives_all_blocks_back(start: Any) -> None:
 
 async def test_prefill_error_fails_the_one_prefill(start: Any) -> None:
     async with start("prefill", faults=[{"kind": "prefill_error", "at": 2}]) as engine:
-        await engine.release(await engine.prefill(request()))
+        await engine.release("r", await engine.prefill(request()))
         with pytest.raises(EngineFailed, match="prefill_error"):
             await engine.prefill(request())
-        await engine.release(await engine.prefill(request()))
+        await engine.release("r", await engine.prefill(request()))
         await all_blocks_back(engine)
 
 
@@ -603,26 +603,29 @@ async def test_prompts_are_queued_until_their_first_token_is_there(start: Any) -
         asked = msgspec.structs.replace(request(), expected_cached_tokens=16)
         tasks = [asyncio.create_task(prefill.prefill(asked)), asyncio.create_task(generate(decode, asked))]
         await asyncio.sleep(0)
-        assert (prefill.queued_tokens(), decode.queued_tokens()) == (84, 84)
+        assert (prefill.prompt_queue.queued_tokens, decode.prompt_queue.queued_tokens) == (84, 84)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert (prefill.queued_tokens(), decode.queued_tokens()) == (0, 0)
-        assert prefill.computed_prompts() == decode.computed_prompts() == (0, 0)
+        assert (prefill.prompt_queue.queued_tokens, decode.prompt_queue.queued_tokens) == (0, 0)
+        assert prefill.prompt_queue.computed_prompts == decode.prompt_queue.computed_prompts == 0
     async with start("prefill") as prefill, start() as decode:
         at_tokens: list[int] = []
-        await decode.generate(request(max_tokens=2), None, lambda _: at_tokens.append(decode.queued_tokens()))
+        await decode.generate(
+            request(max_tokens=2), None, lambda _: at_tokens.append(decode.prompt_queue.queued_tokens)
+        )
         assert at_tokens == [0, 0]
         task = asyncio.create_task(prefill.prefill(request()))
         await asyncio.sleep(0)
-        assert prefill.queued_tokens() == 100
+        assert prefill.prompt_queue.queued_tokens == 100
         descriptor = await task
-        assert prefill.queued_tokens() == 0
+        assert prefill.prompt_queue.queued_tokens == 0
         task = asyncio.create_task(generate(decode, request(), descriptor))
         await asyncio.sleep(0)
-        assert decode.queued_tokens() == 0
+        assert decode.prompt_queue.queued_tokens == 0
         await task
-        assert prefill.computed_prompts() == decode.computed_prompts() == (1, 100)
+        for queue in (prefill.prompt_queue, decode.prompt_queue):
+            assert (queue.computed_prompts, queue.computed_tokens) == (1, 100)
 
 
 async def test_a_descriptor_tells_how_long_prefill_took(start: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from app.engines.base import EngineSpec
 from app.engines.vllm import VllmEngine
-from app.errors import EngineFailed
+from app.errors import EngineDead, EngineFailed
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
 
 REQUEST = GenerateRequest(request_id="r", prompt_token_ids=[1] * 50, sampling={}, expected_cached_tokens=16)
@@ -58,11 +58,11 @@ async def test_a_handoff_is_queued_until_it_is_ready_and_says_how_long_it_took(s
     began = time.monotonic()
     task = asyncio.create_task(engine.prefill(REQUEST))
     await asyncio.sleep(0.05)
-    assert engine.queued_tokens() == 34
+    assert engine.prompt_queue.queued_tokens == 34
     engine.outputs.put_nowait(output(remote_host="h"))
     engine.outputs.put_nowait(None)
     descriptor = await task
-    assert engine.queued_tokens() == 0
+    assert engine.prompt_queue.queued_tokens == 0
     assert descriptor.prefill_s is not None
     assert 0.05 <= descriptor.prefill_s <= time.monotonic() - began
 
@@ -70,14 +70,16 @@ async def test_a_handoff_is_queued_until_it_is_ready_and_says_how_long_it_took(s
 async def test_a_prompt_is_queued_until_its_first_token(spec: EngineSpec) -> None:
     engine = Core(spec)
     received: list[int] = []
-    task = asyncio.create_task(engine.generate(REQUEST, None, lambda _: received.append(engine.queued_tokens())))
+    task = asyncio.create_task(
+        engine.generate(REQUEST, None, lambda _: received.append(engine.prompt_queue.queued_tokens))
+    )
     await asyncio.sleep(0)
-    assert engine.queued_tokens() == 34
+    assert engine.prompt_queue.queued_tokens == 34
     for step in (output(), output(), None):
         engine.outputs.put_nowait(step)
     await task
     assert received == [0, 0]
-    assert engine.queued_tokens() == 0
+    assert engine.prompt_queue.queued_tokens == 0
 
 
 @pytest.mark.parametrize("leg", ["prefill", "generate"])
@@ -93,11 +95,11 @@ async def test_a_prompt_that_fails_or_is_cancelled_is_not_queued_any_longer(spec
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert engine.queued_tokens() == 0
+    assert engine.prompt_queue.queued_tokens == 0
     engine.outputs.put_nowait(EngineFailed("no"))
     with pytest.raises(EngineFailed):
         await begin()
-    assert engine.queued_tokens() == 0
+    assert engine.prompt_queue.queued_tokens == 0
 
 
 async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(spec: EngineSpec) -> None:
@@ -105,6 +107,7 @@ async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(spec: EngineSp
     handoff = TransferDescriptor(
         engine="vllm",
         replica_id="prefill",
+        request_id="r",
         prompt_tokens=50,
         cached_tokens=0,
         ready_at=time.time(),
@@ -113,9 +116,31 @@ async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(spec: EngineSp
     )
     task = asyncio.create_task(engine.generate(REQUEST, handoff, lambda _: None))
     await asyncio.sleep(0)
-    assert engine.queued_tokens() == 0
+    assert engine.prompt_queue.queued_tokens == 0
     engine.outputs.put_nowait(None)
     await task
+
+
+async def test_stopping_ends_what_runs_and_says_that_the_engine_is_dead(spec: EngineSpec) -> None:
+    is_under_way = asyncio.Event()
+
+    async def add_request_async(request: Any) -> None:
+        is_under_way.set()
+
+    engine: Any = VllmEngine(spec)
+    engine._core = SimpleNamespace(add_request_async=add_request_async, shutdown=lambda timeout: None)
+    made = SimpleNamespace(request_id="r-1")
+    engine._input_processor = SimpleNamespace(
+        process_inputs=lambda *_, **__: made, assign_request_id=lambda request: None
+    )
+    task = asyncio.create_task(engine.generate(REQUEST, None, lambda _: None))
+    await is_under_way.wait()
+    await engine.stop()
+    with pytest.raises(EngineDead, match="stopped"):
+        await asyncio.wait_for(task, 5)
+    with pytest.raises(EngineDead):
+        await engine.stats()
+    assert engine.prompt_queue.queued_tokens == 0
 
 
 @pytest.mark.parametrize("caches_prefixes", [True, False])
@@ -129,17 +154,15 @@ async def test_it_publishes_events_if_it_caches_prefixes(
     )
     started = []
 
-    def make_client(**arguments: Any) -> Any:
-        started.append(arguments["vllm_config"].kv_events_config)
-        return SimpleNamespace(vllm_config=config, get_output_async=asyncio.Event().wait, shutdown=lambda _: None)
+    def start_core(config: Any) -> tuple[Any, Any]:
+        started.append(config.kv_events_config)
+        core = SimpleNamespace(vllm_config=config, get_output_async=asyncio.Event().wait, shutdown=lambda _: None)
+        return core, None
 
     arguments = SimpleNamespace(create_engine_config=lambda: config)
     monkeypatch.setattr("app.engines.vllm.build_engine_args", lambda _: arguments)
     monkeypatch.setattr("app.engines.vllm.os", SimpleNamespace(environ={}))
-    monkeypatch.setattr("vllm.renderers.renderer_from_config", lambda _: None)
-    monkeypatch.setattr("vllm.v1.engine.input_processor.InputProcessor", lambda *_: None)
-    monkeypatch.setattr("vllm.v1.executor.Executor.get_class", lambda _: None)
-    monkeypatch.setattr("vllm.v1.engine.core_client.EngineCoreClient.make_async_mp_client", make_client)
+    monkeypatch.setattr("app.engines.vllm.start_core", start_core)
     engine = VllmEngine(spec)
     info = await engine.start()
     assert info.prefix_cache == ("published" if caches_prefixes else "none")

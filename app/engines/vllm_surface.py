@@ -1,0 +1,243 @@
+"""What Baton uses of vLLM's engine core and of its NixlConnector, which are vLLM's own affair and may change.
+
+`check_names` runs when an engine starts; the protocols also let the type checker see what the adapter may use.
+tests/unit/engines/test_vllm_surface.py says when a detour can go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from app.messages import TransferDescriptor
+from app.upstream import check_protocol, needed
+
+ASK_FOR_HANDOFF = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+"""``kv_transfer_params`` with which a prefill engine keeps the prompt's KV and says where it lies."""
+
+ENDED_BY_AN_ERROR = "error"
+"""The finish_reason of a request that failed inside the engine core."""
+
+
+class CacheConfig(Protocol):
+    enable_prefix_caching: bool
+    num_gpu_blocks: int
+    block_size: int
+
+
+class ModelConfig(Protocol):
+    max_model_len: int
+
+
+class VllmConfig(Protocol):
+    cache_config: CacheConfig
+    model_config: ModelConfig
+    kv_events_config: Any
+
+
+class CoreRequest(Protocol):
+    request_id: str
+    reasoning_ended: bool | None
+    reasoning_parser_kwargs: dict[str, Any] | None
+    abort_immediately: bool
+
+
+class PrefillStats(Protocol):
+    """Prompt tokens that were not computed for a request: all of them, those cached here, those transferred."""
+
+    num_cached_tokens: int
+    num_local_cached_tokens: int
+    num_external_cached_tokens: int
+
+
+class LogprobsLists(Protocol):
+    """Arrays of shapes [n, k], [n, k] and [n]."""
+
+    logprob_token_ids: Any
+    logprobs: Any
+    sampled_token_ranks: Any
+
+
+class LogprobsTensors(Protocol):
+    def tolists(self) -> LogprobsLists: ...
+
+
+class Output(Protocol):
+    """What one step added to one request."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: Any
+    stop_reason: int | str | None
+    new_logprobs: LogprobsLists | None
+    new_prompt_logprobs_tensors: LogprobsTensors | None
+    kv_transfer_params: dict[str, Any] | None
+    prefill_stats: PrefillStats | None
+    finished: bool
+
+
+class SchedulerStats(Protocol):
+    num_running_reqs: int
+    num_waiting_reqs: int
+    kv_cache_usage: float
+    """Share of the KV blocks that are used."""
+    kv_connector_stats: dict[str, list[float]] | None
+    """The lists of `ConnectorStats`, with what has been added since the last step."""
+
+
+class StepOutputs(Protocol):
+    outputs: Sequence[Output]
+    scheduler_stats: SchedulerStats | None
+
+
+class Resources(Protocol):
+    engine_dead: bool
+
+
+class Core(Protocol):
+    """vLLM's client of an engine core that is a process of its own."""
+
+    vllm_config: VllmConfig
+    resources: Resources
+
+    async def add_request_async(self, request: Any) -> None: ...
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None: ...
+
+    async def get_output_async(self) -> StepOutputs: ...
+
+    def shutdown(self, timeout: float) -> None: ...
+
+
+class InputProcessor(Protocol):
+    def process_inputs(
+        self, request_id: str, prompt: Any, params: Any, *, supported_tasks: tuple[str, ...], priority: int
+    ) -> CoreRequest: ...
+
+    def assign_request_id(self, request: CoreRequest) -> None: ...
+
+
+class ConnectorStats(msgspec.Struct):
+    """What the NixlConnector has counted so far; under its names, each the sum of what it lists."""
+
+    num_transfers: int = 0
+    transfer_duration: float = 0.0
+    bytes_transferred: float = 0
+    num_failed_transfers: float = 0
+    num_failed_handshakes: float = 0
+    num_kv_expired_reqs: float = 0
+
+    def add(self, lists: dict[str, list[float]]) -> None:
+        for name in COUNTED:
+            setattr(self, name, getattr(self, name) + sum(lists.get(name, ())))
+        self.num_transfers += len(lists.get("transfer_duration", ()))
+
+
+COUNTED = tuple(name for name in ConnectorStats.__struct_fields__ if name != "num_transfers")
+
+
+def check_names(*, is_disaggregated: bool) -> None:
+    """Raise UpstreamChanged if the installed vLLM lacks anything that is used of its classes."""
+    with needed("vllm", "run requests on an engine core"):
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+        from vllm.v1.engine.input_processor import InputProcessor as VllmInputProcessor
+        from vllm.v1.metrics import stats
+        from vllm.v1.outputs import LogprobsLists as VllmLogprobsLists
+        from vllm.v1.outputs import LogprobsTensors as VllmLogprobsTensors
+
+        used: list[tuple[Any, type]] = [
+            (EngineCoreOutput, Output),
+            (EngineCoreOutputs, StepOutputs),
+            (EngineCoreRequest, CoreRequest),
+            (VllmInputProcessor, InputProcessor),
+            (stats.PrefillStats, PrefillStats),
+            (stats.SchedulerStats, SchedulerStats),
+            (VllmLogprobsLists, LogprobsLists),
+            (VllmLogprobsTensors, LogprobsTensors),
+        ]
+        for found, protocol in used:
+            check_protocol(found, protocol)
+        if ENDED_BY_AN_ERROR not in map(str, FinishReason):
+            raise AttributeError(f"no request ends with {ENDED_BY_AN_ERROR!r}")
+    if is_disaggregated:
+        with needed("vllm", "report what its NixlConnector moved"):
+            from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
+
+            if missing := set(COUNTED) - set(NixlKVConnectorStats().data):
+                raise AttributeError(f"it does not count {', '.join(sorted(missing))}")
+
+
+def check_environment(names: Iterable[str]) -> None:
+    """Raise UpstreamChanged if vLLM does not read one of these environment variables, as far as they are its own."""
+    with needed("vllm", "set up an engine core"):
+        from vllm.envs import environment_variables
+
+        for name in names:
+            if name.startswith("VLLM_") and name not in environment_variables:
+                raise AttributeError(f"it reads no environment variable {name}")
+
+
+def start_core(config: VllmConfig) -> tuple[Core, InputProcessor]:
+    """Start an engine core; returns when its model is loaded."""
+    with needed("vllm", "start an engine core"):
+        from vllm.renderers import renderer_from_config
+        from vllm.v1.engine.core_client import EngineCoreClient
+        from vllm.v1.engine.input_processor import InputProcessor as VllmInputProcessor
+        from vllm.v1.executor import Executor
+
+    processor: InputProcessor = VllmInputProcessor(config, renderer_from_config(config))
+    core: Core = EngineCoreClient.make_async_mp_client(
+        vllm_config=config, executor_class=Executor.get_class(config), log_stats=True
+    )
+    try:
+        with needed("vllm", "talk to an engine core"):
+            check_protocol(core, Core)
+            check_protocol(core.resources, Resources)
+    except BaseException:
+        core.shutdown(0.0)
+        raise
+    return core, processor
+
+
+def dead_error() -> type[Exception]:
+    """What `Core.get_output_async` raises once the engine core has died."""
+    with needed("vllm", "notice the death of an engine core"):
+        from vllm.v1.engine.exceptions import EngineDeadError
+    error: type[Exception] = EngineDeadError
+    return error
+
+
+def rejection(descriptor: TransferDescriptor) -> CoreRequest:
+    """A request that the core aborts at once, so that its connector tells prefill to free the blocks.
+
+    What vLLM's ``AsyncLLM.notify_kv_transfer_request_rejected`` sends.
+    """
+    with needed("vllm", "have KV freed that nobody fetches"):
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+    request: CoreRequest = EngineCoreRequest(
+        request_id=f"release-{descriptor.params['remote_request_id']}",
+        prompt_token_ids=[0],
+        mm_features=None,
+        sampling_params=SamplingParams(
+            max_tokens=1, extra_args={"kv_transfer_params": dict(descriptor.params)}, watermarking=False
+        ),
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        abort_immediately=True,
+    )
+    return request

@@ -1,0 +1,219 @@
+"""What every engine promises by app/engines/base.py, whatever computes behind it.
+
+tests/unit/engines/test_contract.py holds the sim and the scripted engine to it, tests/engines/test_contract.py vLLM and
+SGLang.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from app.engines.base import Engine
+from app.errors import EngineDead
+from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
+from tests.conftest import eventually
+
+SOON_S = 5.0
+"""How soon KV is back that nobody needs any more; leases are much longer."""
+
+
+def new_id() -> str:
+    return f"contract-{uuid.uuid4().hex[:8]}"
+
+
+@dataclass
+class Pair:
+    """A prefill and a decode engine that run."""
+
+    prefill: Engine
+    decode: Engine
+    make_prompt: Callable[[int], list[int]]
+    """A prompt of so many tokens, of which none is cached."""
+    num_tokens_of_slow: int = 800
+    """Tokens of a prompt that takes long enough to be interrupted."""
+    slow_prefill: dict[str, Any] = field(default_factory=dict)
+    slow_decode: dict[str, Any] = field(default_factory=dict)
+    """Sampling parameters that make a leg slow where many tokens do not."""
+    can_decode_prefill: bool = True
+    keeps_kv: bool = True
+    """Whether a prompt's KV is there before decode has come for it."""
+
+    def request(self, num_tokens: int = 40, **sampling: Any) -> GenerateRequest:
+        sampling = {"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True, **sampling}
+        return GenerateRequest(request_id=new_id(), prompt_token_ids=self.make_prompt(num_tokens), sampling=sampling)
+
+    def begin(self, request: GenerateRequest, descriptor: TransferDescriptor | None) -> Running:
+        """Start to decode `request`."""
+        return Running(self.decode, request, descriptor)
+
+    async def are_idle(self) -> bool:
+        """Whether no engine holds KV, runs a request or counts a prompt as queued."""
+        for engine in (self.prefill, self.decode):
+            stats = await engine.stats()
+            if stats.num_used_blocks or stats.num_running or stats.num_waiting or engine.prompt_queue.queued_tokens:
+                return False
+        return True
+
+    async def is_kv_kept(self) -> bool:
+        """Whether prefill holds KV."""
+        return (await self.prefill.stats()).num_used_blocks > 0
+
+    async def until_idle(self) -> None:
+        await eventually(self.are_idle, SOON_S, "all KV and all queues are as before")
+
+
+class Running:
+    """A request that decode works on."""
+
+    def __init__(self, engine: Engine, request: GenerateRequest, descriptor: TransferDescriptor | None) -> None:
+        self.deltas: list[TokenDelta] = []
+        self._has_delta = asyncio.Event()
+        self.task = asyncio.create_task(engine.generate(request, descriptor, self._emit))
+
+    def _emit(self, delta: TokenDelta) -> None:
+        self.deltas.append(delta)
+        self._has_delta.set()
+
+    async def until_first_delta(self) -> None:
+        first = asyncio.create_task(self._has_delta.wait())
+        await asyncio.wait([first, self.task], return_when=asyncio.FIRST_COMPLETED)
+        if not first.done():
+            first.cancel()
+            await self.task
+
+    async def abort(self) -> None:
+        self.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await self.task
+
+
+def check_deltas(deltas: list[TokenDelta], num_tokens: int) -> None:
+    assert sum(len(delta.token_ids) for delta in deltas) == num_tokens
+    assert [delta.report is not None for delta in deltas] == [True] + [False] * (len(deltas) - 1)
+    assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+
+
+class EngineContract:
+    """Tests of the fixture `pair`; each leaves the engines as it found them."""
+
+    async def test_the_first_delta_carries_the_report_and_the_last_a_finish_reason(self, pair: Pair) -> None:
+        request = pair.request()
+        descriptor = await pair.prefill.prefill(request)
+        assert (descriptor.request_id, descriptor.prompt_tokens) == (request.request_id, 40)
+        running = pair.begin(request, descriptor)
+        await running.task
+        check_deltas(running.deltas, 40)
+        report = running.deltas[0].report
+        assert report is not None
+        assert (report.kind, report.prefill_replica) == ("remote", descriptor.replica_id)
+        assert report.transferred_tokens > 0
+        await pair.until_idle()
+
+    async def test_decode_computes_a_prompt_itself_where_it_can(self, pair: Pair) -> None:
+        if not pair.can_decode_prefill:
+            pytest.skip("this decode engine cannot prefill")
+        running = pair.begin(pair.request(), None)
+        await running.task
+        check_deltas(running.deltas, 40)
+        report = running.deltas[0].report
+        assert report is not None
+        assert (report.kind, report.prefill_replica, report.transferred_tokens) == ("local", None, 0)
+        await pair.until_idle()
+
+    async def test_kv_that_nobody_fetches_is_freed_at_once_when_it_is_released(self, pair: Pair) -> None:
+        expired = (await pair.prefill.stats()).num_expired_handoffs
+        request = pair.request()
+        descriptor = await pair.prefill.prefill(request)
+        if pair.keeps_kv:
+            await eventually(pair.is_kv_kept, SOON_S, "the KV is kept")
+        for _ in range(2):
+            await pair.prefill.release(request.request_id)
+            await pair.decode.release(request.request_id, descriptor)
+            await pair.until_idle()
+        assert (await pair.prefill.stats()).num_expired_handoffs == expired
+
+    async def test_releasing_what_is_unknown_or_was_fetched_does_no_harm(self, pair: Pair) -> None:
+        request = pair.request()
+        descriptor = await pair.prefill.prefill(request)
+        await pair.begin(request, descriptor).task
+        for engine in (pair.prefill, pair.decode):
+            await engine.release("never heard of")
+        await pair.prefill.release(request.request_id)
+        await pair.decode.release(request.request_id, descriptor)
+        again = pair.request()
+        running = pair.begin(again, await pair.prefill.prefill(again))
+        await running.task
+        check_deltas(running.deltas, 40)
+        await pair.until_idle()
+
+    async def test_aborting_a_prefill_frees_its_kv(self, pair: Pair) -> None:
+        request = pair.request(pair.num_tokens_of_slow, **pair.slow_prefill)
+        task = asyncio.create_task(pair.prefill.prefill(request))
+        async with asyncio.timeout(SOON_S):
+            while not pair.prefill.prompt_queue.queued_tokens:
+                await asyncio.sleep(0)
+                await pair.prefill.stats()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await pair.prefill.release(request.request_id)  # SGLang's `prefill` had returned
+        await pair.until_idle()
+
+    @pytest.mark.parametrize("moment", ["at once", "after the first delta"])
+    async def test_aborting_a_request_on_decode_frees_its_kv_on_both_sides(self, pair: Pair, moment: str) -> None:
+        request = pair.request(max_tokens=500, **pair.slow_decode)
+        descriptor = await pair.prefill.prefill(request)
+        running = pair.begin(request, descriptor)
+        await (asyncio.sleep(0) if moment == "at once" else running.until_first_delta())
+        await running.abort()
+        if not running.deltas:  # it may not have come to fetching the KV
+            await pair.prefill.release(request.request_id)
+            await pair.decode.release(request.request_id, descriptor)
+        await pair.until_idle()
+
+    async def test_a_prompt_is_queued_until_it_is_computed(self, pair: Pair) -> None:
+        queue = pair.prefill.prompt_queue
+        await pair.prefill.stats()
+        before = queue.computed_prompts, queue.computed_tokens
+        request = pair.request()
+        running = pair.begin(request, await pair.prefill.prefill(request))
+        await running.task
+        await pair.until_idle()
+        assert (queue.computed_prompts, queue.computed_tokens) == (before[0] + 1, before[1] + 40)
+
+
+async def check_death(pair: Pair, kill: Callable[[Engine], Awaitable[None]]) -> None:
+    """The death of a decode engine is said by each of its methods, and it can be stopped, even twice."""
+    events = asyncio.create_task(_read_to_the_end(pair.decode))
+    await pair.decode.check_health()
+    await kill(pair.decode)
+
+    async def is_said() -> bool:
+        with suppress(EngineDead):
+            await pair.decode.check_health()
+            return False
+        return True
+
+    await eventually(is_said, SOON_S, "the death is said")
+    with pytest.raises(EngineDead):
+        await pair.decode.stats()
+    with pytest.raises(EngineDead):
+        await pair.decode.generate(pair.request(), None, lambda _: None)
+    for engine in (pair.decode, pair.prefill):
+        await engine.stop()
+        await engine.stop()
+        with pytest.raises(EngineDead):
+            await engine.check_health()
+    await asyncio.wait_for(events, SOON_S)
+
+
+async def _read_to_the_end(engine: Engine) -> None:
+    async for _ in engine.kv_events():
+        pass
