@@ -18,6 +18,7 @@ from rich.console import Console
 
 from app.cli.check import check_document
 from app.cli.options import DEFAULT_CONFIG, ConfigPath
+from app.engine_defaults import cpu_dtype, takes_default_dtype
 from app.serve_document import configs, load_document
 from deployments.cluster import start_cluster, stop_cluster
 
@@ -34,7 +35,7 @@ def run(
     started_at = time.monotonic()
     document = load_document(config)
     device = check_document(document)
-    console.print(f"{config}: ok; engines run on {device}" + ("" if device == "cuda" else " (no GPU found)"))
+    console.print(f"{config}: ok; engines run on {describe_device(document, device)}", soft_wrap=True)
     http = {
         **document.get("http_options", {}),
         **({"host": host} if host else {}),
@@ -64,6 +65,17 @@ def run(
         console.print("stopping")
     finally:
         stop_cluster()
+
+
+def describe_device(document: dict[str, Any], device: str) -> str:
+    """The device, and on a CPU the dtype that Baton chooses for models that name none."""
+    if device != "cpu":
+        return device
+    dtype = ""
+    if any(takes_default_dtype(config) for config in configs(document)):
+        dtype = cpu_dtype()
+        dtype = f" with {dtype}" + (": this CPU emulates bfloat16" if dtype == "float32" else "")
+    return f"cpu{dtype} (no GPU found)"
 
 
 def _set_on_signals(stop: threading.Event) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from app.engine_defaults import cpu_defaults
 from app.engines.base import Emit, EngineInfo, EngineSpec
 from app.engines.kv_events import KvEventFeed, follow
 from app.engines.plugins import cpu_waits
@@ -66,11 +67,6 @@ ASK_FOR_HANDOFF = {
     "remote_port": None,
 }
 """``kv_transfer_params`` with which a prefill engine keeps the prompt's KV and says where it lies."""
-
-
-def cpu_defaults(device: str) -> dict[str, Any]:
-    """Engine arguments that differ on a CPU: compiling kernels costs minutes there and gains little."""
-    return {"enforce_eager": True, "dtype": "bfloat16"} if device == "cpu" else {}
 
 
 def build_engine_args(spec: EngineSpec) -> Any:

@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from app.config import BatonConfig, ModelConfig
-from app.engines.vllm import cpu_defaults
+from app.engine_defaults import cpu_defaults
 from app.errors import ConfigError
 from app.frontend.http_middleware import BodyLimit, ErrorBeforeStream, RoutingHeaders
 from app.frontend.model_dispatch import ModelDispatch

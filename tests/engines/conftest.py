@@ -16,6 +16,7 @@ import pytest
 import yaml
 from ray import serve
 
+from app.engine_defaults import cpu_dtype
 from tests.conftest import REPOSITORY, wait_until
 
 START_TIMEOUT_S = 300.0
@@ -40,8 +41,8 @@ class Baton:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """The tiny model: 4 layers x (K and V) x 2 heads x 64 x 2 bytes; sim has its profile's."""
-        return 131072 if self.engine == "sim" else 2048
+        """The tiny model: 4 layers x (K and V) x 2 heads x 64 of its dtype; sim has its profile's."""
+        return 131072 if self.engine == "sim" else 1024 * {"bfloat16": 2, "float32": 4}[cpu_dtype()]
 
     def complete(self, prompt: Any, **fields: Any) -> Any:
         """A text completion, greedy unless said otherwise."""
