@@ -158,25 +158,22 @@ def test_all_models_are_named_when_they_serve() -> None:
 # baton environments
 
 
-def environments(path: Path, *names: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *names, "-m", "app.cli.main", "environments", str(path)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
-
-
 @pytest.mark.parametrize(("engine", "printed"), [("vllm", ""), ("sim", ""), ("sglang", "sglang\n")])
-def test_environments_names_what_the_engines_need(tmp_path: Path, engine: str, printed: str) -> None:
+def test_environments_names_what_the_engines_need(
+    baton_command: Any, tmp_path: Path, engine: str, printed: str
+) -> None:
     document = yaml.safe_load(several_models())
     document["applications"][0]["args"]["models"][1]["decode"]["engine"] = engine
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(document))
-    done = environments(path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
+    assert baton_command("environments", path) == (0, printed, "")
 
 
 def test_environments_imports_neither_ray_nor_an_engine(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(model_with(prefill={"engine": "sglang"}, decode={"engine": "sglang"}))
-    done = environments(path, "-X", "importtime")
+    command = [sys.executable, "-X", "importtime", "-m", "app.cli.main", "environments", str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "sglang\n"
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "app.cli.run" in imported
