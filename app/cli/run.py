@@ -41,6 +41,10 @@ def run(
         **({"host": host} if host else {}),
         **({"port": port} if port else {}),
     }
+
+    def say(what: str) -> None:
+        console.print(f"{time.monotonic() - started_at:5.0f} s  {what}", soft_wrap=True)
+
     stop = threading.Event()
     _set_on_signals(stop)
     # Asking vLLM takes as long as Ray takes to start, and must not touch this process's environment.
@@ -50,15 +54,19 @@ def run(
         stderr=subprocess.PIPE,
         text=True,
     )
+    say("starting Ray; meanwhile vLLM checks the configuration")
     start_cluster(http, document.get("proxy_location", "EveryNode"), dashboard, verbose)
     _set_on_signals(stop)  # again: Ray's own handler of SIGTERM ends this process at once, and leaves HAProxy behind
     try:
+        if thorough.poll() is None:
+            say("waiting for vLLM's check of the configuration")
         _, problem = thorough.communicate()
         if thorough.returncode:
             raise RuntimeError(problem.strip().splitlines()[-1].removeprefix("baton: "))
         from deployments.application import deploy
 
-        deploy(document, console.print, stop)
+        say("deploying")
+        deploy(document, say, stop)
         if not stop.is_set():
             _say_ready(document, http, console, time.monotonic() - started_at)
             stop.wait()
