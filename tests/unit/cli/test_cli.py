@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from app.cli.check import check_document
-from app.cli.run import _say_ready
+from app.cli.run import _say_ready, describe_device
 from app.serve_document import load_document
 from tests.conftest import REPOSITORY
 
@@ -153,6 +153,21 @@ def test_all_models_are_named_when_they_serve() -> None:
     _say_ready(yaml.safe_load(several_models()), {"port": 8123}, Console(file=said, width=200), 5.0)
     assert "Baton serves tiny, other at http://127.0.0.1:8123" in said.getvalue()
     assert '"model": "tiny"' in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "engine_args", "said"),
+    [
+        ("float32", {}, "cpu with float32: this CPU emulates bfloat16 (no GPU found)"),
+        ("bfloat16", {}, "cpu with bfloat16 (no GPU found)"),
+        ("float32", {"dtype": "bfloat16"}, "cpu (no GPU found)"),
+    ],
+)
+def test_run_says_what_engines_compute_in(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, engine_args: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr("app.cli.run.cpu_dtype", lambda: dtype)
+    assert describe_device(yaml.safe_load(model_with(engine_args=engine_args)), "cpu") == said
 
 
 # baton environments

@@ -268,3 +268,12 @@ def test_another_slo_restarts_no_engine() -> None:
         args["models"][0]["slo"] = {"ttft_ms": 500}
 
     assert restarted(changed(change)) == {"frontend"}
+
+
+def test_all_pools_of_a_model_are_given_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen here, as the replicas may be on other CPUs."""
+    monkeypatch.setattr("app.engine_defaults.cpu_dtype", lambda: "float32")
+    model = {"name": "m", "source": "baton:tiny", "prefill": {}, "decode": {}, "aggregated": {}}
+    built = deployments({"models": [model], "transfer": {}, "device": "cpu"})
+    given = [deployment.init_args[0].models[0].engine_args for deployment in built.values()]
+    assert given == [{"dtype": "float32"}] * 4
