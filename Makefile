@@ -8,7 +8,7 @@ RESOLVE := bash scripts/uv.sh pip compile --quiet pyproject.toml --python-versio
 	--no-emit-find-links --custom-compile-command "make lock"
 RESOLVE_IMAGE := $(RESOLVE) --python-platform x86_64-manylinux_2_36 --generate-hashes
 
-.PHONY: help setup setup-sglang packages run test lint format bench bench-peers bench-routing bench-scaling lock clean
+.PHONY: help setup setup-sglang packages run check test lint format bench bench-peers bench-routing bench-scaling lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -26,7 +26,10 @@ run: setup  ## serve CONFIG; MODEL=<path or name> replaces its model
 	@names=$$($(BIN)/baton environments $(CONFIG)) && for name in $$names; do bash scripts/setup.sh $$name || exit; done
 	$(BIN)/baton run $(CONFIG)
 
-test: lint setup-sglang packages  ## set up, lint, then all tests
+check: lint  ## for every commit: lint, types and unit tests, under 2 minutes on 2 cores
+	$(BIN)/pytest tests/unit
+
+test: lint setup-sglang packages  ## set up, lint, then all tests, under 20 minutes on 2 cores
 	$(BIN)/pytest
 
 lint: setup  ## ruff and mypy

@@ -45,6 +45,7 @@ def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
                 _check_sim(f"models.{index}", role, model, pool)
         if model.engine == "sglang":
             _check_sglang(config, f"models.{index}", model)
+        _check_dtype(f"models.{index}", model)
     if device == "cuda" and config.device == "auto":
         _check_total(config, gpus_per_node)
     return device
@@ -128,6 +129,18 @@ def _check_total(config: BatonConfig, gpus_per_node: Sequence[int]) -> None:
             f"the pools want {wanted:g} GPUs, but there are {sum(gpus_per_node)}: lower `replicas`, remove the prefill "
             "pool, let pools share a GPU (resources.num_gpus: 0.5 and engine_args.gpu_memory_utilization: 0.4), or "
             "set `device: cuda` if more nodes will come",
+        )
+
+
+def _check_dtype(field: str, model: ModelConfig) -> None:
+    if model.prefill is None:
+        return
+    prefill, decode = (model.merged_engine_args(pool).get("dtype") for pool in (model.prefill, model.decode))
+    if prefill != decode:
+        raise ConfigError(
+            f"{field}.engine_args.dtype",
+            f"prefill has {prefill or 'none'} and decode {decode or 'none'}, but KV moves between them as it is: "
+            "set it here rather than in a pool",
         )
 
 

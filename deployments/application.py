@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 import ray
 from ray import serve
+from ray.serve.schema import ApplicationStatusOverview
 
 from app.autoscaling.bounds import Bounds, bounds_of, scale
 from app.config import BatonConfig, parse
+from app.serve_document import configs
 from deployments.autoscaling import plan_key
 from deployments.build import check_autoscaling
 from deployments.cluster import connect
@@ -21,6 +23,10 @@ from deployments.serve_hooks import deploy_applications, get_internal_kv, serve_
 
 IMPORT_PATH = "deployments.build:build"
 STALE_PLAN_S = 30.0
+QUIET_S = 10.0
+"""How long a start may go on without a word."""
+TITLES = {"vllm": "vLLM", "sglang": "SGLang", "sim": "its profile"}
+"""What a replica of each engine loads."""
 GROUP_LABEL = "baton/group"
 """The label of a Ray node that says which worker group it belongs to (cluster/base)."""
 
@@ -57,24 +63,56 @@ def deploy(document: dict[str, Any], say: Callable[[str], object], stop: threadi
     As ``serve run`` and KubeRay do it, so that ``baton scale`` finds their configuration in the cluster.
     """
     deploy_applications(document["applications"])
-    _wait_until_running(say, stop)
-
-
-def _wait_until_running(say: Callable[[str], object], stop: threading.Event) -> None:
-    began = time.monotonic()
-    said: dict[str, str] = {}
+    progress = Progress(_what_loads(document))
     while not stop.wait(0.5):
         applications = serve.status().applications
+        for line in progress.lines(applications, time.monotonic()):
+            say(line)
         for application in applications.values():
-            for name, deployment in application.deployments.items():
-                state = " ".join(f"{count} {state.lower()}" for state, count in deployment.replica_states.items())
-                if state and said.get(name) != state:
-                    said[name] = state
-                    say(f"{time.monotonic() - began:5.0f} s  {name}: {state}")
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise RuntimeError(f"the application did not come up: {application.message}")
         if all(application.status == "RUNNING" for application in applications.values()):
             return
+
+
+def _what_loads(document: dict[str, Any]) -> dict[str, str]:
+    """What takes its time while a replica of each deployment starts."""
+    models = [model for config in configs(document) for model in config.models]
+    pools = {
+        model.deployment_name(role): TITLES[pool.engine] for model in models for role, pool in model.pools().items()
+    }
+    return {"frontend": "vLLM's server", **pools}
+
+
+class Progress:
+    """What is new, and what is still awaited, of applications that start."""
+
+    def __init__(self, loads: Mapping[str, str]) -> None:
+        self._loads = loads
+        self._said: dict[str, str] = {}
+        self._said_at = time.monotonic()
+
+    def lines(self, applications: Mapping[str, ApplicationStatusOverview], now: float) -> list[str]:
+        """What to say at `now` (of the monotonic clock): at least one line each QUIET_S until all is up."""
+        states = {name: found for each in applications.values() for name, found in each.deployments.items()}
+        lines = []
+        for name, deployment in states.items():
+            state = self._describe(name, deployment.replica_states)
+            if state and self._said.get(name) != state:
+                self._said[name] = state
+                lines.append(f"{name}: {state}")
+        if not lines and now - self._said_at >= QUIET_S:
+            awaited = [name for name, deployment in states.items() if deployment.status != "HEALTHY"]
+            lines = [f"waiting for {', '.join(awaited) or 'Serve to build the application'}"]
+        if lines:
+            self._said_at = now
+        return lines
+
+    def _describe(self, name: str, replicas: Mapping[str, int]) -> str:
+        loading = f" (loading {self._loads[name]})" if name in self._loads else ""
+        return " ".join(
+            f"{count} {state.lower()}{loading if state == 'STARTING' else ''}" for state, count in replicas.items()
+        )
 
 
 def scale_running(name: str, targets: Mapping[str, Bounds]) -> list[str]:

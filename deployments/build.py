@@ -26,6 +26,7 @@ from app.config import (
     SloConfig,
     parse,
 )
+from app.engine_defaults import with_dtype
 from app.errors import ConfigError
 from app.messages import Role
 from app.preflight import check, gpus_of_replica, python_of_replica
@@ -58,6 +59,8 @@ def build(args: dict[str, Any]) -> Application:
     config = parse(args)
     check_autoscaling(config)
     device = check(config, _gpus_per_node())
+    # Serve builds on the head node, next to its controller, so the head's CPU decides and a new build changes nothing.
+    config = with_dtype(config, device)
     logger.info("device=%s models=%s", device, ",".join(model.source for model in config.models))
     workers: dict[Role, type] = {"decode": DecodeWorker, "prefill": PrefillWorker, "aggregated": AggregatedWorker}
     pools = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import platform
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from app.engine_defaults import cpu_dtype
 from app.ports import free_port
 from deployments.cluster import ray_environment
 
@@ -19,6 +22,30 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+def describe_processor() -> str:
+    """Its name, how many of its cores there are, and what engines compute in on it."""
+    names = [
+        line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line
+    ]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}, engines compute in {cpu_dtype()}"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no garbage collection during the tests needs to look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Or extension modules complain at exit that their objects leaked."""
+    gc.unfreeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The slowest tests (`--durations` in pyproject.toml) are worth little without what they ran on."""
+    terminalreporter.write_line(f"processor: {describe_processor()}")
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float, what: str, every_s: float = 0.1) -> Any:

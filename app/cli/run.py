@@ -18,6 +18,7 @@ from rich.console import Console
 
 from app.cli.check import check_document
 from app.cli.options import DEFAULT_CONFIG, ConfigPath
+from app.engine_defaults import cpu_dtype, takes_default_dtype
 from app.serve_document import configs, load_document
 from deployments.cluster import start_cluster, stop_cluster
 
@@ -34,12 +35,16 @@ def run(
     started_at = time.monotonic()
     document = load_document(config)
     device = check_document(document)
-    console.print(f"{config}: ok; engines run on {device}" + ("" if device == "cuda" else " (no GPU found)"))
+    console.print(f"{config}: ok; engines run on {describe_device(document, device)}", soft_wrap=True)
     http = {
         **document.get("http_options", {}),
         **({"host": host} if host else {}),
         **({"port": port} if port else {}),
     }
+
+    def say(what: str) -> None:
+        console.print(f"{time.monotonic() - started_at:5.0f} s  {what}", soft_wrap=True)
+
     stop = threading.Event()
     _set_on_signals(stop)
     # Asking vLLM takes as long as Ray takes to start, and must not touch this process's environment.
@@ -49,21 +54,36 @@ def run(
         stderr=subprocess.PIPE,
         text=True,
     )
+    say("starting Ray; meanwhile vLLM checks the configuration")
     start_cluster(http, document.get("proxy_location", "EveryNode"), dashboard, verbose)
     _set_on_signals(stop)  # again: Ray's own handler of SIGTERM ends this process at once, and leaves HAProxy behind
     try:
+        if thorough.poll() is None:
+            say("waiting for vLLM's check of the configuration")
         _, problem = thorough.communicate()
         if thorough.returncode:
             raise RuntimeError(problem.strip().splitlines()[-1].removeprefix("baton: "))
         from deployments.application import deploy
 
-        deploy(document, console.print, stop)
+        say("deploying")
+        deploy(document, say, stop)
         if not stop.is_set():
             _say_ready(document, http, console, time.monotonic() - started_at)
             stop.wait()
         console.print("stopping")
     finally:
         stop_cluster()
+
+
+def describe_device(document: dict[str, Any], device: str) -> str:
+    """The device, and on a CPU the dtype that Baton chooses for models that name none."""
+    if device != "cpu":
+        return device
+    dtype = ""
+    if any(takes_default_dtype(config) for config in configs(document)):
+        dtype = cpu_dtype()
+        dtype = f" with {dtype}" + (": this CPU emulates bfloat16" if dtype == "float32" else "")
+    return f"cpu{dtype} (no GPU found)"
 
 
 def _set_on_signals(stop: threading.Event) -> None:

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import functools
 import os
+import random
+import statistics
+import threading
+import time
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import httpx
 import openai
@@ -17,6 +22,7 @@ import pytest
 import yaml
 from ray import serve
 
+from app.engine_defaults import cpu_dtype
 from tests.conftest import REPOSITORY, wait_until
 from tests.engines import workers
 
@@ -24,6 +30,25 @@ START_TIMEOUT_S = 300.0
 CONFIG = REPOSITORY / "cluster" / "local" / "two-engines.yaml"
 SGLANG_AGGREGATED = "tiny-sglang-aggregated"
 SIM = "tiny-sim"
+LONG_PROMPT_TOKENS = 3500
+
+
+class Pace(NamedTuple):
+    """How fast this machine is, seen by a client of one model; seconds."""
+
+    prompt_s: float
+    """From a prompt of LONG_PROMPT_TOKENS to its first token: an engine computes it in one or two steps."""
+    token_s: float
+    """Between two tokens of a sequence that runs alone."""
+
+    @property
+    def settle_s(self) -> float:
+        """How soon after a client went away nothing may be left of its request.
+
+        Both engines look once a step.  1.5 s is the promise where such a prompt takes half a second or less (two
+        idle cores with AVX512-BF16, or a GPU); slower machines get three times what it takes there.
+        """
+        return max(1.5, 3 * self.prompt_s)
 
 
 class Baton:
@@ -42,8 +67,8 @@ class Baton:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """The tiny model: 4 layers x (K and V) x 2 heads x 64 x 2 bytes; sim has its profile's."""
-        return 131072 if self.engine == "sim" else 2048
+        """The tiny model: 4 layers x (K and V) x 2 heads x 64 of its dtype; sim has its profile's."""
+        return 131072 if self.engine == "sim" else 1024 * {"bfloat16": 2, "float32": 4}[cpu_dtype()]
 
     def complete(self, prompt: Any, **fields: Any) -> Any:
         """A text completion, greedy unless said otherwise."""
@@ -105,6 +130,60 @@ class Baton:
 
     def wait_until_healthy(self) -> None:
         wait_until(lambda: self.health()["state"] == "ready", START_TIMEOUT_S, f"{self.model} ready")
+
+    def wait_until_quiet(self) -> None:
+        """Ready, with one replica of each role, and idle."""
+        self.wait_until_healthy()
+        pools = {"prefill": {"ready": 1}, "decode": {"ready": 1}}
+        wait_until(lambda: self.health()["pools"] == pools, START_TIMEOUT_S, f"{self.model} without old replicas")
+        wait_until(self.is_idle, 40, f"{self.model} idle")
+
+    @functools.cached_property
+    def pace(self) -> Pace:
+        """Measured once, on an application that is otherwise idle."""
+        prompts = [random.Random(seed).choices(range(300, 2000), k=LONG_PROMPT_TOKENS) for seed in range(900, 903)]
+        firsts, tokens = zip(*(self._time(prompt) for prompt in prompts), strict=True)
+        return Pace(prompt_s=statistics.median(firsts), token_s=statistics.median(tokens))
+
+    def _time(self, prompt: list[int]) -> tuple[float, float]:
+        """Seconds to the first chunk, and for each further token."""
+        num_tokens = 21
+        options: dict[str, Any] = {"max_tokens": num_tokens, "extra_body": {"ignore_eos": True}, "stream": True}
+        began = time.monotonic()
+        moments = [time.monotonic() - began for _ in self.complete(prompt, **options)]
+        return moments[0], (moments[-1] - moments[0]) / (num_tokens - 1)
+
+
+class Load:
+    """Requests, one after another on each of some threads, until told to stop."""
+
+    def __init__(self, baton: Baton, num_threads: int = 4) -> None:
+        self._baton = baton
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(num_threads)
+        self._workers = [self._pool.submit(self._work, n) for n in range(num_threads)]
+        self.num_done = 0
+
+    def _work(self, worker: int) -> None:
+        number = 0
+        while not self._stop.is_set():
+            number += 1
+            prompt = [300 + worker, 300 + number % 1000, *range(500, 900)]
+            answer = self._baton.complete(prompt, max_tokens=16, extra_body={"ignore_eos": True})
+            assert answer.usage.completion_tokens == 16
+            self.num_done += 1
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._pool.shutdown()
+
+    def check(self) -> None:
+        """Raise what any request raised."""
+        for worker in self._workers:
+            worker.result(timeout=60)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from app.config import parse
 from app.errors import ConfigError
 from app.preflight import check_with_sglang
 from tests.conftest import wait_until
-from tests.engines.conftest import SGLANG_AGGREGATED, Baton
+from tests.engines.conftest import LONG_PROMPT_TOKENS, SGLANG_AGGREGATED, Baton
 
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -117,38 +117,49 @@ SGLANG_SAMPLINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("engine", "name"),
-    [*(("vllm", name) for name in SAMPLINGS), *(("sglang", name) for name in SGLANG_SAMPLINGS)],
-)
+OF_ENGINE = {"vllm": SAMPLINGS, "sglang": SGLANG_SAMPLINGS}
+DISAGGREGATED: dict[tuple[str, str], list[Any]] = {}
+"""The answers that there are by now."""
+
+
+def sampled(baton: Baton, name: str, *, is_remote: bool) -> list[Any]:
+    """What a client gets of each choice."""
+    fields = {**OF_ENGINE[baton.engine][name], "max_tokens": 32}
+    body = fields.pop("extra_body", {})
+    if is_remote:
+        answer = baton.complete(PROMPTS[1], extra_body={**body, "cache_salt": f"{name}-apart"}, **fields)
+    else:
+        answer = baton.complete_without_transfer(PROMPTS[1], salt=f"{name}-together", extra_body=body, **fields)
+    return [(c.text, c.finish_reason, c.logprobs and c.logprobs.token_logprobs) for c in answer.choices]
+
+
+def disaggregated(baton: Baton, name: str) -> list[Any]:
+    """From prefill and decode apart, asked for once."""
+    if (baton.engine, name) not in DISAGGREGATED:
+        remote = baton.count_prefills("remote")
+        DISAGGREGATED[baton.engine, name] = sampled(baton, name, is_remote=True)
+        assert baton.count_prefills("remote") > remote
+    return DISAGGREGATED[baton.engine, name]
+
+
+@pytest.mark.parametrize(("engine", "name"), [(engine, name) for engine, names in OF_ENGINE.items() for name in names])
 def test_sampling_is_the_same_with_and_without_disaggregation(
     request: pytest.FixtureRequest, engine: str, name: str
 ) -> None:
     baton: Baton = request.getfixturevalue(engine)
-    fields = {**(SAMPLINGS if engine == "vllm" else SGLANG_SAMPLINGS)[name], "max_tokens": 32}
-    body = {**fields.pop("extra_body", {}), "cache_salt": f"{name}-apart"}
-
-    def parts(answer: Any) -> list[Any]:
-        return [(c.text, c.finish_reason, c.logprobs and c.logprobs.token_logprobs) for c in answer.choices]
-
-    remote = baton.count_prefills("remote")
-    disaggregated = parts(baton.complete(PROMPTS[1], extra_body=body, **fields))
-    assert baton.count_prefills("remote") > remote
-    aggregated = parts(baton.complete_without_transfer(PROMPTS[1], salt=f"{name}-together", extra_body=body, **fields))
-    assert disaggregated == aggregated
-    if name != "greedy":
-        SAMPLINGS_SEEN.setdefault(engine, set()).add(json.dumps(disaggregated))
+    assert disaggregated(baton, name) == sampled(baton, name, is_remote=False)
 
 
-SAMPLINGS_SEEN: dict[str, set[str]] = {}
-
-
-def test_sampling_parameters_have_an_effect() -> None:
+def test_sampling_parameters_have_an_effect(vllm: Baton, sglang: Baton) -> None:
     """Or the test above compares equal answers to parameters that nobody reads."""
+    different = {
+        baton.engine: {json.dumps(disaggregated(baton, name)) for name in OF_ENGINE[baton.engine] if name != "greedy"}
+        for baton in (vllm, sglang)
+    }
     # ignore_eos, bad_words and logprobs may leave the text alone
-    assert len(SAMPLINGS_SEEN["vllm"]) >= len(SAMPLINGS) - 3
+    assert len(different["vllm"]) >= len(SAMPLINGS) - 3
     # and so may they here; top_k, top_p and min_p are set to what is greedy
-    assert len(SAMPLINGS_SEEN["sglang"]) >= len(SGLANG_SAMPLINGS) - 5
+    assert len(different["sglang"]) >= len(SGLANG_SAMPLINGS) - 5
 
 
 def test_an_engine_argument_that_sglang_does_not_know_is_found_before_it_starts() -> None:
@@ -254,22 +265,24 @@ def test_health_names_every_endpoint(baton: Baton) -> None:
     assert len(addresses) == 2, "two replicas share a side channel"
 
 
-LONG = random.Random(3).choices(range(300, 2000), k=3500)
+LONG = random.Random(3).choices(range(300, 2000), k=LONG_PROMPT_TOKENS)
 
 
 def test_a_client_that_goes_away_during_prefill_leaves_nothing_behind(baton: Baton) -> None:
     wait_until(baton.is_idle, 40, "idle before")
+    during_prefill = 0.4 * baton.pace.prompt_s
     with pytest.raises(httpx.ReadTimeout):
-        baton.http.post("/v1/completions", json={"model": baton.model, "prompt": LONG}, timeout=0.15)
-    wait_until(baton.is_idle, 1.5, "both engines idle and without blocks")
+        baton.http.post("/v1/completions", json={"model": baton.model, "prompt": LONG}, timeout=during_prefill)
+    wait_until(baton.is_idle, baton.pace.settle_s, "both engines idle and without blocks")
 
 
 def test_a_client_that_goes_away_from_a_whole_answer_leaves_nothing_behind(baton: Baton) -> None:
     wait_until(baton.is_idle, 40, "idle before")
     body = {"model": baton.model, "prompt": LONG[100:], "max_tokens": 500, "ignore_eos": True}
+    during_decode = baton.pace.prompt_s + 100 * baton.pace.token_s
     with pytest.raises(httpx.ReadTimeout):
-        baton.http.post("/v1/completions", json=body, timeout=1.0)
-    wait_until(baton.is_idle, 1.5, "both engines idle and without blocks")
+        baton.http.post("/v1/completions", json=body, timeout=during_decode)
+    wait_until(baton.is_idle, baton.pace.settle_s, "both engines idle and without blocks")
 
 
 @pytest.mark.parametrize("after_chunks", [1, 5])
@@ -280,7 +293,7 @@ def test_a_client_that_goes_away_during_decode_leaves_nothing_behind(baton: Bato
         chunks = (line for line in response.iter_lines() if line.startswith("data: {"))
         received = [next(chunks) for _ in range(after_chunks)]
     assert len(received) == after_chunks
-    wait_until(baton.is_idle, 1.5, "both engines idle and without blocks")
+    wait_until(baton.is_idle, baton.pace.settle_s, "both engines idle and without blocks")
 
 
 BAD: dict[str, tuple[dict[str, Any], int, str]] = {

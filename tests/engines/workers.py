@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from app.engines.base import Emit, EngineInfo
+from app.engines.base import EngineInfo
 from app.engines.prompt_queue import PromptQueue
-from app.messages import EngineStats, GenerateRequest, KvEvent, TokenDelta, TransferDescriptor
+from app.messages import Emit, EngineStats, GenerateRequest, KvEvent, TokenDelta, TransferDescriptor
 from deployments.replica.decode import AggregatedWorker, DecodeWorker
 from deployments.replica.prefill import PrefillWorker
 from deployments.replica.worker import Worker

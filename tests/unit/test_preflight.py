@@ -127,6 +127,15 @@ def test_the_gpus_of_all_models_are_counted() -> None:
         check(parse({"models": models}), [1])
 
 
+def test_prefill_and_decode_compute_in_one_dtype() -> None:
+    model = {"name": "m", "source": "baton:tiny", "engine_args": {"dtype": "float32"}, "prefill": {}, "decode": {}}
+    check(parse({"models": [model], "transfer": {}}), [])
+    model["decode"] = {"engine_args": {"dtype": "bfloat16"}}
+    with pytest.raises(ConfigError, match="prefill has float32 and decode bfloat16") as caught:
+        check(parse({"models": [model], "transfer": {}}), [])
+    assert caught.value.field == "models.0.engine_args.dtype"
+
+
 # Interpreters
 
 

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from app.cli.check import check_document
-from app.cli.run import _say_ready
+from app.cli.run import _say_ready, describe_device
 from app.serve_document import load_document
 from tests.conftest import REPOSITORY
 
@@ -155,28 +155,40 @@ def test_all_models_are_named_when_they_serve() -> None:
     assert '"model": "tiny"' in said.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "engine_args", "said"),
+    [
+        ("float32", {}, "cpu with float32: this CPU emulates bfloat16 (no GPU found)"),
+        ("bfloat16", {}, "cpu with bfloat16 (no GPU found)"),
+        ("float32", {"dtype": "bfloat16"}, "cpu (no GPU found)"),
+    ],
+)
+def test_run_says_what_engines_compute_in(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, engine_args: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr("app.cli.run.cpu_dtype", lambda: dtype)
+    assert describe_device(yaml.safe_load(model_with(engine_args=engine_args)), "cpu") == said
+
+
 # baton environments
 
 
-def environments(path: Path, *names: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *names, "-m", "app.cli.main", "environments", str(path)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
-
-
 @pytest.mark.parametrize(("engine", "printed"), [("vllm", ""), ("sim", ""), ("sglang", "sglang\n")])
-def test_environments_names_what_the_engines_need(tmp_path: Path, engine: str, printed: str) -> None:
+def test_environments_names_what_the_engines_need(
+    baton_command: Any, tmp_path: Path, engine: str, printed: str
+) -> None:
     document = yaml.safe_load(several_models())
     document["applications"][0]["args"]["models"][1]["decode"]["engine"] = engine
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(document))
-    done = environments(path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
+    assert baton_command("environments", path) == (0, printed, "")
 
 
 def test_environments_imports_neither_ray_nor_an_engine(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(model_with(prefill={"engine": "sglang"}, decode={"engine": "sglang"}))
-    done = environments(path, "-X", "importtime")
+    command = [sys.executable, "-X", "importtime", "-m", "app.cli.main", "environments", str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "sglang\n"
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "app.cli.run" in imported

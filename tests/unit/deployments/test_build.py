@@ -1,6 +1,8 @@
 """The topology: what the deployments are called, what each is given and what a change restarts."""
 
 import copy
+import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -54,14 +56,17 @@ def deployments(args: dict[str, Any]) -> dict[str, Any]:
 def restarted(args: dict[str, Any]) -> set[str]:
     """The deployments whose replicas Serve would replace on the way from ARGS to `args`, or that are new."""
 
-    def identities(args: dict[str, Any]) -> set[tuple[str, str]]:
-        found = set()
-        for name, deployment in deployments(args).items():
-            deployment._deployment_config.version = "as Serve does it"
-            found.add((name, f"{deployment._deployment_config.version} {deployment.ray_actor_options}"))
-        return found
+    return {name for name, _ in identities(json.dumps(args)) - identities(json.dumps(ARGS))}
 
-    return {name for name, _ in identities(args) - identities(ARGS)}
+
+@functools.cache
+def identities(args: str) -> frozenset[tuple[str, str]]:
+    """The deployments of `args` (JSON), each with what Serve restarts its replicas for."""
+    found = set()
+    for name, deployment in deployments(json.loads(args)).items():
+        deployment._deployment_config.version = "as Serve does it"
+        found.add((name, f"{deployment._deployment_config.version} {deployment.ray_actor_options}"))
+    return frozenset(found)
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
@@ -263,3 +268,12 @@ def test_another_slo_restarts_no_engine() -> None:
         args["models"][0]["slo"] = {"ttft_ms": 500}
 
     assert restarted(changed(change)) == {"frontend"}
+
+
+def test_all_pools_of_a_model_are_given_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen here, as the replicas may be on other CPUs."""
+    monkeypatch.setattr("app.engine_defaults.cpu_dtype", lambda: "float32")
+    model = {"name": "m", "source": "baton:tiny", "prefill": {}, "decode": {}, "aggregated": {}}
+    built = deployments({"models": [model], "transfer": {}, "device": "cpu"})
+    given = [deployment.init_args[0].models[0].engine_args for deployment in built.values()]
+    assert given == [{"dtype": "float32"}] * 4

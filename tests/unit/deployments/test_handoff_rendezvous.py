@@ -109,6 +109,7 @@ class Replica:
 
 def descriptor(number: int, ready_at: float) -> TransferDescriptor:
     return TransferDescriptor(
+        request_id=str(number),
         engine="e",
         replica_id="p",
         prompt_tokens=number,

@@ -254,7 +254,7 @@ class MirrorMachine(EngineMachine):
 
 
 TestMirror = MirrorMachine.TestCase
-TestMirror.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestMirror.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 
 
 def follow(held: set[int], update: KvUpdate) -> None:

@@ -56,14 +56,28 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_at_once_make_one_model_with_the_same_bytes(model_dir: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "app.models.tiny", str(tmp_path)]
+    """This one and another, which waits with all its imports done so that both really begin at once."""
+    code = """
+import pathlib, sys, torch, transformers
+from app.models.tiny import ensure_tiny_model
+print("ready", flush=True)
+sys.stdin.readline()
+print(ensure_tiny_model(pathlib.Path(sys.argv[1])))
+"""
     root = Path(tiny_model.__file__).parents[2]
-    makers = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = {maker.communicate()[0].strip() for maker in makers}
+    command, pipe = [sys.executable, "-c", code, str(tmp_path)], subprocess.PIPE
+    with subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        other.stdin.write("go\n")
+        other.stdin.flush()
+        made = ensure_tiny_model(tmp_path)
+        printed = other.communicate()[0].strip()
 
-    assert [maker.returncode for maker in makers] == [0, 0]
-    assert {str(path) for path in tmp_path.iterdir()} == printed  # one model, and no scratch folder left
-    assert contents(Path(printed.pop())) == contents(model_dir)
+    assert other.returncode == 0
+    assert [str(path) for path in tmp_path.iterdir()] == [printed] == [str(made)]  # no scratch folder left
+    assert contents(made) == contents(model_dir)
 
 
 def test_the_loser_of_a_race_returns_the_winners_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestIndex.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 class Frontend:
@@ -269,7 +269,7 @@ class FleetMachine(EngineMachine):
 
 
 TestFleet = FleetMachine.TestCase
-TestFleet.settings = settings(max_examples=150, stateful_step_count=80, deadline=None)
+TestFleet.settings = settings(max_examples=50, stateful_step_count=80, deadline=None)
 
 
 @given(st.lists(st.tuples(st.integers(0, 199), st.integers(1, 30)), max_size=60), st.randoms(use_true_random=False))

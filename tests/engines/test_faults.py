@@ -1,13 +1,12 @@
-"""Killing what serves.  Last, since each test leaves replicas behind that are new."""
+"""Killing what serves.  Each test leaves replicas behind that are new, all ready and idle."""
 
 from __future__ import annotations
 
 import random
-import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
 
 import psutil
 import pytest
@@ -16,45 +15,22 @@ from ray.exceptions import RayActorError
 from app.cli.verify import compare_output
 from app.errors import EngineDead, ReplicaLost
 from tests.conftest import eventually, wait_until
-from tests.engines.conftest import SGLANG_AGGREGATED, START_TIMEOUT_S, Baton, engine_processes
+from tests.engines.conftest import SGLANG_AGGREGATED, START_TIMEOUT_S, Baton, Load, engine_processes
 
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(900)]
 
 
-class Load:
-    """Requests, one after another on each of some threads, until told to stop."""
-
-    def __init__(self, baton: Baton, num_threads: int = 4) -> None:
-        self._baton = baton
-        self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(num_threads)
-        self._workers = [self._pool.submit(self._work, n) for n in range(num_threads)]
-        self.num_done = 0
-
-    def _work(self, worker: int) -> None:
-        number = 0
-        while not self._stop.is_set():
-            number += 1
-            prompt = [300 + worker, 300 + number % 1000, *range(500, 900)]
-            answer = self._baton.complete(prompt, max_tokens=16, extra_body={"ignore_eos": True})
-            assert answer.usage.completion_tokens == 16
-            self.num_done += 1
-
-    def __enter__(self) -> Load:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stop.set()
-        self._pool.shutdown()
-
-    def check(self) -> None:
-        """Raise what any request raised."""
-        for worker in self._workers:
-            worker.result(timeout=60)
+@pytest.fixture(autouse=True)
+def healed(vllm: Baton, sglang: Baton) -> Iterator[None]:
+    """Before and after each test all is ready and nothing runs, so that other tests may come in any order."""
+    for each in (vllm, sglang):
+        each.wait_until_quiet()
+    yield
+    for each in (vllm, sglang):
+        each.wait_until_quiet()
 
 
 def test_prefill_engine_killed_under_load_fails_no_request(vllm: Baton) -> None:
-    vllm.wait_until_healthy()
     replica = vllm.replica_process("prefill")
     with Load(vllm) as load:
         wait_until(lambda: load.num_done >= 4, 60, "load")
@@ -70,8 +46,6 @@ def test_prefill_engine_killed_under_load_fails_no_request(vllm: Baton) -> None:
 
 def test_sglang_without_its_prefill_engine_says_so_and_harms_no_other_model(sglang: Baton, vllm: Baton) -> None:
     """Decode cannot prefill, so the model is down; it is said at once, and nothing of it is left when it is back."""
-    sglang.wait_until_healthy()
-    vllm.wait_until_healthy()
     processes = engine_processes(sglang.replica_process("prefill"))
     long = random.Random(9).choices(range(300, 2000), k=3500)
     with ThreadPoolExecutor(4) as pool, Load(vllm) as load:
@@ -98,7 +72,6 @@ def test_sglang_without_its_prefill_engine_says_so_and_harms_no_other_model(sgla
 
 
 def test_killed_decode_replica_takes_its_engine_along_and_comes_back(real: Baton) -> None:
-    real.wait_until_healthy()
     replica = real.replica_process("decode")
     engine = engine_processes(replica)
     assert engine

@@ -16,8 +16,7 @@ from ray import serve
 
 from app.cli.verify import compare_output
 from tests.conftest import REPOSITORY, wait_until
-from tests.engines.conftest import Baton, engine_processes, running
-from tests.engines.test_zz_faults import Load
+from tests.engines.conftest import Baton, Load, engine_processes, running
 
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(900)]
 
