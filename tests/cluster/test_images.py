@@ -116,7 +116,7 @@ def test_what_the_build_reads_is_there_and_is_let_into_its_context() -> None:
 def test_the_wheel_is_made_of_all_that_the_project_names() -> None:
     project = _project()
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]  # type: ignore[index]
-    sources = {*wheel["only-include"], *(str(Path(file).parent) for file in wheel["force-include"])}
+    sources = {*wheel["only-include"]}
     wanted = {*sources, project["project"]["readme"], *project["project"]["license-files"]}  # type: ignore[index]
     assert wanted < _paths_of_the_context()
 

@@ -239,16 +239,13 @@ class Draining:
 
     def __init__(self, *stats: EngineStats | BatonError, queued_tokens: int = 0) -> None:
         self.answers = list(stats)
-        self.tokens = queued_tokens
+        self.prompt_queue = Mock(queued_tokens=queued_tokens)
 
     async def stats(self) -> EngineStats:
         answer = self.answers.pop(0)
         if isinstance(answer, BatonError):
             raise answer
         return answer
-
-    def queued_tokens(self) -> int:
-        return self.tokens
 
 
 @pytest.mark.parametrize(
