@@ -383,12 +383,20 @@ class Policy(autoscaling.PoolPolicy):
         super().__init__("tiny", "decode", ttft_s=2.0, itl_s=0.05, sequences=None, is_for_prompts=False)
 
 
+def replace(monkeypatch: pytest.MonkeyPatch, method: str, name: str, value: Any) -> None:
+    """Replace what a method of a policy means by `name`.
+
+    Serve pickles policies by value, and to unpickle one gives this process's class methods with globals of their own.
+    """
+    monkeypatch.setitem(getattr(autoscaling.Policy, method).__globals__, name, value)
+
+
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What is put into Ray's KV."""
     kept: dict[str, Any] = {}
-    monkeypatch.setattr(autoscaling, "put_internal_kv", lambda key, value: kept.update({key: json.loads(value)}))
-    monkeypatch.setattr(autoscaling, "Gauge", Mock())
+    replace(monkeypatch, "_publish", "put_internal_kv", lambda key, value: kept.update({key: json.loads(value)}))
+    replace(monkeypatch, "__init__", "Gauge", Mock())
     return kept
 
 
@@ -456,6 +464,6 @@ def test_a_policy_that_fails_keeps_the_replicas_and_says_so_once(
 def test_a_plan_that_cannot_be_published_counts_all_the_same(
     published: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(autoscaling, "put_internal_kv", Mock(side_effect=ConnectionError("no GCS")))
+    replace(monkeypatch, "_publish", "put_internal_kv", Mock(side_effect=ConnectionError("no GCS")))
     assert Policy()(context(BUSY))[0] > 1
     assert "no GCS" in caplog.text
