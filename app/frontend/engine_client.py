@@ -51,7 +51,7 @@ from app.frontend.vllm_surface import (
 from app.messages import GenerateRequest, Logprobs, PrefillMode, TokenDelta
 from app.routing.decision import RoutingHints
 
-logger = logging.getLogger("baton.disaggregated_engine")
+logger = logging.getLogger("baton.engine_client")
 
 _DEFAULT_SAMPLING = SamplingParams()
 _FINISH_REASONS = {str(reason): reason for reason in FinishReason}
