@@ -1,0 +1,1 @@
+"""Developers' experiments; no product module imports them, and no wheel has them."""

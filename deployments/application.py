@@ -13,8 +13,8 @@ import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatusOverview
 
-from app.autoscaling.bounds import Bounds, bounds_of, scale
 from app.config import BatonConfig, parse
+from app.replica_bounds import Bounds, bounds_of, scale
 from app.serve_document import configs
 from deployments.autoscaling import plan_key
 from deployments.build import check_autoscaling

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from app.autoscaling.bounds import parse_targets, scale_document
+from app.replica_bounds import parse_targets, scale_document
 from app.serve_document import dump, load_document
 
 

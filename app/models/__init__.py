@@ -1,0 +1,1 @@
+"""Where a model's files are, and the tiny models that Baton makes itself."""

@@ -1,0 +1,1 @@
+"""Which replicas serve a sequence, and where its prompt is prefilled; start at router.py."""

@@ -1,0 +1,1 @@
+"""Waves of load on pools that scale: ``python -m benchmarks.scaling``."""

@@ -1,0 +1,1 @@
+"""The frontend deployment, and how it finds and calls the replicas."""

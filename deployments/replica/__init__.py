@@ -1,0 +1,1 @@
+"""The deployments around one engine: prefill, decode, and what both report."""

@@ -34,7 +34,7 @@ def app(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ap
 async def another_frontend(role: str) -> AsyncIterator[PoolState]:
     """The pool state of a frontend that comes later than the application's own: this process."""
     async with connected(role) as channels:
-        yield channels._view
+        yield channels._pool
 
 
 @asynccontextmanager

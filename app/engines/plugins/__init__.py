@@ -1,0 +1,1 @@
+"""Plug-ins that vLLM and SGLang load in each of their processes."""

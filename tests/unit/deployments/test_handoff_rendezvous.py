@@ -52,7 +52,7 @@ class Sequence:
             asyncio.get_running_loop().call_soon(self._task.cancel)  # as a Link does it
         elif event == "attach" or (event == "attach again" and self.is_attached):
             self.is_attached = True
-            self._replica.rendezvous.attach("link", self._number, Reference(self._prefill))
+            self._replica.rendezvous.attach("channel", self._number, Reference(self._prefill))
         elif event == "prefill ends":
             self.end_prefill()
 
@@ -68,7 +68,7 @@ class Sequence:
 
     async def _run(self) -> None:
         try:
-            await self._replica.rendezvous.receive("link", self._number, TIMEOUT_S)
+            await self._replica.rendezvous.receive("channel", self._number, TIMEOUT_S)
         except (TimeoutError, DescriptorExpired, EngineFailed):
             return
         self.num_generated += 1  # the engine has it from here on
@@ -85,7 +85,7 @@ class Replica:
     def __init__(self) -> None:
         self.released: list[int] = []
         self.rendezvous = HandoffRendezvous(self._release)
-        self.rendezvous.open("link")
+        self.rendezvous.open("channel")
         self.is_closed = False
         self._passed_s = 0.0
         asyncio.get_running_loop().time = lambda: self._passed_s  # type: ignore[method-assign]
@@ -99,7 +99,7 @@ class Replica:
         self.is_closed = True
         for sequence in sequences:
             sequence.do("cancel")
-        asyncio.get_running_loop().call_soon(self.rendezvous.close, "link")
+        asyncio.get_running_loop().call_soon(self.rendezvous.close, "channel")
 
     async def wait(self, seconds: float = 0.0, turns: int = TURNS) -> None:
         self._passed_s += seconds
@@ -185,7 +185,7 @@ async def received(*before: str, outcome: str = "succeeds", after: tuple[str, ..
     sequence = Sequence(replica, 0, outcome)
     for event in before:
         sequence.do(event)
-    task = asyncio.create_task(replica.rendezvous.receive("link", 0, TIMEOUT_S))
+    task = asyncio.create_task(replica.rendezvous.receive("channel", 0, TIMEOUT_S))
     await replica.wait()
     for event in after:
         await replica.wait(TIMEOUT_S) if event == "timeout" else sequence.do(event)

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from app.channel.protocol import Submit
-from app.channel.server import ChannelServer, Link
+from app.channel.server import ChannelServer, FrontendChannel
 from app.errors import ReplicaLost
 from app.messages import GenerateRequest, KvUpdate, ReplicaInfo, ReplicaLoad, TokenDelta
 from app.routing.pool_state import PoolState
@@ -29,14 +29,14 @@ class Replica:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.links: list[Link] = []
+        self.channels: list[FrontendChannel] = []
         self.server = ChannelServer(name, self._run)
         self.server.snapshot = lambda: KvUpdate([1, 2], [], is_reset=True)
         self.server.publish_load(ReplicaLoad(sequences=3, used_blocks=4))
         self.address: dict[str, str] = {}
 
-    async def _run(self, link: Link, call: Submit) -> None:
-        self.links.append(link)
+    async def _run(self, channel: FrontendChannel, call: Submit) -> None:
+        self.channels.append(channel)
         await asyncio.Event().wait()
 
     async def start(self) -> None:
@@ -145,7 +145,7 @@ async def test_a_broken_connection_takes_the_replica_out_at_once_and_a_new_one_s
     replica.server.publish_kv(KvUpdate([3], []))
     await until(lambda: pool.state.index.num_blocks("r") == 3)
     sequence = submit(pool, replica, [])
-    await until(lambda: replica.links)
+    await until(lambda: replica.channels)
     left_first: list[bool] = []
     sequence.ended.add_done_callback(lambda _: left_first.append("r" not in pool.state.replicas))
     (writer,) = replica.server._writers.values()
@@ -154,7 +154,7 @@ async def test_a_broken_connection_takes_the_replica_out_at_once_and_a_new_one_s
         await sequence.ended
     assert left_first == [True]
     await until(lambda: pool.knows(replica))  # two blocks again: the third was not in the snapshot
-    assert len(replica.server.links) == 1
+    assert len(replica.server.channels) == 1
 
 
 async def test_a_replica_that_serve_removes_leaves_at_once_but_ends_its_sequences(pool: Pool, replica: Replica) -> None:
@@ -163,18 +163,18 @@ async def test_a_replica_that_serve_removes_leaves_at_once_but_ends_its_sequence
     received: list[TokenDelta] = []
     channel = pool.channels.channel("r")
     sequence = submit(pool, replica, received)
-    await until(lambda: replica.links)
+    await until(lambda: replica.channels)
     pool.consist_of()
     await until(lambda: not pool.state.replicas)
     with pytest.raises(ReplicaLost):
         pool.channels.channel("r")
     assert not channel.is_closed
-    replica.links[0].put(sequence.number, LAST)
+    replica.channels[0].put(sequence.number, LAST)
     await sequence.ended
     channel.finish(sequence)
     assert received == [LAST]
     assert channel.is_closed
-    await until(lambda: not replica.server.links)
+    await until(lambda: not replica.server.channels)
 
 
 async def test_a_replica_that_serve_brings_back_joins_on_another_connection(pool: Pool, replica: Replica) -> None:

@@ -28,7 +28,7 @@ FIRST, LAST = TokenDelta([1]), TokenDelta([2], finish_reason="stop")
 class FakeChannel:
     """One sequence at a time, whose deltas the test puts."""
 
-    link_id = "link"
+    channel_id = "channel"
 
     def __init__(self) -> None:
         self.sequences: list[SubmittedSequence] = []
@@ -87,7 +87,7 @@ async def test_decode_is_sent_the_reference_unresolved(monkeypatch: pytest.Monke
     sequence = await served.begin(LAST)
     sequence.ended.set_result(None)
     await served.task
-    assert served.attached == [("link", 0, ["reference"], "d")]
+    assert served.attached == [("channel", 0, ["reference"], "d")]
     assert served.channel.finished == [sequence]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from ray import serve
 
-from app.autoscaling.bounds import Bounds
 from app.errors import ConfigError
+from app.replica_bounds import Bounds
 from deployments import application as running
 from deployments.serve_hooks import deploy_applications, serve_details
 from tests.conftest import wait_until

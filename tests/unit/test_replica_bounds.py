@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.autoscaling.bounds import Bounds, bounds_of, parse_targets, scale, scale_document
 from app.errors import ConfigError
+from app.replica_bounds import Bounds, bounds_of, parse_targets, scale, scale_document
 
 
 def applications() -> list[dict[str, Any]]:
