@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from app.engines.registry import owned_args
+from app.engines.owned_args import OWNED_ARGS
 from app.errors import ConfigError
 from app.messages import EngineName, Role
 
@@ -383,6 +383,6 @@ def _explain(problem: Any) -> str:
 
 
 def _check_owned(engine: EngineName, engine_args: dict[str, Any]) -> None:
-    for name, instead in owned_args(engine).items():
+    for name, instead in OWNED_ARGS[engine].items():
         if name in engine_args:
             raise ValueError(f"engine_args.{name} is set by Baton; use {instead}")

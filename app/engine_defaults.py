@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:  # the configuration asks the engines which arguments are theirs, and they ask here
-    from app.config import BatonConfig
+from app.config import BatonConfig
 
 CpuDtype = Literal["bfloat16", "float32"]
 

@@ -88,11 +88,19 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
     ranks: list[int]
 
 
+PrefillKind = Literal["remote", "local"]
+"""Where a prompt is prefilled: on a prefill replica, or where it is decoded."""
+
+
 class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
     """How the prompt's KV came to be on the decode replica.  It is sent once, with a sequence's first delta."""
 
-    kind: Literal["remote", "local"]
+    kind: PrefillKind
     reason: str
+    """Why the prompt was prefilled locally; empty if it was prefilled remotely.  It is the reason of the decision
+    (app/routing/decision.py) if that was for a local prefill, else what stood in the way: ``no_prefill_replica``,
+    ``prefill_failed``, ``prefill_timeout``, ``descriptor_expired``, ``transfer_failed``, ``transport_refused``, or
+    ``already_cached`` if decode had the whole prompt."""
     prefill_replica: str | None
     decode_replica: str
     cached_tokens: int

@@ -54,23 +54,6 @@ from app.messages import (
 
 logger = logging.getLogger("baton.engines.sglang")
 
-OWNED_ARGS = {
-    "model_path": "the model's source",
-    "served_model_name": "the model's name",
-    "tp_size": "the pool's tensor_parallel_size",
-    "dp_size": "the pool's replicas",
-    "device": "device, at the top of the configuration",
-    "disaggregation_mode": "the model's prefill pool",
-    "disaggregation_transfer_backend": "the transfer section",
-    "disaggregation_bootstrap_port": "transfer.port_min and port_max",
-    "kv_events_config": "nothing: Baton reads the events, for routing",
-    "host": "http_options of the Serve config",
-    "port": "http_options of the Serve config",
-    "incremental_streaming_output": "nothing: Baton passes tokens on as they come",
-    "tokenizer_worker_num": "the pool's replicas",
-}
-"""Engine arguments that Baton sets, with where the user sets them instead."""
-
 NO_DECODE_CACHE = ("disable_radix_cache", "enable_hisparse", "speculative_algorithm")
 """Arguments with any of which a decode engine has no prefix cache by default: it is not wanted, or SGLang refuses it
 (with speculative decoding only for some algorithms, but it is then of pairs of tokens, which events do not tell)."""

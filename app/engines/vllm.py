@@ -60,21 +60,6 @@ from app.messages import (
 
 logger = logging.getLogger("baton.engines.vllm")
 
-OWNED_ARGS = {
-    "kv_transfer_config": "the transfer section",
-    "kv_connector": "the transfer section",
-    "kv_events_config": "nothing: Baton reads the events, for routing",
-    "tensor_parallel_size": "the pool's tensor_parallel_size",
-    "data_parallel_size": "the pool's replicas",
-    "data_parallel_rank": "the pool's replicas",
-    "distributed_executor_backend": "Baton itself: one replica, one engine",
-    "model": "the model's source",
-    "served_model_name": "the model's name",
-    "host": "http_options of the Serve config",
-    "port": "http_options of the Serve config",
-}
-"""Engine arguments that Baton sets, with where the user sets them instead."""
-
 
 def build_engine_args(spec: EngineSpec) -> Any:
     """vLLM's ``AsyncEngineArgs`` for `spec`.  Raises ConfigError for an argument that vLLM does not know."""

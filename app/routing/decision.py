@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
-from app.messages import Role
+from app.messages import PrefillKind, Role
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -42,7 +40,7 @@ class Decision(msgspec.Struct, frozen=True):
     (by thresholds) or ``local_full``.
     """
 
-    kind: Literal["remote", "local"]
+    kind: PrefillKind
     reason: str
     serving: Candidate
     """The replica that decodes, and prefills if `kind` is local."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
 from app.config import PredictedPlacement, RemotePlacement, ThresholdPlacement
-from app.messages import GenerateRequest
+from app.messages import GenerateRequest, PrefillKind
 from app.routing.decision import Prediction
 from app.routing.scores import Scored
 
-Kind = Literal["remote", "local"]
-PlacementChoice = tuple[Kind, str]
+PlacementChoice = tuple[PrefillKind, str]
 """Where the prompt is prefilled, and why, in the words of `Decision.reason`."""
 
 

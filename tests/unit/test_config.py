@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from app.config import parse
-from app.engines.registry import owned_args
+from app.engines.owned_args import OWNED_ARGS
 from app.errors import ConfigError
 from app.messages import Role
 from tests.conftest import REPOSITORY
@@ -188,7 +188,7 @@ def test_the_error_says_how_many_more_there_are() -> None:
 
 
 @pytest.mark.parametrize("path", ["models.0", "models.0.prefill", "models.0.decode"])
-@pytest.mark.parametrize(("name", "instead"), owned_args("vllm").items())
+@pytest.mark.parametrize(("name", "instead"), OWNED_ARGS["vllm"].items())
 def test_an_engine_argument_that_baton_sets_is_refused_with_where_to_set_it(path: str, name: str, instead: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(changed(f"{path}.engine_args", {name: 1}))

@@ -44,15 +44,6 @@ from app.messages import (
 
 logger = logging.getLogger("baton.engines.sim")
 
-OWNED_ARGS = {
-    "model": "the model's source",
-    "served_model_name": "the model's name",
-    "tensor_parallel_size": "another profile: times are of the whole engine",
-    "host": "http_options of the Serve config",
-    "port": "http_options of the Serve config",
-}
-"""Engine arguments that Baton sets, with where the user sets them instead."""
-
 TRANSPORT = "sim"
 
 MAX_LAG_S = 0.1

@@ -19,8 +19,9 @@ import pytest
 
 from app.config import parse
 from app.engines.base import EngineInfo, EngineSpec
-from app.engines.registry import create_engine, owned_args
-from app.engines.sglang import CONNECT_TIMEOUT_S, OWNED_ARGS, SglangEngine, build_engine_args
+from app.engines.owned_args import OWNED_ARGS
+from app.engines.registry import create_engine
+from app.engines.sglang import CONNECT_TIMEOUT_S, SglangEngine, build_engine_args
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
 from app.messages import UNKNOWN_RANK, EngineName, GenerateRequest, Logprobs, Role, TokenDelta, TransferDescriptor
 from tests.conftest import eventually
@@ -955,11 +956,11 @@ def test_decode_has_no_prefix_cache_where_sglang_would_refuse_or_overrule(engine
 def test_what_baton_must_decide_is_refused_from_the_user() -> None:
     defaults = {"log_level", "schedule_low_priority_values_first", "sleep_on_idle"}
     may_change = {*defaults, *DECODE_CACHE, "disaggregation_decode_retraction_backup"}
-    assert set(build_engine_args(spec())) - may_change <= set(OWNED_ARGS)
+    assert set(build_engine_args(spec())) - may_change <= set(OWNED_ARGS["sglang"])
 
 
 @pytest.mark.parametrize(
-    ("engine", "name"), [(engine, name) for engine in get_args(EngineName) for name in owned_args(engine)]
+    ("engine", "name"), [(engine, name) for engine in get_args(EngineName) for name in OWNED_ARGS[engine]]
 )
 @pytest.mark.parametrize("place", ["model", "prefill", "decode"])
 def test_an_argument_that_baton_sets_is_refused_for_every_engine(engine: EngineName, name: str, place: str) -> None:
@@ -969,7 +970,7 @@ def test_an_argument_that_baton_sets_is_refused_for_every_engine(engine: EngineN
     with pytest.raises(ConfigError) as caught:
         parse({"models": [model], "transfer": {}})
     assert f"engine_args.{name} " in caught.value.problem
-    assert owned_args(engine)[name] in caught.value.problem
+    assert OWNED_ARGS[engine][name] in caught.value.problem
 
 
 @pytest.mark.parametrize("engine", get_args(EngineName))
@@ -977,4 +978,4 @@ def test_every_engine_is_known_by_its_name(engine: EngineName) -> None:
     assert type(create_engine(engine, spec())).__name__.lower() == f"{engine}engine"
     (model,) = parse({"models": [{"name": "tiny", "source": "owner/tiny", "decode": {"engine": engine}}]}).models
     assert model.can_decode_prefill is (engine != "sglang")
-    assert owned_args(engine)
+    assert OWNED_ARGS[engine]
