@@ -43,7 +43,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     """Opens a connection and names it.  `token` is known to whoever gets the replica's metadata from Serve."""
 
     token: str
-    link_id: str
+    channel_id: str
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True):

@@ -30,8 +30,8 @@ RECONNECT_S = 0.5
 class PoolChannels:
     """Connects to every ready replica, and connects again if a connection breaks."""
 
-    def __init__(self, handle: Any, view: PoolState) -> None:
-        self._view = view
+    def __init__(self, handle: Any, pool: PoolState) -> None:
+        self._pool = pool
         self._channels: dict[str, Channel] = {}
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self._loop = asyncio.get_running_loop()
@@ -67,7 +67,7 @@ class PoolChannels:
         while channel is None:
             await asyncio.sleep(delay_s)
             try:
-                channel = await Channel.connect(replica, metadata["channel"], self._view)
+                channel = await Channel.connect(replica, metadata["channel"], self._pool)
             except ReplicaLost as error:
                 logger.warning("%s", error)
                 delay_s = RECONNECT_S
@@ -75,7 +75,7 @@ class PoolChannels:
         del self._connecting[replica]
         self._channels[replica] = channel
         channel.on_close = partial(self._on_close, replica, metadata, channel)
-        self._view.join(msgspec.convert(metadata["info"], ReplicaInfo))
+        self._pool.join(msgspec.convert(metadata["info"], ReplicaInfo))
 
     def _on_close(self, replica: str, metadata: dict[str, Any], channel: Channel) -> None:
         if self._channels.get(replica) is channel:
@@ -83,5 +83,5 @@ class PoolChannels:
             self._connect_later(replica, metadata, RECONNECT_S)
 
     def _leave(self, replica: str) -> Channel:
-        self._view.leave(replica)
+        self._pool.leave(replica)
         return self._channels.pop(replica)

@@ -35,7 +35,7 @@ class DescriptorExpired(Exception):
     """The descriptor came too late to pull the KV safely.  The KV is released."""
 
 
-class _Channel:
+class _References:
     """The references of one channel's sequences, by number.  The numbers rise by one with each sequence."""
 
     def __init__(self) -> None:
@@ -52,11 +52,11 @@ class HandoffRendezvous:
     def __init__(self, release: Callable[[TransferDescriptor], Awaitable[None]]) -> None:
         """`release` frees KV that nobody will pull."""
         self._release = release
-        self._channels: dict[str, _Channel] = {}
+        self._channels: dict[str, _References] = {}
         self._releasing: set[asyncio.Task[Any]] = set()
 
     def open(self, channel_id: str) -> None:
-        self._channels[channel_id] = _Channel()
+        self._channels[channel_id] = _References()
 
     def close(self, channel_id: str) -> None:
         """Note that the channel has closed: it brings no more sequences, and those that came have been cancelled."""
@@ -84,7 +84,7 @@ class HandoffRendezvous:
             raise
         return descriptor
 
-    def _expect(self, channel: _Channel, number: int) -> asyncio.Future[Reference]:
+    def _expect(self, channel: _References, number: int) -> asyncio.Future[Reference]:
         channel.last_received = number
         reference = channel.unmet.pop(number, None)
         if reference is None:
@@ -105,7 +105,7 @@ class HandoffRendezvous:
         else:
             expected.set_result(reference)
 
-    def _keep(self, channel: _Channel, number: int, reference: Reference) -> None:
+    def _keep(self, channel: _References, number: int, reference: Reference) -> None:
         """Keep the reference for a sequence that has yet to come.  If the channel has closed, release it."""
         if number in channel.unmet:
             return
