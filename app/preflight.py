@@ -1,4 +1,4 @@
-"""Finds what cannot work before any engine starts, beyond what app/config.py sees."""
+"""Finds configurations that cannot work, before any engine starts.  These checks go beyond those of app/config.py."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def _check_sglang(config: BatonConfig, field: str, model: ModelConfig) -> None:
         raise ConfigError("transfer.backends", f"SGLang takes one, and {field} runs it")
     if not model.server_args.get("reasoning_parser"):
         return
-    # SGLang's engine itself has to hold back a grammar until reasoning ends; vLLM's is told by the frontend.
+    # A grammar has to wait until reasoning ends.  SGLang's engine finds that end itself; vLLM's engine is told by the
+    # frontend.
     pools = model.pools()
     pools.pop("prefill", None)
     if not all(model.merged_engine_args(pool).get("reasoning_parser") for pool in pools.values()):
@@ -118,7 +119,7 @@ def _check_size(field: str, pool: PoolConfig, device: Device, gpus_per_node: Seq
 
 
 def _check_total(config: BatonConfig, gpus_per_node: Sequence[int]) -> None:
-    """Check the sum of GPUs.  Where the device was found and not configured, no more GPUs are expected to come."""
+    """Check the sum of GPUs.  This is for a device that was found, not configured: no more GPUs are expected."""
     wanted = 0.0
     for model in config.models:
         for pool in model.pools().values():
@@ -156,10 +157,10 @@ def _check_sim(field: str, role: str, model: ModelConfig, pool: PoolConfig) -> N
 
 
 def check_with_vllm(config: BatonConfig, device: Device) -> None:
-    """Have vLLM make the configuration of each engine and of its server, without starting them.
+    """Let vLLM make the configuration of each engine and of its server, without starting them.  Raises ConfigError.
 
-    This takes seconds, and vLLM changes the environment of the process meanwhile, so call it in a process of its own.
-    Engines are checked only where they would run, because vLLM looks for the device.  Raises ConfigError.
+    This takes seconds and changes the environment of the process, so call it in a separate process.  Engines are
+    checked only on a machine where they would run, because vLLM looks for the device.
     """
     import dataclasses
 

@@ -1,4 +1,4 @@
-"""A Serve config file as a document: read, edited by paths, written."""
+"""Reads, edits and writes Serve config files as documents.  A path names a value in a document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def load_document(path: Path) -> dict[str, Any]:
-    """The Serve config file with the environment's MODEL put into it.  Raises ConfigError."""
+    """Read a Serve config file and put the environment's MODEL into it.  Raises ConfigError."""
     try:
         document: Any = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -49,28 +49,31 @@ def _replace_model(application: dict[str, Any], source: str) -> None:
 
 
 def served_name(source: str) -> str:
-    """What clients call a model that only its source is known of: its id, or its folder's name."""
+    """Return the name under which a model is served if only its source is known: its id, or its folder's name."""
     return re.sub(r"[^\w.@:-]+", "-", Path(source).resolve().name) if is_folder(source) else source
 
 
 def configs(document: Mapping[str, Any]) -> list[BatonConfig]:
-    """Baton's configuration of each application.  Raises ConfigError."""
+    """Return Baton's configuration of each application.  Raises ConfigError."""
     return [parse(application.get("args") or {}) for application in document["applications"]]
 
 
 def dump(document: Mapping[str, Any]) -> str:
-    """A Serve config as YAML."""
+    """Write a Serve config as YAML."""
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
 def unshared(document: T) -> T:
-    """A copy in which nothing stands in two places: YAML's anchors share what they name, and deepcopy keeps that."""
+    """Return a copy in which no object is shared.
+
+    YAML's anchors put one object in several places, and deepcopy would keep that.
+    """
     copied: T = json.loads(json.dumps(document))
     return copied
 
 
 def parse_change(text: str) -> tuple[str, Any]:
-    """The path and the value of PATH=VALUE.  Raises ConfigError."""
+    """Return the path and the value of PATH=VALUE.  Raises ConfigError."""
     path, equals, value = text.partition("=")
     if not path or not equals:
         raise ConfigError(text, "say PATH=VALUE, for example models.0.decode.replicas=2")
@@ -81,9 +84,10 @@ def parse_change(text: str) -> tuple[str, Any]:
 
 
 def edited(document: Mapping[str, Any], changes: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The Serve config with the values of `changes` inside its application's ``args``; sections are made as needed.
+    """Return the Serve config with the values of `changes` set in its application's ``args``.
 
-    Raises ConfigError for a path that leads through something else than a section, or beside a list.
+    Missing sections are made.  Raises ConfigError for a path that leads through something other than a section, or to
+    an entry that a list does not have.
     """
     applications = document["applications"]
     if len(applications) != 1:
@@ -106,7 +110,7 @@ def _put(section: Any, path: str, value: Any) -> None:
 
 
 def _key(section: Any, name: str, path: str) -> str | int:
-    """What `name`, at the end of `path`, stands for in a mapping or a list."""
+    """Return the key or index for `name`, the last part of `path`, in a mapping or a list.  Raises ConfigError."""
     if isinstance(section, dict):
         return name
     if not isinstance(section, list):

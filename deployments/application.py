@@ -1,4 +1,4 @@
-"""The application in a Ray cluster, from outside: deployed, seen and changed."""
+"""Deploys, reads and changes the application in a Ray cluster, from outside of it."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from deployments.serve_hooks import deploy_applications, get_internal_kv, serve_
 IMPORT_PATH = "deployments.build:build"
 STALE_PLAN_S = 30.0
 QUIET_S = 10.0
-"""How long a start may go on without a word."""
+"""The longest time without a line of progress while the application starts."""
 TITLES = {"vllm": "vLLM", "sglang": "SGLang", "sim": "its profile"}
-"""What a replica of each engine loads."""
+"""What a replica loads when it starts, by its engine."""
 GROUP_LABEL = "baton/group"
 """The label of a Ray node that says which worker group it belongs to (cluster/base)."""
 
 
 class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One deployment as Serve sees it, and what its autoscaling made of its load."""
+    """One deployment as Serve sees it, and the plan that its autoscaling made."""
 
     name: str
     status: str
     replicas: dict[str, int]
-    """How many are in which state, for example ``{"running": 2, "starting": 1}``."""
+    """The number of replicas in each state, for example ``{"running": 2, "starting": 1}``."""
     target: int
-    """How many Serve aims at now."""
+    """The number of replicas that Serve aims at now."""
     bounds: str
     message: str
     plan: dict[str, Any] | None
@@ -54,13 +54,14 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     pools: list[PoolStatus]
     nodes: dict[str, int]
-    """How many nodes each worker group has now; ``none`` for those without a group."""
+    """The number of nodes in each worker group; ``none`` counts those without a group."""
 
 
 def deploy(document: dict[str, Any], say: Callable[[str], object], stop: threading.Event) -> None:
-    """Deploy the applications and return when they serve or `stop` is set.  Raises RuntimeError.
+    """Deploy the applications, and return when they serve or `stop` is set.  Raises RuntimeError.
 
-    As ``serve run`` and KubeRay do it, so that ``baton scale`` finds their configuration in the cluster.
+    They are deployed so that Serve keeps their configuration in the cluster, where ``baton scale`` finds it.  ``serve
+    run`` and KubeRay do the same.
     """
     deploy_applications(document["applications"])
     progress = Progress(_what_loads(document))
@@ -76,7 +77,7 @@ def deploy(document: dict[str, Any], say: Callable[[str], object], stop: threadi
 
 
 def _what_loads(document: dict[str, Any]) -> dict[str, str]:
-    """What takes its time while a replica of each deployment starts."""
+    """Return for each deployment what its replicas load when they start."""
     models = [model for config in configs(document) for model in config.models]
     pools = {
         model.deployment_name(role): TITLES[pool.engine] for model in models for role, pool in model.pools().items()
@@ -85,7 +86,7 @@ def _what_loads(document: dict[str, Any]) -> dict[str, str]:
 
 
 class Progress:
-    """What is new, and what is still awaited, of applications that start."""
+    """Makes the lines that tell how far the start of the applications has come."""
 
     def __init__(self, loads: Mapping[str, str]) -> None:
         self._loads = loads
@@ -93,7 +94,10 @@ class Progress:
         self._said_at = time.monotonic()
 
     def lines(self, applications: Mapping[str, ApplicationStatusOverview], now: float) -> list[str]:
-        """What to say at `now` (of the monotonic clock): at least one line each QUIET_S until all is up."""
+        """Return the lines to print at `now` (of the monotonic clock): what changed since the last call.
+
+        If nothing has changed for QUIET_S, one line says what is still awaited.
+        """
         states = {name: found for each in applications.values() for name, found in each.deployments.items()}
         lines = []
         for name, deployment in states.items():
@@ -116,9 +120,9 @@ class Progress:
 
 
 def scale_running(name: str, targets: Mapping[str, Bounds]) -> list[str]:
-    """Change a running application's numbers of replicas, and say what changes.
+    """Change the numbers of replicas of a running application.  Returns lines that say what changes.
 
-    Raises ConfigError before anything is changed.
+    Raises ConfigError before it changes anything.
     """
     connect()
     configured = _configured(serve_details())
@@ -136,7 +140,7 @@ def scale_running(name: str, targets: Mapping[str, Bounds]) -> list[str]:
 
 
 def _configured(details: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The running applications as a Serve config has them."""
+    """Return the running applications in the form of a Serve config."""
     configs = [application.get("deployed_app_config") for application in details["applications"].values()]
     if not any(configs):
         raise RuntimeError("nothing was deployed from a Serve config, so there is no configuration to change")
@@ -144,12 +148,12 @@ def _configured(details: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _of_baton(applications: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that are Baton's, of all that the cluster runs."""
+    """Return those of the cluster's applications that are Baton's."""
     return [application for application in applications if application["import_path"] == IMPORT_PATH]
 
 
 def read_status() -> list[Status]:
-    """All of Baton's applications in the cluster.  Raises RuntimeError if there is none."""
+    """Return the status of each of Baton's applications in the cluster.  Raises RuntimeError if there is none."""
     connect()
     details = serve_details()
     configured = {application["name"]: _bounds(application) for application in _of_baton(_configured(details))}
@@ -182,7 +186,7 @@ def _describe(application: Mapping[str, Any], bounds: Mapping[str, Bounds], node
 
 
 def _bounds(application: Mapping[str, Any]) -> dict[str, Bounds]:
-    """Those of each deployment."""
+    """Return the bounds of each deployment."""
     args = application["args"]
     config: BatonConfig = parse(args)
     found = {"frontend": bounds_of(args.get("frontend") or {})}
@@ -194,7 +198,7 @@ def _bounds(application: Mapping[str, Any]) -> dict[str, Bounds]:
 def _read_plan(application: str, deployment: str) -> dict[str, Any] | None:
     value = get_internal_kv(plan_key(application, deployment))
     plan = json.loads(value) if value else None
-    # One that is not renewed is of a deployment whose number has been fixed since.
+    # A plan that is no longer renewed is from before the deployment's number of replicas was fixed.
     return dict(plan) if plan and time.time() - plan["at"] < STALE_PLAN_S else None
 
 

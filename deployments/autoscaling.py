@@ -1,10 +1,11 @@
-"""Serve's autoscaling of Baton's deployments: what the replicas report in, how many there shall be out, and why.
+"""Serve's autoscaling policies for Baton's deployments: they turn the replicas' reports into a number of replicas.
 
-The plans are made in app/autoscaling/.  Serve calls a policy in each loop of its controller, in whose process all of
-this runs, and applies the user's delays, factors and bounds to what it returns.
+The plans are made in app/autoscaling/.  Serve calls a policy in each loop of its controller, and all of this code runs
+in the controller's process.  Serve applies the user's delays, factors and bounds to what the policy returns.
 
-Each plan is told in four places: a log line in the controller's log when the wish changes, two metrics, Ray's internal
-KV (`baton status` reads it there), and by what Serve itself says of the deployment.
+Each plan and its reason can be seen in four places: in the controller's log, with a line when the wanted number
+changes; in two metrics; in Ray's internal KV, where `baton status` reads it; and in what Serve itself says about the
+deployment.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from deployments.serve_hooks import put_internal_kv
 logger = logging.getLogger("ray.serve")
 
 PUBLISH_S = 5.0
-"""How often a plan is told that has not changed."""
+"""How often a plan that has not changed is published again."""
 
 
 def plan_key(application: str, deployment: str) -> str:
-    """Where in Ray's internal KV the last plan of a deployment is."""
+    """Return the key in Ray's internal KV under which the last plan of a deployment is."""
     return f"baton:autoscaling:{application}:{deployment}"
 
 
 class Policy:
-    """A deployment's policy; Serve makes one and calls it from then on."""
+    """The policy of one deployment.  Serve makes it once and then calls it again and again."""
 
     def __init__(self, role: str, model: str = "-") -> None:
         self._role = role
@@ -47,16 +48,16 @@ class Policy:
         self._signal = Gauge("baton_autoscaling_signal", "What the wish is made of.", (*tags, "signal"))
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """How many replicas there shall be, and no state for Serve to keep.
+        """Return how many replicas the deployment should have, and an empty state for Serve to keep.
 
-        An error would end this loop of the controller, for every application.
+        Errors are logged, not raised: one would end this loop of the controller for every application.
         """
         plan = Plan(float(context.target_num_replicas), "no plan", {})
         try:
             plan = self.plan(context)
             self._publish(context, plan)
             self._problem = ""
-        except Exception as error:  # noqa: BLE001  logged, and there is nobody else to tell
+        except Exception as error:  # noqa: BLE001  it is logged, and nobody else could handle it
             self._complain(context, plan, error)
         return plan.replicas, {}
 
@@ -88,7 +89,7 @@ class Policy:
         put_internal_kv(plan_key(context.app_name or "", context.deployment_name), json.dumps(told))
 
     def _complain(self, context: AutoscalingContext, plan: Plan, error: Exception) -> None:
-        """Log an error, once as long as it stays the same: this runs several times a second."""
+        """Log an error, but only once while it stays the same, because this runs several times a second."""
         if repr(error) != self._problem:
             self._problem = repr(error)
             logger.exception(
@@ -97,7 +98,7 @@ class Policy:
 
 
 class FrontendPolicy(Policy):
-    """The frontends."""
+    """The policy of the frontends."""
 
     def __init__(self) -> None:
         super().__init__("frontend")
@@ -109,7 +110,7 @@ class FrontendPolicy(Policy):
 
 
 class PoolPolicy(Policy):
-    """One pool of engines."""
+    """The policy of one pool."""
 
     def __init__(self, model: str, role: str, **targets: Any) -> None:
         """`targets` are the fields of `Targets`."""
@@ -129,9 +130,10 @@ class PoolPolicy(Policy):
 
 
 def reported_loads(context: AutoscalingContext) -> list[Load]:
-    """The mean loads of the running replicas over the reports that Serve keeps, those of `look_back_period_s`.
+    """Return the mean loads of the running replicas over `look_back_period_s`, for which Serve keeps their reports.
 
-    One that has not reported twice yet, or no longer does, is left out.  One that is on its way out is none of them.
+    A replica is left out if it has not reported twice yet or no longer reports.  One that is being removed does not
+    count as running.
     """
     patience_s = context.config.look_back_period_s + 2 * context.config.metrics_interval_s
     metrics = context.raw_metrics or {}

@@ -1,6 +1,6 @@
 """The Serve application: ``import_path: deployments.build:build``.
 
-The whole topology is in `build`.  (No ``from __future__ import annotations`` here: with it Serve would hand over
+The whole topology is in `build`.  (This module has no ``from __future__ import annotations``: with it Serve would pass
 the arguments unparsed.)
 """
 
@@ -36,22 +36,22 @@ logger = logging.getLogger("baton.build")
 
 POOL_POLICY = "deployments.autoscaling:PoolPolicy"
 FRONTEND_POLICY = "deployments.autoscaling:FrontendPolicy"
-"""How deployments scale unless their `autoscaling` names another policy."""
+"""The policies of deployments whose `autoscaling` names no other."""
 
 REPORT_S = 2.0
-"""How often replicas report their load: Serve's 10 s would come on top of every delay.  Serve 2.60 calls this setting
-deprecated in favour of an environment variable that it does not read."""
+"""How often replicas report their load.  Serve's default of 10 s would add to every delay.  Serve 2.60 calls this
+setting deprecated in favour of an environment variable, but does not read that variable."""
 
 FRONTEND_REQUESTS = 200
 """Requests in flight for each frontend.  One core carries 128 streams of an H200 at 1.13 times the ITL of vLLM's own
-server (docs/benchmarks/2026-11-21-h200.md), and of what is in flight a part waits for its first token."""
+server (docs/benchmarks/2026-11-21-h200.md), and some of the requests in flight still wait for their first token."""
 
 UNBOUNDED = 1_000_000
-"""max_ongoing_requests of the pools: an engine's own scheduler queues, and Serve must not queue before it."""
+"""max_ongoing_requests of the pools.  An engine's own scheduler has a queue, and Serve must not add one before it."""
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Frontend over each model's pools.  Raises ConfigError before any starts."""
+    """Make the application: the frontends and each model's pools.  Raises ConfigError before any of them starts."""
     from deployments.frontend.deployment import Frontend
     from deployments.replica.decode import AggregatedWorker, DecodeWorker
     from deployments.replica.prefill import PrefillWorker
@@ -59,7 +59,8 @@ def build(args: dict[str, Any]) -> Application:
     config = parse(args)
     check_autoscaling(config)
     device = check(config, _gpus_per_node())
-    # Serve builds on the head node, next to its controller, so the head's CPU decides and a new build changes nothing.
+    # Serve builds on the head node, beside its controller.  So it is always the head's CPU that decides, and building
+    # again gives the same result.
     config = with_dtype(config, device)
     logger.info("device=%s models=%s", device, ",".join(model.source for model in config.models))
     workers: dict[Role, type] = {"decode": DecodeWorker, "prefill": PrefillWorker, "aggregated": AggregatedWorker}
@@ -77,7 +78,10 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def without_scale(config: BatonConfig) -> BatonConfig:
-    """The configuration as frontends get it: a new number of replicas changes nothing but that number."""
+    """Return the configuration for the frontends, without numbers of replicas.
+
+    So a change of these numbers does not change the frontends' version, and they are not restarted.
+    """
     unscaled = {"replicas": None, "autoscaling": None}
 
     def strip(model: ModelConfig) -> ModelConfig:
@@ -95,7 +99,7 @@ def _gpus_per_node() -> list[int]:
 
 
 def build_pool(worker: type, role: Role, config: BatonConfig, model: ModelConfig, device: str) -> Application:
-    """One pool of `model`."""
+    """Make the deployment of one pool of `model`."""
     pool = model.pool(role)
     assert pool is not None
     options = _options(pool, gpus_of_replica(pool, device), pool_autoscaling(model, role))
@@ -114,9 +118,9 @@ def build_pool(worker: type, role: Role, config: BatonConfig, model: ModelConfig
 
 
 def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig:
-    """What the replicas of one pool use of the configuration: nothing else may restart them.
+    """Return the part of the configuration that the replicas of one pool use, as no other change may restart them.
 
-    Those of an aggregated pool know of no prefill: nothing is transferred from or to them.
+    For an aggregated pool it has no prefill pool, because nothing is transferred from or to its replicas.
     """
     pool = model.pool(role)
     assert pool is not None
@@ -135,7 +139,10 @@ def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig
 
 
 def _deployment(target: type, *given: BatonConfig | str) -> Any:
-    """A deployment whose version is what its replicas are `given`: as long as that is the same, they stay."""
+    """Make a deployment whose version is a hash of what its replicas are `given`.
+
+    As long as that stays the same, the replicas are not restarted.
+    """
     plain = [part.model_dump(mode="json") if isinstance(part, BatonConfig) else part for part in given]
     deployment = serve.deployment(target)
     version = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
@@ -144,7 +151,7 @@ def _deployment(target: type, *given: BatonConfig | str) -> Any:
 
 
 def frontend_autoscaling(config: BatonConfig) -> dict[str, Any] | None:
-    """Serve's AutoscalingConfig of the frontends; None if their number is fixed."""
+    """Return Serve's AutoscalingConfig of the frontends; None if their number is fixed."""
     if config.frontend.autoscaling is None:
         return None
     default = {"target_ongoing_requests": FRONTEND_REQUESTS, "policy": {"policy_function": FRONTEND_POLICY}}
@@ -152,7 +159,7 @@ def frontend_autoscaling(config: BatonConfig) -> dict[str, Any] | None:
 
 
 def pool_autoscaling(model: ModelConfig, role: Role) -> dict[str, Any] | None:
-    """Serve's AutoscalingConfig of a pool; None if the number of its replicas is fixed."""
+    """Return Serve's AutoscalingConfig of a pool; None if the number of its replicas is fixed."""
     pool = model.pool(role)
     if pool is None or pool.autoscaling is None:
         return None

@@ -1,7 +1,7 @@
-"""A Ray cluster with Serve on it, from outside: started here, or joined where it runs.
+"""Starts a Ray cluster with Serve on this machine, or connects to one that runs.
 
-The cluster is the one that RAY_ADDRESS names, else one of this machine.  Ray reads its flags when it is imported, so
-nothing here imports it before they are set.
+RAY_ADDRESS names the cluster; without it, the cluster is on this machine.  Ray reads its flags when it is imported, so
+this module imports it only after they are set.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ RAY_FLAGS = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     # HTTP goes through HAProxy to the frontends, instead of through a Python proxy and a call for each chunk.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a Python process would read a line for each request; /metrics has them
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a Python process would read a line per request; /metrics has the same
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 s are for load balancers outside the cluster
-    # When frontends come or go a new HAProxy takes over; the old one has so long to end its streams, by default 120 s.
+    # When frontends come or go, a new HAProxy takes over.  The old one has this long to end its streams; the default is
+    # 120 s.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
     # Replicas report their load (deployments/autoscaling.py); by default Serve also counts the calls of handles.
     "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "0",
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",  # ten loops a second are 2 % of a core, whatever happens
-    "RAY_worker_niceness": "0",  # Ray's own choice is 15: on a busy machine serving would come last
-    "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few for two busy cores
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",  # the default, ten loops a second, always takes 2 % of a core
+    "RAY_worker_niceness": "0",  # Ray's default is 15: on a busy machine serving would come last
+    "RAY_raylet_start_wait_time_s": "120",  # 30 s are not enough on two busy cores
 }
-"""Environment of every Ray and Serve process, unless the user has set it otherwise."""
+"""The environment of every Ray and Serve process.  Variables that the user has set take precedence."""
 
 
 def runs_here() -> bool:
-    """Whether Ray is started on this machine; RAY_ADDRESS names a cluster that runs elsewhere."""
+    """Whether Ray is started on this machine.  If RAY_ADDRESS is set, it names a cluster that already runs."""
     return "RAY_ADDRESS" not in os.environ
 
 
 def ray_environment() -> dict[str, str]:
-    """RAY_FLAGS, Baton's HAProxy, and ports of its own for what would else listen on a fixed one."""
+    """Return RAY_FLAGS, the path of Baton's HAProxy, and free ports for what would otherwise listen on fixed ones."""
     ports = {name: str(free_port()) for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")}
     return {**RAY_FLAGS, "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy.command(), **ports}
 
 
 def start_cluster(http: dict[str, Any], proxy_location: str, dashboard: bool, verbose: bool) -> None:
-    """Start Ray here, or connect to the cluster that RAY_ADDRESS names, and Serve on it."""
+    """Start Ray here, or connect to the cluster that RAY_ADDRESS names.  Then start Serve on it."""
     for name, value in ray_environment().items():
         os.environ.setdefault(name, value)
     import ray
@@ -57,7 +58,7 @@ def start_cluster(http: dict[str, Any], proxy_location: str, dashboard: bool, ve
 
 
 def stop_cluster() -> None:
-    """End Serve, and Ray if it was started here."""
+    """Shut down Serve, and Ray if it was started here."""
     import ray
     from ray import serve
 

@@ -1,4 +1,4 @@
-"""Work that outlives the HTTP request from which it was begun."""
+"""Starts tasks that outlive the HTTP request in which they start."""
 
 from __future__ import annotations
 
@@ -9,5 +9,8 @@ from typing import Any
 
 
 def spawn_detached(coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-    """A task outside the current HTTP request, with which Serve would otherwise cancel the task's calls."""
+    """Start a task outside the context of the current HTTP request.
+
+    Otherwise Serve would cancel the task's calls together with the request.
+    """
     return asyncio.create_task(coroutine, name=name, context=contextvars.Context())

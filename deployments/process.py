@@ -1,4 +1,4 @@
-"""What every replica's process does once: where its log goes, and what its garbage collector looks at."""
+"""What the process of every replica sets up once: its log and its garbage collector."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def adopt_serve_logging() -> None:
 
 
 def freeze_heap() -> None:
-    """Have the garbage collector leave alone what start-up made.
+    """Make the garbage collector skip all objects that start-up made.
 
-    Some 600,000 objects, most of them vLLM's and torch's modules, that live as long as the process: each full
-    collection walks them for a third of a second, in which no token moves.
+    These are some 600,000 objects, most of them from vLLM's and torch's modules, which live as long as the process.  A
+    full collection would walk them for a third of a second, in which no token moves.
     """
     gc.collect()
     gc.freeze()

@@ -1,8 +1,8 @@
 """Every private name of Ray and Ray Serve that Baton uses, each as a function or class of its own.
 
-Seen with Ray 2.60.  What is missing or takes other parameters fails when this module is imported, with an error that
+Seen with Ray 2.60.  If a name is missing or takes other parameters, the import of this module fails with an error that
 names it (app/upstream.py); tests/unit/test_canaries.py fails when something here is no longer needed.  Importing this
-imports Ray, which reads its flags then: deployments/cluster.py does it once they are set.
+module imports Ray, which then reads its flags, so deployments/cluster.py does it only after they are set.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ __all__ = [
 
 
 class _FixedVersion(DeploymentConfig):
-    """Serve's settings of a deployment, whose version stays what it is made with."""
+    """Serve's settings of a deployment.  Their version cannot be changed after they are made."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "version":
@@ -96,52 +96,52 @@ class _FixedVersion(DeploymentConfig):
 
 
 def fix_version(deployment: Any, version: str) -> None:
-    """Have a deployment keep its replicas as long as `version` stays the same.  Call it before its ``options``.
+    """Make a deployment keep its replicas as long as `version` stays the same.  Call this before its ``options``.
 
-    Serve restarts a deployment's replicas when its version changes, and would give all of an application's deployments
-    a new one whenever anything in `args` changed, and in ``serve.run`` always.  Can go once a deployment may have a
+    Serve restarts a deployment's replicas when its version changes.  It would give all deployments of an application a
+    new version whenever anything in `args` changes, and on every ``serve.run``.  Can go once a deployment may have a
     version of its own again (``Deployment.options`` refuses one).
     """
     deployment._deployment_config = _FixedVersion(version=version)
 
 
 def method_by_reference(handle: Any, method: str) -> Any:
-    """`handle`, to call `method` such that its answer stays in Ray's object store.
+    """Return `handle` set up to call `method` so that the answer stays in Ray's object store.
 
-    Where Serve calls by gRPC instead (RAY_SERVE_USE_GRPC_BY_DEFAULT) there is no reference to the answer.  Can go
-    with `object_ref_of`.
+    If Serve made the call by gRPC instead (RAY_SERVE_USE_GRPC_BY_DEFAULT), there would be no reference to the answer.
+    Can go with `object_ref_of`.
     """
     return handle.options(method_name=method, _by_reference=True)
 
 
 async def object_ref_of(response: Any) -> ObjectRef[Any]:
-    """The reference to the answer of a call that is `method_by_reference`, once the call was sent.
+    """Wait until a call made through `method_by_reference` is sent, and return the reference to its answer.
 
-    Raises what sending the call raised.  Can go once ``DeploymentResponse`` has a public method for it.
+    Raises whatever sending the call raised.  Can go once ``DeploymentResponse`` has a public method for this.
     """
     return await response._to_object_ref()
 
 
 def deployment_id_of(handle: Any) -> DeploymentID:
-    """What a request router knows its deployment by: the key that it shares with the handles of its process."""
+    """Return the id of a handle's deployment.  The request routers in the same process know it by the same id."""
     return DeploymentID(name=handle.deployment_name, app_name=handle.app_name)
 
 
 class ChosenReplicaRouter(RequestRouter):
-    """A request router whose caller has chosen: it names the replica in the call's ``replica_id``.
+    """A request router for callers that have already chosen: they name the replica in the call's ``replica_id``.
 
-    Serve has a queue of requests that wait for any replica with room.  Here there is one replica or none, so that the
-    call is sent, or fails, at once.  A subclass says in `find_replica` which replica that is.  Can go once a handle can
-    be told which replica to call.
+    Serve queues requests until any replica has room.  Here at most one replica is possible, so the call is sent at once
+    or fails at once.  A subclass finds that replica in `find_replica`.  Can go once a caller can tell a handle which
+    replica to call.
     """
 
     @property
     def deployment_id(self) -> DeploymentID:
-        """The deployment whose replicas these are."""
+        """The deployment to which this router sends calls."""
         return self._deployment_id
 
     def find_replica(self, replica_id: str) -> RunningReplica:
-        """The replica of that id; raises what the call shall raise if there is none."""
+        """Return the replica with this id.  If there is none, raise the error that the call should raise."""
         raise NotImplementedError
 
     async def _choose_replica_for_request(
@@ -156,13 +156,14 @@ class ChosenReplicaRouter(RequestRouter):
 
 
 class AsgiIngress:
-    """Base of an ingress deployment that makes its ASGI application itself, in the replica.
+    """The base of an ingress deployment that makes its own ASGI application, in the replica.
 
-    To be decorated with ``@serve.ingress()``.  Can go once ``serve.ingress`` takes such a class by a public name.
+    Subclasses are decorated with ``@serve.ingress()``.  Can go once ``serve.ingress`` accepts such a class through a
+    public name.
     """
 
     def asgi_app(self) -> Any:
-        """The application; asked for once, after ``__init__``."""
+        """Return the application.  Serve calls this once, after ``__init__``."""
         raise NotImplementedError
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -174,24 +175,28 @@ with needed("ray", "serve vLLM's ASGI application"):
 
 
 def find_serve() -> None:
-    """Raise RayServeException unless Serve runs in the cluster; ``serve.status`` would say that it serves nothing."""
+    """Raise RayServeException unless Serve runs in the cluster.
+
+    ``serve.status`` does not tell: without Serve it reports that nothing is served.
+    """
     _get_global_client()
 
 
 def deploy_applications(applications: list[dict[str, Any]]) -> None:
-    """Have Serve run these applications, and no others, from a Serve config's ``applications``.
+    """Make Serve run these applications and no others; they are the ``applications`` of a Serve config.
 
-    Returns before they are up.  Raises RayServeException without a Serve to ask.  ``serve.run`` would do, but keeps no
-    configuration in the cluster.  Can go once Serve offers in Python what ``serve deploy`` does over the dashboard.
+    Returns before they are up.  Raises RayServeException if Serve does not run.  ``serve.run`` would also start them,
+    but it keeps no configuration in the cluster.  Can go once Serve offers in Python what ``serve deploy`` does through
+    the dashboard.
     """
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": applications}))
 
 
 def serve_details() -> dict[str, Any]:
-    """Serve's ``ServeInstanceDetails``: of each application its configuration, deployments and replicas.
+    """Return Serve's ``ServeInstanceDetails``: the configuration, deployments and replicas of each application.
 
-    Raises RayServeException without a Serve to ask.  Can go once ``serve.status`` says as much: it knows neither
-    configurations nor the number of replicas that is aimed at.
+    Raises RayServeException if Serve does not run.  Can go once ``serve.status`` has as much: it has neither
+    the configurations nor the target numbers of replicas.
     """
     details: dict[str, Any] = _get_global_client().get_serve_details()
     return details
@@ -203,6 +208,6 @@ def put_internal_kv(key: str, value: str) -> None:
 
 
 def get_internal_kv(key: str) -> bytes | None:
-    """What `put_internal_kv` has kept; None if nothing."""
+    """Return the value that `put_internal_kv` stored under `key`; None if there is none."""
     value: bytes | None = _internal_kv_get(key)
     return value

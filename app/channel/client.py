@@ -1,4 +1,4 @@
-"""A frontend's end of the channel to one replica: sequences out, their deltas and the replica's state in."""
+"""A frontend's end of the channel to one replica: sequences go out, their deltas and the replica's state come in."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class SubmittedSequence:
 
 
 class Listener(Protocol):
-    """Who is told what a replica tells of itself; a frontend's state of the replica's pool."""
+    """Receives what a replica publishes.  In a frontend this is the pool state of the replica's pool."""
 
     def on_load(self, replica: str, load: ReplicaLoad) -> None:
-        """What the replica has to do now."""
+        """Take the replica's present load."""
 
     def on_kv(self, replica: str, update: KvUpdate) -> None:
-        """What changed in its prefix cache; the first update of a connection is the whole of it."""
+        """Take a change of the replica's prefix cache.  The first update of a connection holds the whole cache."""
 
 
 class Channel:
@@ -71,7 +71,7 @@ class Channel:
         self.channel_id = channel_id
         self.is_closed = False
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when the connection has ended by itself."""
+        """Done when the connection has ended without having been retired."""
         self.on_close: Callable[[], object] = lambda: None
         self._replica_id = replica_id
         self._writer = writer
@@ -83,9 +83,9 @@ class Channel:
 
     @classmethod
     async def connect(cls, replica_id: str, address: dict[str, str], listener: Listener) -> Channel:
-        """Connect to what `ChannelServer.start` returned.  Raises ReplicaLost.
+        """Connect to the `address` that `ChannelServer.start` returned.  Raises ReplicaLost.
 
-        `listener` is told nothing before the event loop's next turn.
+        `listener` is not called before the next turn of the event loop.
         """
         channel_id = uuid.uuid4().hex
         writer = None
@@ -101,7 +101,7 @@ class Channel:
             if writer is not None:
                 writer.close()
             raise ReplicaLost(replica_id, f"cannot be reached: {error!r}") from error
-        except asyncio.CancelledError:  # the replica is no longer wanted
+        except asyncio.CancelledError:  # Serve has removed the replica
             if writer is not None:
                 writer.close()
             raise
@@ -110,7 +110,10 @@ class Channel:
     def submit(
         self, request: GenerateRequest, emit: Callable[[TokenDelta], None], *, has_handoff: bool, local_reason: str
     ) -> SubmittedSequence:
-        """Start a sequence; await its `ended`, and give it to `finish` in any case.  Raises ReplicaLost."""
+        """Start a sequence.  Raises ReplicaLost.
+
+        The caller awaits the sequence's `ended`, and passes it to `finish` whatever happens.
+        """
         if self.is_closed:
             raise ReplicaLost(self._replica_id)
         sequence = SubmittedSequence(next(self._numbers), emit)
@@ -119,20 +122,20 @@ class Channel:
         return sequence
 
     def finish(self, sequence: SubmittedSequence) -> None:
-        """Forget a sequence; one that has not ended is cancelled."""
+        """Forget a sequence, and cancel it if it has not ended."""
         if self._sequences.pop(sequence.number, None) is not None and not self.is_closed:
             self._writer.write(to_frame(Cancel(sequence.number)))
         if self._is_retired and not self._sequences:
             self.close()
 
     def retire(self) -> None:
-        """Close as soon as no sequence runs; its listener is told nothing more."""
+        """Close as soon as no sequence runs.  From now on the listener is not called."""
         self._is_retired = True
         if not self._sequences:
             self.close()
 
     def close(self) -> None:
-        """End the connection and thereby every sequence."""
+        """End the connection, and with it every sequence."""
         self._task.cancel()
         self._end("its connection was closed")
 
@@ -141,7 +144,7 @@ class Channel:
             return
         self.is_closed = True
         self._writer.close()
-        self.on_close()  # first, so that no sequence that fails now is begun here again
+        self.on_close()  # before sequences fail, so that none of them is started here again
         for sequence in self._sequences.values():
             sequence.fail(ReplicaLost(self._replica_id, detail))
 
@@ -160,7 +163,7 @@ class Channel:
 
     def _hand_out(self, batch: Batch) -> None:
         for number, delta in batch.deltas:
-            # One that was cancelled or has failed may still be in a frame that was on its way.
+            # A frame that was on its way may still hold deltas of a sequence that was cancelled or has failed.
             if (sequence := self._sequences.get(number)) is None or sequence.ended.done():
                 continue
             sequence.emit(delta)
@@ -171,7 +174,8 @@ class Channel:
             if (sequence := self._sequences.pop(number, None)) is not None:
                 sequence.fail(ERRORS[failure.error](failure.detail))
         if batch.load is not None or batch.kv is not None:
-            # Once whoever waits for a sequence that ended just now has counted it out, as this load does.
+            # This load no longer counts the sequences that ended just now.  Whoever waits for them has to uncount them
+            # first, so the listener is called in the next turn of the event loop.
             asyncio.get_running_loop().call_soon(self._notify, batch.load, batch.kv)
 
     def _notify(self, load: ReplicaLoad | None, kv: KvUpdate | None) -> None:
@@ -184,7 +188,7 @@ class Channel:
 
 
 def _merge(batches: list[Batch]) -> Batch:
-    """One batch of those that arrived together, which happens when this process was behind."""
+    """Merge the batches that arrived together, which happens when this process was behind."""
     if len(batches) == 1:
         return batches[0]
     deltas: dict[int, TokenDelta] = {}

@@ -1,16 +1,16 @@
-"""The connection between a frontend and a replica: sequences in, token deltas out, and what the replica tells.
+"""The connection between a frontend and a replica: it carries sequences, their token deltas and the replica's state.
 
-One TCP connection for each pair.  What an engine step adds to all of a frontend's sequences travels as one frame;
-what waits while the frontend or the network is behind is merged, and nothing waits otherwise.  The replica's load and
-what changed in its prefix cache travel along, or by themselves if no sequence has anything; a new connection begins
-with all of both.
+Each frontend has one TCP connection to each replica.  What an engine step adds to all of a frontend's sequences travels
+as one frame.  If the frontend or the network falls behind, the waiting deltas are merged; otherwise nothing waits.  The
+replica's load and the changes of its prefix cache travel in the same frames, or in frames of their own if there are no
+deltas.  A new connection begins with the present load and the whole prefix cache.
 
-Ray Serve's own calls cost more than the work they carry (docs/decisions/0002-channel.md), so they stay for what
-needs Ray: finding replicas, their health, and passing references to transfer descriptors.
+Ray Serve's own calls cost more than the work they carry (docs/decisions/0002-channel.md).  So they are used only for
+what needs Ray: finding replicas, checking their health, and passing references to transfer descriptors.
 
-A frame is its length (4 bytes, little-endian) and msgpack.  The first frame each way is `Hello` and `Welcome`;
-after that the frontend sends `Submit` and `Cancel`, and the replica sends `Batch`.  Prefill replicas get their prompts
-by Ray: on their connections nothing is submitted.
+A frame is its length (4 bytes, little-endian) followed by msgpack.  The first frames are `Hello` from the frontend and
+`Welcome` from the replica.  After that the frontend sends `Submit` and `Cancel`, and the replica sends `Batch`.
+Prefill replicas get their prompts through Ray, so nothing is submitted on their connections.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from app.messages import GenerateRequest, KvUpdate, ReplicaLoad, TokenDelta
 CONNECT_TIMEOUT_S = 5.0
 READ_BYTES = 256 * 1024
 MAX_HELLO_BYTES = 1024
-"""Before a peer has shown its token, nothing longer is read from it."""
+"""The longest frame that is read from a peer before it has shown its token."""
 MAX_FRAME_BYTES = 1 << 30
 KEEPALIVE_S = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
-"""A peer whose machine is gone without a word is noticed after 5 + 3 * 2 seconds."""
+"""If a peer's machine disappears without closing the connection, this is noticed after 5 + 3 * 2 seconds."""
 UNANSWERED_MS = 10_000
-"""So is one that does not acknowledge what it was sent, for which keep-alive does not ask, or that reads nothing for so
-long while its buffers are full."""
+"""The connection also ends if the peer does not acknowledge data for so long (keep-alive does not notice this), or if
+it reads nothing for so long while its buffers are full."""
 _LENGTH = struct.Struct("<I")
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
-    """A new connection's name; `token` is known to those that Serve tells the replica's metadata."""
+    """Opens a connection and names it.  `token` is known to whoever gets the replica's metadata from Serve."""
 
     token: str
     channel_id: str
@@ -53,33 +53,33 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Run a sequence; `number` rises by one with each on this connection."""
+    """Run a sequence.  `number` rises by one with each sequence on this connection."""
 
     number: int
     request: GenerateRequest
     has_handoff: bool
-    """Whether a reference to a transfer descriptor comes by Ray; if not, decode prefills."""
+    """Whether Ray will bring a reference to a transfer descriptor.  If not, decode prefills."""
     local_reason: str
-    """Why decode prefills, for its report."""
+    """Why decode prefills; it goes into the report."""
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Abort a sequence; nothing comes for it afterwards."""
+    """Abort a sequence.  The replica sends nothing more for it."""
 
     number: int
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
-    """What ended a sequence early: the name of an error that `ERRORS` knows, and its text."""
+    """The error that ended a sequence early: its name, which is in `ERRORS`, and its text."""
 
     error: str
     detail: str
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """What sequences got since the last frame, by number, and what the replica tells of itself.
+    """The deltas and failures since the last frame, by the sequences' numbers, and news of the replica's state.
 
-    Failures come after their sequence's deltas.
+    A failure comes after the deltas of its sequence.
     """
 
     deltas: list[tuple[int, TokenDelta]]
@@ -112,7 +112,7 @@ async def read_one(reader: asyncio.StreamReader, longest: int) -> bytes:
 
 
 async def read_frames(reader: asyncio.StreamReader) -> AsyncIterator[list[memoryview]]:
-    """All whole frames that have arrived, as soon as there is one; ends with the connection."""
+    """Yield all whole frames that have arrived, as soon as there is one.  Ends with the connection."""
     waiting = bytearray()
     while data := await reader.read(READ_BYTES):
         waiting += data
@@ -133,7 +133,7 @@ async def read_frames(reader: asyncio.StreamReader) -> AsyncIterator[list[memory
 
 
 def tune(writer: asyncio.StreamWriter) -> None:
-    """No waiting for more to send, and no waiting forever for a machine that is gone."""
+    """Set the socket to send at once, without waiting for more, and to notice a machine that is gone."""
     connection: socket.socket = writer.get_extra_info("socket")
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

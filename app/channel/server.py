@@ -1,4 +1,4 @@
-"""A replica's end of its channels: runs the sequences that frontends submit, and sends them what there is."""
+"""A replica's end of its channels: it runs the sequences that frontends submit, and sends deltas and its state."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ logger = logging.getLogger("baton.channel")
 
 CLOSE_TIMEOUT_S = 1.0
 PUBLISH_PERIOD_S = 0.005
-"""Load and cache updates that no delta takes along are sent at most this often; the first one goes at once."""
+"""If there are no deltas, load and cache updates are sent at most this often; the first one is sent at once."""
 MAX_WAITING_BLOCKS = 16_384
-"""Changes of the prefix cache that may wait for a frontend; when there are more it gets a snapshot instead."""
+"""How many changed blocks of the prefix cache may wait for a frontend.  If there are more, it gets a snapshot."""
 
 
 class FrontendChannel:
-    """A frontend, as a replica sees it: its sequences, and what waits to be sent to it."""
+    """One frontend as a replica sees it: the frontend's sequences, and what waits to be sent to it."""
 
     def __init__(self, channel_id: str, load: ReplicaLoad | None, snapshot: Callable[[], KvUpdate | None]) -> None:
-        """`load` is the present one; `snapshot` tells the whole prefix cache, or None if the replica does not know."""
+        """`load` is the present load.  `snapshot` returns the whole prefix cache, or None if it is not known."""
         self.id = channel_id
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._deltas: dict[int, TokenDelta] = {}
@@ -61,23 +61,23 @@ class FrontendChannel:
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
-        """How many sequences run."""
+        """Return the number of running sequences."""
         return len(self._tasks)
 
     def put(self, number: int, delta: TokenDelta) -> None:
-        """Send a delta of a sequence, with what else there is in this turn of the event loop."""
+        """Send a delta, together with everything else from this turn of the event loop."""
         waiting = self._deltas.get(number)
         self._deltas[number] = delta if waiting is None else merge_deltas(waiting, delta)
         self._has_some.set()
 
     def put_load(self, load: ReplicaLoad) -> None:
-        """Send the replica's load; a newer one replaces it while it waits."""
+        """Send the replica's load.  If a newer load comes while it waits, that one is sent instead."""
         self._load = load
         self._send_soon()
 
     def put_kv(self, update: KvUpdate) -> None:
-        """Send a change of the prefix cache; changes are merged when they are sent."""
-        if self._needs_snapshot:  # which is made when it is sent, and has this in it
+        """Send a change of the prefix cache.  Changes are merged when they are sent."""
+        if self._needs_snapshot:  # the snapshot is made when it is sent, so it will include this change
             return
         self._kv.append(update)
         self._num_waiting_blocks += len(update.stored) + len(update.removed)
@@ -91,12 +91,12 @@ class FrontendChannel:
         self._num_waiting_blocks = 0
 
     def _send_soon(self) -> None:
-        """Send what waits with the next delta, but no later than PUBLISH_PERIOD_S after what was told last."""
+        """Send what waits with the next delta, but no later than PUBLISH_PERIOD_S after the last frame."""
         if self._timer is None:
             self._timer = self._loop.call_at(self._published_at + PUBLISH_PERIOD_S, self._has_some.set)
 
     def start(self, number: int, sequence: Coroutine[Any, Any, None]) -> None:
-        """Run `sequence`; a BatonError that it raises is sent to the frontend."""
+        """Run `sequence`.  If it raises a BatonError, the frontend gets that error."""
         self._tasks[number] = asyncio.create_task(self._run(number, sequence), name=f"sequence-{number}")
 
     async def _run(self, number: int, sequence: Coroutine[Any, Any, None]) -> None:
@@ -127,7 +127,10 @@ class FrontendChannel:
             self._cancel(task)
 
     def _cancel(self, task: asyncio.Task[None]) -> None:
-        """Not before it has begun: of a task that is cancelled before its first step nothing runs, no cleaning up."""
+        """Cancel a task, but not before it has begun.
+
+        If a task is cancelled before its first step, none of its code runs, not even its cleanup.
+        """
         self._loop.call_soon(task.cancel)
 
     @property
@@ -135,12 +138,12 @@ class FrontendChannel:
         return list(self._tasks.values())
 
     async def take(self) -> Batch:
-        """Everything that waits, as soon as there is something."""
+        """Wait until there is something to send, and return all of it."""
         await self._has_some.wait()
         return self.take_now()
 
     def take_now(self) -> Batch:
-        """Everything that waits, be it nothing."""
+        """Return everything that waits to be sent, even if that is nothing."""
         self._has_some.clear()
         if self._timer is not None:
             self._timer.cancel()
@@ -153,7 +156,7 @@ class FrontendChannel:
         return batch
 
     def close(self) -> None:
-        """Nothing is sent any more, and no sequence runs."""
+        """Cancel all sequences and send nothing more."""
         self.cancel_all()
         if self._timer is not None:
             self._timer.cancel()
@@ -163,13 +166,14 @@ class ChannelServer:
     """A replica's end of all its channels."""
 
     def __init__(self, replica_id: str, run: Callable[[FrontendChannel, Submit], Coroutine[Any, Any, None]]) -> None:
-        """`run` serves one sequence; it is cancelled when the frontend cancels it or goes away."""
+        """`run` serves one sequence.  It is cancelled when the frontend cancels the sequence or disconnects."""
         self.channels: dict[str, FrontendChannel] = {}
         self.on_open: Callable[[FrontendChannel], object] = lambda channel: None
         self.on_close: Callable[[FrontendChannel], object] = lambda channel: None
         """Called once each of the channel's sequences has been cancelled."""
         self.snapshot: Callable[[], KvUpdate | None] = lambda: None
-        """The whole prefix cache, for a frontend that has heard nothing so far; None if nobody knows."""
+        """Returns the whole prefix cache, for a frontend that has just connected or fallen behind; None if it is not
+        known."""
         self._replica_id = replica_id
         self._run = run
         self._load: ReplicaLoad | None = None
@@ -179,7 +183,7 @@ class ChannelServer:
         self._attending: set[asyncio.Task[Any]] = set()
 
     async def start(self, host: str) -> dict[str, str]:
-        """Listen on a free port; returns what a `Channel` needs to know, which is a secret of the cluster."""
+        """Listen on a free port.  Returns the address for `Channel.connect`, which must not leave the cluster."""
         self._server = await asyncio.start_server(self._serve, host, 0, limit=READ_BYTES)
         port = self._server.sockets[0].getsockname()[1]
         return {"host": host, "port": str(port), "token": self._token}
@@ -188,13 +192,13 @@ class ChannelServer:
         return sum(len(channel) for channel in self.channels.values())
 
     def publish_load(self, load: ReplicaLoad) -> None:
-        """Tell all frontends, also those that connect later."""
+        """Send the load to all frontends, including those that connect later."""
         self._load = load
         for channel in self.channels.values():
             channel.put_load(load)
 
     def publish_kv(self, update: KvUpdate) -> None:
-        """Tell all frontends of a change, which `snapshot` has in it from now on."""
+        """Send a change to all frontends.  From now on `snapshot` has to include it."""
         for channel in self.channels.values():
             channel.put_kv(update)
 
@@ -204,7 +208,7 @@ class ChannelServer:
             await asyncio.wait(tasks)
 
     async def stop(self) -> None:
-        """Send what waits, end every connection and thereby every sequence, and stop listening."""
+        """Send what waits, end every connection and with it every sequence, and stop listening."""
         if self._server is not None:
             self._server.close()
         for channel, writer in self._writers.items():

@@ -108,7 +108,7 @@ def bench(
 
 
 def _refuse(reason: str, options: Mapping[str, object]) -> None:
-    """Raises ConfigError for the first option that was given."""
+    """Raise ConfigError if any of these options was given."""
     for option, value in options.items():
         if value is not None:
             raise ConfigError(option, f"does nothing here: {reason}")
@@ -126,7 +126,7 @@ def _levels(concurrency: str | None, rate: str | None, burstiness: float | None)
 
 
 def _numbers(option: str, text: str) -> list[float]:
-    """Comma-separated numbers above 0, each once, in rising order."""
+    """Parse comma-separated numbers above 0.  Returns each once, in rising order.  Raises ConfigError."""
     try:
         numbers = sorted({float(word) for word in text.split(",")})
     except ValueError:
@@ -137,7 +137,7 @@ def _numbers(option: str, text: str) -> list[float]:
 
 
 def _limits(text: str | None) -> dict[str, float]:
-    """Latency to its limit in ms."""
+    """Parse ``--slo``.  Returns the limit of each latency in ms.  Raises ConfigError."""
     limits = {}
     for word in text.split(",") if text else []:
         name, _, value = word.strip().partition(":")
@@ -182,7 +182,7 @@ def _distinct(endpoints: list[Endpoint]) -> list[Endpoint]:
 def _run(
     report: Report, workload: Workload, levels: list[Level], repetitions: int, json: Path | None, picture: Path | None
 ) -> None:
-    """Measure, then print and write what was found: also by a benchmark that is interrupted."""
+    """Measure, then print and write the results, even if the benchmark is interrupted."""
     signal.signal(signal.SIGTERM, exit_in_order)
     console = Console(stderr=True)
     with (

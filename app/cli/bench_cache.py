@@ -74,7 +74,7 @@ def _check_length(tokens: int, max_model_len: int | None) -> None:
 
 
 def _measure(server: PromptClient, report: CacheReport, tokens: int, repeat: int, turns: int) -> None:
-    """Fill the report, and print each part once it is there."""
+    """Fill the report, and print each part as soon as it is complete."""
     console = Console(width=TABLE_WIDTH, highlight=False, markup=False, soft_wrap=True)
     version = f", version {report.server_version}" if report.server_version else ""
     console.print(f"\n{report.date}, {report.model} at {report.url}{version}\n{report.command}\n")

@@ -21,13 +21,13 @@ def check(config: ConfigPath = DEFAULT_CONFIG) -> None:
 
 
 def local_gpus() -> int:
-    """NVIDIA GPUs of this machine, without importing anything that would initialise them."""
+    """Count the NVIDIA GPUs of this machine, without importing anything that would initialise them."""
     folder = Path("/proc/driver/nvidia/gpus")
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
 def check_document(document: dict[str, Any]) -> str:
-    """Check what can be checked in an instant and return the device.  Raises ConfigError."""
+    """Check everything that takes no noticeable time, and return the device.  Raises ConfigError."""
     found = configs(document)
     devices = [check_config(config, [local_gpus()]) for config in found]
     if runs_here():
@@ -37,7 +37,10 @@ def check_document(document: dict[str, Any]) -> str:
 
 
 def check_thoroughly(document: dict[str, Any]) -> str:
-    """Also ask Serve and the engines, which takes seconds, and return the device.  Raises ConfigError."""
+    """Check all that `check_document` does, ask Serve and the engines too, and return the device.
+
+    This takes seconds.  Raises ConfigError.
+    """
     from deployments.build import check_autoscaling
 
     device = check_document(document)

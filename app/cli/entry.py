@@ -11,7 +11,7 @@ from app.errors import BatonError
 
 
 def to_app(*commands: Callable[..., Any], about: str | None = None) -> typer.Typer:
-    """A command line of `commands`; with a single one there is no subcommand to name."""
+    """Make a command line of `commands`.  If there is only one, it is called without a subcommand."""
     app = typer.Typer(
         no_args_is_help=len(commands) > 1, add_completion=False, pretty_exceptions_enable=False, help=about
     )
@@ -21,7 +21,10 @@ def to_app(*commands: Callable[..., Any], about: str | None = None) -> typer.Typ
 
 
 def run_app(app: typer.Typer, name: str) -> None:
-    """Run a command line; an error that Baton raised on purpose is one line, after `name`, and exit code 2."""
+    """Run a command line.
+
+    An error that Baton raised on purpose is printed as one line that begins with `name`, and the exit code is 2.
+    """
     try:
         app()
     except (BatonError, RuntimeError) as error:

@@ -1,7 +1,7 @@
 """``baton run``: Ray, Serve and the application in one foreground process, with progress.
 
-What it starts is what ``serve run`` starts from the same file; it adds the check before, the progress during, the
-hints after and Serve flags that make streaming cheap (deployments/cluster.py).
+It starts the same application as ``serve run`` does from the same file.  It adds a check before the start, progress
+during it, hints after it, and Serve flags that make streaming cheap (deployments/cluster.py).
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def run(
 
     stop = threading.Event()
     _set_on_signals(stop)
-    # Asking vLLM takes as long as Ray takes to start, and must not touch this process's environment.
+    # vLLM's check takes as long as Ray's start, so both run at once.  It has a process of its own because it changes
+    # the environment.
     thorough = subprocess.Popen(
         [sys.executable, "-m", "app.cli.main", "check", str(config)],
         stdout=subprocess.DEVNULL,
@@ -56,7 +57,7 @@ def run(
     )
     say("starting Ray; meanwhile vLLM checks the configuration")
     start_cluster(http, document.get("proxy_location", "EveryNode"), dashboard, verbose)
-    _set_on_signals(stop)  # again: Ray's own handler of SIGTERM ends this process at once, and leaves HAProxy behind
+    _set_on_signals(stop)  # again, as Ray's own handler of SIGTERM ends this process at once and leaves HAProxy running
     try:
         if thorough.poll() is None:
             say("waiting for vLLM's check of the configuration")
@@ -76,7 +77,7 @@ def run(
 
 
 def describe_device(document: dict[str, Any], device: str) -> str:
-    """The device, and on a CPU the dtype that Baton chooses for models that name none."""
+    """Describe the device.  For a CPU this includes the dtype that Baton chooses for models that set none."""
     if device != "cpu":
         return device
     dtype = ""
@@ -101,5 +102,5 @@ def _say_ready(document: dict[str, Any], http: dict[str, Any], console: Console,
   curl {base}/health      baton verify --url {base}
 API reference: {base}/docs      Ctrl-C stops it.""",
         markup=False,
-        soft_wrap=True,  # or a terminal's width would break the commands
+        soft_wrap=True,  # otherwise long commands would be broken at the terminal's width
     )

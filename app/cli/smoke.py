@@ -1,8 +1,8 @@
-"""``baton smoke``: does a running Baton serve, in every way that it should?
+"""``baton smoke``: does a running Baton serve in every way that it should?
 
-A few requests for each check, one after the other.  Nothing is assumed of what a model says: an answer counts by its
-shape, its usage and what Baton tells of its routing.  Prompts are random, so that none of them was cached before, and
-no longer than the model allows.
+Each check sends a few requests, one after the other.  The checks assume nothing about what a model says: they look at
+an answer's shape, its usage and what Baton says about its routing.  Prompts are random, so that none of them was cached
+before, and no longer than the model allows.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ SHORT_PROMPT_TOKENS = 8
 STREAM_TOKENS = 32
 TURNS = 5
 JSON_TOKENS = 1024
-"""Also for a model that reasons before it answers."""
+"""This is enough even for a model that reasons before it answers."""
 JSON_ATTEMPTS = 3
-"""A model that is no good may fill an answer with white space, which JSON allows."""
+"""More than one, because a weak model may fill an answer with white space, which JSON allows."""
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 HELLO = [{"role": "user", "content": "Say hello to the people of a small town."}]
@@ -50,18 +50,18 @@ T = TypeVar("T")
 
 
 class Unexpected(Exception):
-    """A check that failed."""
+    """A check failed."""
 
     def __init__(self, expected: str, came: object) -> None:
         super().__init__(f"expected {expected}; came {came}")
 
 
 class Skipped(Exception):
-    """A check that says nothing about this model; the message says why."""
+    """A check does not apply to this model; the message says why."""
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What came of one check."""
+    """The result of one check."""
 
     check: str
     verdict: Literal["ok", "skipped", "FAILED"]
@@ -70,7 +70,7 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Card(msgspec.Struct, frozen=True):
-    """What /v1/models says of a model; another server than Baton does not say all of it."""
+    """What /v1/models says about a model.  Servers other than Baton leave some of it out."""
 
     id: str
     engine: str
@@ -91,7 +91,7 @@ class _Health(msgspec.Struct):
 
 
 class _Replica(msgspec.Struct):
-    """Of /stats; without numbers if it could not be asked."""
+    """A replica in the answer of /stats.  It has no numbers if it could not be reached."""
 
     replica_id: str
     num_transfers: int = 0
@@ -119,7 +119,7 @@ class _Message(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
-    """Of an answer (`message`, `finish_reason`) or of an event (`delta`)."""
+    """A choice in an answer (`message`, `finish_reason`) or in an event (`delta`)."""
 
     finish_reason: str | None = None
     message: _Message | None = None
@@ -138,7 +138,7 @@ class _Event(msgspec.Struct):
 
     @property
     def kind(self) -> str:
-        """What the event is for, as `EVENT_ORDER` names it."""
+        """The kind of event, as `EVENT_ORDER` names it."""
         if self.error is not None:
             return f"an error ({self.error})"
         if not self.choices:
@@ -167,7 +167,7 @@ class _Actual(msgspec.Struct):
 
 
 class Explanation(msgspec.Struct):
-    """Of the header x-baton-explain."""
+    """The explanation of one sequence in the header x-baton-explain."""
 
     kind: str
     reason: str
@@ -178,13 +178,13 @@ class Explanation(msgspec.Struct):
 
     @property
     def way(self) -> str:
-        """How the prompt was prefilled, and why."""
+        """Where the prompt was prefilled, and why."""
         reason = self.actual.reason or self.reason
         return f"{self.actual.kind} ({reason})" if reason else str(self.actual.kind)
 
 
 class SmokeTarget:
-    """The application under test, and the model that is asked for."""
+    """The application under test, and the model that the checks use."""
 
     def __init__(self, client: httpx.Client, card: Card) -> None:
         self.client = client
@@ -221,7 +221,7 @@ class SmokeTarget:
         return answer, explanations[0]
 
     def stream(self, **fields: Any) -> Iterator[bytes]:
-        """The data of each event, as they come."""
+        """Yield the data of each event as it comes."""
         body = {"model": self.card.id, "stream": True, "stream_options": {"include_usage": True}, **fields}
         with self.client.stream("POST", CHAT, json=body) as response:
             if not response.is_success:
@@ -282,7 +282,7 @@ def check_streaming(baton: SmokeTarget) -> str:
         if event.has_output:
             moments.append(now)
     order = [kind for kind, _ in groupby(kinds)]
-    # An engine that is faster than its frontend has all tokens in the event that finishes.
+    # If an engine is faster than its frontend, all tokens may come in the last event.
     if order not in (EVENT_ORDER, [kind for kind in EVENT_ORDER if kind != "tokens"]) or not moments:
         raise Unexpected(f"events in the order {', '.join(EVENT_ORDER)}", ", ".join(order) or "no event")
     if usage is None or usage.completion_tokens != STREAM_TOKENS:
@@ -419,7 +419,7 @@ def run_check(name: str, baton: SmokeTarget) -> Result:
 
 
 def find_models(client: httpx.Client, name: str | None) -> list[Card]:
-    """The model called `name`, or all.  Raises ConfigError if there is none, or no Baton."""
+    """Return the model called `name`, or all models.  Raises ConfigError if there is none, or if this is not Baton."""
     find_card("URL", client, name)
     try:
         cards = msgspec.convert(client.get("/v1/models").json()["data"], list[Card])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """Show the running application: the replicas of each pool, how many it aims at and why, and the nodes."""
-    from deployments.application import read_status  # which imports Ray: seconds that other commands need not wait
+    from deployments.application import read_status  # imported here, as it imports Ray: other commands save seconds
 
     found = read_status()
     if as_json:

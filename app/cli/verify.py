@@ -1,15 +1,20 @@
 """``baton verify``: does disaggregation change the output?
 
-Each prompt is served by the running application, greedily: prefilled remotely and prefilled where it is decoded
-(aggregated serving on the same weights), or served by an aggregated model of the same application, if `reference`
-names one.  Without one, a model that only its prefill pool can prefill (SGLang without an `aggregated` pool) is
-compared with that pool: prompt and answer so far are prefilled again for each token, so that no token depends on KV
-that was moved.  Under disaggregation decode computes the last prompt token by itself from KV that it did not make, as
-it does after a hit in its own prefix cache; in low precision that alone changes logprobs a little.  So the engine's
-own noise is the difference between aggregated serving with and without such a hit.  A token may differ only where noise
-can flip it: where the two best candidates are closer than what passes as equal.  Every serving has a cache salt of its
-own, so that none can reuse another's KV.  With `corrupt_kv` the remote prefill computes another prompt's KV, and a
-comparison that still passes would prove nothing.
+The running application serves each prompt greedily in two ways, and the outputs are compared.
+
+One way is remote prefill.  The other is usually local prefill on the decode replica, which is aggregated serving on the
+same weights.  If `reference` names an aggregated model of the same application, that model serves the prompt instead.
+Without a `reference`, a model that only its prefill pool can prefill (SGLang without an `aggregated` pool) is compared
+with that pool: the prompt and the answer so far are prefilled again for each token, so that no token depends on KV that
+was moved.
+
+Under disaggregation, decode computes the last prompt token by itself from KV that it did not make.  It does the same
+after a hit in its own prefix cache, and in low precision that alone changes logprobs a little.  So the engine's own
+noise is measured as the difference between aggregated serving with and without such a hit.  A token may differ only
+where noise can flip it: where the logprobs of the two best candidates are closer than what passes as equal.
+
+Each serving has its own cache salt, so that none can reuse another's KV.  With `corrupt_kv` the remote prefill computes
+the KV of another prompt, and the comparison must fail: if it passed, it would prove nothing.
 """
 
 from __future__ import annotations
@@ -33,14 +38,14 @@ SHARED_PREFIX_TOKENS = 500
 OUTPUT_TOKENS = 24
 ANSWER_TIMEOUT_S = 300.0
 TOLERANCE = 0.03
-"""Logprob difference that passes, whatever the noise."""
+"""The logprob difference that passes, whatever the noise."""
 TOLERANCE_OF_PREFILL = 0.2
-"""The same where prefill alone is the reference: it computes by other kernels than decode, in bfloat16 with differences
-up to 0.06 here (tiny model, SGLang on a CPU).  KV that is wrong differs in the first tokens, by more than 1."""
+"""The same if the prefill pool is the reference.  Prefill uses other kernels than decode; in bfloat16 the differences
+were up to 0.06 (tiny model, SGLang on a CPU).  Wrong KV shows in the first tokens, with differences of more than 1."""
 LARGEST_NOISE = 0.25
-"""With more logprob noise than this the engine's own prefix cache changes its output: nothing can be compared."""
+"""With more logprob noise than this, the engine's own prefix cache changes its output, and nothing can be compared."""
 WORDS = "The quick brown fox jumps over 13 lazy dogs; while (x < 42) { return f(x, y) + 'value'; } # Größe, 東京, Ωmega"
-"""Text whose tokens the random prompts are drawn from, whatever the model's vocabulary."""
+"""Random prompts are drawn from the tokens of this text, so they suit any model's vocabulary."""
 
 
 def verify(
@@ -70,9 +75,9 @@ class VerifyError(BatonError):
 
 
 class GreedyOutput(msgspec.Struct, frozen=True):
-    """What one serving of a prompt produced, a value for each token.
+    """The output of one serving of a prompt.  Each list has one value for each token.
 
-    `margins` are the logprob differences between the two likeliest candidates: greedy decoding took the first.
+    `margins` are the logprob differences between the two likeliest candidates, of which greedy decoding took the first.
     """
 
     token_ids: list[str]
@@ -80,13 +85,16 @@ class GreedyOutput(msgspec.Struct, frozen=True):
     margins: list[float]
 
     def num_equal(self, other: GreedyOutput) -> int:
-        """How many leading tokens are the same."""
+        """Return how many leading tokens are the same."""
         pairs = zip(self.token_ids, other.token_ids, strict=False)
         shorter = min(len(self.token_ids), len(other.token_ids))
         return next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), shorter)
 
     def max_difference(self, other: GreedyOutput) -> float:
-        """The largest logprob difference before the first token that differs; infinite if the first one does."""
+        """Return the largest logprob difference before the first token that differs.
+
+        It is infinite if the very first token differs.
+        """
         num = self.num_equal(other)
         pairs = zip(self.logprobs[:num], other.logprobs[:num], strict=True)
         return max((abs(a - b) for a, b in pairs), default=float("inf"))
@@ -133,7 +141,7 @@ class VerifyTarget:
         self._vocabulary: list[int] = self._post("/tokenize", {"model": self.model, "prompt": WORDS})["tokens"]
 
     def _find(self, name: str | None, mode: str) -> Any:
-        """What the server says of the model called `name`, or of its first one in `mode`."""
+        """Return what the server says about the model called `name`, or about its first model in `mode`."""
         cards = find_cards("--url", self._client)
         for card in cards:
             if card.get("mode") == mode and card["id"] == (name or card["id"]):
@@ -147,23 +155,26 @@ class VerifyTarget:
 
     @property
     def tolerance(self) -> float:
-        """The logprob difference that passes if the caller does not say."""
+        """The logprob difference that passes by default."""
         return TOLERANCE if self.reference or self.can_prefill_locally else TOLERANCE_OF_PREFILL
 
     def serve(self, prompts: list[list[int]], mode: PrefillMode) -> GreedyOutput:
-        """The greedy answer to the last of `prompts`, all of which share one cache salt."""
+        """Serve `prompts` one after the other with one cache salt, and return the greedy answer to the last."""
         salt = uuid.uuid4().hex
         answers = [self._complete(prompt, mode, salt, OUTPUT_TOKENS) for prompt in prompts]
         return answers[-1]
 
     def serve_without_transfer(self, prompts: list[list[int]], *, after_hit: bool) -> GreedyOutput:
-        """The answer to the last of `prompts` from KV that was not moved, with or `after_hit` of a prefix cache."""
+        """Return the answer to the last of `prompts`, computed from KV that was not moved.
+
+        With `after_hit` the prompt is served again, so that it hits the prefix cache.
+        """
         if self.reference is None and not self.can_prefill_locally:
             return self._serve_by_prefill(prompts[-1], share_prefixes=after_hit)
         return self.serve([*prompts, prompts[-1]] if after_hit else prompts, "local")
 
     def _serve_by_prefill(self, prompt: list[int], *, share_prefixes: bool) -> GreedyOutput:
-        """The greedy answer, each token of which a prefill replica computed from all tokens before it."""
+        """Return the greedy answer; a prefill replica computes each of its tokens from all tokens before it."""
         salt = uuid.uuid4().hex
         whole = GreedyOutput([], [], [])
         for _ in range(OUTPUT_TOKENS):
@@ -229,11 +240,11 @@ def compare_output(
     tolerance: float | None = None,
     seed: int,
 ) -> bool:
-    """Print the comparison of `model` (the first disaggregated one) as a table and return whether all of it passed.
+    """Print the comparison of `model` (by default the first disaggregated one) as a table.  Returns whether all passed.
 
     `reference` is an aggregated model of the same application, with the same weights and engine.
 
-    Raises ConfigError if the application cannot be reached, VerifyError if it did not transfer every prompt's KV.
+    Raises ConfigError if the application cannot be reached, and VerifyError if it did not transfer every prompt's KV.
     """
     _, base_url = parse_url("--url", url)
     with new_client(base_url, ANSWER_TIMEOUT_S) as client:
@@ -256,7 +267,7 @@ def compare_output(
 
 
 def _prompts(endpoint: VerifyTarget, rng: random.Random) -> list[tuple[str, list[list[int]]]]:
-    """Named groups of prompts; the last of a group is compared."""
+    """Return named groups of prompts.  The last prompt of each group is compared."""
     longest = endpoint.max_model_len - OUTPUT_TOKENS
     groups = [
         (f"{length} tokens", [endpoint.random_prompt(rng, length)]) for length in PROMPT_LENGTHS if length <= longest

@@ -55,7 +55,7 @@ logger = logging.getLogger("baton.engine_client")
 
 _DEFAULT_SAMPLING = SamplingParams()
 _FINISH_REASONS = {str(reason): reason for reason in FinishReason}
-# Baton's output processor detokenizes and streams, whatever the caller of the engine asked for.
+# These fields concern the output processor in this process: it detokenizes and streams, whatever the caller asked for.
 _FRONTEND_FIELDS = {
     "output_kind",
     "detokenize",
@@ -97,9 +97,9 @@ class PooledEngineClient(EngineClient):
         reasoning_ended: bool | None = None,
         reasoning_parser_kwargs: dict[str, Any] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Serve one prompt, `sampling_params.n` sequences of it.
+        """Generate `sampling_params.n` sequences for one prompt.
 
-        Closing or cancelling the generator cancels them all.  Raises vLLM's errors, which its server turns into
+        Closing or cancelling the generator cancels all of them.  Raises vLLM's errors, which its server turns into
         the right HTTP status: validation (400), overload (429), no replica (503), timeout (504), anything else (500).
         """
         context = current_request()
@@ -136,7 +136,7 @@ class PooledEngineClient(EngineClient):
             request_id, prompt, params, supported_tasks=("generate",), priority=priority
         )
         assert request.sampling_params is not None
-        # Resolved for this process, which has no engine; the engine resolves it for itself.
+        # vLLM resolved this field for this process, which has no engine.  The engine resolves it for itself.
         request.sampling_params.watermarking = params.watermarking
         self.input_processor.assign_request_id(request)
         return request
@@ -149,7 +149,10 @@ class PooledEngineClient(EngineClient):
         hints: RoutingHints,
         context: RequestContext,
     ) -> tuple[RequestOutputCollector, list[asyncio.Task[None]]]:
-        """Begin the sequences of `request`: where their outputs arrive, and the tasks that bring them there."""
+        """Start the sequences of `request`.
+
+        Returns the queue on which their outputs arrive, and the tasks that fill it, one for each sequence.
+        """
         assert request.sampling_params is not None
         queue = RequestOutputCollector(request.sampling_params.output_kind, request.request_id)
         parent, children = _fan_out(request)
@@ -168,7 +171,7 @@ class PooledEngineClient(EngineClient):
         context: RequestContext,
         queue: RequestOutputCollector,
     ) -> None:
-        """Feed one sequence's deltas to the output processor, and its error, if any, to the caller's queue."""
+        """Run one sequence: its deltas go to the output processor, and an error goes to `queue`."""
         assert request.prompt_token_ids is not None
         task = asyncio.current_task()
         assert task is not None
@@ -185,7 +188,7 @@ class PooledEngineClient(EngineClient):
                 queue.put(GenerationError())
                 task.cancel()
                 return
-            if processed.reqs_to_abort:  # a stop string, which only this side knows
+            if processed.reqs_to_abort:  # a stop string was found: engines do not look for them
                 end = "stop"
                 task.cancel()
             end = end or delta.finish_reason or ""
@@ -320,15 +323,18 @@ def _refuse_what_cannot_be_served(prompt: Any, params: SamplingParams, lora_requ
 
 
 def _take_prefill_mode(params: SamplingParams) -> Any:
-    """Remove ``vllm_xargs: {"baton_prefill": ...}`` from the sampling parameters: no engine knows it.
+    """Remove ``vllm_xargs: {"baton_prefill": ...}`` from the sampling parameters, as no engine knows it.
 
-    Returns what the client sent, whatever that is.
+    Returns the value as the client sent it, unchecked.
     """
     return (params.extra_args or {}).pop("baton_prefill", "auto")
 
 
 def _to_prefill_mode(mode: Any, prompt: Any) -> PrefillMode:
-    """Raises VLLMValidationError for a mode that does not exist or that `prompt` must not have."""
+    """Check the mode that a client sent.
+
+    Raises VLLMValidationError if there is no such mode, or if `prompt` may not be served in it.
+    """
     if mode not in get_args(PrefillMode):
         raise VLLMValidationError(
             f"baton_prefill must be one of {', '.join(get_args(PrefillMode))}",
@@ -336,13 +342,13 @@ def _to_prefill_mode(mode: Any, prompt: Any) -> PrefillMode:
             value=mode,
         )
     if mode == "corrupted" and not prompt.get("cache_salt"):
-        # Without a salt of its own the wrong KV would serve other requests from the prefix cache.
+        # Without its own salt, the wrong KV would be found in the prefix cache by other requests.
         raise VLLMValidationError("baton_prefill=corrupted needs a cache_salt", parameter="cache_salt")
     return cast(PrefillMode, mode)
 
 
 def _fan_out(request: EngineCoreRequest) -> tuple[ParentRequest | None, list[EngineCoreRequest]]:
-    """One engine request for each of ``n`` sequences, seeded as vLLM does it."""
+    """Make one engine request for each of the ``n`` sequences, with seeds as vLLM sets them."""
     params = request.sampling_params
     assert params is not None
     if params.n == 1:
@@ -372,9 +378,10 @@ def _to_generate_request(request: EngineCoreRequest, prefill_mode: PrefillMode) 
 
 
 def sampling_fields(params: SamplingParams) -> dict[str, Any]:
-    """The fields that an engine needs and that are not at their defaults, as plain values.
+    """Return, as plain values, the fields that an engine needs and that differ from their defaults.
 
-    Fields that begin with an underscore are derived from the model; the engine derives them again.
+    Fields that begin with an underscore are left out: they are derived from the model, and the engine derives them
+    again.
     """
     fields = {}
     for name in SamplingParams.__struct_fields__:
@@ -417,11 +424,18 @@ def _to_tensors(logprobs: Logprobs) -> LogprobsTensors:
 
 
 class _TooBusy(GracefulHTTPError, GenerationError):
-    """The one for its status, the other as vLLM's streams log the traceback of anything else: not under overload."""
+    """The error for overload.
+
+    It is a GracefulHTTPError for its HTTP status.  It is a GenerationError because vLLM's streams log a traceback for
+    any other error, and under overload there would be many.
+    """
 
 
 def _to_vllm_error(error: BatonError | TimeoutError) -> VLLMError:
-    """What the client is told: never the text of an exception from the inside, unless it is about the request."""
+    """Turn an error into the one that the client sees.
+
+    It contains the text of an internal error only if that error is about the request itself.
+    """
     if isinstance(error, InvalidRequest):
         return VLLMValidationError(error.message)
     if isinstance(error, NoReplica):

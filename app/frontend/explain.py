@@ -1,6 +1,6 @@
 """The response header ``x-baton-explain``: why a request was served where it was, as one line of JSON.
 
-A list with an object for each sequence; its keys are those of `explain`.
+The value is a list with one object for each sequence.  `explain` makes these objects.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from app.frontend.sequence_record import SequenceRecord
 from app.routing.decision import Candidate
 
 MAX_HEADER_BYTES = 4096
-"""Proxies refuse larger ones: nginx holds all of a response's headers in a page by default (proxy_buffer_size)."""
+"""Proxies refuse larger headers: by default nginx has one page for all headers of a response (proxy_buffer_size)."""
 _LESS_AND_LESS = ((), ("others",), ("others", "scores"))
-"""What is left out, as little as possible, of an explanation that is too long."""
+"""Keys to leave out of explanations that are too long; the first entry that makes them fit is used."""
 
 
 def explain_header(records: Sequence[SequenceRecord]) -> str:
-    """The header's value: ASCII, at most `MAX_HEADER_BYTES` of it.
+    """Return the header's value: ASCII, at most `MAX_HEADER_BYTES` long.
 
-    Where even the shortest form of all sequences is too long, the last element says how many are ``omitted``.
+    If the explanations are too long even in their shortest form, the last ones are left out, and the last element of
+    the list says how many were ``omitted``.
     """
     explanations = [explanation for record in records if (explanation := explain(record))]
     lines: list[str] = []
@@ -37,10 +38,11 @@ def explain_header(records: Sequence[SequenceRecord]) -> str:
 
 
 def explain(record: SequenceRecord) -> dict[str, Any] | None:
-    """Why one sequence is served where it is, and what came of it so far; None if nothing was decided.
+    """Say why one sequence is served where it is, and how that went so far; None if nothing was decided.
 
-    ``expected`` is by the router, ``actual`` by the clock and the engines, null where it is not known yet.  Times to
-    the first token are in ms; that of both ways is expected, null where a way is not open.
+    ``expected`` is what the router predicted.  ``actual`` is what the clock and the engines say; its values are null
+    until they are known.  Times to first token are in ms.  ``expected`` has one for remote and one for local prefill,
+    and null for one that is not possible.
     """
     decision, report = record.decision, record.progress.report
     if decision is None:
@@ -88,7 +90,7 @@ def _ms(seconds: float | None) -> float | None:
 
 
 def _without(value: Any, keys: Sequence[str]) -> Any:
-    """`value` less those keys, at any depth of its objects."""
+    """Return `value` without these keys, at any depth of its objects."""
     if not isinstance(value, dict):
         return value
     return {key: _without(item, keys) for key, item in value.items() if key not in keys}

@@ -1,4 +1,4 @@
-"""What a model's ready replicas let it do, in the words of /health and /v1/models."""
+"""The states that /health and /v1/models report: how far a model can be served by its ready replicas."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from app.config import ModelConfig
 from app.messages import Role
 
 State = Literal["ready", "degraded", "unavailable"]
-"""Of a model: whole; served, but without one of its pools; or not to be served now."""
+"""The state of one model: it has all of its pools; it is served without one of them; or it cannot be served now."""
 Status = Literal["healthy", "degraded", "unhealthy"]
-"""Of all: every model whole; at least one served; none served, for which /health answers 503."""
+"""The state of all models: every one is ready; at least one is served; or none is, and /health answers 503."""
 
 
 def model_state(model: ModelConfig, ready: Mapping[Role, int]) -> State:
-    """`ready` is how many replicas of each of its pools can be reached."""
+    """Return the state of `model`; `ready` says for each of its pools how many replicas can be reached."""
     if all(ready.values()):
         return "ready"
     decode_can_serve = ready["decode"] and (ready["prefill"] or model.can_decode_prefill)

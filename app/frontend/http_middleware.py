@@ -14,16 +14,19 @@ from app.frontend.explain import explain_header
 from app.frontend.request_context import RequestContext, begin_request, current_request
 
 EXPLAIN_HEADER = b"x-baton-explain"
-"""``1`` in a request asks for it in the response; any other value does not."""
+"""A request with the value ``1`` gets this header in its response; any other value is ignored."""
 
 
 def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's API shapes it."""
+    """Return the body of an error response in the format of OpenAI's API."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class BodyLimit:
-    """Answers 413 to a body over `max_body_bytes`, declared or not, before anything parses it."""
+    """Answers 413 to a body of more than `max_body_bytes`, before anything parses it.
+
+    This holds whether or not the request declares the body's length.
+    """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -68,10 +71,11 @@ class BodyLimit:
 
 
 class RoutingHeaders:
-    """Tells the client what the engine side of its request has for it besides an answer (request_context.py).
+    """Adds the headers whose content comes from the engine side of the request (request_context.py).
 
-    That is an explanation, if the request had ``x-baton-explain: 1``, and how long to wait after a 429.  Around
-    `ErrorBeforeStream`: when that lets an answer start, its first token is there or nothing will come.
+    They are an explanation, if the request had ``x-baton-explain: 1``, and ``Retry-After`` with a 429.  This middleware
+    has to be outside of `ErrorBeforeStream`, which starts an answer only when its first token is there or when none
+    will come.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -101,11 +105,12 @@ def _headers(context: RequestContext, status: int) -> Iterator[tuple[bytes, byte
 
 
 class ErrorBeforeStream:
-    """Gives a stream that fails before its first token a plain response with that error's status instead.
+    """Replaces a stream that fails before its first token by a plain response with the error's HTTP status.
 
-    vLLM starts a streamed answer with 200 before it asks the engine; what fails before the first token could
-    still have had its status.  The start of a stream is held back until the engine has begun or failed, together with
-    the events that vLLM sends before (``response.created``).  A comment that keeps the connection alive lets it go.
+    vLLM starts a streamed answer with status 200 before it asks the engine.  So an error before the first token would
+    come too late for a status of its own.  This middleware holds back the start of a stream until the engine has begun
+    or failed, and with it the events that vLLM sends before the first token (``response.created``).  A comment that
+    keeps the connection alive ends the waiting.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -116,13 +121,13 @@ class ErrorBeforeStream:
         try:
             await self._app(scope, receive, answer.send)
         except Exception:
-            # Some of vLLM's streams raise what others send as an event.
+            # Some of vLLM's streams raise an error that others send as an event.
             if not await answer.end_with_failure():
                 raise
 
 
 class _HeldResponse:
-    """Passes one answer on, the start of a stream only when it is known not to fail."""
+    """Passes one answer on, but holds back the start of a stream until it is known whether it fails."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
@@ -148,14 +153,14 @@ class _HeldResponse:
                 await self._send(each)
 
     async def end_with_failure(self) -> bool:
-        """Send the request's failure if no other answer has begun; returns whether a failure was sent."""
+        """Send the request's failure if no other answer has begun.  Returns whether a failure was sent."""
         if self._held and not self._is_replaced and (error := self._context.early_failure) is not None:
             await self._replace(error)
         return self._is_replaced
 
     def _has_to_wait(self, message: Message) -> bool:
-        """Whether the engine has said nothing yet, and the stream goes on when it has."""
-        asks_an_engine = self._scope.get("method") == "POST"  # GET: what another request began, once more
+        """Return whether to hold back `message`: the engine has sent nothing yet, and the stream is not over."""
+        asks_an_engine = self._scope.get("method") == "POST"  # a GET repeats the answer to an earlier request
         is_comment = message.get("body", b"").startswith(b":")
         return asks_an_engine and not self._context.has_output and not is_comment and message.get("more_body", False)
 
@@ -172,18 +177,18 @@ def _is_start_of_event_stream(message: Message) -> bool:
 
 
 def _shaped(error: dict[str, Any], scope: Scope) -> dict[str, Any]:
-    """The body that says `error` in the API of the request: Anthropic's at its one path, else OpenAI's."""
+    """Return a response body for `error`: in Anthropic's format for /v1/messages, else in OpenAI's."""
     if scope.get("path", "").endswith("/v1/messages"):
         return {"type": "error", "error": {"type": error["type"], "message": error["message"]}}
     return {"error": error}
 
 
 def _error_in_rendering(body: bytes) -> dict[str, Any] | None:
-    """The error that vLLM's stream begins with, if that is what `body` is.
+    """Return the error in `body` if that is an error event with which vLLM's stream begins.
 
-    One case needs this: vLLM's server fails to render an engine's first output, because logprobs that were asked for
-    are missing, say.  Its streams of ``/v1/completions`` and of beam searches then begin with an error event of the
-    server's own making.  The engine side has not failed, so `RequestContext.failure` does not know of it.
+    One case needs this: vLLM's server cannot render an engine's first output, for example because requested logprobs
+    are missing.  Its streams of ``/v1/completions`` and of beam searches then begin with an error event that the server
+    itself made.  The engine side has not failed, so `RequestContext.failure` does not hold this error.
     """
     if not body.startswith(b'data: {"error": '):
         return None

@@ -27,7 +27,7 @@ _LATENCY_BUCKETS_S = (
 )
 _DECISION_BUCKETS_S = (0.00001, 0.000025, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05)
 _RATIO_BUCKETS = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
-"""As fine below 1 as above it: the bounds are each other's inverse."""
+"""The buckets are as fine below 1 as above it: each bound below 1 is the inverse of one above."""
 
 SEQUENCES = Counter("baton_sequences", "Sequences by how they ended.", ["model", "end"])
 WITHIN_SLO = Counter(
@@ -53,8 +53,8 @@ TIME_TO_FIRST_TOKEN = Histogram(
     ["model", "kind"],
     buckets=_LATENCY_BUCKETS_S,
 )
-# A ratio, as an error in seconds would say of short prompts nothing and of long ones too much; relative to the
-# prediction, so that twice as long and half as long are equally far from 1.
+# A ratio, because an error in seconds is always small for short prompts and large for long ones.  It is relative to
+# the prediction: twice as long and half as long are equally far from 1.
 TIME_TO_FIRST_TOKEN_RATIO = Histogram(
     "baton_time_to_first_token_ratio",
     "Time to first token over the one that the router predicted, of prompts that went as decided.",
@@ -84,7 +84,7 @@ class MetricsServer:
         raise ConfigError("frontend.metrics_port", f"no free port from {first_port} on at this node")
 
     def close(self) -> None:
-        """Blocks for up to half a second."""
+        """Stop serving.  This blocks for up to half a second."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

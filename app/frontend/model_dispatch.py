@@ -1,6 +1,6 @@
-"""Several models' servers behind one endpoint: the request's ``model`` says whose it is.
+"""Puts the servers of several models behind one endpoint: the field ``model`` of a request chooses between them.
 
-With one model there is nothing here to do, and `build_server` leaves it out.
+With a single model this is not needed, and `build_server` leaves it out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from app.frontend.http_middleware import error_body
 
 
 class _Body(msgspec.Struct):
-    """The one field that is looked at; everything else is skipped without being made into objects."""
+    """The one field that is read.  The decoder skips all others without making objects of them."""
 
     model: str | None = None
 
@@ -24,9 +24,9 @@ _DECODER = msgspec.json.Decoder(_Body)
 class ModelDispatch:
     """Gives each request to the application of the model that its body names.
 
-    What has no body is the same for all models (/metrics, /docs, /version) and goes to the first.  Bodies must be
-    bounded before (`BodyLimit`), as they are read whole; the application gets the same bytes, and a client's
-    disconnection as it happens.
+    Requests without a body go to the first application: their answers are the same for all models (/metrics, /docs,
+    /version).  Bodies are read whole, so `BodyLimit` must have limited them before.  The application gets the same
+    bytes, and learns of a client's disconnection when it happens.
     """
 
     def __init__(self, apps: dict[str, ASGIApp]) -> None:
@@ -46,7 +46,7 @@ class ModelDispatch:
     def _choose(self, body: bytes) -> ASGIApp:
         try:
             model = _DECODER.decode(body).model
-        except msgspec.DecodeError:  # there is none, or whichever is asked says what is wrong with it
+        except msgspec.DecodeError:  # no body, or an invalid one, and any application can say what is wrong with it
             return self._first
         if model is None:
             return self._refusal("The field `model` is missing", 400, "BadRequestError")
@@ -58,7 +58,10 @@ class ModelDispatch:
         return JSONResponse(error_body(message, kind, status, "model"), status_code=status)
 
     async def _ask_all(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """The first answer other than 404, or else the last 404: a response is kept where it was made."""
+        """Ask one application after the other: only the one that made a stored response has it.
+
+        The client gets the first answer that is not 404, or the last application's 404.
+        """
         *others, last = self._apps.values()
         for app in others:
             attempt = _UnlessNotFound(send)
@@ -69,7 +72,7 @@ class ModelDispatch:
 
 
 class _UnlessNotFound:
-    """Passes an answer on unless its status is 404."""
+    """Passes an answer on, unless its status is 404."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -83,13 +86,16 @@ class _UnlessNotFound:
 
 
 def _is_about_a_stored_response(scope: Scope) -> bool:
-    """GET /v1/responses/{id} and POST /v1/responses/{id}/cancel know an earlier answer by its id alone."""
+    """Whether the request names an earlier answer by its id, and no model.
+
+    These are GET /v1/responses/{id} and POST /v1/responses/{id}/cancel.
+    """
     path: str = scope["path"].removeprefix(scope.get("root_path", ""))
     return path.startswith("/v1/responses/") and (scope["method"] == "GET" or path.endswith("/cancel"))
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The whole body; None if the client went away before its end, or `BodyLimit` has refused it."""
+    """Read the whole body.  Returns None if the client disconnected before its end or `BodyLimit` refused it."""
     chunks: list[bytes] = []
     while True:
         message = await receive()
@@ -101,7 +107,7 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives `body` once and then what else comes, which is the client's disconnection."""
+    """Return a `receive` that gives `body` first, and then what comes after it: the client's disconnection."""
     unread = [body]
 
     async def replayed() -> Message:

@@ -1,8 +1,8 @@
-"""vLLM's own OpenAI and Anthropic server over the disaggregated engine, with what Baton adds to it.
+"""vLLM's own OpenAI and Anthropic server over the pools, with Baton's additions.
 
-Each model has a server application of its own, as vLLM's serves one.  Baton adds: the choice between them, /health
-and /stats over the pools, /v1/models over all models, a bound on the body's size, an HTTP error status where a
-stream would otherwise begin with 200 and an error event, and headers that explain or that say when to come back.
+Each model has its own server application, as vLLM's server serves only one.  Baton adds: the choice between them,
+/health and /stats over the pools, /v1/models over all models, a limit on the body's size, an HTTP error status where a
+stream would otherwise begin with 200 and an error event, and headers that explain the routing or say when to try again.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ WITHOUT_MEANING = (
     "/stop_profile",
     "/ping",
 )
-"""Routes of vLLM's server that speak of an engine in the same process."""
+"""Routes of vLLM's server that are about an engine in the same process."""
 
 NAMES_AT_THE_SERVER = {
     "sglang": {"context_length": "max_model_len", "trust_remote_code": "trust_remote_code"},
     "sim": {"max_model_len": "max_model_len"},
 }
-"""Which arguments of an engine that is not vLLM's the server has to know, and what vLLM calls them."""
+"""For engines other than vLLM: the engine arguments that vLLM's server needs too, and vLLM's names for them."""
 
 HealthReport = Callable[[], dict[str, Any]]
 StatsReport = Callable[[], Awaitable[dict[str, Any]]]
 
 
 def server_namespace(model: ModelConfig, index: int) -> argparse.Namespace:
-    """The arguments of vLLM's server for model number `index`.  Raises ConfigError for one that it refuses."""
+    """Return the arguments of vLLM's server for model number `index`.  Raises ConfigError if it refuses one."""
     from app.frontend import vllm_surface
 
     parser = vllm_surface.make_arg_parser(vllm_surface.FlexibleArgumentParser())
@@ -70,7 +70,7 @@ def server_namespace(model: ModelConfig, index: int) -> argparse.Namespace:
 
 
 def _args_of_server(model: ModelConfig) -> dict[str, Any]:
-    """What vLLM's server has to know of the engines' arguments."""
+    """Return those of the engines' arguments that vLLM's server needs too, under vLLM's names."""
     engine_args = model.merged_engine_args(model.decode)
     if model.engine == "vllm":
         return engine_args
@@ -79,12 +79,12 @@ def _args_of_server(model: ModelConfig) -> dict[str, Any]:
 
 
 def frontend_config(arguments: argparse.Namespace) -> Any:
-    """A VllmConfig for a process without an engine: no device is looked for, no weights are read."""
+    """Make a VllmConfig for a process without an engine: it looks for no device and reads no weights."""
     from app.frontend.vllm_surface import AsyncEngineArgs, VllmConfig
 
     engine_args = AsyncEngineArgs.from_cli_args(arguments)
     model_config = engine_args.create_model_config()
-    # Quantisation is the engines' affair: checking it here would ask for a GPU's capabilities.
+    # Only the engines need to know the quantisation: to check it here, vLLM would ask for a GPU's capabilities.
     model_config.quantization = None
     config = VllmConfig(
         model_config=model_config, structured_outputs_config=engine_args.create_structured_outputs_config()
@@ -96,7 +96,7 @@ def frontend_config(arguments: argparse.Namespace) -> Any:
 async def build_server(
     config: BatonConfig, orchestrators: Sequence[Orchestrator], health: HealthReport, stats: StatsReport
 ) -> ASGIApp:
-    """The ASGI application of all models; there is an orchestrator for each of `config.models`."""
+    """Make the ASGI application of all models.  `orchestrators` has one for each of `config.models`."""
     from app.frontend import vllm_surface
 
     vllm_surface.allow_several_greedy_sequences()
@@ -112,12 +112,12 @@ async def build_server(
     for app in apps.values():
         app.router.routes[:0] = _baton_routes(list(apps.values()), health, stats)
     served: ASGIApp = ModelDispatch(dict(apps)) if len(apps) > 1 else apps[config.models[0].name]
-    # Around the applications and not inside them: vLLM has already closed its list of middlewares.
+    # These wrap the applications from outside, because vLLM has already closed its own list of middlewares.
     return BodyLimit(RoutingHeaders(ErrorBeforeStream(served)), config.limits.max_body_bytes)
 
 
 async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator) -> FastAPI:
-    """vLLM's server of one model, less what speaks of an engine in its process."""
+    """Make vLLM's server of one model, without the routes that are about an engine in its process."""
     from app.frontend.engine_client import PooledEngineClient
     from app.frontend.vllm_surface import build_app, init_app_state
 
@@ -139,7 +139,7 @@ def _baton_routes(apps: Sequence[FastAPI], health: HealthReport, stats: StatsRep
         return JSONResponse(await stats())
 
     async def get_models(_: Request) -> JSONResponse:
-        """vLLM's list for each of the applications, with what Baton knows of their models."""
+        """Join the lists of all applications, and add what Baton knows of the models."""
         cards: list[dict[str, Any]] = []
         for app, model in zip(apps, health()["models"], strict=True):
             listed = await app.state.openai_serving_models.show_available_models()
@@ -151,7 +151,7 @@ def _baton_routes(apps: Sequence[FastAPI], health: HealthReport, stats: StatsRep
 
 
 def _remove_routes(app: FastAPI, paths: tuple[str, ...]) -> None:
-    """Take `paths` out of the application, from routers included in it as well."""
+    """Remove `paths` from the application and from the routers that it includes."""
 
     def prune(routes: list[BaseRoute]) -> None:
         for route in list(routes):

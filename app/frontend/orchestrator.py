@@ -1,15 +1,15 @@
 """The order in which one sequence is served: decide, prefill, decode, fail over.
 
 1. Decide which replicas serve it and where its prompt is prefilled (app/routing/router.py).
-2. If remotely, start the prefill; what comes back at once is a handoff, not its content.
-3. Give request and handoff to the decode replica, which waits for the descriptor, pulls the KV and streams.
-   A prefill that fails leaves decode to prefill locally: the request succeeds and its report says why.  Where the
-   engine cannot do that (SGLang), or the prefill replica itself is gone, it is decided anew without that one.
-4. A decode replica that dies before the first token is replaced by another one, with a new prefill: the first
-   one may have pulled the KV and thereby freed it on the prefill side, so its handoff cannot be used twice.
-   After the first token the sequence fails, since tokens that were sent cannot be taken back.
+2. If that is remotely, start the prefill.  A handoff comes back at once, before its content exists.
+3. Give the request and the handoff to the decode replica, which waits for the descriptor, pulls the KV and streams.
+   If the prefill fails, decode prefills locally: the request succeeds, and its report says why.  If the engine cannot
+   do that (SGLang), or if the prefill replica itself is gone, step 1 is repeated without that replica.
+4. If the decode replica dies before the first token, another one takes its place, with a new prefill.  The handoff
+   cannot be used twice: the first replica may have pulled the KV, which frees it on the prefill replica.
+   After the first token the sequence fails, as tokens that were sent cannot be taken back.
 
-Cancelling it at any moment cancels whatever runs.
+Cancelling `Orchestrator.run` at any moment cancels everything that runs for the sequence.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ logger = logging.getLogger("baton.orchestrator")
 
 
 class Handoff(Protocol):
-    """A prefill under way, whose descriptor only the decode replica may look at."""
+    """A prefill that has been started.  Only the decode replica reads its descriptor."""
 
     replica: str
     """The prefill replica."""
 
     def cancel(self) -> None:
-        """Stop the prefill wherever it stands, unless decode has its KV; safe at any time."""
+        """Stop the prefill, however far it is.  Safe at any time; it does nothing if decode already has the KV."""
 
 
 class PrefillPool(Protocol):
     """The prefill replicas as the orchestrator calls them."""
 
     async def start(self, request: GenerateRequest, replica: str) -> Handoff:
-        """Begin to prefill on `replica`.  Raises ReplicaLost if it is gone."""
+        """Start the prefill on `replica`.  Raises ReplicaLost if the replica is gone."""
 
 
 class DecodePool(Protocol):
-    """The replicas of a pool that decodes, as the orchestrator calls them."""
+    """The replicas of a decode or aggregated pool, as the orchestrator calls them."""
 
     async def generate(
         self,
@@ -62,9 +62,9 @@ class DecodePool(Protocol):
         replica: str,
         progress: SequenceProgress,
     ) -> None:
-        """Run the sequence on `replica` to its end; `local_reason` says why it has no handoff.
+        """Run the sequence on `replica` to its end, and give every delta to `progress`.
 
-        Every delta is given to `progress`.
+        Without a handoff, `local_reason` says why there is none.
 
         Raises ReplicaLost, EngineDead, EngineFailed or InvalidRequest, and PrefillFailed before the first delta.
         """
@@ -95,10 +95,11 @@ class Orchestrator:
         hints: RoutingHints = NO_HINTS,
         on_decision: Callable[[Decision], object] = lambda decision: None,
     ) -> None:
-        """Serve the sequence, giving `progress` its deltas, and `on_decision` what was decided for each attempt.
+        """Serve the sequence.  `progress` gets its deltas, and `on_decision` the decision of each attempt.
 
-        Raises NoReplica or Overloaded before the first delta if no replica could serve, ReplicaLost after it,
-        TimeoutError if a token took longer than the limits allow, and what `DecodePool.generate` raises.
+        Before the first delta, raises NoReplica or Overloaded if no replica could serve the sequence; after it,
+        ReplicaLost.  Raises TimeoutError if a token took longer than the limits allow, and whatever
+        `DecodePool.generate` raises.
         """
         lost: list[str] = []
         async with in_time(progress, self._limits):
@@ -119,7 +120,7 @@ class Orchestrator:
         raise NoReplica("prefill" if decision.prefill and lost[-1] == decision.prefill.replica else "decode")
 
     def _blame(self, request: GenerateRequest, decision: Decision, error: BatonError) -> str:
-        """Have the replica passed over that an attempt failed by; returns which."""
+        """Make the router avoid the replica that caused an attempt to fail.  Returns its id."""
         role, replica = decision.serving_role, decision.serving.replica
         if isinstance(error, PrefillFailed) and decision.prefill is not None:
             role, replica = "prefill", decision.prefill.replica
@@ -156,7 +157,11 @@ class Orchestrator:
     async def _start_prefill(
         self, request: GenerateRequest, decision: Decision, attempt: int
     ) -> tuple[Handoff | None, str]:
-        """What the decode replica is to wait for, or None and why it prefills itself.  Raises PrefillFailed."""
+        """Start the prefill if the decision is to prefill remotely.
+
+        Returns the handoff that decode has to wait for, or None and the reason why decode prefills locally.  Raises
+        PrefillFailed if the prefill replica is gone and the serving replica cannot prefill instead.
+        """
         if decision.prefill is None:
             return None, decision.reason
         assert self._prefill is not None
@@ -172,10 +177,10 @@ class Orchestrator:
 
 @asynccontextmanager
 async def in_time(progress: SequenceProgress, limits: LimitsConfig) -> AsyncGenerator[None, None]:
-    """Raises TimeoutError inside and out of the block once a delta is overdue.
+    """Cancel the block and raise TimeoutError from it once a delta is overdue.
 
-    Nothing is done per delta: a timer looks now and then whether one is.  That it looks at least every `itl_timeout_s`
-    makes it come in time for the second delta too, whenever the first one comes.
+    Deltas cost nothing here: a timer checks now and then whether one is overdue.  It does so at least every
+    `itl_timeout_s`, so that it is in time for the second delta too, whenever the first one comes.
     """
     loop = asyncio.get_running_loop()
     timer: asyncio.Handle
@@ -200,7 +205,10 @@ async def in_time(progress: SequenceProgress, limits: LimitsConfig) -> AsyncGene
 
 
 def _to_prefill(request: GenerateRequest, prefill: Candidate, attempt: int) -> GenerateRequest:
-    """What the prefill replica gets, with an id of its own: an earlier attempt may still be ending there."""
+    """Make the request for the prefill replica.
+
+    It has an id of its own, because an earlier attempt may not have ended yet on that replica.
+    """
     prefilled = corrupt_prompt(request) if request.prefill_mode == "corrupted" else request
     return msgspec.structs.replace(
         prefilled,
@@ -210,5 +218,5 @@ def _to_prefill(request: GenerateRequest, prefill: Candidate, attempt: int) -> G
 
 
 def _has_failed(report: PrefillReport | None) -> bool:
-    """Whether decode had to prefill although it had a handoff; a prompt that it had cached is no failure."""
+    """Whether decode had to prefill although it had a handoff.  A prompt that it had cached counts as no failure."""
     return report is not None and report.kind == "local" and report.reason != "already_cached"

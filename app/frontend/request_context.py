@@ -1,8 +1,8 @@
 """What the HTTP side and the engine side of one request tell each other, past vLLM's server in between.
 
-http_middleware.py opens one for each request, engine_client.py finds it in a context variable.  That reaches all that
-the request starts: vLLM's handlers, generators and tasks run in copies of its context, and all copies hold the same
-object.
+http_middleware.py opens a context for each request, and engine_client.py finds it in a context variable.  Everything
+that the request starts can see it: vLLM's handlers, generators and tasks run in copies of the request's context, and
+all copies hold the same object.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ class RequestContext:
     def __init__(self, *, wants_explanation: bool = False) -> None:
         self.wants_explanation = wants_explanation
         self.sequences: list[SequenceRecord] = []
-        """The request's sequences in the order in which they were begun, if an explanation is wanted."""
+        """The request's sequences in the order of their start; empty unless an explanation is wanted."""
         self.has_output = False
-        """Whether vLLM's server was given anything to answer with.  That a sequence's first token has come
-        (sequence_progress.py) is not enough: a failure to process it, or of another sequence, may take its place."""
+        """Whether vLLM's server was given any output.  It is not enough that a sequence's first token has come
+        (sequence_progress.py): processing it may fail, or another sequence may, and then the server gets an error."""
         self.failure: dict[str, Any] | None = None
         """The ``error`` object that ended the request: ``message``, ``type``, ``param`` and the status as ``code``."""
         self.retry_after_s: int | None = None
-        """Whole seconds, at least one, if the request was refused for overload."""
+        """Whole seconds, at least one; None unless the request was refused for overload."""
 
     @property
     def early_failure(self) -> dict[str, Any] | None:
-        """The failure of a request that has nothing to answer with."""
+        """The failure of the request, if vLLM's server was given no output before it."""
         return None if self.has_output else self.failure
 
     def refuse_for(self, seconds: float) -> None:
-        """Ask the client to come back in so many seconds; of several sequences the one that waits longest counts."""
+        """Ask the client to try again in so many seconds.  Of several sequences, the longest time counts."""
         self.retry_after_s = max(self.retry_after_s or 1, math.ceil(seconds))
 
 
@@ -45,13 +45,16 @@ _current: ContextVar[RequestContext | None] = ContextVar("baton_request", defaul
 
 
 def current_request() -> RequestContext:
-    """That of the request which is being served; one that nobody looks at where there is none."""
+    """Return the context of the request that is being served.
+
+    Outside of any request, this is a new one that nobody reads.
+    """
     return _current.get() or RequestContext()
 
 
 @contextmanager
 def begin_request(*, wants_explanation: bool) -> Iterator[RequestContext]:
-    """Have everything that the block starts see one context."""
+    """Open a context, which everything that the block starts can see."""
     token = _current.set(context := RequestContext(wants_explanation=wants_explanation))
     try:
         yield context

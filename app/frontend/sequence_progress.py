@@ -1,4 +1,4 @@
-"""How far one sequence has come: the one place that knows whether its first token is there, and when it came."""
+"""The progress of one sequence: this is the one place that knows whether and when its first token came."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from app.messages import Emit, PrefillReport, TokenDelta
 
 
 class SequenceProgress:
-    """Made once, when a sequence begins, and handed down to all that serve it; every delta comes in by `take`.
+    """The progress of one sequence.  It is made once, when the sequence begins, and all code that serves it gets it.
 
-    All times are seconds of one clock, counted from one of two zeros:
+    Every delta comes in through `take`.  All times are seconds of one clock.  They count from one of two moments:
 
-    * the arrival of the request, for what its client sees: `ttft_s`, the timeouts, the metrics, the log;
-    * the begin of the present attempt, for what the router learns (`on_first`).  What attempts before it took says
-      nothing of the replicas that serve this one.
+    * the arrival of the request, for everything that the client notices: `ttft_s`, the timeouts, the metrics, the log;
+    * the start of the present attempt, for what the router learns (`on_first`).  The time of earlier attempts says
+      nothing about the replicas that serve this one.
     """
 
     def __init__(self, emit: Emit, clock: Callable[[], float] = time.monotonic) -> None:
-        """`emit` gets each delta when it has been noted here."""
+        """`emit` gets each delta after it has been recorded here."""
         self.arrived_at = self.last_token_at = clock()
         self.first_token_at: float | None = None
         self.last_gap_s: float | None = None
-        """Between the last two deltas; None until there are two."""
+        """The seconds between the last two deltas; None until there are two."""
         self.report: PrefillReport | None = None
-        """The first delta's."""
+        """The report that came with the first delta."""
         self.on_first: Callable[[float], object] = lambda attempt_ttft_s: None
-        """Called before the first delta is passed on, with the seconds since the attempt's begin."""
+        """Called before the first delta is passed on, with the seconds since the start of the attempt."""
         self._emit = emit
         self._clock = clock
         self._attempt_began_at = self.arrived_at
 
     @property
     def has_first_token(self) -> bool:
-        """Whether anything came: from then on the sequence cannot be begun anew elsewhere."""
+        """Whether any delta came.  From then on the sequence cannot be started again on another replica."""
         return self.first_token_at is not None
 
     @property
     def has_remote_kv(self) -> bool:
-        """Whether decode has got the KV that prefill computed."""
+        """Whether decode received the KV that prefill computed."""
         return self.report is not None and self.report.kind == "remote"
 
     @property
@@ -50,11 +50,11 @@ class SequenceProgress:
         return self._clock()
 
     def begin_attempt(self) -> None:
-        """Replicas have been chosen, perhaps not for the first time."""
+        """Note the start of an attempt: replicas have been chosen, for the first time or again."""
         self._attempt_began_at = self._clock()
 
     def take(self, delta: TokenDelta) -> None:
-        """Note a delta and pass it on."""
+        """Record a delta and pass it on."""
         now = self._clock()
         if self.first_token_at is None:
             self.first_token_at = now

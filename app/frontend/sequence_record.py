@@ -24,7 +24,7 @@ GOOD_ENDS = ("stop", "length", "repetition")
 
 
 class SequenceRecord:
-    """Follows one sequence from its start to its end; when its deltas came, its progress knows."""
+    """Follows one sequence from its start to its end.  The times of its deltas are in its `SequenceProgress`."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class SequenceRecord:
     ) -> None:
         self.progress = progress
         self.decision: Decision | None = None
-        """That of the last attempt."""
+        """The decision of the last attempt."""
         self.num_attempts = 0
         self._model = model
         self._gaps = _labelled(metrics.INTER_TOKEN_LATENCY, model)
@@ -56,7 +56,7 @@ class SequenceRecord:
         _labelled(metrics.DECISION_TIME, self._model).observe(decision.decided_in_s)
 
     def on_delta(self, delta: TokenDelta) -> None:
-        """Count a delta that `progress` has taken note of."""
+        """Count a delta that `progress` has recorded."""
         if (gap_s := self.progress.last_gap_s) is not None:
             self._gaps.observe(gap_s)
         self._output_tokens += len(delta.token_ids)
@@ -100,14 +100,14 @@ class SequenceRecord:
         if (decision := self.decision) is None:
             return
         _labelled(metrics.EXPECTED_CACHED_TOKENS, self._model).inc(decision.expected_cached_tokens)
-        # A replica that failed on the way says nothing about the prediction.
+        # If a replica failed on the way, the time to first token says nothing about the prediction.
         went_as_decided = self.num_attempts == 1 and report.kind == decision.kind
         if went_as_decided and decision.predicted_ttft_s:
             ratio = ttft_s / decision.predicted_ttft_s
             _labelled(metrics.TIME_TO_FIRST_TOKEN_RATIO, self._model, decision.kind).observe(ratio)
 
     def _describe_decision(self) -> str:
-        """The candidates that were not taken are left out: an explanation has them (app/frontend/explain.py)."""
+        """Describe the decision without the candidates that were not chosen; app/frontend/explain.py has those."""
         decision = self.decision
         if decision is None:
             return "decision=none"
@@ -123,7 +123,7 @@ class SequenceRecord:
 
 @cache
 def _labelled(metric: MetricT, *labels: str) -> MetricT:
-    """The part of a metric with these labels, found once: to look for it costs as much as handling a token."""
+    """Return the part of a metric with these labels.  It is cached: the look-up costs as much as handling a token."""
     return metric.labels(*labels)
 
 

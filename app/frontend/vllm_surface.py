@@ -1,10 +1,11 @@
-"""All that the frontend uses of vLLM, and where Baton departs from vLLM's own behaviour.
+"""Everything that the frontend uses of vLLM, and the places where Baton departs from vLLM's own behaviour.
 
-Seen with vLLM 0.32.  Most of these names are vLLM's internals, so this is the one place to look when it moves them.
-What is missing or takes other parameters fails when this module is imported, with an error that names it
-(app/upstream.py).  Each patch says why it is there and when it can go; tests/unit/test_canaries.py fails then.
+Seen with vLLM 0.32.  Most of these names are internal to vLLM, so this is the one place to look when it moves them.  If
+one is missing or takes other parameters, the import of this module fails with an error that names it (app/upstream.py).
+Each patch says why it is there and when it can go; tests/unit/test_canaries.py fails when that time has come.
 
-Importing this imports vLLM, which takes seconds: modules that are imported where no server runs do it in a function.
+Importing this module imports vLLM, which takes seconds.  So modules that are also imported where no server runs import
+it inside a function.
 """
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ __all__ = [
 def allow_several_greedy_sequences() -> None:
     """Serve ``n`` > 1 with temperature 0, as OpenAI's API does; vLLM 0.32 refuses it with 400.
 
-    vLLM's reason is that the sequences come out equal, not that it could not serve them: each one is a request of
-    its own by the time it reaches an engine.  Can go once vLLM accepts it.
+    vLLM refuses it because all the sequences will be equal.  It could serve them: when they reach an engine, each one
+    is a request of its own.  Can go once vLLM accepts such requests.
     """
     GREEDY_CHECK.apply(lambda self: None)
 
@@ -159,11 +160,11 @@ def allow_several_greedy_sequences() -> None:
 def let_cancellation_through() -> None:
     """End the handler of a request whose client went away.
 
-    Serve cancels such a request.  vLLM 0.32 runs the handler as a task beside one that waits for the disconnection,
-    and the cancellation ends the wait for both but neither of them: an answer that nobody waits for was generated to
-    its end.  Must be called before vLLM's routers are imported, which is when `build_app` first runs; raises
-    UpstreamChanged if one of them has been.  Can go once vLLM's ``with_cancellation`` cancels its handler when it is
-    cancelled itself.
+    Serve cancels such a request.  vLLM 0.32 runs the handler as one task and waits for the disconnection in another.
+    The cancellation ends the code that waits for the two tasks, but neither of the tasks: an answer that nobody waits
+    for was generated to its end.  Must be called before vLLM's routers are imported, which happens when `build_app`
+    first runs; raises UpstreamChanged if one of them is imported already.  Can go once vLLM's ``with_cancellation``
+    cancels its handler when it is cancelled itself.
     """
     late = [
         name
@@ -177,10 +178,10 @@ def let_cancellation_through() -> None:
 
 
 def take_the_user_for_the_session() -> None:
-    """Have OpenAI's ``user`` (``metadata.user_id`` in Anthropic's API) name the session where nothing else does.
+    """Take OpenAI's ``user`` (``metadata.user_id`` in Anthropic's API) for the session if nothing else names one.
 
-    vLLM 0.32 hands a session to the engine that comes as ``X-Session-ID`` or in a field ``session_id`` of its own,
-    which no OpenAI client sends.  Can go once vLLM falls back on these fields.
+    vLLM 0.32 passes on a session only from the header ``X-Session-ID`` or from its own field ``session_id``, and no
+    OpenAI client sends these.  Can go once vLLM falls back on ``user``.
     """
 
     def session_or_user(request: Any, raw_request: Any) -> str | None:
@@ -197,10 +198,10 @@ def take_the_user_for_the_session() -> None:
 
 
 def count_tool_calls_by_model() -> None:
-    """Count a tool call under the model that was asked.
+    """Count a tool call under the model that the request names.
 
-    vLLM 0.32 has one model in a process and counts under the one that was set up last.  Can go once vLLM takes the
-    name from the request.
+    vLLM 0.32 expects one model in a process, and counts under the one that was set up last.  Can go once vLLM takes
+    the name from the request.
     """
 
     def record(*, request: Any, **facts: Any) -> None:
@@ -211,10 +212,10 @@ def count_tool_calls_by_model() -> None:
 
 
 def share_http_metrics() -> None:
-    """Count the HTTP requests of all applications that are built from now on, in the same metrics.
+    """Count the HTTP requests of all applications that are built from now on in the same metrics.
 
-    The middleware that vLLM uses makes the metrics once for each application, and counts nothing where their names are
-    taken.  Can go when it counts there too.
+    The middleware that vLLM uses makes new metrics for each application, and counts nothing if their names are already
+    taken.  Can go once it counts in that case too.
     """
     made: list[Any] = []
 
@@ -223,5 +224,5 @@ def share_http_metrics() -> None:
             made.append(HTTP_METRICS.original(**options))
         return made[0]
 
-    if not HTTP_METRICS.is_applied:  # what was made once cannot be made again
+    if not HTTP_METRICS.is_applied:  # the metrics can be made only once
         HTTP_METRICS.apply(make_once)

@@ -25,7 +25,7 @@ logger = logging.getLogger("baton.frontend")
 
 @serve.ingress()
 class Frontend(AsgiIngress):
-    """All models' API servers; any number of replicas serve the same pools without talking to each other."""
+    """The API servers of all models.  Any number of replicas serve the same pools, without talking to each other."""
 
     _metrics: MetricsServer | None = None
 
@@ -59,6 +59,6 @@ class Frontend(AsgiIngress):
         return {"replicas": list(chain.from_iterable(answers)), "speeds": speeds}
 
     async def __del__(self) -> None:
-        """Serve calls this when the replica has ended its requests."""
+        """Close the metrics server.  Serve calls this when all requests of the replica have ended."""
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)

@@ -1,7 +1,7 @@
-"""A frontend's channels to the replicas of one pool, and through them the state of the pool that its router goes by.
+"""A frontend's channels to the replicas of one pool, which keep its pool state up to date.
 
-A replica is in that state while its channel stands: from the moment that a connection succeeds, which begins with all
-that is known of its load and cache, until the connection breaks or Serve removes the replica.
+A replica is in the pool state while it has a channel: from the moment a connection succeeds until the connection breaks
+or Serve removes the replica.  The first message of a connection holds the replica's load and its whole prefix cache.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from deployments.serve_hooks import deployment_id_of
 logger = logging.getLogger("baton.pool_channels")
 
 RECONNECT_S = 0.5
-"""Between attempts to reach a replica that Serve still counts as ready."""
+"""The time between attempts to reach a replica that Serve still counts as ready."""
 
 
 class PoolChannels:
-    """Connects to every replica that Serve knows as ready, again if need be."""
+    """Connects to every ready replica, and connects again if a connection breaks."""
 
     def __init__(self, handle: Any, pool: PoolState) -> None:
         self._pool = pool
@@ -40,7 +40,7 @@ class PoolChannels:
         self._follow_ready_replicas()
 
     def channel(self, replica: str) -> Channel:
-        """The channel to a replica of the pool.  Raises ReplicaLost for another."""
+        """Return the channel to a replica.  Raises ReplicaLost if the replica is not in the pool state."""
         channel = self._channels.get(replica)
         if channel is None:
             raise ReplicaLost(replica)
@@ -53,8 +53,8 @@ class PoolChannels:
         for replica in self._connecting.keys() - ready.keys():
             self._connecting.pop(replica).cancel()
         for replica in self._channels.keys() - ready.keys():
-            # What it has runs to its end on this channel.  If Serve brings it back it gets another one, so that the
-            # state starts afresh.
+            # Its sequences run to their end on this channel.  If Serve brings the replica back, it gets a new channel,
+            # so that the pool state starts afresh.
             self._leave(replica).retire()
 
     def _connect_later(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
@@ -62,7 +62,7 @@ class PoolChannels:
         self._connecting[replica] = spawn_detached(connecting, name=f"connect-{replica}")
 
     async def _connect(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
-        """Connect, be it late; cancelled once Serve has removed the replica."""
+        """Try to connect until it succeeds.  This is cancelled once Serve has removed the replica."""
         channel = None
         while channel is None:
             await asyncio.sleep(delay_s)
@@ -71,7 +71,7 @@ class PoolChannels:
             except ReplicaLost as error:
                 logger.warning("%s", error)
                 delay_s = RECONNECT_S
-        # No await from here on: the pool must know the replica before the channel tells of it.
+        # No await from here on: the pool state must know the replica before the channel brings news of it.
         del self._connecting[replica]
         self._channels[replica] = channel
         channel.on_close = partial(self._on_close, replica, metadata, channel)

@@ -1,8 +1,8 @@
 """The pools as a frontend calls them: the Ray half of app/frontend/orchestrator.py.
 
-Each keeps the router's state of it up to date, by the channels to its replicas (pool_channels.py).  A
-sequence travels on the channel to the replica that decodes it, both ways.  If it has been handed to prefill, Ray brings
-the *reference* to its transfer descriptor after it (``attach``).
+Each pool keeps its pool state up to date through the channels to its replicas (pool_channels.py).  A sequence goes out
+on the channel to the replica that decodes it, and its deltas come back on the same channel.  If its prompt is prefilled
+remotely, Ray brings the *reference* to the transfer descriptor to decode afterwards (``attach``).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ logger = logging.getLogger("baton.pools")
 
 
 class RayHandoff:
-    """A prefill under way: the reference to its descriptor, which this process never resolves."""
+    """A prefill that has been started.  It holds the reference to the descriptor, which this process never resolves."""
 
     def __init__(self, replica: str, ref: ObjectRef, lost: asyncio.Future[None], abandon: Callable[[], None]) -> None:
-        """`lost` is done when the prefill replica is gone: Ray finds that out up to half a minute later."""
+        """`lost` is done when the prefill replica is gone.  Ray itself may notice that half a minute later."""
         self.replica = replica
         self.ref = ref
         self.lost = lost
@@ -53,14 +53,15 @@ class RayPrefillPool:
 
     async def start(self, request: GenerateRequest, replica: str) -> RayHandoff:
         lost = self._channels.channel(replica).lost
-        # Outside the HTTP request: with it Serve would cancel the call, and the descriptor might be lost (`abandon`).
+        # The call is made outside the HTTP request's context.  Otherwise Serve would cancel it with the request, and
+        # the descriptor might be lost (see `abandon`).
         response = contextvars.Context().run(self._prefill.remote, request, replica_id=replica)
         abandon = partial(self._abandon_later, request.request_id, replica)
         sending = asyncio.ensure_future(object_ref_of(response))
         try:
             await asyncio.wait((sending, lost), return_when=asyncio.FIRST_COMPLETED)
             if not sending.done():
-                abandon()  # the call may have reached it, if only the connection is gone
+                abandon()  # if only the connection is gone, the call may have reached the replica
                 raise ReplicaLost(replica, "its connection ended")
             return RayHandoff(replica, sending.result(), lost, abandon)
         except asyncio.CancelledError:
@@ -72,7 +73,7 @@ class RayPrefillPool:
             sending.cancel()
 
     def _abandon_later(self, request_id: str, replica: str) -> None:
-        """Goes on if the request is cancelled."""
+        """Start to abandon the prefill, in a task that goes on even if the request is cancelled."""
         task = spawn_detached(self._abandon_now(request_id, replica), name="abandon-prefill")
         self._abandoning.add(task)
         task.add_done_callback(self._abandoning.discard)
@@ -80,7 +81,7 @@ class RayPrefillPool:
     async def _abandon_now(self, request_id: str, replica: str) -> None:
         try:
             await self._abandon.remote(request_id, replica_id=replica)
-        except (BatonError, RayError, RayServeException) as error:  # gone, and its prefills with it
+        except (BatonError, RayError, RayServeException) as error:  # the replica is gone, and its prefills with it
             logger.info("prefill_replica=%s cannot abandon: %r", replica, error)
 
 
@@ -117,11 +118,11 @@ class RayDecodePool:
         replica: str,
         progress: SequenceProgress,
     ) -> None:
-        """Send decode the reference, and have the sequence fail if the handoff does before a token has come.
+        """Send decode the reference.  If the handoff fails before the first token, the sequence fails too.
 
-        With the first token decode has all that it needs: neither the prefill replica's end nor an answer of `attach`
-        that went missing is of any concern then.  `attach` goes on if the request is cancelled: decode then has the
-        prefilled KV released.
+        With the first token decode has all that it needs.  From then on it does not matter if the prefill replica dies
+        or if the answer of `attach` is lost.  `attach` goes on if the request is cancelled, so that decode can release
+        the prefilled KV.
         """
 
         def fail(error: BatonError) -> None:

@@ -15,7 +15,7 @@ from deployments.serve_hooks import DeploymentID, RunningReplica
 class ReadyReplicas:
     """The ready replicas of one deployment, as this process knows them.
 
-    Serve's router may run on another thread than the code that reads this: each update replaces `_replicas`.
+    Serve's router may run on another thread than the code that reads this, so each update replaces `_replicas`.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class ReadyReplicas:
         return self._replicas.get(replica_id)
 
     def metadata(self) -> dict[str, dict[str, Any]]:
-        """What each replica told of itself when it became ready, by replica id."""
+        """Return by replica id what each replica recorded about itself when it became ready."""
         return {replica_id: replica.replica_metadata for replica_id, replica in self._replicas.items()}
 
     def update(self, replicas: list[RunningReplica]) -> None:

@@ -1,4 +1,4 @@
-"""Serve's hook for choosing a replica, reduced to calling the one that the caller has chosen."""
+"""Serve's hook for choosing a replica.  Here it only finds the replica that the caller has chosen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deployments.serve_hooks import ChosenReplicaRouter, RunningReplica
 
 
 class PoolRequestRouter(ChosenReplicaRouter):
-    """Tells this process which replicas are ready, and sends a call to the one that it names."""
+    """Tells this process which replicas are ready, and sends each call to the replica that the call names."""
 
     def initialize_state(self, **kwargs: Any) -> None:
         self._ready = ready_replicas_of(self.deployment_id)

@@ -1,4 +1,4 @@
-"""One model as a frontend serves it: its pools, the router that looks at them, and how they are."""
+"""One model as a frontend serves it: its pools, the router that chooses between their replicas, and their state."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ServedModel:
         self._ready = {role: ready_replicas_of(deployment_id_of(handle)) for role, handle in handles.items()}
 
     def health(self) -> dict[str, Any]:
-        """What /health says of the model; /v1/models takes it from here."""
+        """Return what /health says about the model.  /v1/models uses it too."""
         return {
             "name": self._model.name,
             "engine": self._model.engine,
@@ -53,7 +53,7 @@ class ServedModel:
         }
 
     def endpoints(self) -> list[dict[str, Any]]:
-        """What each ready replica told of itself."""
+        """Return what each ready replica recorded about itself."""
         return [
             {"status": "ready", **metadata["info"]}
             for pool in self._ready.values()
@@ -61,7 +61,7 @@ class ServedModel:
         ]
 
     async def stats(self) -> list[dict[str, Any]]:
-        """Every ready replica's load, asked for now, and beside it what this frontend goes by."""
+        """Ask every ready replica for its present stats, and return them beside this frontend's pool state."""
         asked = [(role, replica) for role, pool in self._ready.items() for replica in pool.ids()]
         return await asyncio.gather(*(self._ask(role, replica) for role, replica in asked))
 
@@ -79,7 +79,7 @@ class ServedModel:
         return {**about, **msgspec.to_builtins(stats)}
 
     def _describe_state(self, role: Role, replica: str) -> dict[str, int] | None:
-        """What this frontend believes of a replica; None if it has no connection to it."""
+        """Return what the pool state of this frontend says about a replica; None if there is no channel to it."""
         pool = self.router.pools[role]
         if (state := pool.replicas.get(replica)) is None:
             return None

@@ -1,7 +1,8 @@
-"""The decode deployment: sequences in, token deltas out.
+"""The decode deployment: sequences come in, token deltas go out.
 
-Both travel on the frontends' channels (app/channel/).  Only the reference to a transfer descriptor comes by Ray,
-in `attach`: Ray follows references in its own calls and nowhere else.  handoff_rendezvous.py has the two meet.
+Both travel on the frontends' channels (app/channel/).  Only the reference to a transfer descriptor comes through Ray,
+in `attach`, because Ray tracks references only in its own calls.  handoff_rendezvous.py brings a sequence and its
+reference together.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from deployments.replica.worker import Worker
 logger = logging.getLogger("baton.decode")
 
 Phase = Literal["prefilling", "promised", "waiting", "decoding"]
-"""How far a sequence is: its prompt is computed here; elsewhere, though the descriptor is here (SGLang); was computed
-elsewhere, and it waits for a slot or for its KV; it has a token."""
+"""How far a sequence is.  *prefilling*: its prompt is being computed here.  *promised*: its descriptor is here, but
+another replica is still computing its prompt (SGLang).  *waiting*: its prompt was computed on another replica, and it
+waits for a slot or for its KV.  *decoding*: it has its first token."""
 
 
 class DecodeWorker(Worker):
@@ -54,7 +56,7 @@ class DecodeWorker(Worker):
     async def _generate(
         self, channel: FrontendChannel, call: Submit, descriptor: TransferDescriptor | None, reason: str
     ) -> None:
-        """Generate with the KV of `descriptor`, or without one because of `reason`."""
+        """Generate with the KV of `descriptor`; without a descriptor, `reason` says why there is none."""
         phase = _first_phase(descriptor)
 
         def emit(delta: TokenDelta) -> None:
@@ -82,7 +84,7 @@ class DecodeWorker(Worker):
     async def _receive(
         self, channel: FrontendChannel, number: int, request: GenerateRequest
     ) -> tuple[TransferDescriptor | None, str]:
-        """The descriptor once prefill has it, or None and why decode has to prefill itself."""
+        """Wait for the descriptor.  Returns it, or None and the reason why decode has to prefill locally."""
         try:
             return await self._handoffs.receive(channel.id, number, self._config.limits.prefill_timeout_s), ""
         except TimeoutError:
@@ -91,7 +93,7 @@ class DecodeWorker(Worker):
             return None, "descriptor_expired"
         except Exception as error:
             if isinstance(error, InvalidRequest) and not self._model.can_decode_prefill:
-                # Ray's error is a class of its own, which the channel would not know.
+                # Ray raises the error as a class of its own, which the channel does not know.
                 raise InvalidRequest(error.message) from error
             logger.warning("request_id=%s prefill failed: %r", request.request_id, error)
             return None, "prefill_failed"
@@ -99,7 +101,8 @@ class DecodeWorker(Worker):
     async def attach(self, channel_id: str, number: int, refs: list[ObjectRef], *, replica_id: str) -> None:
         """Give sequence `number` of a channel the reference to its transfer descriptor.
 
-        `refs` holds that one reference: as an argument of its own Ray would resolve it before the call runs.
+        `refs` is a list that holds just this reference.  Passed as an argument of its own, Ray would resolve it before
+        the call runs.
         """
         self.check_is_me(replica_id)
         self._handoffs.attach(channel_id, number, refs[0])
@@ -108,10 +111,10 @@ class DecodeWorker(Worker):
         return self._server.num_sequences(), self._phases["decoding"]
 
     def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
-        """Sequences whose prompt another replica has still to compute are no load here, nor is KV kept for them.
+        """Return the levels without sequences whose prompts other replicas still have to compute, and without their KV.
 
-        With SGLang those are among the `promised`, as are those that its engine has no memory for: they wait here, in
-        so far as the memory is taken by sequences of this replica's own.
+        With SGLang such sequences are among the `promised`.  So are those that its engine has no memory for, and they
+        do count as waiting here, as far as this replica's own sequences take up the memory.
         """
         phases = self._phases
         num_own = phases["prefilling"] + phases["waiting"] + phases["decoding"]
@@ -133,7 +136,7 @@ class DecodeWorker(Worker):
 
 
 class AggregatedWorker(DecodeWorker):
-    """One engine of a pool beside prefill and decode, which serves whole requests."""
+    """One engine of an aggregated pool, which serves whole requests beside the prefill and decode pools."""
 
     role = "aggregated"
 
@@ -147,10 +150,7 @@ def _first_phase(descriptor: TransferDescriptor | None) -> Phase:
 def _complete(
     delta: TokenDelta, report: PrefillReport, reason: str, descriptor: TransferDescriptor | None
 ) -> TokenDelta:
-    """The report with what this replica knows and the engine cannot: why decode prefilled itself, or what prefill took.
-
-    `report` is the delta's.
-    """
+    """Add to the delta's `report` what the engine cannot know: why decode prefilled, or how long prefill took."""
     changed: dict[str, Any] = {"reason": reason} if reason else {}
     if descriptor is not None and descriptor.prefill_s is not None and report.kind == "remote":
         changed |= {"prefill_s": descriptor.prefill_s, "prefill_cached_tokens": descriptor.cached_tokens}

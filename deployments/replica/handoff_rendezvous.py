@@ -1,12 +1,14 @@
-"""Where a sequence, which comes on a channel, and the reference to its descriptor, which comes by Ray, find each other.
+"""Brings together a sequence, which comes on a channel, and the reference to its descriptor, which comes through Ray.
 
-1. The sequence calls `receive`, and `attach` brings the reference, in either order; where both have come they meet, and
-   the sequence waits for what is referred to.
-2. The sequence gets the descriptor, and the engine pulls the KV with it (or gives it back, if it is cancelled later).
-3. A sequence that ends before (cancelled, timed out, descriptor expired, channel closed) leaves the reference to
-   `release`, be it here already or still on its way.  So does a channel that closes before it brought the sequence.
+1. The sequence calls `receive`, and `attach` brings the reference, in either order.  When both have come, the sequence
+   waits for the descriptor behind the reference.
+2. The sequence gets the descriptor, and the engine uses it to pull the KV (or to give it back, if the sequence is
+   cancelled later).
+3. If the sequence ends before that (cancelled, timed out, descriptor expired, channel closed), the reference goes to
+   `release`, whether it has come already or is still on its way.  The same happens if a channel closes before it has
+   brought the sequence.
 
-Each reference thus ends in exactly one of the two, also if Ray brings it twice.
+So each reference ends with either 2 or 3, even if Ray brings it twice.
 """
 
 from __future__ import annotations
@@ -23,24 +25,25 @@ from deployments.detached import spawn_detached
 logger = logging.getLogger("baton.handoff")
 
 Reference = Awaitable[TransferDescriptor]
-"""Can be awaited more than once.  Raises what the prefill raised, which then holds no KV."""
+"""Can be awaited more than once.  Raises what the prefill raised; a prefill that failed holds no KV."""
 
 REMEMBER_S = 60.0
-"""How long the references of a channel that has closed may be late."""
+"""How long after a channel has closed its references may still come."""
 
 
 class DescriptorExpired(Exception):
-    """The KV came too late to be pulled safely; it is released."""
+    """The descriptor came too late to pull the KV safely.  The KV is released."""
 
 
 class _References:
-    """The references of one channel's sequences, by the sequences' numbers, which rise by one with each."""
+    """The references of one channel's sequences, by number.  The numbers rise by one with each sequence."""
 
     def __init__(self) -> None:
         self.last_received = -1
         self.is_closed = False
         self.unmet: dict[int, asyncio.Future[Reference]] = {}
-        """Where one of the two has not come.  Done: the reference waits.  Cancelled: no sequence waits any more."""
+        """The pairs of which only one part has come.  A future is done if the reference has come and waits for its
+        sequence, and cancelled if the sequence has ended and no longer waits for its reference."""
 
 
 class HandoffRendezvous:
@@ -56,7 +59,7 @@ class HandoffRendezvous:
         self._channels[channel_id] = _References()
 
     def close(self, channel_id: str) -> None:
-        """No sequence comes any more on the channel; those that came have been cancelled."""
+        """Note that the channel has closed: it brings no more sequences, and those that came have been cancelled."""
         channel = self._channels[channel_id]
         channel.is_closed = True
         for reference in channel.unmet.values():
@@ -65,9 +68,9 @@ class HandoffRendezvous:
         asyncio.get_running_loop().call_later(REMEMBER_S, self._channels.pop, channel_id)
 
     async def receive(self, channel_id: str, number: int, timeout_s: float) -> TransferDescriptor:
-        """The descriptor of a sequence, once prefill has it.
+        """Wait for the descriptor of a sequence and return it.
 
-        Raises TimeoutError, DescriptorExpired and what the prefill raised.
+        Raises TimeoutError, DescriptorExpired and whatever the prefill raised.
         """
         reference = self._expect(self._channels[channel_id], number)
         try:
@@ -89,7 +92,7 @@ class HandoffRendezvous:
         return reference
 
     def attach(self, channel_id: str, number: int, reference: Reference) -> None:
-        """Bring the reference of a sequence; to bring it again does nothing."""
+        """Bring the reference of a sequence.  Bringing it again does nothing."""
         channel = self._channels.get(channel_id)
         if channel is None:
             self._release_later(reference)
@@ -103,7 +106,7 @@ class HandoffRendezvous:
             expected.set_result(reference)
 
     def _keep(self, channel: _References, number: int, reference: Reference) -> None:
-        """For a sequence that comes later; not if the channel has closed."""
+        """Keep the reference for a sequence that has yet to come.  If the channel has closed, release it."""
         if number in channel.unmet:
             return
         channel.unmet[number] = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""What a replica of a pool exports to Prometheus: Ray serves it on every node, each name with ``ray_`` before it."""
+"""The metrics of a replica.  Ray exports them to Prometheus on every node, and puts ``ray_`` before each name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.messages import EngineStats
 logger = logging.getLogger("baton.worker_metrics")
 
 PERIOD_S = 5.0
-"""Half of Ray's own period, in which it collects the gauges of a process."""
+"""Half the period in which Ray collects the gauges of a process."""
 
 QUEUED_TOKENS = ("baton_queued_prompt_tokens", "Prompt tokens that wait to be computed.")
 SEQUENCES = ("baton_replica_sequences", "Sequences that the replica has not finished, waiting ones included.")
@@ -30,13 +30,14 @@ OF_ENGINE = {
     "transfer_s": ("baton_kv_transfer_seconds_total", "Seconds that transfers took, added up over them."),
     "num_expired_handoffs": ("baton_expired_handoffs_total", "Handoffs whose lease ran out before decode pulled them."),
 }
-"""Gauges by the field of `EngineStats`.  Those ending in ``_total`` only grow.  They are no counters of Ray: such begin
-with their first event, so that it is no increase for Prometheus, and a node exports them for ever after the replica."""
+"""The gauges, by the field of `EngineStats`.  Those ending in ``_total`` only grow.  They are not counters of Ray, for
+two reasons.  Ray's counters begin with their first event, so Prometheus does not see that event as an increase.  And a
+node exports them for ever after the replica is gone."""
 TRANSPORT = ("baton_kv_transport", "1 for what KV moved by last, beside what transfer.required_transport asks for.")
 
 
 class WorkerMetrics:
-    """Looks at one replica every `PERIOD_S`, also while it is idle."""
+    """Exports the metrics of one replica every `PERIOD_S`, even while it is idle."""
 
     def __init__(self, engine: Engine, count: Callable[[], tuple[int, int]], model: str, spec: EngineSpec) -> None:
         """`count` is `Worker.num_requests`."""
@@ -49,7 +50,7 @@ class WorkerMetrics:
 
         def gauge(about: tuple[str, str], *tags: str) -> Gauge:
             made = Gauge(*about, tag_keys=(*tags_of_all, *tags))
-            made.set_default_tags(dict(tags_of_all))  # a copy: Serve adds application, deployment and replica to it
+            made.set_default_tags(dict(tags_of_all))  # a copy, as Serve adds application, deployment and replica to it
             return made
 
         self._queued_tokens, self._sequences, self._decoding = map(gauge, (QUEUED_TOKENS, SEQUENCES, DECODING))
@@ -62,7 +63,7 @@ class WorkerMetrics:
             while True:
                 self._publish(await self._engine.stats())
                 await asyncio.sleep(PERIOD_S)
-        except BatonError as error:  # a dead engine, which Serve finds out too
+        except BatonError as error:  # the engine is dead, which Serve finds out as well
             logger.warning("metrics are exported no longer: %s", error)
         except Exception:
             logger.exception("metrics are exported no longer")

@@ -1,4 +1,4 @@
-"""The prefill deployment: a prompt in, the descriptor of its KV out."""
+"""The prefill deployment: a prompt comes in, and the descriptor of its KV goes out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deployments.replica.worker import Worker
 logger = logging.getLogger("baton.prefill")
 
 HELD_KV_POLL_S = 0.1
-"""How often a replica that is being removed looks whether decode has pulled its KV."""
+"""How often a replica that is being removed checks whether decode has pulled its KV."""
 
 
 class PrefillWorker(Worker):
@@ -43,7 +43,7 @@ class PrefillWorker(Worker):
         return len(self._running), 0
 
     def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
-        """KV that waits for decode is decode's matter, and so are prompts that only lack its slot."""
+        """Return the levels without what waits for decode: KV to be pulled, and prompts that only lack a slot there."""
         if self._is_held_up(load, stats):
             load = msgspec.structs.replace(load, queued_tokens=0)
         elif stats.num_held_up:
@@ -53,28 +53,28 @@ class PrefillWorker(Worker):
         return {**super().levels(load, stats), "prefilling": len(self._running)}
 
     def _is_held_up(self, load: ReplicaLoad, stats: EngineStats) -> bool:
-        """Whether nothing is computed because the typical prompt that waits finds no slot."""
+        """Whether nothing is being computed because there is no room for a typical waiting prompt."""
         free_tokens = (stats.num_blocks - stats.num_used_blocks) * self._info.block_size_tokens
         is_short = free_tokens * max(1, len(self._running)) < load.queued_tokens
         return stats.num_running == 0 < stats.num_waiting and is_short
 
     async def drain(self) -> None:
-        """Also wait until decode has pulled all KV that lies here, or its leases have ended."""
+        """Also wait until decode has pulled all KV that this replica holds, or the leases have ended."""
         await super().drain()
         began = time.monotonic()
         try:
-            # First whether the engine lives: what waits in a dead one waits for ever.
-            while _has_work(await self._engine.stats()) or self._engine.prompt_queue.queued_tokens:  # noqa: ASYNC110  it tells nobody
+            # `stats` comes first, as it raises if the engine is dead: in a dead engine requests would wait for ever.
+            while _has_work(await self._engine.stats()) or self._engine.prompt_queue.queued_tokens:  # noqa: ASYNC110  there is no event
                 await asyncio.sleep(HELD_KV_POLL_S)
         except BatonError as error:
             logger.warning("the KV that decode has not pulled is lost: %s", error)
         logger.info("role=prefill replica_id=%s drained_s=%.1f", self._replica_id, time.monotonic() - began)
 
     async def abandon(self, request_id: str, *, replica_id: str) -> None:
-        """Stop a prefill, or what goes on of it after `prefill` has returned: nobody will pull its KV.
+        """Stop a prefill, or what is left of it after `prefill` has returned, because nobody will pull its KV.
 
-        Cancelling the call of `prefill` would not do: it can strike between the engine's answer and Serve's, and the
-        descriptor, by which decode has the KV freed, would be lost.
+        It would not be enough to cancel the call of `prefill`.  The cancellation may come between the engine's answer
+        and Serve's, and the descriptor, which decode needs to free the KV, would be lost.
         """
         self.check_is_me(replica_id)
         if (task := self._running.get(request_id)) is not None:

@@ -1,4 +1,4 @@
-"""What a replica tells the frontends of itself, on their channels: what it has to do, and what its cache holds."""
+"""Publishes a replica's load and the changes of its prefix cache to all frontends, on their channels."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from app.messages import AllBlocksCleared, EngineStats, KvUpdate, ReplicaLoad
 logger = logging.getLogger("baton.publisher")
 
 POLL_S = 0.01
-"""How often a busy engine's queue is looked at between the moments that `poll_soon` knows of."""
+"""How often a busy engine is polled, besides the calls of `poll_soon`."""
 POLLS_PER_STATS = 10
-"""How many of those looks there are for each question how many blocks are used, which costs more."""
+"""How many polls there are for each call of the engine's `stats`, which costs more and counts the used blocks."""
 
 
 class Publisher:
-    """Tells the load when it changes, and each change of the prefix cache.
+    """Publishes the load when it changes, and each change of the prefix cache.
 
-    While there is any load it is told again with each poll, so that what a frontend made of an earlier message and of
-    its own requests that began or ended while that was on its way does not stay wrong.
+    While there is any load, it is published again with each call of the engine's `stats`, even if it has not changed.
+    A frontend combines the last message with its own requests that began or ended while the message was on its way,
+    and the next message corrects its errors.
     """
 
     def __init__(
@@ -38,9 +39,9 @@ class Publisher:
         count: Callable[[], tuple[int, int]],
         on_poll: Callable[[ReplicaLoad, EngineStats], object] = lambda load, stats: None,
     ) -> None:
-        """`count` says how many requests the replica has not finished, and how many of them decode.
+        """`count` returns how many requests the replica has not finished, and how many of them decode.
 
-        `on_poll` gets the load with each look, and what the engine said of itself last.
+        `on_poll` gets the load and the engine's last stats with each poll.
         """
         self._replica_id = replica_id
         self._engine = engine
@@ -61,7 +62,7 @@ class Publisher:
             self._tasks.append(self._spawn(self._follow_cache(translator), "follow-cache"))
 
     def poll_soon(self) -> None:
-        """The load changes now: tell it when all that waits for this turn of the event loop has run."""
+        """Publish the load, which is changing now, once everything else in this turn of the event loop has run."""
         if not self._will_poll:
             self._will_poll = True
             self._loop.call_soon(self._poll)
@@ -78,9 +79,10 @@ class Publisher:
             self._is_busy.set()
 
     async def _watch_load(self) -> None:
-        """Notice what `poll_soon` is not called for: queues that the engine works off by itself, and used blocks.
+        """Notice the changes for which nobody calls `poll_soon`: those of the engine's queue and of the used blocks.
 
-        The last thing before it rests is to ask for those: a prefill that is over may leave some to decode.
+        The engine's stats are read once more before this rests, because a finished prefill may leave blocks in use
+        until decode has pulled them.
         """
         while True:
             await self._is_busy.wait()
@@ -90,7 +92,7 @@ class Publisher:
                 self._poll()
             try:
                 self._stats = await self._engine.stats()
-            except BatonError as error:  # a dead engine, which Serve finds out too
+            except BatonError as error:  # the engine is dead, which Serve finds out as well
                 logger.warning("replica_id=%s tells its load no longer: %s", self._replica_id, error)
                 return
             self._poll(is_poll=True)
@@ -101,7 +103,7 @@ class Publisher:
                 async for events in batches:
                     self._publish_kv(translator.apply(events))
                     self._log_orphans(translator)
-        finally:  # nobody follows any more, so nothing is known to be there
+        finally:  # nobody follows the events any more, so no block is known to be cached
             self._publish_kv(translator.apply([AllBlocksCleared()]))
 
     def _publish_kv(self, update: KvUpdate) -> None:
@@ -111,7 +113,7 @@ class Publisher:
             self._server.publish_kv(update)
 
     def _log_orphans(self, translator: EventTranslator) -> None:
-        """Each time that they have doubled: what follows a lost event is many."""
+        """Log the number of orphans each time it has doubled, because one lost event leads to many orphans."""
         if translator.num_orphans > 2 * self._num_orphans_logged:
             self._num_orphans_logged = translator.num_orphans
             logger.warning("replica_id=%s cached blocks left out so far: %d", self._replica_id, translator.num_orphans)

@@ -1,4 +1,4 @@
-"""What the deployments of all pools share: one engine per replica, its start, health and end, and what it tells."""
+"""What the deployments of all pools share: each replica has an engine, starts and stops it, and publishes its state."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ class Worker:
         )
 
     async def _run(self, channel: FrontendChannel, call: Submit) -> None:
-        """Run one sequence that came on a channel, to its end."""
+        """Run a sequence that came on a channel to its end."""
         raise InvalidRequest(f"a {self.role} replica takes no sequences")
 
     def num_requests(self) -> tuple[int, int]:
-        """How many requests have not ended, waiting ones included, and how many of them decode."""
+        """Return how many requests have not ended, including waiting ones, and how many of them decode."""
         raise NotImplementedError
 
     def _observe(self, load: ReplicaLoad, stats: EngineStats) -> None:
@@ -93,11 +93,11 @@ class Worker:
         self._meter.set_levels(**self.levels(load, stats))
 
     def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
-        """The present values of those fields of app/autoscaling/load.py's `Load` that are no counts."""
+        """Return the present values of those fields of `Load` (app/autoscaling/load.py) that are not counts."""
         return {"queued_tokens": load.queued_tokens, "busy": float(load.queued_tokens > 0)}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What deployments/autoscaling.py goes by; Serve asks regularly."""
+        """Return the numbers for deployments/autoscaling.py.  Serve calls this regularly."""
         return {
             **self._meter.read(),
             "prompts": self._engine.prompt_queue.computed_prompts,
@@ -106,7 +106,7 @@ class Worker:
         }
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """Serve asks once, when the replica is ready, and tells every frontend."""
+        """Return what frontends need to know.  Serve calls this once, when the replica is ready, and tells them."""
         info = ReplicaInfo(
             replica_id=self._replica_id,
             role=self.role,
@@ -124,7 +124,7 @@ class Worker:
         return {"info": msgspec.to_builtins(info), "channel": self._channel_address}
 
     def check_is_me(self, replica_id: str) -> None:
-        """Refuse a call that was meant for another replica."""
+        """Refuse a call that was meant for another replica.  Raises ReplicaLost."""
         if replica_id != self._replica_id:
             raise ReplicaLost(replica_id, f"the call reached {self._replica_id}")
 
@@ -136,11 +136,14 @@ class Worker:
         await self._engine.check_health()
 
     async def drain(self) -> None:
-        """Return once nobody needs this replica any more."""
+        """Wait until nobody needs this replica any more."""
         await self._server.drain()
 
     async def __del__(self) -> None:
-        """Serve calls this once no frontend chooses this replica any more, and kills it when its patience ends."""
+        """Drain and stop.  Serve calls this once no frontend chooses this replica any more.
+
+        If it takes longer than graceful_shutdown_timeout_s, Serve kills the replica.
+        """
         if hasattr(self, "_channel_address"):
             await self.drain()
             await self._publisher.stop()
