@@ -183,8 +183,9 @@ class ModelConfig(Settings):
     source: str = Field(min_length=1)
     """A Hugging Face id, a folder, or ``baton:tiny`` or ``baton:small`` for a model that Baton makes."""
     engine_args: dict[str, Any] = {}
-    """Engine arguments of all pools, e.g. max_model_len.  On a CPU `dtype` is bfloat16 where the head node's CPU
-    multiplies it, else float32, unless it is set here."""
+    """Engine arguments of all pools, e.g. max_model_len.  On CPUs `dtype` is bfloat16 if the node on which Serve
+    builds the application multiplies it natively, else float32.  Set it here if the nodes' CPUs differ, or if a
+    quantised model needs another one."""
     server_args: dict[str, Any] = {}
     """Options of vLLM's API server, e.g. ``tool_call_parser: hermes``, ``reasoning_parser``, ``chat_template``."""
     prefill: PoolConfig | None = None

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-if TYPE_CHECKING:  # a real import would be circular: app/config.py imports the engines, and they import this module
-    from app.config import BatonConfig
+from app.config import BatonConfig
 
 CpuDtype = Literal["bfloat16", "float32"]
 

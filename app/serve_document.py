@@ -55,6 +55,9 @@ def served_name(source: str) -> str:
 
 def configs(document: Mapping[str, Any]) -> list[BatonConfig]:
     """Return Baton's configuration of each application.  Raises ConfigError."""
+    for index, application in enumerate(document["applications"]):
+        if application.get("import_path") == "app.build:build":  # until 0.1.0
+            raise ConfigError(f"applications.{index}.import_path", "is deployments.build:build now")
     return [parse(application.get("args") or {}) for application in document["applications"]]
 
 

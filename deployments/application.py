@@ -98,15 +98,15 @@ class Progress:
 
         If nothing has changed for QUIET_S, one line says what is still awaited.
         """
-        states = {name: found for each in applications.values() for name, found in each.deployments.items()}
+        states = [item for each in applications.values() for item in each.deployments.items()]
         lines = []
-        for name, deployment in states.items():
+        for name, deployment in states:
             state = self._describe(name, deployment.replica_states)
             if state and self._said.get(name) != state:
                 self._said[name] = state
                 lines.append(f"{name}: {state}")
         if not lines and now - self._said_at >= QUIET_S:
-            awaited = [name for name, deployment in states.items() if deployment.status != "HEALTHY"]
+            awaited = [name for name, deployment in states if deployment.status != "HEALTHY"]
             lines = [f"waiting for {', '.join(awaited) or 'Serve to build the application'}"]
         if lines:
             self._said_at = now

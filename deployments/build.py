@@ -59,8 +59,7 @@ def build(args: dict[str, Any]) -> Application:
     config = parse(args)
     check_autoscaling(config)
     device = check(config, _gpus_per_node())
-    # Serve builds on the head node, beside its controller.  So it is always the head's CPU that decides, and building
-    # again gives the same result.
+    # Decided once for all replicas, by the CPU of the node on which Serve builds: nodes may differ, pools must not.
     config = with_dtype(config, device)
     logger.info("device=%s models=%s", device, ",".join(model.source for model in config.models))
     workers: dict[Role, type] = {"decode": DecodeWorker, "prefill": PrefillWorker, "aggregated": AggregatedWorker}

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from app.errors import BatonError
+from app.upstream import UpstreamChanged
 
 
 def to_app(*commands: Callable[..., Any], about: str | None = None) -> typer.Typer:
@@ -27,6 +28,6 @@ def run_app(app: typer.Typer, name: str) -> None:
     """
     try:
         app()
-    except (BatonError, RuntimeError) as error:
+    except (BatonError, UpstreamChanged, RuntimeError) as error:
         typer.echo(f"{name}: {error}", err=True)
         raise SystemExit(2) from None

@@ -193,6 +193,9 @@ def _error_in_rendering(body: bytes) -> dict[str, Any] | None:
     if not body.startswith(b'data: {"error": '):
         return None
     event, _, _ = body.removeprefix(b"data: ").partition(b"\n\n")
-    error = json.loads(event)["error"]
+    try:
+        error = json.loads(event)["error"]
+    except ValueError:  # not all of the event
+        return None
     has_status = isinstance(error, dict) and isinstance(error.get("code"), int) and 400 <= error["code"] < 600
     return error if has_status else None

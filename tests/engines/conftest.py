@@ -103,9 +103,11 @@ class Baton:
         return found[0]
 
     def is_idle(self) -> bool:
-        """Whether no engine runs a request or holds a KV block."""
-        loads = [self.stats(role) for role in ("prefill", "decode")]
-        return all(load["num_running"] == load["num_waiting"] == load["num_used_blocks"] == 0 for load in loads)
+        """Whether the engines of both roles live, run no request and hold no KV block."""
+        replicas = self.http.get("/stats").json()["replicas"]
+        loads = [r for r in replicas if r["model"] == self.model and r["role"] in ("prefill", "decode")]
+        counts = [load.get(name) for load in loads for name in ("num_running", "num_waiting", "num_used_blocks")]
+        return counts == [0] * 6
 
     def count_prefills(self, kind: str, reason: str = "") -> float:
         """How many prompts were prefilled so since the frontend started."""
@@ -133,10 +135,8 @@ class Baton:
 
     def wait_until_quiet(self) -> None:
         """Ready, with one replica of each role, and idle."""
-        self.wait_until_healthy()
         pools = {"prefill": {"ready": 1}, "decode": {"ready": 1}}
-        wait_until(lambda: self.health()["pools"] == pools, START_TIMEOUT_S, f"{self.model} without old replicas")
-        wait_until(self.is_idle, 40, f"{self.model} idle")
+        wait_until(lambda: self.health()["pools"] == pools and self.is_idle(), START_TIMEOUT_S, f"{self.model} quiet")
 
     @functools.cached_property
     def pace(self) -> Pace:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ from app.cli.verify import compare_output
 from app.errors import EngineDead, ReplicaLost
 from tests.conftest import eventually, wait_until
 from tests.engines.conftest import SGLANG_AGGREGATED, START_TIMEOUT_S, Baton, Load, engine_processes
+from tests.engines.workers import EngineOfReplica
 
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -99,33 +101,28 @@ DEAD = (EngineDead, ReplicaLost, RayActorError)
 """What says that an engine is dead: Serve may have given its replica up meanwhile, or SGLang have ended it."""
 
 
-async def test_the_death_of_an_engine_is_said(real: Baton) -> None:
-    real.wait_until_healthy()
-    engine = real.engine_of("decode")
-    await engine.check_health()
-    for process in engine_processes(real.replica_process("decode")):
-        process.kill()
-
-    async def is_said() -> bool:
-        with suppress(*DEAD):
-            await engine.check_health()
-            return False
-        return True
-
-    await eventually(is_said, 5, "the death is said")
-    with pytest.raises(DEAD):
-        await engine.stats()
-
-
-async def test_an_engine_can_be_stopped_twice(real: Baton) -> None:
-    processes = engine_processes(real.replica_process("prefill"))
-    assert processes
-    engine = real.engine_of("prefill")
+async def test_an_engine_that_has_ended_says_so(real: Baton) -> None:
+    """One is stopped, the other one dies; both at once, as each takes a replica to start anew."""
+    stopped, killed = real.engine_of("prefill"), real.engine_of("decode")
+    processes = {role: engine_processes(real.replica_process(role)) for role in ("prefill", "decode")}
+    assert processes["prefill"]
+    await killed.check_health()
     for _ in range(2):
-        await engine.stop()
-    wait_until(lambda: all(map(has_ended, processes)), 10, "a stopped engine leaves no process behind")
+        await stopped.stop()
+    for process in processes["decode"]:
+        process.kill()
+    wait_until(lambda: all(map(has_ended, processes["prefill"])), 10, "a stopped engine leaves no process behind")
+    for engine in (stopped, killed):
+        await eventually(partial(says_it_ended, engine), 5, "the end is said")
     with pytest.raises(DEAD):
+        await killed.stats()
+
+
+async def says_it_ended(engine: EngineOfReplica) -> bool:
+    with suppress(*DEAD):
         await engine.check_health()
+        return False
+    return True
 
 
 def has_ended(process: psutil.Process) -> bool:

@@ -159,6 +159,7 @@ async def test_a_stream_that_begins_with_an_error_becomes_that_error(code: int) 
         (b": ping\n\n", EVENT),
         (b"event: message_start\n" + EVENT,),
         (b'data: {"choices": [{"te', b'xt": "a"}]}\n\n'),
+        (b'data: {"error": {"co', b'de": 400}}\n\n'),
         (b"data: {not JSON}\n\n",),
     ],
     ids=[
@@ -173,6 +174,7 @@ async def test_a_stream_that_begins_with_an_error_becomes_that_error(code: int) 
         "comment first",
         "named event",
         "event in pieces",
+        "error in pieces",
         "no JSON",
     ],
 )
