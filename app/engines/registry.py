@@ -1,4 +1,4 @@
-"""Which engines there are, by the name that a configuration gives."""
+"""The engines, by the names that a configuration gives them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from app.messages import EngineName
 
 
 def owned_args(engine: EngineName) -> dict[str, str]:
-    """The engine's arguments that Baton sets, with where the user sets them instead."""
+    """Return the engine's arguments that Baton sets, each with the setting by which the user controls it."""
     from app.engines import sglang, vllm
     from app.engines.sim import engine as sim
 
@@ -17,7 +17,7 @@ def owned_args(engine: EngineName) -> dict[str, str]:
 
 
 def create_engine(engine: EngineName, spec: EngineSpec) -> Engine:
-    """An engine that is not started yet."""
+    """Return an engine that is not started yet."""
     from app.engines import sglang, vllm
     from app.engines.sim import engine as sim
 
