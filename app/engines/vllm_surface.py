@@ -128,7 +128,7 @@ class InputProcessor(Protocol):
 
 
 class ConnectorStats(msgspec.Struct):
-    """What the NixlConnector has counted so far.  The fields have its names; each is the sum of a list of its."""
+    """What the NixlConnector has counted so far.  Each field is the sum of the connector's list of the same name."""
 
     num_transfers: int = 0
     transfer_duration: float = 0.0
