@@ -71,7 +71,7 @@ def build(args: dict[str, Any]) -> Application:
     frontend = _deployment(Frontend, given).options(
         name="frontend",
         max_ongoing_requests=config.frontend.max_ongoing_requests,
-        **_options(config.frontend, config.frontend.resources.num_gpus or 0, scale_frontend(config)),
+        **_options(config.frontend, config.frontend.resources.num_gpus or 0, frontend_autoscaling(config)),
     )
     return frontend.bind(given, pools)
 
@@ -98,7 +98,7 @@ def build_pool(worker: type, role: Role, config: BatonConfig, model: ModelConfig
     """One pool of `model`."""
     pool = model.pool(role)
     assert pool is not None
-    options = _options(pool, gpus_of_replica(pool, device), scale_pool(model, role))
+    options = _options(pool, gpus_of_replica(pool, device), pool_autoscaling(model, role))
     if (python := python_of_replica(pool)) is not None:
         options["ray_actor_options"]["runtime_env"]["py_executable"] = shlex.quote(python)  # Ray hands it to bash
     given = for_pool(config, model, role)
@@ -143,7 +143,7 @@ def _deployment(target: type, *given: BatonConfig | str) -> Any:
     return deployment
 
 
-def scale_frontend(config: BatonConfig) -> dict[str, Any] | None:
+def frontend_autoscaling(config: BatonConfig) -> dict[str, Any] | None:
     """Serve's AutoscalingConfig of the frontends; None if their number is fixed."""
     if config.frontend.autoscaling is None:
         return None
@@ -151,7 +151,7 @@ def scale_frontend(config: BatonConfig) -> dict[str, Any] | None:
     return {"metrics_interval_s": REPORT_S, **default, **config.frontend.autoscaling}
 
 
-def scale_pool(model: ModelConfig, role: Role) -> dict[str, Any] | None:
+def pool_autoscaling(model: ModelConfig, role: Role) -> dict[str, Any] | None:
     """Serve's AutoscalingConfig of a pool; None if the number of its replicas is fixed."""
     pool = model.pool(role)
     if pool is None or pool.autoscaling is None:
@@ -193,9 +193,9 @@ def _options(deployment: DeploymentConfig, num_gpus: float, autoscaling: dict[st
 
 def check_autoscaling(config: BatonConfig) -> None:
     """Ask Serve whether it accepts the autoscaling settings.  Raises ConfigError."""
-    settings = {"frontend": scale_frontend(config)}
+    settings = {"frontend": frontend_autoscaling(config)}
     for index, model in enumerate(config.models):
-        settings |= {f"models.{index}.{role}": scale_pool(model, role) for role in get_args(Role)}
+        settings |= {f"models.{index}.{role}": pool_autoscaling(model, role) for role in get_args(Role)}
     for field, autoscaling in settings.items():
         if autoscaling is None:
             continue

@@ -95,7 +95,7 @@ class Extent(msgspec.Struct, frozen=True):
     repeat: int
 
 
-class Endpoint:
+class ProfiledServer:
     """The server under measurement."""
 
     def __init__(self, client: httpx.AsyncClient, model: str, rng: random.Random) -> None:
@@ -164,7 +164,7 @@ def step_time(answers: list[TimedOutput], context: int) -> StepTime | None:
     return StepTime(len(answers), round(kv_tokens), (end - begin) / steps)
 
 
-async def measure(endpoint: Endpoint, extent: Extent, say: Callable[[str], None]) -> StepMeasurements:
+async def measure(endpoint: ProfiledServer, extent: Extent, say: Callable[[str], None]) -> StepMeasurements:
     """Measure everything, one thing at a time.  Raises ProfileError.
 
     Each round measures everything once.  So a short disturbance of the machine affects one round of several
@@ -207,7 +207,7 @@ def _middle(ttfts: dict[int, list[float]], steps: dict[tuple[int, int], list[Ste
     return StepMeasurements(overhead_s, prefills, middle)
 
 
-async def _time_steps(endpoint: Endpoint, batch: int, context: int) -> StepTime | None:
+async def _time_steps(endpoint: ProfiledServer, batch: int, context: int) -> StepTime | None:
     prompts = [endpoint.new_prompt(context) for _ in range(batch)]
     for prompt in prompts:
         await endpoint.complete(prompt, 1)
@@ -247,7 +247,7 @@ def measure_profile(
 
     async def run() -> StepMeasurements:
         async with new_async_client(base_url, ANSWER_TIMEOUT_S) as client:
-            return await measure(Endpoint(client, name, random.Random(time.time_ns())), extent, console.print)
+            return await measure(ProfiledServer(client, name, random.Random(time.time_ns())), extent, console.print)
 
     measured = asyncio.run(run())
     fitted = SimProfile(

@@ -48,7 +48,7 @@ class SubmittedSequence:
 
 
 class Listener(Protocol):
-    """Who is told what a replica tells of itself; a frontend's view of the replica's pool."""
+    """Who is told what a replica tells of itself; a frontend's state of the replica's pool."""
 
     def on_load(self, replica: str, load: ReplicaLoad) -> None:
         """What the replica has to do now."""
@@ -63,12 +63,12 @@ class Channel:
     def __init__(
         self,
         replica_id: str,
-        link_id: str,
+        channel_id: str,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         listener: Listener,
     ) -> None:
-        self.link_id = link_id
+        self.channel_id = channel_id
         self.is_closed = False
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the connection has ended by itself."""
@@ -87,13 +87,13 @@ class Channel:
 
         `listener` is told nothing before the event loop's next turn.
         """
-        link_id = uuid.uuid4().hex
+        channel_id = uuid.uuid4().hex
         writer = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 reader, writer = await asyncio.open_connection(address["host"], int(address["port"]), limit=READ_BYTES)
                 tune(writer)
-                writer.write(to_frame(Hello(address["token"], link_id)))
+                writer.write(to_frame(Hello(address["token"], channel_id)))
                 welcome = decode_welcome(await read_one(reader, MAX_HELLO_BYTES))
             if welcome.replica_id != replica_id:
                 raise ConnectionError(f"{welcome.replica_id} is there instead")
@@ -105,7 +105,7 @@ class Channel:
             if writer is not None:
                 writer.close()
             raise
-        return cls(replica_id, link_id, reader, writer, listener)
+        return cls(replica_id, channel_id, reader, writer, listener)
 
     def submit(
         self, request: GenerateRequest, emit: Callable[[TokenDelta], None], *, has_handoff: bool, local_reason: str

@@ -43,7 +43,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     """A new connection's name; `token` is known to those that Serve tells the replica's metadata."""
 
     token: str
-    link_id: str
+    channel_id: str
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True):

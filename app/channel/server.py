@@ -40,12 +40,12 @@ MAX_WAITING_BLOCKS = 16_384
 """Changes of the prefix cache that may wait for a frontend; when there are more it gets a snapshot instead."""
 
 
-class Link:
+class FrontendChannel:
     """A frontend, as a replica sees it: its sequences, and what waits to be sent to it."""
 
-    def __init__(self, link_id: str, load: ReplicaLoad | None, snapshot: Callable[[], KvUpdate | None]) -> None:
+    def __init__(self, channel_id: str, load: ReplicaLoad | None, snapshot: Callable[[], KvUpdate | None]) -> None:
         """`load` is the present one; `snapshot` tells the whole prefix cache, or None if the replica does not know."""
-        self.id = link_id
+        self.id = channel_id
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._deltas: dict[int, TokenDelta] = {}
         self._failures: list[tuple[int, Failure]] = []
@@ -108,7 +108,7 @@ class Link:
         except BatonError as error:
             self._fail(number, error)
         except Exception as error:
-            logger.exception("a sequence of link_id=%s failed", self.id)
+            logger.exception("a sequence of channel_id=%s failed", self.id)
             self._fail(number, EngineFailed(type(error).__name__))
         finally:
             del self._tasks[number]
@@ -162,12 +162,12 @@ class Link:
 class ChannelServer:
     """A replica's end of all its channels."""
 
-    def __init__(self, replica_id: str, run: Callable[[Link, Submit], Coroutine[Any, Any, None]]) -> None:
+    def __init__(self, replica_id: str, run: Callable[[FrontendChannel, Submit], Coroutine[Any, Any, None]]) -> None:
         """`run` serves one sequence; it is cancelled when the frontend cancels it or goes away."""
-        self.links: dict[str, Link] = {}
-        self.on_open: Callable[[Link], object] = lambda link: None
-        self.on_close: Callable[[Link], object] = lambda link: None
-        """Called once each of the link's sequences has been cancelled."""
+        self.channels: dict[str, FrontendChannel] = {}
+        self.on_open: Callable[[FrontendChannel], object] = lambda channel: None
+        self.on_close: Callable[[FrontendChannel], object] = lambda channel: None
+        """Called once each of the channel's sequences has been cancelled."""
         self.snapshot: Callable[[], KvUpdate | None] = lambda: None
         """The whole prefix cache, for a frontend that has heard nothing so far; None if nobody knows."""
         self._replica_id = replica_id
@@ -175,7 +175,7 @@ class ChannelServer:
         self._load: ReplicaLoad | None = None
         self._token = secrets.token_urlsafe()
         self._server: asyncio.Server | None = None
-        self._writers: dict[Link, asyncio.StreamWriter] = {}
+        self._writers: dict[FrontendChannel, asyncio.StreamWriter] = {}
         self._attending: set[asyncio.Task[Any]] = set()
 
     async def start(self, host: str) -> dict[str, str]:
@@ -185,30 +185,30 @@ class ChannelServer:
         return {"host": host, "port": str(port), "token": self._token}
 
     def num_sequences(self) -> int:
-        return sum(len(link) for link in self.links.values())
+        return sum(len(channel) for channel in self.channels.values())
 
     def publish_load(self, load: ReplicaLoad) -> None:
         """Tell all frontends, also those that connect later."""
         self._load = load
-        for link in self.links.values():
-            link.put_load(load)
+        for channel in self.channels.values():
+            channel.put_load(load)
 
     def publish_kv(self, update: KvUpdate) -> None:
         """Tell all frontends of a change, which `snapshot` has in it from now on."""
-        for link in self.links.values():
-            link.put_kv(update)
+        for channel in self.channels.values():
+            channel.put_kv(update)
 
     async def drain(self) -> None:
         """Return once no sequence runs."""
-        while tasks := [task for link in self.links.values() for task in link.tasks]:
+        while tasks := [task for channel in self.channels.values() for task in channel.tasks]:
             await asyncio.wait(tasks)
 
     async def stop(self) -> None:
         """Send what waits, end every connection and thereby every sequence, and stop listening."""
         if self._server is not None:
             self._server.close()
-        for link, writer in self._writers.items():
-            writer.write(to_frame(link.take_now()))
+        for channel, writer in self._writers.items():
+            writer.write(to_frame(channel.take_now()))
             writer.close()
         if self._attending:
             await asyncio.wait(self._attending, timeout=CLOSE_TIMEOUT_S)
@@ -219,14 +219,14 @@ class ChannelServer:
         self._attending.add(task)
         task.add_done_callback(self._attending.discard)
         try:
-            if (link := await self._greet(reader, writer)) is not None:
-                await self._attend(link, reader, writer)
+            if (channel := await self._greet(reader, writer)) is not None:
+                await self._attend(channel, reader, writer)
         except (OSError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
             logger.warning("a frontend's connection broke: %r", error)
         finally:
             writer.close()
 
-    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Link | None:
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> FrontendChannel | None:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             hello = decode_hello(await read_one(reader, MAX_HELLO_BYTES))
         if not hmac.compare_digest(hello.token, self._token):
@@ -234,29 +234,31 @@ class ChannelServer:
             return None
         tune(writer)
         writer.write(to_frame(Welcome(self._replica_id)))
-        return Link(hello.link_id, self._load, self.snapshot)
+        return FrontendChannel(hello.channel_id, self._load, self.snapshot)
 
-    async def _attend(self, link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.links[link.id] = link
-        self._writers[link] = writer
-        self.on_open(link)
-        sender = asyncio.create_task(_send(link, writer), name=f"send-{link.id}")
+    async def _attend(
+        self, channel: FrontendChannel, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.channels[channel.id] = channel
+        self._writers[channel] = writer
+        self.on_open(channel)
+        sender = asyncio.create_task(_send(channel, writer), name=f"send-{channel.id}")
         try:
             async for frames in read_frames(reader):
                 for frame in frames:
                     call = decode_call(frame)
                     if isinstance(call, Submit):
-                        link.start(call.number, self._run(link, call))
+                        channel.start(call.number, self._run(channel, call))
                     else:
-                        link.cancel(call.number)
+                        channel.cancel(call.number)
         finally:
             sender.cancel()
-            link.close()
-            del self.links[link.id], self._writers[link]
-            asyncio.get_running_loop().call_soon(self.on_close, link)
+            channel.close()
+            del self.channels[channel.id], self._writers[channel]
+            asyncio.get_running_loop().call_soon(self.on_close, channel)
 
 
-async def _send(link: Link, writer: asyncio.StreamWriter) -> None:
+async def _send(channel: FrontendChannel, writer: asyncio.StreamWriter) -> None:
     while True:
-        writer.write(to_frame(await link.take()))
+        writer.write(to_frame(await channel.take()))
         await writer.drain()  # waits only if the peer does not keep up; meanwhile deltas merge

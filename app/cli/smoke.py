@@ -183,7 +183,7 @@ class Explanation(msgspec.Struct):
         return f"{self.actual.kind} ({reason})" if reason else str(self.actual.kind)
 
 
-class Endpoint:
+class SmokeTarget:
     """The application under test, and the model that is asked for."""
 
     def __init__(self, client: httpx.Client, card: Card) -> None:
@@ -239,7 +239,7 @@ def _decode(response: httpx.Response, shape: type[T]) -> T:
     return msgspec.json.decode(response.content, type=shape)
 
 
-def check_health(baton: Endpoint) -> str:
+def check_health(baton: SmokeTarget) -> str:
     health = baton.read("/health", _Health)
     pools = {
         model.name: f"{model.state}, " + ", ".join(f"{pool['ready']} {role}" for role, pool in model.pools.items())
@@ -251,14 +251,14 @@ def check_health(baton: Endpoint) -> str:
     return pools.get(baton.card.id, "not in /health")
 
 
-def check_models(baton: Endpoint) -> str:
+def check_models(baton: SmokeTarget) -> str:
     card = baton.card
     if card.state != "ready":
         raise Unexpected(f"{card.id} ready", card.state)
     return f"{card.id}: {card.engine}, {card.mode}, up to {card.max_model_len} tokens"
 
 
-def check_chat(baton: Endpoint) -> str:
+def check_chat(baton: SmokeTarget) -> str:
     answer = baton.chat(messages=HELLO, max_tokens=16)
     choice = answer.choices[0] if answer.choices else _Choice()
     if choice.message is None or choice.message.role != "assistant" or choice.finish_reason is None:
@@ -268,7 +268,7 @@ def check_chat(baton: Endpoint) -> str:
     return f"{answer.usage.completion_tokens} tokens, finished by {choice.finish_reason}"
 
 
-def check_streaming(baton: Endpoint) -> str:
+def check_streaming(baton: SmokeTarget) -> str:
     sent_at = time.perf_counter()
     kinds, moments, usage = [], [], None
     for data in baton.stream(messages=HELLO, max_tokens=STREAM_TOKENS, ignore_eos=True):
@@ -292,7 +292,7 @@ def check_streaming(baton: Endpoint) -> str:
     return f"TTFT {(moments[0] - sent_at) * 1e3:.1f} ms{itl}, {len(moments)} events for {STREAM_TOKENS} tokens"
 
 
-def check_remote_prefill(baton: Endpoint) -> str:
+def check_remote_prefill(baton: SmokeTarget) -> str:
     if baton.card.mode != "disaggregated":
         raise Skipped("the model is served aggregated: there is no prefill pool")
     prompt = baton.random_prompt(baton.long_prompt_tokens)
@@ -316,7 +316,7 @@ def check_remote_prefill(baton: Endpoint) -> str:
     )
 
 
-def check_short_prompt(baton: Endpoint) -> str:
+def check_short_prompt(baton: SmokeTarget) -> str:
     _, explanation = baton.complete(baton.random_prompt(SHORT_PROMPT_TOKENS), "auto")
     serving = explanation.decode or explanation.aggregated
     if explanation.actual.kind is None or serving is None:
@@ -325,7 +325,7 @@ def check_short_prompt(baton: Endpoint) -> str:
     return f"{SHORT_PROMPT_TOKENS} tokens: prefilled {explanation.way}{by}, decoded by {serving.replica}"
 
 
-def check_cache_reuse(baton: Endpoint) -> str:
+def check_cache_reuse(baton: SmokeTarget) -> str:
     server = PromptClient(baton.client, baton.card.id, random.Random())
     pair = repeat_prompts(server, baton.long_prompt_tokens, 1)[0]
     if not pair.cached.cached_tokens:
@@ -337,7 +337,7 @@ def check_cache_reuse(baton: Endpoint) -> str:
     )
 
 
-def check_conversation(baton: Endpoint) -> str:
+def check_conversation(baton: SmokeTarget) -> str:
     session = {"x-session-id": uuid.uuid4().hex}
     with new_client(str(baton.client.base_url), ANSWER_TIMEOUT_S) as client:
         client.headers.update(session)
@@ -349,7 +349,7 @@ def check_conversation(baton: Endpoint) -> str:
     return f"{TURNS} turns, cached {of}"
 
 
-def check_structured_output(baton: Endpoint) -> str:
+def check_structured_output(baton: SmokeTarget) -> str:
     if baton.card.engine == "sim":
         raise Skipped("the sim engine computes nothing, so it cannot obey a schema")
     response_format = {"type": "json_schema", "json_schema": {"name": "choice", "schema": SCHEMA}}
@@ -374,12 +374,12 @@ def _obeys_schema(text: str) -> bool:
     return isinstance(found, dict) and set(found) == {"colour"} and found["colour"] in COLOURS
 
 
-def check_unknown_model(baton: Endpoint) -> str:
+def check_unknown_model(baton: SmokeTarget) -> str:
     name = f"no-such-model-{uuid.uuid4().hex[:8]}"
     return _check_refused(baton.post(CHAT, model=name, messages=HELLO), 404, name)
 
 
-def check_bad_input(baton: Endpoint) -> str:
+def check_bad_input(baton: SmokeTarget) -> str:
     return _check_refused(baton.post(CHAT, messages=HELLO, temperature=-1), 400, "temperature")
 
 
@@ -389,7 +389,7 @@ def _check_refused(response: httpx.Response, status: int, name: str) -> str:
     return str(status)
 
 
-CHECKS: dict[str, Callable[[Endpoint], str]] = {
+CHECKS: dict[str, Callable[[SmokeTarget], str]] = {
     "health": check_health,
     "models": check_models,
     "chat": check_chat,
@@ -404,7 +404,7 @@ CHECKS: dict[str, Callable[[Endpoint], str]] = {
 }
 
 
-def run_check(name: str, baton: Endpoint) -> Result:
+def run_check(name: str, baton: SmokeTarget) -> Result:
     began = time.perf_counter()
     verdict: Literal["ok", "skipped", "FAILED"] = "ok"
     try:
@@ -441,7 +441,7 @@ def smoke(
     failed: list[str] = []
     with new_client(base_url, ANSWER_TIMEOUT_S) as client:
         for card in find_models(client, model):
-            baton = Endpoint(client, card)
+            baton = SmokeTarget(client, card)
             results = [run_check(check, baton) for check in CHECKS]
             _print(card.id, results, console)
             failed += [f"{card.id}, {each.check}: {each.said}" for each in results if each.verdict == "FAILED"]

@@ -119,7 +119,7 @@ class Transfers(msgspec.Struct, frozen=True):
     transports: list[str]
 
 
-class Endpoint:
+class VerifyTarget:
     """The application under test."""
 
     def __init__(self, client: httpx.Client, model: str | None = None, reference: str | None = None) -> None:
@@ -237,7 +237,7 @@ def compare_output(
     """
     _, base_url = parse_url("--url", url)
     with new_client(base_url, ANSWER_TIMEOUT_S) as client:
-        endpoint = Endpoint(client, model, reference)
+        endpoint = VerifyTarget(client, model, reference)
         before = endpoint.transfers()
         prompts = _prompts(endpoint, random.Random(seed))
         cases = [_compare(endpoint, name, group, "corrupted" if corrupt_kv else "remote") for name, group in prompts]
@@ -255,7 +255,7 @@ def compare_output(
     return passed
 
 
-def _prompts(endpoint: Endpoint, rng: random.Random) -> list[tuple[str, list[list[int]]]]:
+def _prompts(endpoint: VerifyTarget, rng: random.Random) -> list[tuple[str, list[list[int]]]]:
     """Named groups of prompts; the last of a group is compared."""
     longest = endpoint.max_model_len - OUTPUT_TOKENS
     groups = [
@@ -270,7 +270,7 @@ def _prompts(endpoint: Endpoint, rng: random.Random) -> list[tuple[str, list[lis
     ]
 
 
-def _compare(endpoint: Endpoint, name: str, prompts: list[list[int]], mode: PrefillMode) -> Case:
+def _compare(endpoint: VerifyTarget, name: str, prompts: list[list[int]], mode: PrefillMode) -> Case:
     remote = endpoint.serve(prompts, mode)
     local = endpoint.serve_without_transfer(prompts, after_hit=False)
     after_hit = endpoint.serve_without_transfer(prompts, after_hit=True)

@@ -17,7 +17,7 @@ class InFlight:
 
     def __init__(
         self,
-        views: Mapping[Role, PoolState],
+        pools: Mapping[Role, PoolState],
         predictor: TtftPredictor,
         topology: Topology,
         request: GenerateRequest,
@@ -28,15 +28,15 @@ class InFlight:
         self._decision = decision
         self._num_tokens = len(request.prompt_token_ids)
         # A replica may have gone since the decision; whoever calls it finds out.
-        self._serving = views[decision.serving_role].replicas.get(decision.serving.replica)
-        self._prefill = views["prefill"].replicas.get(decision.prefill.replica) if decision.prefill else None
+        self._serving = pools[decision.serving_role].replicas.get(decision.serving.replica)
+        self._prefill = pools["prefill"].replicas.get(decision.prefill.replica) if decision.prefill else None
         self._num_decoding = self._serving.decoding.value if self._serving else 0
         self._until_first = ExitStack()
         self._until_end = ExitStack()
         self._count()
-        views[decision.serving_role].assume(decision.serving.replica, request)
+        pools[decision.serving_role].assume(decision.serving.replica, request)
         if decision.prefill is not None:
-            views["prefill"].assume(decision.prefill.replica, request)
+            pools["prefill"].assume(decision.prefill.replica, request)
 
     def _count(self) -> None:
         serving, prefill, decision = self._serving, self._prefill, self._decision

@@ -122,8 +122,8 @@ class PoolState:
         self.index.forget(replica)
 
     def on_load(self, replica: str, load: ReplicaLoad) -> None:
-        if (view := self.replicas.get(replica)) is not None:
-            view.report(load)
+        if (state := self.replicas.get(replica)) is not None:
+            state.report(load)
 
     def on_kv(self, replica: str, update: KvUpdate) -> None:
         if replica in self.replicas:
@@ -131,13 +131,13 @@ class PoolState:
 
     def assume(self, replica: str, request: GenerateRequest) -> None:
         """Take note that `request` is sent to `replica`, which will have its prompt cached."""
-        if (view := self.replicas.get(replica)) is not None and (update := view.assume(request)) is not None:
+        if (state := self.replicas.get(replica)) is not None and (update := state.assume(request)) is not None:
             self.index.update(replica, update)
 
     def avoid(self, replica: str) -> None:
         """Pass over `replica` for AVOID_S seconds."""
-        if (view := self.replicas.get(replica)) is not None:
-            view.avoid_until = self._clock() + AVOID_S
+        if (state := self.replicas.get(replica)) is not None:
+            state.avoid_until = self._clock() + AVOID_S
 
     def own_replica(self, session: str | None) -> str | None:
         """Return the replica that a session's requests prefer."""

@@ -42,7 +42,7 @@ class Scored(msgspec.Struct):
     """A replica with its scores."""
 
     replica: str
-    view: ReplicaState
+    state: ReplicaState
     cached_tokens: int
     queued_tokens: int
     scores: tuple[float, ...]
@@ -62,37 +62,37 @@ class Scored(msgspec.Struct):
 def score(
     prompt: Prompt,
     replicas: Sequence[str],
-    views: Mapping[str, ReplicaState],
+    states: Mapping[str, ReplicaState],
     cached_tokens: Mapping[str, int],
     weights: Sequence[float],
 ) -> list[Scored]:
     """Score each of `replicas`, in the given order.  `weights` belong to PREFILL_SCORES or DECODE_SCORES."""
-    queued = [views[replica].queued_tokens.value for replica in replicas]
+    queued = [states[replica].queued_tokens.value for replica in replicas]
     horizon = max(1, prompt.num_tokens + max(queued, default=0))
     is_decode = len(weights) == len(DECODE_SCORES)
     found = []
     for replica, waiting in zip(replicas, queued, strict=True):
-        view, cached = views[replica], cached_tokens.get(replica, 0)
+        state, cached = states[replica], cached_tokens.get(replica, 0)
         scores: tuple[float, ...] = (cached / horizon, 1 - waiting / horizon, float(replica == prompt.own_replica))
         if is_decode:
-            scores += _decode_scores(prompt, view, cached)
+            scores += _decode_scores(prompt, state, cached)
         total = sum(map(mul, weights, scores))
-        found.append(Scored(replica, view, cached, waiting, scores, total))
+        found.append(Scored(replica, state, cached, waiting, scores, total))
     return found
 
 
-def _decode_scores(prompt: Prompt, view: ReplicaState, cached_tokens: int) -> tuple[float, ...]:
+def _decode_scores(prompt: Prompt, state: ReplicaState, cached_tokens: int) -> tuple[float, ...]:
     return (
-        HALF_BATCH / (HALF_BATCH + view.sequences.value),
-        _free_after(prompt.num_tokens - cached_tokens, view),
-        prompt.nearness.get(view.info.node_ip, 1.0),
+        HALF_BATCH / (HALF_BATCH + state.sequences.value),
+        _free_after(prompt.num_tokens - cached_tokens, state),
+        prompt.nearness.get(state.info.node_ip, 1.0),
     )
 
 
-def _free_after(num_tokens: int, view: ReplicaState) -> float:
+def _free_after(num_tokens: int, state: ReplicaState) -> float:
     """Return the share of KV blocks that would be free with `num_tokens` more tokens in them."""
-    used = view.used_blocks.value + view.num_blocks(num_tokens)
-    return max(0.0, 1 - used / view.info.num_blocks)
+    used = state.used_blocks.value + state.num_blocks(num_tokens)
+    return max(0.0, 1 - used / state.info.num_blocks)
 
 
 def pick(scored: Sequence[Scored]) -> Scored | None:

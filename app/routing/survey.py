@@ -108,17 +108,17 @@ class Survey:
         return self._rankings[role]
 
     def _score(self, role: Role) -> list[Scored]:
-        view = self._state.pools[role]
-        block_size = view.block_size
+        pool = self._state.pools[role]
+        block_size = pool.block_size
         if block_size is None:
             return []
         cached = self._cached_tokens(block_size)
-        own = view.own_replica(self._hints.session)
-        replicas = view.candidates(cached, own, self._lost)
+        own = pool.own_replica(self._hints.session)
+        replicas = pool.candidates(cached, own, self._lost)
         if not replicas and role == "prefill" and self.local_role is None:
-            replicas = view.candidates(cached, own, ())  # nothing else can prefill
+            replicas = pool.candidates(cached, own, ())  # nothing else can prefill
         prompt = Prompt(self._num_tokens, own, self._nearness(replicas) if role == "decode" else {})
-        scored = score(prompt, replicas, view.replicas, cached, self._state.weights[role])
+        scored = score(prompt, replicas, pool.replicas, cached, self._state.weights[role])
         if role == "prefill":
             return scored
         # If none has room for the prompt's KV, the engine makes it wait.
@@ -137,9 +137,9 @@ class Survey:
         """Return how near the nodes of decode `replicas` are to the best prefill replica."""
         if not self._state.has_prefill or (prefill := self.ranking("prefill").best) is None:
             return {}
-        views = self._state.pools["decode"].replicas
-        nodes = {views[replica].info.node_ip for replica in replicas}
-        return self._state.topology.nearness(prefill.view.info.node_ip, nodes)
+        states = self._state.pools["decode"].replicas
+        nodes = {states[replica].info.node_ip for replica in replicas}
+        return self._state.topology.nearness(prefill.state.info.node_ip, nodes)
 
     def predict(self) -> Prediction:
         """Predict the times to the first token of the ways that are open."""
@@ -148,7 +148,7 @@ class Survey:
             prefill, decode = self.ranking("prefill").best_with_room, self.ranking("decode").best
             if prefill is not None and decode is not None:
                 work, moved = self._work(prefill), self._num_tokens - decode.cached_tokens
-                remote = work, HandoverWork.after(work, moved, decode.view.decoding.value, decode.queued_tokens)
+                remote = work, HandoverWork.after(work, moved, decode.state.decoding.value, decode.queued_tokens)
         if self.local_role is not None and (best := self.ranking(self.local_role).best_with_room) is not None:
             local = self._work(best)
         placement = self._state.config.placement
@@ -156,7 +156,7 @@ class Survey:
         return self._state.predictor.predict(remote, local, budget_s)
 
     def _work(self, scored: Scored) -> PromptWork:
-        return PromptWork(self._num_tokens, scored.cached_tokens, scored.queued_tokens, scored.view.decoding.value)
+        return PromptWork(self._num_tokens, scored.cached_tokens, scored.queued_tokens, scored.state.decoding.value)
 
     def others(self, chosen: Collection[str]) -> dict[Role, list[Candidate]]:
         """Return the next best candidates of each pool that was looked at."""

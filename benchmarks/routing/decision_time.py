@@ -68,12 +68,12 @@ def loaded_router(num_replicas: int, num_blocks: int, random: Random) -> tuple[R
     router = Router(RoutingConfig(), has_prefill=True)
     names: dict[Role, list[str]] = {role: [f"{role}-{index}" for index in range(num_replicas)] for role in ROLES}
     for role in ROLES:
-        view = router.pools[role]
+        pool = router.pools[role]
         for index, name in enumerate(names[role]):
-            view.join(_info(role, name, index))
-            view.on_load(name, ReplicaLoad(random.randrange(16), random.randrange(8192), random.randrange(8192)))
+            pool.join(_info(role, name, index))
+            pool.on_load(name, ReplicaLoad(random.randrange(16), random.randrange(8192), random.randrange(8192)))
             stored = [random.getrandbits(63) for _ in range(num_blocks // num_replicas)]
-            view.on_kv(name, KvUpdate(stored=stored, removed=[]))
+            pool.on_kv(name, KvUpdate(stored=stored, removed=[]))
     for _ in range(NUM_WARM_UP):
         _serve(router, _prompt(1000, random))
     return router, names

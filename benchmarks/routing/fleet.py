@@ -91,9 +91,9 @@ class Replica:
         timeline: Timeline,
         begin_pull: Callable[[ScheduledSequence], None],
         hand_out: Callable[[list[ScheduledSequence]], None],
-        view: PoolState | None,
+        pool: PoolState | None,
     ) -> None:
-        """`view` is the pool state that the replica publishes to; with None it publishes nothing."""
+        """`pool` is the pool state that the replica publishes to; with None it publishes nothing."""
         self.name = name
         self.scheduler = Scheduler(
             SchedulerLimits(
@@ -114,13 +114,13 @@ class Replica:
         self._begin_pull = begin_pull
         self._hand_out = hand_out
         self._is_stepping = False
-        self._view = view
+        self._pool = pool
         self._message_s = spec.message_s
         self._told = ReplicaLoad()
-        self._mirror = EventTranslator(num_blocks=spec.num_blocks, block_size=spec.block_size)
-        if view is not None:
+        self._translator = EventTranslator(num_blocks=spec.num_blocks, block_size=spec.block_size)
+        if pool is not None:
             self.scheduler.pool.take_events()  # from here on they are recorded
-            view.join(self._info(role, spec))
+            pool.join(self._info(role, spec))
 
     def _info(self, role: Role, spec: FleetSpec) -> ReplicaInfo:
         return ReplicaInfo(
@@ -168,16 +168,16 @@ class Replica:
 
     def tell(self) -> None:
         """Publish the load and the changes of the prefix cache, if there are any."""
-        view = self._view
-        if view is None:
+        pool = self._pool
+        if pool is None:
             return
         if (self.num_sequences, self.queued_tokens) != (self._told.sequences, self._told.queued_tokens):
             self._told = ReplicaLoad(
                 self.num_sequences, self.queued_tokens, self.scheduler.num_used_blocks, self.scheduler.num_running
             )
-            self._timeline.after(self._message_s, view.on_load, self.name, self._told)
+            self._timeline.after(self._message_s, pool.on_load, self.name, self._told)
         if events := self.scheduler.pool.take_events():
-            self._timeline.after(self._message_s, view.on_kv, self.name, self._mirror.apply(events))
+            self._timeline.after(self._message_s, pool.on_kv, self.name, self._translator.apply(events))
 
 
 class Run(msgspec.Struct, eq=False):
@@ -230,10 +230,10 @@ class Fleet:
             ("prefill", self._hand_off),
             ("decode", self._give_out),
         )
-        views: Mapping[Role, PoolState] = policy.pools
+        states: Mapping[Role, PoolState] = policy.pools
         for role, hand_out in pools:
             for name in spec.names(role):
-                self.replicas[name] = Replica(role, name, spec, timeline, self._begin_pull, hand_out, views.get(role))
+                self.replicas[name] = Replica(role, name, spec, timeline, self._begin_pull, hand_out, states.get(role))
         self.result = FleetResult(
             ttft_s=array("d"), itl_s=array("d"), reasons=Counter(), predicted_to_actual=array("d")
         )

@@ -1,6 +1,6 @@
-"""A frontend's channels to the replicas of one pool, and through them its view of the pool.
+"""A frontend's channels to the replicas of one pool, and through them the state of the pool that its router goes by.
 
-A replica is in the view while its channel stands: from the moment that a connection succeeds, which begins with all
+A replica is in that state while its channel stands: from the moment that a connection succeeds, which begins with all
 that is known of its load and cache, until the connection breaks or Serve removes the replica.
 """
 
@@ -30,8 +30,8 @@ RECONNECT_S = 0.5
 class PoolChannels:
     """Connects to every replica that Serve knows as ready, again if need be."""
 
-    def __init__(self, handle: Any, view: PoolState) -> None:
-        self._view = view
+    def __init__(self, handle: Any, pool: PoolState) -> None:
+        self._pool = pool
         self._channels: dict[str, Channel] = {}
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self._loop = asyncio.get_running_loop()
@@ -40,7 +40,7 @@ class PoolChannels:
         self._follow_ready_replicas()
 
     def channel(self, replica: str) -> Channel:
-        """The channel to a replica of the view.  Raises ReplicaLost for another."""
+        """The channel to a replica of the pool.  Raises ReplicaLost for another."""
         channel = self._channels.get(replica)
         if channel is None:
             raise ReplicaLost(replica)
@@ -54,7 +54,7 @@ class PoolChannels:
             self._connecting.pop(replica).cancel()
         for replica in self._channels.keys() - ready.keys():
             # What it has runs to its end on this channel.  If Serve brings it back it gets another one, so that the
-            # view starts afresh.
+            # state starts afresh.
             self._leave(replica).retire()
 
     def _connect_later(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
@@ -67,15 +67,15 @@ class PoolChannels:
         while channel is None:
             await asyncio.sleep(delay_s)
             try:
-                channel = await Channel.connect(replica, metadata["channel"], self._view)
+                channel = await Channel.connect(replica, metadata["channel"], self._pool)
             except ReplicaLost as error:
                 logger.warning("%s", error)
                 delay_s = RECONNECT_S
-        # No await from here on: the view must know the replica before the channel tells of it.
+        # No await from here on: the pool must know the replica before the channel tells of it.
         del self._connecting[replica]
         self._channels[replica] = channel
         channel.on_close = partial(self._on_close, replica, metadata, channel)
-        self._view.join(msgspec.convert(metadata["info"], ReplicaInfo))
+        self._pool.join(msgspec.convert(metadata["info"], ReplicaInfo))
 
     def _on_close(self, replica: str, metadata: dict[str, Any], channel: Channel) -> None:
         if self._channels.get(replica) is channel:
@@ -83,5 +83,5 @@ class PoolChannels:
             self._connect_later(replica, metadata, RECONNECT_S)
 
     def _leave(self, replica: str) -> Channel:
-        self._view.leave(replica)
+        self._pool.leave(replica)
         return self._channels.pop(replica)

@@ -1,6 +1,6 @@
 """The pools as a frontend calls them: the Ray half of app/frontend/orchestrator.py.
 
-Each keeps the router's view of it up to date, by the channels to its replicas (pool_channels.py).  A
+Each keeps the router's state of it up to date, by the channels to its replicas (pool_channels.py).  A
 sequence travels on the channel to the replica that decodes it, both ways.  If it has been handed to prefill, Ray brings
 the *reference* to its transfer descriptor after it (``attach``).
 """
@@ -45,11 +45,11 @@ class RayHandoff:
 class RayPrefillPool:
     """The prefill replicas."""
 
-    def __init__(self, handle: Any, view: PoolState) -> None:
+    def __init__(self, handle: Any, pool: PoolState) -> None:
         self._prefill = method_by_reference(handle, "prefill")
         self._abandon = method_by_reference(handle, "abandon")
         self._abandoning: set[asyncio.Task[None]] = set()
-        self._channels = PoolChannels(handle, view)
+        self._channels = PoolChannels(handle, pool)
 
     async def start(self, request: GenerateRequest, replica: str) -> RayHandoff:
         lost = self._channels.channel(replica).lost
@@ -87,10 +87,10 @@ class RayPrefillPool:
 class RayDecodePool:
     """Replicas that decode: those of the decode pool, or of the aggregated one."""
 
-    def __init__(self, handle: Any, view: PoolState) -> None:
+    def __init__(self, handle: Any, pool: PoolState) -> None:
         self._attach = method_by_reference(handle, "attach")
         self._attaching: set[asyncio.Task[None]] = set()
-        self._channels = PoolChannels(handle, view)
+        self._channels = PoolChannels(handle, pool)
 
     async def generate(
         self,
@@ -133,7 +133,7 @@ class RayDecodePool:
 
         async def attach() -> None:
             try:
-                await self._attach.remote(channel.link_id, sequence.number, [handoff.ref], replica_id=replica)
+                await self._attach.remote(channel.channel_id, sequence.number, [handoff.ref], replica_id=replica)
             except (BatonError, RayError, RayServeException) as error:
                 logger.warning("decode_replica=%s attach failed: %r", replica, error)
                 fail(ReplicaLost(replica, type(error).__name__))

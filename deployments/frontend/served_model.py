@@ -34,10 +34,10 @@ class ServedModel:
             has_aggregated="aggregated" in handles,
             can_decode_prefill=model.can_decode_prefill,
         )
-        views = self.router.pools
-        decode = RayDecodePool(handles["decode"], views["decode"])
-        prefill = RayPrefillPool(handles["prefill"], views["prefill"]) if "prefill" in handles else None
-        aggregated = RayDecodePool(handles["aggregated"], views["aggregated"]) if "aggregated" in handles else None
+        pools = self.router.pools
+        decode = RayDecodePool(handles["decode"], pools["decode"])
+        prefill = RayPrefillPool(handles["prefill"], pools["prefill"]) if "prefill" in handles else None
+        aggregated = RayDecodePool(handles["aggregated"], pools["aggregated"]) if "aggregated" in handles else None
         self.orchestrator = Orchestrator(self.router, prefill, decode, limits, aggregated=aggregated)
         self._ready = {role: ready_replicas_of(deployment_id_of(handle)) for role, handle in handles.items()}
 
@@ -48,7 +48,7 @@ class ServedModel:
             "engine": self._model.engine,
             "mode": "disaggregated" if self._model.is_disaggregated else "aggregated",
             "local_prefill": self.router.local_role() is not None,
-            "state": model_state(self._model, {role: len(view.replicas) for role, view in self.router.pools.items()}),
+            "state": model_state(self._model, {role: len(pool.replicas) for role, pool in self.router.pools.items()}),
             "pools": {role: {"ready": len(pool.ids())} for role, pool in self._ready.items()},
         }
 
@@ -70,7 +70,7 @@ class ServedModel:
             "model": self._model.name,
             "role": role,
             "replica_id": replica,
-            "view": self._describe_view(role, replica),
+            "view": self._describe_state(role, replica),
         }
         try:
             stats = await self._handles[role].stats.remote(replica_id=replica)
@@ -78,12 +78,12 @@ class ServedModel:
             return {**about, "error": type(error).__name__}
         return {**about, **msgspec.to_builtins(stats)}
 
-    def _describe_view(self, role: Role, replica: str) -> dict[str, int] | None:
+    def _describe_state(self, role: Role, replica: str) -> dict[str, int] | None:
         """What this frontend believes of a replica; None if it has no connection to it."""
         pool = self.router.pools[role]
-        if (view := pool.replicas.get(replica)) is None:
+        if (state := pool.replicas.get(replica)) is None:
             return None
-        gauges = {"sequences": view.sequences, "queued_tokens": view.queued_tokens, "used_blocks": view.used_blocks}
+        gauges = {"sequences": state.sequences, "queued_tokens": state.queued_tokens, "used_blocks": state.used_blocks}
         return {
             **{name: gauge.value for name, gauge in gauges.items()},
             **{f"own_{name}": gauge.own for name, gauge in gauges.items()},

@@ -14,7 +14,7 @@ import msgspec
 from ray import ObjectRef
 
 from app.channel.protocol import Submit
-from app.channel.server import Link
+from app.channel.server import FrontendChannel
 from app.config import BatonConfig
 from app.errors import InvalidRequest
 from app.messages import EngineStats, GenerateRequest, PrefillReport, ReplicaLoad, Role, TokenDelta, TransferDescriptor
@@ -38,20 +38,22 @@ class DecodeWorker(Worker):
         self._phases: Counter[Phase] = Counter()
         self._generated_tokens = 0
         await super().__init__(config, device)
-        self._server.on_open = lambda link: self._handoffs.open(link.id)
-        self._server.on_close = lambda link: self._handoffs.close(link.id)
+        self._server.on_open = lambda channel: self._handoffs.open(channel.id)
+        self._server.on_close = lambda channel: self._handoffs.close(channel.id)
 
-    async def _run(self, link: Link, call: Submit) -> None:
+    async def _run(self, channel: FrontendChannel, call: Submit) -> None:
         self._publisher.poll_soon()
         try:
             descriptor, reason = None, call.local_reason
             if call.has_handoff:
-                descriptor, reason = await self._receive(link, call.number, call.request)
-            await self._generate(link, call, descriptor, reason)
+                descriptor, reason = await self._receive(channel, call.number, call.request)
+            await self._generate(channel, call, descriptor, reason)
         finally:
             self._publisher.poll_soon()
 
-    async def _generate(self, link: Link, call: Submit, descriptor: TransferDescriptor | None, reason: str) -> None:
+    async def _generate(
+        self, channel: FrontendChannel, call: Submit, descriptor: TransferDescriptor | None, reason: str
+    ) -> None:
         """Generate with the KV of `descriptor`, or without one because of `reason`."""
         phase = _first_phase(descriptor)
 
@@ -68,7 +70,7 @@ class DecodeWorker(Worker):
                 phase = "decoding"
                 self._phases[phase] += 1
                 self._publisher.poll_soon()
-            link.put(call.number, delta)
+            channel.put(call.number, delta)
 
         self._phases[phase] += 1
         self._publisher.poll_soon()
@@ -78,11 +80,11 @@ class DecodeWorker(Worker):
             self._phases[phase] -= 1
 
     async def _receive(
-        self, link: Link, number: int, request: GenerateRequest
+        self, channel: FrontendChannel, number: int, request: GenerateRequest
     ) -> tuple[TransferDescriptor | None, str]:
         """The descriptor once prefill has it, or None and why decode has to prefill itself."""
         try:
-            return await self._handoffs.receive(link.id, number, self._config.limits.prefill_timeout_s), ""
+            return await self._handoffs.receive(channel.id, number, self._config.limits.prefill_timeout_s), ""
         except TimeoutError:
             return None, "prefill_timeout"
         except DescriptorExpired:
@@ -94,13 +96,13 @@ class DecodeWorker(Worker):
             logger.warning("request_id=%s prefill failed: %r", request.request_id, error)
             return None, "prefill_failed"
 
-    async def attach(self, link_id: str, number: int, refs: list[ObjectRef], *, replica_id: str) -> None:
+    async def attach(self, channel_id: str, number: int, refs: list[ObjectRef], *, replica_id: str) -> None:
         """Give sequence `number` of a channel the reference to its transfer descriptor.
 
         `refs` holds that one reference: as an argument of its own Ray would resolve it before the call runs.
         """
         self.check_is_me(replica_id)
-        self._handoffs.attach(link_id, number, refs[0])
+        self._handoffs.attach(channel_id, number, refs[0])
 
     def num_requests(self) -> tuple[int, int]:
         return self._server.num_sequences(), self._phases["decoding"]

@@ -33,7 +33,7 @@ class DescriptorExpired(Exception):
     """The KV came too late to be pulled safely; it is released."""
 
 
-class _Channel:
+class _References:
     """The references of one channel's sequences, by the sequences' numbers, which rise by one with each."""
 
     def __init__(self) -> None:
@@ -49,11 +49,11 @@ class HandoffRendezvous:
     def __init__(self, release: Callable[[TransferDescriptor], Awaitable[None]]) -> None:
         """`release` frees KV that nobody will pull."""
         self._release = release
-        self._channels: dict[str, _Channel] = {}
+        self._channels: dict[str, _References] = {}
         self._releasing: set[asyncio.Task[Any]] = set()
 
     def open(self, channel_id: str) -> None:
-        self._channels[channel_id] = _Channel()
+        self._channels[channel_id] = _References()
 
     def close(self, channel_id: str) -> None:
         """No sequence comes any more on the channel; those that came have been cancelled."""
@@ -81,7 +81,7 @@ class HandoffRendezvous:
             raise
         return descriptor
 
-    def _expect(self, channel: _Channel, number: int) -> asyncio.Future[Reference]:
+    def _expect(self, channel: _References, number: int) -> asyncio.Future[Reference]:
         channel.last_received = number
         reference = channel.unmet.pop(number, None)
         if reference is None:
@@ -102,7 +102,7 @@ class HandoffRendezvous:
         else:
             expected.set_result(reference)
 
-    def _keep(self, channel: _Channel, number: int, reference: Reference) -> None:
+    def _keep(self, channel: _References, number: int, reference: Reference) -> None:
         """For a sequence that comes later; not if the channel has closed."""
         if number in channel.unmet:
             return

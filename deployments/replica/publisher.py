@@ -46,7 +46,7 @@ class Publisher:
         self._engine = engine
         self._server = server
         self._count = count
-        self._on_look = on_poll
+        self._on_poll = on_poll
         self._stats = EngineStats()
         self._load = ReplicaLoad()
         self._is_busy = asyncio.Event()
@@ -56,9 +56,9 @@ class Publisher:
         self._tasks = [self._spawn(self._watch_load(), "watch-load")]
         server.publish_load(self._load)
         if info.prefix_cache == "published":
-            mirror = EventTranslator(info.num_blocks, info.block_size_tokens)
-            server.snapshot = mirror.snapshot
-            self._tasks.append(self._spawn(self._follow_cache(mirror), "follow-cache"))
+            translator = EventTranslator(info.num_blocks, info.block_size_tokens)
+            server.snapshot = translator.snapshot
+            self._tasks.append(self._spawn(self._follow_cache(translator), "follow-cache"))
 
     def poll_soon(self) -> None:
         """The load changes now: tell it when all that waits for this turn of the event loop has run."""
@@ -70,7 +70,7 @@ class Publisher:
         self._will_poll = False
         sequences, decoding = self._count()
         load = ReplicaLoad(sequences, self._engine.prompt_queue.queued_tokens, self._stats.num_used_blocks, decoding)
-        self._on_look(load, self._stats)
+        self._on_poll(load, self._stats)
         if is_poll or load != self._load:
             self._load = load
             self._server.publish_load(load)
@@ -95,14 +95,14 @@ class Publisher:
                 return
             self._poll(is_poll=True)
 
-    async def _follow_cache(self, mirror: EventTranslator) -> None:
+    async def _follow_cache(self, translator: EventTranslator) -> None:
         try:
             async with aclosing(self._engine.kv_events()) as batches:
                 async for events in batches:
-                    self._publish_kv(mirror.apply(events))
-                    self._log_orphans(mirror)
+                    self._publish_kv(translator.apply(events))
+                    self._log_orphans(translator)
         finally:  # nobody follows any more, so nothing is known to be there
-            self._publish_kv(mirror.apply([AllBlocksCleared()]))
+            self._publish_kv(translator.apply([AllBlocksCleared()]))
 
     def _publish_kv(self, update: KvUpdate) -> None:
         if update.is_reset:
@@ -110,11 +110,11 @@ class Publisher:
         if update.stored or update.removed or update.is_reset:
             self._server.publish_kv(update)
 
-    def _log_orphans(self, mirror: EventTranslator) -> None:
+    def _log_orphans(self, translator: EventTranslator) -> None:
         """Each time that they have doubled: what follows a lost event is many."""
-        if mirror.num_orphans > 2 * self._num_orphans_logged:
-            self._num_orphans_logged = mirror.num_orphans
-            logger.warning("replica_id=%s cached blocks left out so far: %d", self._replica_id, mirror.num_orphans)
+        if translator.num_orphans > 2 * self._num_orphans_logged:
+            self._num_orphans_logged = translator.num_orphans
+            logger.warning("replica_id=%s cached blocks left out so far: %d", self._replica_id, translator.num_orphans)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)

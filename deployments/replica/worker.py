@@ -12,7 +12,7 @@ from ray import serve
 
 from app.autoscaling.load import LoadMeter
 from app.channel.protocol import Submit
-from app.channel.server import ChannelServer, Link
+from app.channel.server import ChannelServer, FrontendChannel
 from app.config import BatonConfig, PoolConfig
 from app.engines.base import Engine, EngineInfo, EngineSpec
 from app.engines.registry import create_engine
@@ -80,7 +80,7 @@ class Worker:
             transfer_timeout_s=self._config.limits.prefill_timeout_s,
         )
 
-    async def _run(self, link: Link, call: Submit) -> None:
+    async def _run(self, channel: FrontendChannel, call: Submit) -> None:
         """Run one sequence that came on a channel, to its end."""
         raise InvalidRequest(f"a {self.role} replica takes no sequences")
 

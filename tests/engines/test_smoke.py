@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.cli.smoke import CHECKS, Endpoint, find_models, run_check, smoke
+from app.cli.smoke import CHECKS, SmokeTarget, find_models, run_check, smoke
 from tests.conftest import REPOSITORY
 from tests.engines.conftest import SGLANG_AGGREGATED, Baton
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(600)]
 def verdicts(baton: Baton, model: str) -> dict[str, str]:
     """Return the verdict of each check, with its message if it did not pass."""
     (card,) = find_models(baton.http, model)
-    results = [run_check(check, Endpoint(baton.http, card)) for check in CHECKS]
+    results = [run_check(check, SmokeTarget(baton.http, card)) for check in CHECKS]
     return {each.check: each.verdict if each.verdict == "ok" else f"{each.verdict}: {each.said}" for each in results}
 
 

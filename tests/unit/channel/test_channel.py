@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from app.channel import server
 from app.channel.client import Channel, _merge
 from app.channel.protocol import Batch, Hello, Submit, to_frame
-from app.channel.server import ChannelServer, Link
+from app.channel.server import ChannelServer, FrontendChannel
 from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost
 from app.messages import GenerateRequest, KvUpdate, ReplicaLoad, TokenDelta
 from tests.unit.waiting import PATIENCE_S, until
@@ -31,23 +31,23 @@ class Replica:
     def __init__(self) -> None:
         self.calls: list[Submit] = []
         self.cancelled: list[str] = []
-        self.closed: list[Link] = []
+        self.closed: list[FrontendChannel] = []
         self.started = asyncio.Event()
         self.error: Exception | None = None
         self.script: list[TokenDelta] = []
         self.hangs = False
-        self.links: list[Link] = []
+        self.channels: list[FrontendChannel] = []
         self.server = ChannelServer("d", self.run)
         self.server.on_close = self.closed.append
         self.address: dict[str, str] = {}
 
-    async def run(self, link: Link, call: Submit) -> None:
+    async def run(self, channel: FrontendChannel, call: Submit) -> None:
         self.calls.append(call)
-        self.links.append(link)
+        self.channels.append(channel)
         self.started.set()
         try:
             for delta in self.script:
-                link.put(call.number, delta)
+                channel.put(call.number, delta)
             if self.error is not None:
                 raise self.error
             if self.hangs:
@@ -124,7 +124,7 @@ async def test_many_sequences_share_the_connection() -> None:
         tasks = [asyncio.create_task(served(channel, into)) for into in received]
         await until(lambda: len(replica.calls) == len(tasks))
         for call in replica.calls:
-            replica.links[0].put(call.number, TokenDelta([call.number], finish_reason="length"))
+            replica.channels[0].put(call.number, TokenDelta([call.number], finish_reason="length"))
         await asyncio.gather(*tasks)
         assert [deltas[0].token_ids for deltas in received] == [[number] for number in range(50)]
 
@@ -164,12 +164,12 @@ async def test_a_sequence_that_is_cancelled_as_it_comes_has_begun_and_is_not_lef
     async with connected() as (replica, channel):
         replica.hangs = True
         sequence = channel.submit(request(), lambda delta: None, has_handoff=True, local_reason="")
-        link = replica.server.links[channel.link_id]
+        channel = replica.server.channels[channel.channel_id]
         channel.close() if closes else channel.finish(sequence)
         await until(lambda: replica.cancelled == ["r"])
-        await until(lambda: len(link) == 0)
+        await until(lambda: len(channel) == 0)
         if closes:
-            await until(lambda: replica.closed == [link])
+            await until(lambda: replica.closed == [channel])
             with pytest.raises(ReplicaLost):
                 await sequence.ended
 
@@ -181,7 +181,7 @@ async def test_a_frontend_that_goes_away_takes_its_sequences_along() -> None:
         await replica.started.wait()
         channel.close()
         await until(lambda: replica.cancelled == ["r"])
-        await until(lambda: [link.id for link in replica.closed] == [channel.link_id])
+        await until(lambda: [channel.id for channel in replica.closed] == [channel.channel_id])
         with pytest.raises(ReplicaLost):
             await task
 
@@ -209,11 +209,11 @@ async def test_a_sequence_that_has_failed_here_gets_nothing_more() -> None:
         received: list[TokenDelta] = []
         sequence = channel.submit(request(), received.append, has_handoff=True, local_reason="")
         await replica.started.wait()
-        replica.links[0].put(0, TokenDelta([1]))
+        replica.channels[0].put(0, TokenDelta([1]))
         other = asyncio.create_task(served(channel, []))
         sequence.fail(ReplicaLost("p"))
         await until(lambda: len(replica.calls) == 2)
-        replica.links[0].put(1, LAST)
+        replica.channels[0].put(1, LAST)
         await other
         assert received == []
         channel.finish(sequence)
@@ -227,7 +227,7 @@ async def test_stopping_sends_what_waits() -> None:
         received: list[TokenDelta] = []
         task = asyncio.create_task(served(channel, received))
         await replica.started.wait()
-        replica.links[0].put(0, LAST)
+        replica.channels[0].put(0, LAST)
         await replica.server.stop()
         await task
         assert received == [LAST]
@@ -288,7 +288,7 @@ async def test_a_frontend_that_does_not_read_holds_up_nobody_else_and_its_tokens
         writer.write(to_frame(Hello(replica.address["token"], "slow")))
         writer.write(to_frame(Submit(0, request("slow"), False, "")))
         await replica.started.wait()
-        slow = replica.links[0]
+        slow = replica.channels[0]
         chunk = list(range(10_000))
         for _ in range(300):
             slow.put(0, TokenDelta(chunk))
@@ -343,11 +343,11 @@ async def test_a_new_connection_begins_with_the_whole_cache_and_the_load() -> No
 
 
 async def test_a_change_that_comes_before_the_snapshot_is_sent_is_in_it_once() -> None:
-    link = Link("l", None, lambda: KvUpdate([1, 2], [], is_reset=True))
-    link.put_kv(KvUpdate([2], []))
-    assert not link._kv
-    assert link.take_now().kv == KvUpdate([1, 2], [], is_reset=True)
-    assert link.take_now().kv is None
+    channel = FrontendChannel("l", None, lambda: KvUpdate([1, 2], [], is_reset=True))
+    channel.put_kv(KvUpdate([2], []))
+    assert not channel._kv
+    assert channel.take_now().kv == KvUpdate([1, 2], [], is_reset=True)
+    assert channel.take_now().kv is None
 
 
 async def test_changes_reach_all_frontends_in_order() -> None:
@@ -391,7 +391,7 @@ async def test_the_load_arrives_after_whoever_waits_for_a_sequence_has_counted_i
         task = asyncio.create_task(count_out())
         await replica.started.wait()
         replica.server.publish_load(ReplicaLoad(7))
-        replica.links[0].put(0, LAST)
+        replica.channels[0].put(0, LAST)
         await task
         await until(lambda: told.loads)
         assert order == [[]]
@@ -403,7 +403,7 @@ async def test_what_no_delta_takes_along_goes_at_once_and_then_once_in_a_while(m
     told = Told()
     async with connected(told) as (replica, _):
         cache = Cache(replica)
-        await until(lambda: replica.server.links)
+        await until(lambda: replica.server.channels)
         began = clock()
         replica.server.publish_load(ReplicaLoad(1))
         await until(lambda: told.loads)
@@ -445,23 +445,23 @@ async def test_frames_that_arrive_together_are_one() -> None:
 
 async def test_what_waits_for_a_frontend_that_does_not_read_is_bounded() -> None:
     snapshots = itertools.count()
-    link = Link("slow", None, lambda: KvUpdate([next(snapshots)], [], is_reset=True))
-    link.take_now()
+    channel = FrontendChannel("slow", None, lambda: KvUpdate([next(snapshots)], [], is_reset=True))
+    channel.take_now()
     many = list(range(server.MAX_WAITING_BLOCKS // 100))
     for _ in range(1000):
         for update in (KvUpdate(many, []), KvUpdate([], many)):
-            link.put_kv(update)
-            waiting = sum(len(update.stored) + len(update.removed) for update in link._kv)
+            channel.put_kv(update)
+            waiting = sum(len(update.stored) + len(update.removed) for update in channel._kv)
             assert waiting <= server.MAX_WAITING_BLOCKS
-    assert link.take_now().kv == KvUpdate([1], [], is_reset=True)
+    assert channel.take_now().kv == KvUpdate([1], [], is_reset=True)
 
 
 async def test_one_change_of_any_size_goes_as_it_is() -> None:
-    link = Link("l", None, lambda: None)
-    link.take_now()
+    channel = FrontendChannel("l", None, lambda: None)
+    channel.take_now()
     large = KvUpdate(list(range(server.MAX_WAITING_BLOCKS + 1)), [])
-    link.put_kv(large)
-    assert link.take_now().kv == large
+    channel.put_kv(large)
+    assert channel.take_now().kv == large
 
 
 @given(st.lists(st.sampled_from(["take", "connect", "clear", *range(6)]), max_size=60), st.integers(1, 8))
@@ -472,25 +472,25 @@ def test_a_frontend_knows_the_cache_whenever_it_has_read_all(steps: list[str | i
         patch.setattr(server, "MAX_WAITING_BLOCKS", max_waiting)
         cache: set[int] = set()
 
-        def connect() -> tuple[Link, Told]:
-            return Link("l", None, lambda: KvUpdate(list(cache), [], is_reset=True)), Told()
+        def connect() -> tuple[FrontendChannel, Told]:
+            return FrontendChannel("l", None, lambda: KvUpdate(list(cache), [], is_reset=True)), Told()
 
-        link, told = connect()
+        channel, told = connect()
         for step in steps:
             if step == "connect":
-                link, told = connect()
+                channel, told = connect()
             elif step == "clear":
                 cache.clear()
-                link.put_kv(KvUpdate([], [], is_reset=True))
+                channel.put_kv(KvUpdate([], [], is_reset=True))
             elif isinstance(step, int):
                 is_there = step in cache
                 cache ^= {step}
-                link.put_kv(KvUpdate([], [step]) if is_there else KvUpdate([step], []))
+                channel.put_kv(KvUpdate([], [step]) if is_there else KvUpdate([step], []))
             else:
-                if (update := link.take_now().kv) is not None:
+                if (update := channel.take_now().kv) is not None:
                     told.on_kv("d", update)
                 assert told.blocks == cache
-        link.close()
+        channel.close()
 
     with pytest.MonkeyPatch.context() as patch:
         asyncio.run(follow(patch))
@@ -505,10 +505,10 @@ async def test_a_retired_channel_ends_with_its_last_sequence_and_publishes_nothi
         await replica.started.wait()
         channel.retire()
         replica.server.publish_load(ReplicaLoad(1))
-        replica.links[0].put(0, TokenDelta([1]))
+        replica.channels[0].put(0, TokenDelta([1]))
         await until(lambda: received)
         assert not channel.is_closed
-        replica.links[0].put(0, LAST)
+        replica.channels[0].put(0, LAST)
         await task
         assert received == [TokenDelta([1]), LAST]
         assert channel.is_closed
@@ -517,12 +517,12 @@ async def test_a_retired_channel_ends_with_its_last_sequence_and_publishes_nothi
 
 async def test_an_idle_channel_that_retires_ends() -> None:
     async with connected() as (replica, channel):
-        await until(lambda: replica.server.links)
+        await until(lambda: replica.server.channels)
         ended: list[bool] = []
         channel.on_close = lambda: ended.append(channel.is_closed)
         channel.retire()
         assert ended == [True]
-        await until(lambda: not replica.server.links)
+        await until(lambda: not replica.server.channels)
         assert not channel.lost.done()  # Serve has removed the replica, which ends what it has
 
 

@@ -17,9 +17,9 @@ from app.cli.verify import (
     OUTPUT_TOKENS,
     TOLERANCE_OF_PREFILL,
     Case,
-    Endpoint,
     GreedyOutput,
     VerifyError,
+    VerifyTarget,
     _prompts,
     compare_output,
 )
@@ -261,7 +261,7 @@ def test_no_serving_can_reuse_the_kv_of_another(baton: FakeBaton) -> None:
 def test_every_prompt_leaves_room_for_the_output(baton: FakeBaton, max_model_len: int) -> None:
     baton.max_model_len = max_model_len
     with httpx.Client(base_url=baton.url) as client:
-        groups = _prompts(Endpoint(client), random.Random(0))
+        groups = _prompts(VerifyTarget(client), random.Random(0))
     assert max(len(prompt) for _, prompts in groups for prompt in prompts) + OUTPUT_TOKENS <= max_model_len
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app.channel.server import ChannelServer, Link
+from app.channel.server import ChannelServer, FrontendChannel
 from app.engines.base import EngineInfo
 from app.engines.prompt_queue import PromptQueue
 from app.errors import EngineDead
@@ -72,8 +72,8 @@ class Replica:
         )
         engine: Any = self.engine
         self.publisher = Publisher("r", engine, info, self.server, lambda: (self.num_requests, 0))
-        self.link = Link("l", None, self.server.snapshot)
-        self.server.links["l"] = self.link
+        self.channel = FrontendChannel("l", None, self.server.snapshot)
+        self.server.channels["l"] = self.channel
         self.loads: list[ReplicaLoad] = []
         self.updates: list[KvUpdate] = []
 
@@ -81,7 +81,7 @@ class Replica:
 
     def heard(self) -> tuple[list[ReplicaLoad], list[KvUpdate]]:
         """All that the frontend was told so far."""
-        batch = self.link.take_now()
+        batch = self.channel.take_now()
         self.loads += [batch.load] if batch.load else []
         self.updates += [batch.kv] if batch.kv else []
         return self.loads, self.updates
@@ -92,7 +92,7 @@ async def replica() -> AsyncIterator[Replica]:
     replica = Replica()
     yield replica
     await replica.publisher.stop()
-    replica.link.close()
+    replica.channel.close()
 
 
 async def turn() -> None:
@@ -189,7 +189,7 @@ async def test_what_changes_nothing_is_not_published(replica: Replica) -> None:
     await replica.engine.events.put([BlockRemoved([99])])
     await until(replica.engine.events.empty)
     await turn()
-    assert not replica.link._kv
+    assert not replica.channel._kv
 
 
 async def test_a_reset_reaches_the_frontends_and_the_log(replica: Replica, caplog: pytest.LogCaptureFixture) -> None:
@@ -228,5 +228,5 @@ async def test_when_nobody_follows_the_cache_any_more_it_is_forgotten(
 async def test_a_replica_without_events_publishes_nothing_of_its_cache() -> None:
     replica = Replica(prefix_cache="none")
     await turn()
-    assert replica.link.take_now().kv is None
+    assert replica.channel.take_now().kv is None
     await replica.publisher.stop()

@@ -187,7 +187,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 class MirrorMachine(EngineMachine):
-    """A mirror of each engine, and a set that follows its updates as a frontend would."""
+    """A translator of each engine, and a set that follows its updates as a frontend would."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,14 +225,14 @@ class MirrorMachine(EngineMachine):
 
     @invariant()
     def mirrors_and_followers_agree(self) -> None:
-        for mirror, follower in zip(self.mirrors, self.followers, strict=True):
-            assert set(mirror.snapshot().stored) == follower
-            assert len(mirror) == len(follower)
-            assert mirror.num_overflows == 0
+        for translator, follower in zip(self.mirrors, self.followers, strict=True):
+            assert set(translator.snapshot().stored) == follower
+            assert len(translator) == len(follower)
+            assert translator.num_overflows == 0
 
     @invariant()
     def what_is_mirrored_is_there(self) -> None:
-        for engine, mirror, follower, can_miss in zip(
+        for engine, translator, follower, can_miss in zip(
             self.engines, self.mirrors, self.followers, self.can_miss, strict=True
         ):
             if engine.events:
@@ -240,7 +240,7 @@ class MirrorMachine(EngineMachine):
             assert follower <= engine.names
             if not can_miss:
                 assert follower == engine.names
-                assert mirror.num_orphans == 0
+                assert translator.num_orphans == 0
 
     @precondition(lambda self: not any(engine.requests for engine in self.engines))
     @rule()
@@ -271,26 +271,26 @@ def stored(keys: list[BlockHash], parent: BlockHash | None, tokens: list[int], s
 
 @pytest.mark.parametrize("key", [lambda number: number, lambda number: bytes([number]) * 32])
 def test_a_chain_gets_the_names_that_a_prompt_has(key: Callable[[int], BlockHash]) -> None:
-    mirror = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
-    update = mirror.apply([stored([key(1), key(2)], None, [5, 6, 7, 8]), stored([key(3)], key(2), [9, 9])])
+    translator = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
+    update = translator.apply([stored([key(1), key(2)], None, [5, 6, 7, 8]), stored([key(3)], key(2), [9, 9])])
     assert update == KvUpdate(stored=names([5, 6, 7, 8, 9, 9]), removed=[])
-    update = mirror.apply([BlockRemoved([key(2), key(3)])])
+    update = translator.apply([BlockRemoved([key(2), key(3)])])
     assert update == KvUpdate(stored=[], removed=names([5, 6, 7, 8, 9, 9])[1:])
-    assert mirror.snapshot() == KvUpdate(stored=names([5, 6]), removed=[], is_reset=True)
+    assert translator.snapshot() == KvUpdate(stored=names([5, 6]), removed=[], is_reset=True)
 
 
 def test_a_salt_is_in_the_names_of_all_blocks_after_it() -> None:
-    mirror = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
-    update = mirror.apply([stored([1], None, [5, 6], "tenant"), stored([2], 1, [7, 8])])
+    translator = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
+    update = translator.apply([stored([1], None, [5, 6], "tenant"), stored([2], 1, [7, 8])])
     assert update.stored == names([5, 6, 7, 8], "tenant")
 
 
 def test_blocks_of_an_unknown_parent_are_left_out_and_counted() -> None:
-    mirror = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
-    update = mirror.apply([stored([2, 3], 1, [5, 6, 7, 8]), stored([4], 3, [9, 9])])
+    translator = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
+    update = translator.apply([stored([2, 3], 1, [5, 6, 7, 8]), stored([4], 3, [9, 9])])
     assert update == KvUpdate(stored=[], removed=[])
-    assert mirror.num_orphans == 3
-    assert mirror.apply([BlockRemoved([2, 3, 4])]) == KvUpdate(stored=[], removed=[])
+    assert translator.num_orphans == 3
+    assert translator.apply([BlockRemoved([2, 3, 4])]) == KvUpdate(stored=[], removed=[])
 
 
 @pytest.mark.parametrize(
@@ -304,57 +304,57 @@ def test_blocks_of_an_unknown_parent_are_left_out_and_counted() -> None:
     ids=["another block size", "tokens missing", "blocks missing", "another block size, blocks missing"],
 )
 def test_blocks_that_cannot_be_named_are_left_out_and_counted(event: BlockStored) -> None:
-    mirror = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
-    assert mirror.apply([event]) == KvUpdate(stored=[], removed=[])
-    assert mirror.num_orphans == len(event.block_hashes)
+    translator = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
+    assert translator.apply([event]) == KvUpdate(stored=[], removed=[])
+    assert translator.num_orphans == len(event.block_hashes)
 
 
 def test_a_block_is_there_until_its_last_copy_goes() -> None:
-    mirror = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
-    mirror.apply([stored([1], None, [5, 6])] * 3)
+    translator = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
+    translator.apply([stored([1], None, [5, 6])] * 3)
     for _ in range(2):
-        assert mirror.apply([BlockRemoved([1])]) == KvUpdate(stored=[], removed=[])
-    assert mirror.apply([BlockRemoved([1])]) == KvUpdate(stored=[], removed=names([5, 6]))
-    assert mirror.apply([BlockRemoved([1])]) == KvUpdate(stored=[], removed=[])
+        assert translator.apply([BlockRemoved([1])]) == KvUpdate(stored=[], removed=[])
+    assert translator.apply([BlockRemoved([1])]) == KvUpdate(stored=[], removed=names([5, 6]))
+    assert translator.apply([BlockRemoved([1])]) == KvUpdate(stored=[], removed=[])
 
 
 def test_copies_are_forgotten_when_all_is() -> None:
-    mirror = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
+    translator = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
     event = stored([1], None, [5, 6])
-    mirror.apply([event, event, AllBlocksCleared(), event])
-    assert mirror.apply([BlockRemoved([1])]) == KvUpdate(stored=[], removed=names([5, 6]))
+    translator.apply([event, event, AllBlocksCleared(), event])
+    assert translator.apply([BlockRemoved([1])]) == KvUpdate(stored=[], removed=names([5, 6]))
 
 
 def test_only_the_net_effect_of_a_list_is_told() -> None:
-    mirror = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
+    translator = EventTranslator(NUM_BLOCKS, BLOCK_SIZE)
     first, second = stored([1], None, [5, 6]), stored([2], 1, [7, 8])
-    assert mirror.apply([first, second, BlockRemoved([2])]) == KvUpdate(stored=names([5, 6]), removed=[])
-    assert mirror.apply([BlockRemoved([1]), first]) == KvUpdate(stored=[], removed=[])
-    update = mirror.apply([BlockRemoved([1]), AllBlocksCleared(), first, second])
+    assert translator.apply([first, second, BlockRemoved([2])]) == KvUpdate(stored=names([5, 6]), removed=[])
+    assert translator.apply([BlockRemoved([1]), first]) == KvUpdate(stored=[], removed=[])
+    update = translator.apply([BlockRemoved([1]), AllBlocksCleared(), first, second])
     assert update == KvUpdate(stored=names([5, 6, 7, 8]), removed=[], is_reset=True)
 
 
 def test_more_blocks_than_the_engine_has_mean_that_removals_were_lost() -> None:
-    mirror = EventTranslator(16, BLOCK_SIZE)
+    translator = EventTranslator(16, BLOCK_SIZE)
     tokens = list(range(36))
     for number in range(18):  # 16 and an eighth: told late, perhaps
-        mirror.apply([stored([number], number - 1 if number else None, tokens[number * 2 : number * 2 + 2])])
-    assert (len(mirror), mirror.num_overflows) == (18, 0)
-    update = mirror.apply([stored([18], 17, [1, 1])])
+        translator.apply([stored([number], number - 1 if number else None, tokens[number * 2 : number * 2 + 2])])
+    assert (len(translator), translator.num_overflows) == (18, 0)
+    update = translator.apply([stored([18], 17, [1, 1])])
     assert update == KvUpdate(stored=[], removed=[], is_reset=True)
-    assert (len(mirror), mirror.num_overflows) == (0, 1)
-    assert mirror.apply([stored([0], None, [0, 1])]).stored == names([0, 1])
+    assert (len(translator), translator.num_overflows) == (0, 1)
+    assert translator.apply([stored([0], None, [0, 1])]).stored == names([0, 1])
 
 
 def test_copies_count_towards_the_bound() -> None:
-    mirror = EventTranslator(16, BLOCK_SIZE)
-    mirror.apply([stored([1], None, [5, 6])] * 18)
-    assert mirror.num_overflows == 0
-    mirror.apply([BlockRemoved([1])] * 10)
-    mirror.apply([stored([1], None, [5, 6])] * 10)
-    assert mirror.num_overflows == 0
-    mirror.apply([stored([1], None, [5, 6])])
-    assert mirror.num_overflows == 1
+    translator = EventTranslator(16, BLOCK_SIZE)
+    translator.apply([stored([1], None, [5, 6])] * 18)
+    assert translator.num_overflows == 0
+    translator.apply([BlockRemoved([1])] * 10)
+    translator.apply([stored([1], None, [5, 6])] * 10)
+    assert translator.num_overflows == 0
+    translator.apply([stored([1], None, [5, 6])])
+    assert translator.num_overflows == 1
 
 
 STATES = st.sets(st.integers(0, 9))
@@ -403,18 +403,20 @@ def test_merged_updates_do_what_they_do_one_by_one(changes: tuple[set[int], list
 )
 def test_a_block_takes_the_memory_that_is_stated(make_key: Callable[[], BlockHash], most_bytes: int) -> None:
     num_blocks = 44_000  # just after the dict has grown, when it takes the most
-    mirror = EventTranslator(num_blocks, BLOCK_SIZE)
+    translator = EventTranslator(num_blocks, BLOCK_SIZE)
     gc.collect()
     tracemalloc.start()
     try:
         for start in range(0, num_blocks, 100):
             # Made here, as an engine's messages are decoded: nobody else holds the hashes.
             keys = [make_key() for _ in range(100)]
-            mirror.apply([stored(keys, None, [*range(start, start + 100 * BLOCK_SIZE)])])
+            translator.apply([stored(keys, None, [*range(start, start + 100 * BLOCK_SIZE)])])
         del keys
         allocated = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert len(mirror) == num_blocks
-    assert mirror.size_bytes() <= most_bytes * num_blocks
-    assert 0.8 * mirror.size_bytes() <= allocated <= mirror.size_bytes()  # which is before the allocator rounds up
+    assert len(translator) == num_blocks
+    assert translator.size_bytes() <= most_bytes * num_blocks
+    assert (
+        0.8 * translator.size_bytes() <= allocated <= translator.size_bytes()
+    )  # which is before the allocator rounds up
