@@ -150,7 +150,7 @@ def _deployment(target: type, *given: BatonConfig | str) -> Any:
 
 
 def frontend_autoscaling(config: BatonConfig) -> dict[str, Any] | None:
-    """Return Serve's AutoscalingConfig of the frontends; None if their number is fixed."""
+    """Serve's AutoscalingConfig of the frontends; None if their number is fixed."""
     if config.frontend.autoscaling is None:
         return None
     default = {"target_ongoing_requests": FRONTEND_REQUESTS, "policy": {"policy_function": FRONTEND_POLICY}}
@@ -158,7 +158,7 @@ def frontend_autoscaling(config: BatonConfig) -> dict[str, Any] | None:
 
 
 def pool_autoscaling(model: ModelConfig, role: Role) -> dict[str, Any] | None:
-    """Return Serve's AutoscalingConfig of a pool; None if the number of its replicas is fixed."""
+    """Serve's AutoscalingConfig of a pool; None if the number of its replicas is fixed."""
     pool = model.pool(role)
     if pool is None or pool.autoscaling is None:
         return None

@@ -1,4 +1,4 @@
-"""What all tests share: one Ray cluster with Serve for the session, on ports of its own."""
+"""What all tests share: one Ray cluster with Serve for the session, with its own ports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def describe_processor() -> str:
-    """Its name, how many of its cores there are, and what engines compute in on it."""
+    """Return the processor's name, the number of its cores, and the dtype in which engines compute on it."""
     names = [
         line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line
     ]
@@ -33,23 +33,23 @@ def describe_processor() -> str:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: no garbage collection during the tests needs to look at it."""
+    """Exclude what is imported by now from garbage collection during the tests, because it stays anyway."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
-    """Or extension modules complain at exit that their objects leaked."""
+    """Undo the freeze; otherwise extension modules complain at exit that their objects leaked."""
     gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The slowest tests (`--durations` in pyproject.toml) are worth little without what they ran on."""
+    """Print the processor: the times of the slowest tests (`--durations` in pyproject.toml) mean little without it."""
     terminalreporter.write_line(f"processor: {describe_processor()}")
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float, what: str, every_s: float = 0.1) -> Any:
-    """The first true value of `condition`; fails the test when `timeout_s` has passed."""
+    """Return the first true value of `condition`.  Fails the test when `timeout_s` has passed."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if value := condition():
@@ -59,7 +59,7 @@ def wait_until(condition: Callable[[], Any], timeout_s: float, what: str, every_
 
 
 async def eventually(condition: Callable[[], Awaitable[Any]], timeout_s: float, what: str) -> Any:
-    """`wait_until` for a condition that has to be awaited."""
+    """Do the same as `wait_until` for a condition that has to be awaited."""
     import asyncio
 
     deadline = time.monotonic() + timeout_s
@@ -72,12 +72,12 @@ async def eventually(condition: Callable[[], Awaitable[Any]], timeout_s: float, 
 
 @pytest.fixture(scope="session")
 def serve_url() -> Iterator[str]:
-    """Ray and Serve; the base URL of Serve's proxy."""
+    """Start Ray and Serve, and yield the base URL of Serve's proxy."""
     import ray
     from ray import serve
 
     port = free_port()
-    # Logical CPUs: what the tests deploy is mostly idle.
+    # More logical CPUs than there are, because what the tests deploy is mostly idle.
     ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     yield f"http://127.0.0.1:{port}"

@@ -1,7 +1,7 @@
-"""What every engine promises by app/engines/base.py, whatever computes behind it.
+"""Tests of what app/engines/base.py promises for every engine.
 
-tests/unit/engines/test_contract.py holds the sim and the scripted engine to it, tests/engines/test_contract.py vLLM and
-SGLang.
+tests/unit/engines/test_contract.py runs them on the sim and the scripted engine, and tests/engines/test_contract.py on
+vLLM and SGLang.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
 from tests.conftest import eventually
 
 SOON_S = 5.0
-"""How soon KV is back that nobody needs any more; leases are much longer."""
+"""How soon KV must be freed that nobody needs any more; leases are much longer."""
 
 
 def new_id() -> str:
@@ -30,31 +30,31 @@ def new_id() -> str:
 
 @dataclass
 class Pair:
-    """A prefill and a decode engine that run."""
+    """A running prefill engine and a running decode engine."""
 
     prefill: Engine
     decode: Engine
     make_prompt: Callable[[int], list[int]]
-    """A prompt of so many tokens, of which none is cached."""
+    """Returns a prompt of so many tokens, none of which is cached."""
     num_tokens_of_slow: int = 800
-    """Tokens of a prompt that takes long enough to be interrupted."""
+    """The length of a prompt that takes long enough to be interrupted."""
     slow_prefill: dict[str, Any] = field(default_factory=dict)
     slow_decode: dict[str, Any] = field(default_factory=dict)
-    """Sampling parameters that make a leg slow where many tokens do not."""
+    """Sampling parameters that make a leg slow if many tokens do not."""
     can_decode_prefill: bool = True
     keeps_kv: bool = True
-    """Whether a prompt's KV is there before decode has come for it."""
+    """Whether a prompt's KV exists before decode asks for it."""
 
     def request(self, num_tokens: int = 40, **sampling: Any) -> GenerateRequest:
         sampling = {"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True, **sampling}
         return GenerateRequest(request_id=new_id(), prompt_token_ids=self.make_prompt(num_tokens), sampling=sampling)
 
     def begin(self, request: GenerateRequest, descriptor: TransferDescriptor | None) -> Running:
-        """Start to decode `request`."""
+        """Start decoding `request`."""
         return Running(self.decode, request, descriptor)
 
     async def are_idle(self) -> bool:
-        """Whether no engine holds KV, runs a request or counts a prompt as queued."""
+        """Return whether no engine holds KV, runs a request or counts a prompt as queued."""
         for engine in (self.prefill, self.decode):
             stats = await engine.stats()
             if stats.num_used_blocks or stats.num_running or stats.num_waiting or engine.prompt_queue.queued_tokens:
@@ -62,7 +62,7 @@ class Pair:
         return True
 
     async def is_kv_kept(self) -> bool:
-        """Whether prefill holds KV."""
+        """Return whether prefill holds KV."""
         return (await self.prefill.stats()).num_used_blocks > 0
 
     async def until_idle(self) -> None:
@@ -70,7 +70,7 @@ class Pair:
 
 
 class Running:
-    """A request that decode works on."""
+    """A request that decode is working on."""
 
     def __init__(self, engine: Engine, request: GenerateRequest, descriptor: TransferDescriptor | None) -> None:
         self.deltas: list[TokenDelta] = []
@@ -101,7 +101,7 @@ def check_deltas(deltas: list[TokenDelta], num_tokens: int) -> None:
 
 
 class EngineContract:
-    """Tests of the fixture `pair`; each leaves the engines as it found them."""
+    """The tests, which use the fixture `pair`.  Each leaves the engines as it found them."""
 
     async def test_the_first_delta_carries_the_report_and_the_last_a_finish_reason(self, pair: Pair) -> None:
         request = pair.request()
@@ -173,7 +173,7 @@ class EngineContract:
         running = pair.begin(request, descriptor)
         await (asyncio.sleep(0) if moment == "at once" else running.until_first_delta())
         await running.abort()
-        if not running.deltas:  # it may not have come to fetching the KV
+        if not running.deltas:  # it may not have started to fetch the KV
             await pair.prefill.release(request.request_id)
             await pair.decode.release(request.request_id, descriptor)
         await pair.until_idle()
@@ -190,7 +190,7 @@ class EngineContract:
 
 
 async def check_death(pair: Pair, kill: Callable[[Engine], Awaitable[None]]) -> None:
-    """The death of a decode engine is said by each of its methods, and it can be stopped, even twice."""
+    """The methods of a dead decode engine raise EngineDead, and it can be stopped, even twice."""
     events = asyncio.create_task(_read_to_the_end(pair.decode))
     await pair.decode.check_health()
     await kill(pair.decode)

@@ -1,6 +1,6 @@
-"""The HTTP client of the tools: where an endpoint is, which models it serves, and how its streams are read.
+"""The HTTP client of the tools: it finds an endpoint and the models that it serves, and reads its streams.
 
-The load of ``baton bench`` is the one exception: it comes from vLLM's own client (docs/decisions/0009-load-client.md).
+Only the load of ``baton bench`` does not use it: vLLM's own client sends that (docs/decisions/0009-load-client.md).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import httpx
 from app.errors import ConfigError
 
 SHOWN_CHARACTERS = 300
-"""How much of an answer stands in an error message."""
+"""How many characters of an answer an error message shows."""
 
 
 def parse_url(option: str, text: str) -> tuple[str, str]:
-    """The name and the URL (without /v1) that `text` ([NAME=]URL) means.  Raises ConfigError, naming `option`."""
+    """Return the name and the URL (without /v1) in `text` ([NAME=]URL).  Raises ConfigError, naming `option`."""
     found = re.fullmatch(r"(?:([^=/:]+)=)?(https?://([^/\s]+)\S*?)(?:/v1)?/?", text)
     if not found:
         raise ConfigError(option, f"{text!r} is no URL; write http://HOST:PORT or NAME=http://HOST:PORT")
@@ -31,23 +31,23 @@ def parse_url(option: str, text: str) -> tuple[str, str]:
 
 
 def new_client(url: str, timeout_s: float) -> httpx.Client:
-    """A client of the endpoint at `url`."""
+    """Return a client of the endpoint at `url`."""
     return httpx.Client(base_url=url, headers=_headers(), timeout=timeout_s)
 
 
 def new_async_client(url: str, timeout_s: float) -> httpx.AsyncClient:
-    """The same for as many requests at a time as there are."""
+    """Return an asynchronous client of the endpoint at `url`, with no limit on the number of connections."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     return httpx.AsyncClient(base_url=url, headers=_headers(), timeout=timeout_s, limits=limits)
 
 
 def _headers() -> dict[str, str]:
-    key = os.environ.get("OPENAI_API_KEY")  # which the load's client sends too
+    key = os.environ.get("OPENAI_API_KEY")  # the client that sends load uses it too
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def find_cards(option: str, client: httpx.Client) -> list[dict[str, Any]]:
-    """What GET /v1/models says of each model.  Raises ConfigError, naming `option`, which `client` was made from."""
+    """Return what GET /v1/models says of each model.  Raises ConfigError, naming the `option` that gave the URL."""
     try:
         cards = ask(option, client, "GET", "/v1/models").json()["data"]
         return [card for card in cards if isinstance(card["id"], str)]
@@ -56,7 +56,7 @@ def find_cards(option: str, client: httpx.Client) -> list[dict[str, Any]]:
 
 
 def find_card(option: str, client: httpx.Client, model: str | None, model_option: str = "--model") -> dict[str, Any]:
-    """The card of `model`, by default the first one.  Raises ConfigError, naming the option."""
+    """Return the card of `model`, by default the first one.  Raises ConfigError, naming the option."""
     cards = find_cards(option, client)
     names = [card["id"] for card in cards]
     if not names:
@@ -67,7 +67,7 @@ def find_card(option: str, client: httpx.Client, model: str | None, model_option
 
 
 def find_version(client: httpx.Client) -> str:
-    """The engine's version as GET /version says it; empty where the endpoint has none."""
+    """Return the engine's version according to GET /version; empty if the endpoint does not tell."""
     try:
         answer = client.get("/version")
         return str(answer.json()["version"]) if answer.is_success else ""
@@ -78,7 +78,7 @@ def find_version(client: httpx.Client) -> str:
 def ask(
     option: str, client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None
 ) -> httpx.Response:
-    """A successful answer.  Raises ConfigError, naming `option`, which `client` was made from."""
+    """Send a request and return the successful answer.  Raises ConfigError, naming the `option` that gave the URL."""
     try:
         answer = client.request(method, path, json=body)
     except httpx.HTTPError as error:
@@ -89,7 +89,7 @@ def ask(
 
 
 def describe(answer: httpx.Response) -> str:
-    """The status and the beginning of the text, in one line; the answer must have been read."""
+    """Return the status and the beginning of the text, in one line.  The answer must have been read."""
     return f"{answer.status_code}: {' '.join(answer.text.split())[:SHOWN_CHARACTERS]}"
 
 
@@ -100,21 +100,21 @@ def _url(client: httpx.Client) -> str:
 class EventParser:
     """Reads a stream of server-sent events, each of which is one line of data, as in OpenAI's API.
 
-    Lines end at a line feed and nowhere else.  httpx's ``iter_lines`` also ends them at U+2028 and the like, which JSON
-    leaves as they are: it would break a token in two.
+    Lines end at a line feed only.  httpx's ``iter_lines`` also ends them at U+2028 and the like, which JSON does not
+    escape, and so would break a token in two.
     """
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The data of each event that `chunk` completes."""
+        """Return the data of each event that `chunk` completes."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         return [line[5:].strip() for line in lines if line.startswith(b"data:")]
 
 
 def read_events(response: httpx.Response) -> Iterator[bytes]:
-    """The data of each event of a stream, as they come."""
+    """Yield the data of each event of a stream as it comes."""
     parser = EventParser()
     for chunk in response.iter_bytes():
         yield from parser.feed(chunk)

@@ -1,4 +1,4 @@
-"""An endpoint that already serves: what it says of itself before it is measured."""
+"""An endpoint that already serves, and what it tells about itself before it is measured."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from app.errors import ConfigError
 from app.models.source import is_folder
 
 TIMEOUT_S = 60.0
-"""For one token too: an endpoint may still be loading its model."""
+"""The timeout of each request, even one for a single token: an endpoint may still be loading its model."""
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """Where load goes, and what stands in tables and pictures for it."""
+    """An endpoint that gets load, and the name that tables and pictures use for it."""
 
     name: str
     url: str
     """Without /v1."""
     model: str
     tokenizer: str
-    """A folder or an id of Hugging Face's hub."""
+    """A folder, or an id on Hugging Face's hub."""
     max_model_tokens: int | None
-    """The longest prompt with its output; None if the endpoint does not say."""
+    """The most tokens of a prompt and its output together; None if the endpoint does not tell."""
     version: str
     """What GET /version says; empty where there is none."""
     pids: tuple[int, ...] = ()
@@ -37,9 +37,9 @@ class Endpoint(msgspec.Struct, frozen=True):
 def find_endpoint(
     option: str, text: str, model: str | None, tokenizer: str | None, pids: list[int], prefix: str = "--"
 ) -> Endpoint:
-    """The endpoint that `text` ([NAME=]URL) means, if it answers.
+    """Return the endpoint at `text` ([NAME=]URL), after a check that it answers.
 
-    `option` is what `text` was given as; `prefix` begins the names of the options for its model and processes.
+    `text` is the value of `option`.  The options for its model and processes have names that begin with `prefix`.
     Raises ConfigError, naming the option that cannot work.
     """
     name, url = parse_url(option, text)
@@ -59,7 +59,7 @@ def find_endpoint(
 
 
 def _complete_once(option: str, client: httpx.Client, model: str) -> None:
-    """One token: a refusal here comes with its reason, which the load's client would not keep."""
+    """Ask for one token.  A refusal comes with its reason here, but the client that sends load would lose it."""
     ask(option, client, "POST", "/v1/completions", {"model": model, "prompt": [1, 2, 3], "max_tokens": 1})
 
 

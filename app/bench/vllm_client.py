@@ -1,6 +1,6 @@
-"""vLLM's benchmark client, as the process of a load calls it (app/bench/load.py).
+"""Calls vLLM's benchmark client, in the process that sends load (app/bench/load.py).
 
-The only module of app/bench that imports vLLM, which takes seconds.  Seen with vLLM 0.32.
+This is the only module of app/bench that imports vLLM, which takes seconds.  It works with vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ with needed("vllm", "send a benchmark's load"):
 
 
 def count_requests(done: Synchronized[int]) -> None:
-    """Register vLLM's function for /v1/completions once more, as one that counts the requests that ended."""
+    """Register vLLM's function for /v1/completions a second time, in a form that counts the requests that ended."""
     send = serve.ASYNC_REQUEST_FUNCS["openai"]
 
     async def counted(request_func_input: Any, session: Any, pbar: Any = None) -> Any:
@@ -40,13 +40,13 @@ def count_requests(done: Synchronized[int]) -> None:
 
 @functools.cache
 def vocabulary(tokenizer: str) -> list[int]:
-    """Every token id but the special ones."""
+    """Return every token id except the special ones."""
     loaded = get_tokenizer(tokenizer)
     return sorted(set(loaded.get_vocab().values()) - set(loaded.all_special_ids))
 
 
 def run(base_url: str, model: str, tokenizer: str, load: RequestPlan) -> dict[str, Any]:
-    """Send the load and wait for all answers: what `benchmark` returns, and the CPU seconds that this took."""
+    """Send the load and wait for all answers.  Returns what `benchmark` returns, and the CPU seconds that this took."""
     token_ids = vocabulary(tokenizer)
     samples = [
         SampleRequest(
@@ -65,7 +65,7 @@ def run(base_url: str, model: str, tokenizer: str, load: RequestPlan) -> dict[st
 
 
 def client_arguments(base_url: str, model: str, load: RequestPlan, samples: list[Any]) -> dict[str, Any]:
-    """The arguments of vLLM's `benchmark`: each request at its own moment, greedy, to its full length."""
+    """Return the arguments of vLLM's `benchmark`: each request is sent when it is due, greedy, to its full length."""
     return {
         "task_type": serve.TaskType.GENERATION,
         "endpoint_type": "counted",
@@ -81,7 +81,7 @@ def client_arguments(base_url: str, model: str, load: RequestPlan, samples: list
         "extra_body": {"temperature": 0},
         "ready_check_timeout_sec": 0,
         "disable_tqdm": True,
-        # What it would add up itself, and what is for other kinds of load:
+        # What follows is for statistics of the client's own, and for other kinds of load.
         "selected_percentile_metrics": [],
         "selected_percentiles": [],
         "goodput_config_dict": {},

@@ -48,7 +48,7 @@ class SubmittedSequence:
 
 
 class Listener(Protocol):
-    """Receives what a replica publishes.  In a frontend this is the pool state of the replica's pool."""
+    """Who is told what a replica tells of itself; a frontend's state of the replica's pool."""
 
     def on_load(self, replica: str, load: ReplicaLoad) -> None:
         """Take the replica's present load."""

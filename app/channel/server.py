@@ -41,10 +41,10 @@ MAX_WAITING_BLOCKS = 16_384
 
 
 class FrontendChannel:
-    """One frontend as a replica sees it: the frontend's sequences, and what waits to be sent to it."""
+    """A frontend, as a replica sees it: its sequences, and what waits to be sent to it."""
 
     def __init__(self, channel_id: str, load: ReplicaLoad | None, snapshot: Callable[[], KvUpdate | None]) -> None:
-        """`load` is the present load.  `snapshot` returns the whole prefix cache, or None if it is not known."""
+        """`load` is the present one; `snapshot` tells the whole prefix cache, or None if the replica does not know."""
         self.id = channel_id
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._deltas: dict[int, TokenDelta] = {}
@@ -166,7 +166,7 @@ class ChannelServer:
     """A replica's end of all its channels."""
 
     def __init__(self, replica_id: str, run: Callable[[FrontendChannel, Submit], Coroutine[Any, Any, None]]) -> None:
-        """`run` serves one sequence.  It is cancelled when the frontend cancels the sequence or disconnects."""
+        """`run` serves one sequence; it is cancelled when the frontend cancels it or goes away."""
         self.channels: dict[str, FrontendChannel] = {}
         self.on_open: Callable[[FrontendChannel], object] = lambda channel: None
         self.on_close: Callable[[FrontendChannel], object] = lambda channel: None
@@ -198,7 +198,7 @@ class ChannelServer:
             channel.put_load(load)
 
     def publish_kv(self, update: KvUpdate) -> None:
-        """Send a change to all frontends.  From now on `snapshot` has to include it."""
+        """Tell all frontends of a change, which `snapshot` has in it from now on."""
         for channel in self.channels.values():
             channel.put_kv(update)
 

@@ -184,7 +184,7 @@ class Explanation(msgspec.Struct):
 
 
 class SmokeTarget:
-    """The application under test, and the model that the checks use."""
+    """The application under test, and the model that is asked for."""
 
     def __init__(self, client: httpx.Client, card: Card) -> None:
         self.client = client

@@ -267,7 +267,7 @@ def compare_output(
 
 
 def _prompts(endpoint: VerifyTarget, rng: random.Random) -> list[tuple[str, list[list[int]]]]:
-    """Return named groups of prompts.  The last prompt of each group is compared."""
+    """Named groups of prompts; the last of a group is compared."""
     longest = endpoint.max_model_len - OUTPUT_TOKENS
     groups = [
         (f"{length} tokens", [endpoint.random_prompt(rng, length)]) for length in PROMPT_LENGTHS if length <= longest

@@ -27,10 +27,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     engine_args: dict[str, Any]
     kv_host: str = ""
     kv_port: int = 0
-    """Where this engine answers other engines' questions about its KV layout (its own port on the node)."""
+    """The port, its own on the node, at which this engine answers other engines' questions about its KV layout."""
     transfer_backends: list[str] = []
     required_transport: str = "any"
-    """What KV must move by, as ``transfer.required_transport`` names it."""
+    """The transport by which KV must move, as ``transfer.required_transport`` names it."""
     transfer_lease_s: int = 30
     transfer_timeout_s: float = 60.0
     """How long decode waits for KV that prefill has promised."""
@@ -45,7 +45,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size_tokens: int
     max_model_len: int
     prefix_cache: PrefixCache = "none"
-    """``published``: by `Engine.kv_events`."""
+    """With ``published``, `Engine.kv_events` yields what happens to it."""
 
 
 class Engine(Protocol):
@@ -57,45 +57,46 @@ class Engine(Protocol):
     prompt_queue: PromptQueue
 
     async def start(self) -> EngineInfo:
-        """Return when the engine can serve.  Raises what the engine raised; `stop` is safe afterwards."""
+        """Return when the engine can serve.  Raises what the engine raised; `stop` can be called afterwards."""
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
-        """Compute the prompt's KV and return when decode may start to fetch it, be it before it is all there.
+        """Compute the prompt's KV and return when decode may start to fetch it, which can be before all of it is there.
 
         The caller owns the KV until decode has pulled it, `release` was called or the lease ran out.
         Raises InvalidRequest, EngineDead, EngineFailed or PrefillFailed.
         """
 
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
-        """Run one sequence to its end; KV comes through `descriptor` or is computed here.
+        """Run one sequence to its end.  The prompt's KV comes through `descriptor`, or is computed here without one.
 
-        `emit` gets each delta in the same turn of the event loop as the other sequences of its engine step, so
-        that what a step produced can travel together.  The first delta carries the report, the last a
-        finish_reason.  A transfer that fails is recomputed here, or raises PrefillFailed before the first delta by
-        an engine that cannot (`ModelConfig.can_decode_prefill`); incomplete KV is never served from.
+        All sequences of one engine step get their deltas, through `emit`, in the same turn of the event loop, so that
+        they can travel together.  The first delta carries the report, the last one a finish_reason.  If a transfer
+        fails, the KV is computed here.  An engine that cannot do this (`ModelConfig.can_decode_prefill`) raises
+        PrefillFailed before the first delta.  No token is ever computed from incomplete KV.
         Raises InvalidRequest, EngineDead or EngineFailed.
         """
 
     async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
-        """Nobody will fetch this prompt's KV: have it freed at once instead of when its lease runs out.
+        """Free a prompt's KV that nobody will fetch, at once instead of when its lease runs out.
 
-        Called on the prefill engine without a descriptor, and on a decode engine with the one that `prefill` returned:
-        some engines free their KV by themselves, others only when a decode engine tells them.  Does no harm where the
-        request is unknown, was released before, or has had its KV fetched.
+        It is called on the prefill engine without a descriptor, and on a decode engine with the descriptor that
+        `prefill` returned: some engines free their KV by themselves, others only when a decode engine tells them to.
+        It has no effect if the request is unknown, was released before, or has had its KV fetched.
         """
 
     async def stats(self) -> EngineStats:
-        """The present load."""
+        """Return the present load."""
 
     def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
-        """What happens to the prefix cache, in order, from the engine's start on, for one consumer.
+        """Yield what happens to the prefix cache, in order, from the engine's start on.  There is one consumer.
 
-        Where events were lost for good the list begins with AllBlocksCleared, and what follows is all that is known
-        to be there.  Ends when the engine stops; is empty if the engine publishes none (`EngineInfo`).
+        Where events were lost for good, the list begins with AllBlocksCleared, and only what follows is known to be
+        cached.  The generator ends when the engine stops.  It yields nothing if the engine publishes no events
+        (`EngineInfo`).
         """
 
     async def check_health(self) -> None:
         """Raise EngineDead unless the engine's processes run."""
 
     async def stop(self) -> None:
-        """End the engine's processes; safe to call twice and after a failed start."""
+        """End the engine's processes.  It may be called twice, and after a failed start."""

@@ -2,11 +2,11 @@
 
 Both engines number the batches of events that they publish, from 0 on, and keep the last ones for replay:
 
-1. `KvEventFeed.publisher` tells the engine where to publish: two Unix sockets in a directory of the feed's own.
-2. `batches` subscribes, then asks for a replay from 0, as a subscriber gets nothing of what was before it.
-3. A number that is too high says that batches are missing: a replay brings them.  What arrives twice is dropped.
-4. The last batches can be missing too, and no number tells: where none comes for a while, a replay makes sure.
-5. Batches that no replay brings any more are lost, and with them the knowledge of what is cached: AllBlocksCleared.
+1. `KvEventFeed.publisher` tells the engine where to publish: at two Unix sockets in a directory of the feed's own.
+2. `batches` subscribes and then asks for a replay from 0, because a subscriber gets nothing that was published before.
+3. If a number is too high, batches are missing, and a replay brings them.  What arrives twice is dropped.
+4. If the last batches are missing, no number tells.  So after a while without events, `batches` asks for a replay.
+5. If a replay does not bring a batch any more, it is lost.  Then what is cached is unknown: AllBlocksCleared.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from app.messages import AllBlocksCleared, BlockHash, BlockRemoved, BlockStored,
 logger = logging.getLogger("baton.engines.kv_events")
 
 BUFFER_STEPS = 512
-"""Batches that an engine keeps for replay, and that wait in each of the two sockets before more are left out.
+"""How many batches an engine keeps for replay, and how many each of the two sockets holds before more are dropped.
 
-An engine publishes at most one batch a step, so this is 5 to 50 s of a busy one, and some MB: a step's batch has 3
-bytes for each token of the blocks that it filled.  Replies to a replay must fit into 1,000 messages, ZMQ's default
-bound of the engine's socket for them, which drops what is beyond."""
+An engine publishes at most one batch a step.  So this is 5 to 50 s of a busy engine and some MB: a step's batch has 3
+bytes for each token of the blocks that it filled.  The replies to a replay must fit into 1,000 messages, ZMQ's default
+limit for the engine's socket; it drops what exceeds them."""
 
 SILENCE_S = 1.0
-"""After how long without events a replay makes sure that none is missing; the engine answers in microseconds."""
+"""After how long without events a replay checks that none is missing; the engine answers in microseconds."""
 
 REPLAY_TIMEOUT_S = 5.0
-"""How long the engine may take from one reply to the next; between steps of the publisher's thread pass 0.1 s."""
+"""How long the engine may take from one reply to the next.  The publisher's thread makes a step every 0.1 s."""
 
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 
 GPU = "GPU"
-"""Where the engine computes, as its events name it; engines on a CPU name it so too.  Blocks elsewhere (SGLang's
-``CPU_PINNED``, vLLM's ``CPU``, disks) have to be loaded first, and their events are left out."""
+"""The events' name for the memory in which the engine computes; engines on a CPU use it too.  Blocks elsewhere
+(SGLang's ``CPU_PINNED``, vLLM's ``CPU``, disks) have to be loaded first, so their events are left out."""
 
 
 class _Stored(msgspec.Struct, tag="BlockStored"):
@@ -56,9 +56,9 @@ class _Stored(msgspec.Struct, tag="BlockStored"):
     medium: str | None = None
     group_idx: int | None = None
     extra_keys: list[tuple[Any, ...] | None] | None = None
-    """vLLM: what a block's hash depends on beside its tokens; of a prompt's first block, the salt."""
+    """From vLLM: what a block's hash depends on besides its tokens.  For a prompt's first block, this is the salt."""
     cache_salt: str | None = None
-    """SGLang's."""
+    """From SGLang."""
 
 
 class _Removed(msgspec.Struct, tag="BlockRemoved"):
@@ -94,7 +94,7 @@ class KvEventFeed:
 
     @property
     def publisher(self) -> dict[str, Any]:
-        """The settings of vLLM's ``KVEventsConfig`` and SGLang's ``kv_events_config``, which have the same names."""
+        """Return settings for vLLM's ``KVEventsConfig`` and SGLang's ``kv_events_config``; their names are the same."""
         return {
             "publisher": "zmq",
             "endpoint": self._endpoint,
@@ -104,10 +104,10 @@ class KvEventFeed:
         }
 
     async def batches(self) -> AsyncGenerator[list[KvEvent], None]:
-        """The events of each batch, in order, until `close`; begins anew when called anew.
+        """Yield the events of each batch, in order, until `close`.  Another call starts again from the first batch.
 
-        A list begins with AllBlocksCleared where batches before it were lost.  Raises msgspec.DecodeError for what is
-        no event of these engines.
+        A list begins with AllBlocksCleared if batches before it were lost.  Raises msgspec.DecodeError for a message
+        that is not an event of these engines.
         """
         self._next = 0
         try:
@@ -123,7 +123,7 @@ class KvEventFeed:
                 raise
 
     async def _advance(self, updates: zmq.asyncio.Socket) -> list[list[KvEvent]]:
-        """What the next message, or the lack of one, adds."""
+        """Return the batch that the next message brings, and those of a replay if some are or may be missing."""
         try:
             number, batch = _parse(await _receive(updates))
         except zmq.Again:
@@ -140,7 +140,7 @@ class KvEventFeed:
         return batches
 
     async def _catch_up(self) -> list[list[KvEvent]]:
-        """What a replay brings that has not come yet."""
+        """Return the batches of a replay that have not been received yet."""
         batches = []
         with self._connected(zmq.DEALER, self._replay_endpoint, REPLAY_TIMEOUT_S) as replay:
             await replay.send_multipart([b"", self._next.to_bytes(8, "big")])
@@ -152,7 +152,7 @@ class KvEventFeed:
         return batches
 
     def _accept(self, number: int, batch: _Batch) -> list[KvEvent]:
-        """The events of the next batch that there is; nothing brings those before it any more."""
+        """Return the events of the next batch that can be had.  Batches missing before it are lost."""
         events = _normalise(batch)
         if number != self._next:
             logger.warning("%d batches of KV events are lost: the cache is taken as empty", number - self._next)
@@ -175,7 +175,7 @@ class KvEventFeed:
                 self._sockets.discard(socket)
 
     def close(self) -> None:
-        """End `batches` and remove the sockets; safe to call twice."""
+        """End `batches` and remove the sockets.  It may be called twice."""
         for socket in list(self._sockets):
             socket.close()
         self._context.term()
@@ -183,7 +183,7 @@ class KvEventFeed:
 
 
 async def follow(feed: KvEventFeed | None) -> AsyncGenerator[list[KvEvent], None]:
-    """The batches of `feed`; none of an engine that has no feed."""
+    """Yield the batches of `feed`; none if the engine has no feed."""
     if feed is not None:
         async with aclosing(feed.batches()) as batches:
             async for events in batches:
@@ -191,22 +191,22 @@ async def follow(feed: KvEventFeed | None) -> AsyncGenerator[list[KvEvent], None
 
 
 async def _receive(socket: zmq.asyncio.Socket) -> list[bytes]:
-    """The next message.  Raises zmq.Again if none comes in time, and ContextTerminated if `close` is called."""
+    """Return the next message.  Raises zmq.Again if none comes in time, and ContextTerminated if `close` is called."""
     message = asyncio.ensure_future(socket.recv_multipart())
-    await asyncio.wait([message])  # and not `message` itself: closing the socket cancels it
+    await asyncio.wait([message])  # not `await message`: closing the socket cancels it
     if message.cancelled():
         raise zmq.ContextTerminated
     return message.result()
 
 
 def _parse(frames: list[bytes]) -> tuple[int, _Batch]:
-    """A batch and its number, from [topic, number, batch]."""
+    """Return a batch and its number, from [topic, number, batch]."""
     _, number, batch = frames
     return int.from_bytes(number, "big"), _decode(batch)
 
 
 def _normalise(batch: _Batch) -> list[KvEvent]:
-    """The events of the cache on the GPU, and where a model has several groups of layers, of the first group."""
+    """Return the events of the cache on the GPU, and of the first group if a model has several groups of layers."""
     events: list[KvEvent] = []
     for event in batch.events:
         if isinstance(event, _Cleared):

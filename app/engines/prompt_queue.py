@@ -1,4 +1,4 @@
-"""How many prompt tokens an engine has still to compute, and how many it has computed, as far as its adapter knows."""
+"""Counts the prompt tokens that an engine has still to compute and those that it has computed, as its adapter knows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PromptQueue:
         """Their tokens."""
 
     def enter(self, request: GenerateRequest, descriptor: TransferDescriptor | None = None) -> Leave:
-        """Count a prompt, unless `descriptor` brings its KV, until what this returns is called."""
+        """Count a prompt as queued until the returned function is called.  With `descriptor` it does not count."""
         is_waiting = descriptor is None
         num_tokens = max(0, len(request.prompt_token_ids) - request.expected_cached_tokens) if is_waiting else 0
         self.queued_tokens += num_tokens

@@ -1,15 +1,17 @@
 """SGLang behind the `Engine` protocol, on a GPU or a CPU.
 
 1. `start` sets the environment that SGLang reads, then starts its scheduler and detokenizer as processes.
-2. Aggregated, `generate` gives a request to SGLang and passes its tokens on; RadixAttention reuses prefixes.
-3. Disaggregated, SGLang's two legs of a request meet in a *bootstrap room*: `prefill` picks a fresh room, starts the
-   prefill leg and returns at once, the descriptor being the room and the address of this engine's bootstrap server.
-   `generate` on the decode side enters the room: it tells prefill where its KV goes, prefill computes and writes it
-   there over NIXL, together with the first token, which prefill samples.
-4. Whichever leg ends early, SGLang tells the other one; a room that decode never enters is given up by `release`, or
-   after ``transfer.lease_s``.
+2. In an aggregated engine, `generate` gives a request to SGLang and passes its tokens on.  RadixAttention reuses
+   prefixes.
+3. With prefill and decode apart, SGLang's two legs of a request meet in a *bootstrap room*.  `prefill` picks a new
+   room, starts the prefill leg and returns at once; the descriptor has the room and the address of this engine's
+   bootstrap server.  `generate` on the decode side enters the room and tells prefill where the KV goes.  Prefill
+   computes the KV and writes it there over NIXL, together with the first token, which prefill samples.
+4. If one leg ends early, SGLang tells the other one.  If decode never enters a room, `release` gives it up, or SGLang
+   does after ``transfer.lease_s``.
 
-SGLang's decode engine cannot prefill, so a transfer that fails is `PrefillFailed`: another prefill replica may do it.
+SGLang's decode engine cannot prefill, so a transfer that fails raises `PrefillFailed`; another prefill replica may
+succeed.
 """
 
 from __future__ import annotations
@@ -55,18 +57,20 @@ from app.messages import (
 logger = logging.getLogger("baton.engines.sglang")
 
 NO_DECODE_CACHE = ("disable_radix_cache", "enable_hisparse", "speculative_algorithm")
-"""Arguments with any of which a decode engine has no prefix cache by default: it is not wanted, or SGLang refuses it
-(with speculative decoding only for some algorithms, but it is then of pairs of tokens, which events do not tell)."""
+"""With any of these arguments, a decode engine has no prefix cache by default: it is not wanted, or SGLang refuses it.
+(With speculative decoding SGLang refuses it only for some algorithms.  But the cache then holds pairs of tokens, and
+events do not tell these.)"""
 
 HEARTBEAT_S = 1.0
-"""Between a decode engine's looks at each prefill engine; two that fail give up all that is under way from it."""
+"""The time between two polls of each prefill engine by a decode engine.  After two that fail, it gives up all transfers
+from that engine."""
 
 CONNECT_TIMEOUT_S = 3.0
 """How long a prefill engine may take to accept a connection."""
 
 
 def build_engine_args(spec: EngineSpec) -> dict[str, Any]:
-    """The arguments of SGLang's ``Engine`` (its ``ServerArgs``) for `spec`."""
+    """Return the arguments of SGLang's ``Engine`` (its ``ServerArgs``) for `spec`."""
     arguments: dict[str, Any] = {
         "model_path": spec.model_path,
         "tp_size": spec.tensor_parallel_size,
@@ -77,7 +81,7 @@ def build_engine_args(spec: EngineSpec) -> dict[str, Any]:
         "schedule_low_priority_values_first": True,  # vLLM's order
     }
     if spec.device == "cpu":
-        arguments["sleep_on_idle"] = True  # else an idle engine takes a core from those that work
+        arguments["sleep_on_idle"] = True  # otherwise an idle engine takes a core from busy ones
     if spec.is_disaggregated:
         arguments |= {
             "disaggregation_mode": spec.role,
@@ -85,16 +89,19 @@ def build_engine_args(spec: EngineSpec) -> dict[str, Any]:
             "disaggregation_bootstrap_port": spec.kv_port,
         }
         if spec.role == "decode":
-            # The next turn of a conversation then has only what is new transferred.
+            # Then only the new part of a conversation is transferred at its next turn.
             arguments["disaggregation_decode_enable_radix_cache"] = not any(map(spec.engine_args.get, NO_DECODE_CACHE))
             if spec.device == "cpu":
-                # What SGLang chooses by itself copies KV of a request that it suspends from a GPU.
+                # SGLang's default copies the KV of a request that it suspends from a GPU.
                 arguments["disaggregation_decode_retraction_backup"] = "cpu_tensor"
     return {**arguments, **spec.engine_args}
 
 
 def prefix_cache(arguments: dict[str, Any]) -> PrefixCache:
-    """That of an engine with these arguments; with speculative decoding its events name pairs of tokens."""
+    """Return what is known of the prefix cache of an engine with these arguments.
+
+    With speculative decoding it is ``silent``, because its events then name pairs of tokens.
+    """
     is_decode = arguments.get("disaggregation_mode") == "decode"
     if arguments.get("disable_radix_cache") or (
         is_decode and not arguments["disaggregation_decode_enable_radix_cache"]
@@ -128,7 +135,7 @@ class SglangEngine:
 
     async def start(self) -> EngineInfo:
         os.environ.update(self._environment())
-        # Loading takes from seconds to many minutes: off the loop, which has to go on answering Serve.
+        # Loading takes from seconds to many minutes.  It runs in a thread, as the loop must go on answering Serve.
         engine = self._engine = await asyncio.to_thread(self._start_engine)
         manager = engine.tokenizer_manager
         manager.auto_create_handle_loop()  # on this loop, which hands out the tokens
@@ -188,7 +195,7 @@ class SglangEngine:
             )
         room = {"host": self._spec.kv_host, "port": self._spec.kv_port, "room": random.getrandbits(62)}
         arguments = self._arguments(request, self._translate(request), room)
-        leave_queue = self.prompt_queue.enter(request)  # SGLang says of this leg no more than that it has ended
+        leave_queue = self.prompt_queue.enter(request)  # SGLang only tells that this leg has ended
         task = asyncio.create_task(self._prefill(request.request_id, arguments, leave_queue))
         self._prefills[request.request_id] = task
         task.add_done_callback(lambda _: self._prefills.pop(request.request_id))
@@ -198,14 +205,14 @@ class SglangEngine:
             replica_id=self._spec.replica_id,
             request_id=request.request_id,
             prompt_tokens=len(request.prompt_token_ids),
-            cached_tokens=0,  # not known yet: it comes to decode together with the KV
+            cached_tokens=0,  # not known yet: decode learns it together with the KV
             ready_at=time.time(),
             lease_s=self._spec.transfer_lease_s,
             params=room,
         )
 
     async def _prefill(self, request_id: str, arguments: dict[str, Any], leave_queue: Leave) -> None:
-        """The prefill leg, which goes on after `prefill` returned: until decode has the KV, or will not come."""
+        """Run the prefill leg.  It goes on after `prefill` returned, until decode has the KV or will not fetch it."""
         is_computed = True
         try:
             async with aclosing(self._outputs(arguments)) as outputs:
@@ -215,13 +222,16 @@ class SglangEngine:
                         self._num_expired_handoffs += surface.has_lease_run_out(abort)
                         logger.warning("request_id=%s prefill ended: %s", request_id, abort["message"])
             leave_queue(is_computed=is_computed)
-        except InvalidRequest as error:  # decode refuses it too, and answers
+        except InvalidRequest as error:  # decode refuses it too, and its answer is the one that counts
             logger.info("request_id=%s refused: %s", request_id, error)
         except Exception:
             logger.exception("request_id=%s prefill ended", request_id)
 
     async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
-        """Only the prefill engine can: it computes nothing before decode has come, and decode has not."""
+        """End the prefill leg; only the prefill engine can.
+
+        It computes nothing before decode enters the room, and decode has not entered it.
+        """
         if (task := self._prefills.get(request_id)) is not None:
             task.cancel()
 
@@ -247,7 +257,7 @@ class SglangEngine:
             leave_queue()
 
     def _stop_reason(self, output: Output, request: GenerateRequest) -> int | None:
-        """By vLLM's rule: a stop token that the request names, unless it is the end-of-sequence token."""
+        """Return the stop token by vLLM's rule: only one that the request names, and not the end-of-sequence token."""
         reason = output["meta_info"]["finish_reason"]
         matched = reason.get("matched") if reason else None
         is_named = matched in request.sampling.get("stop_token_ids", ())
@@ -268,19 +278,19 @@ class SglangEngine:
         )
 
     def _check_token_ids(self, name: str, token_ids: Collection[int]) -> None:
-        """Refuse what would end SGLang's scheduler, and with it every request."""
+        """Refuse token ids that would crash SGLang's scheduler, and with it every request."""
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
             raise InvalidRequest(f"{name}: token ids must be below {self._vocab_size}")
 
     def _arguments(
         self, request: GenerateRequest, translation: Translation, room: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """What SGLang's ``async_generate`` takes."""
+        """Return the arguments of SGLang's ``async_generate``."""
         arguments: dict[str, Any] = {
             "input_ids": request.prompt_token_ids,
             "sampling_params": translation.sampling_params,
             "stream": True,
-            # Aborts match the beginnings of ids: all are as long, so none is the beginning of another.
+            # An abort ends every id that begins with its own.  All ids have the same length, so it ends only one.
             "rid": uuid.uuid4().hex,
             "cache_salt": request.cache_salt,
             "require_reasoning": translation.require_reasoning,
@@ -293,7 +303,7 @@ class SglangEngine:
         return arguments
 
     async def _outputs(self, arguments: dict[str, Any]) -> AsyncGenerator[Output, None]:
-        """What SGLang says of one request; closing it early aborts the request.  Raises InvalidRequest."""
+        """Yield SGLang's outputs of one request.  Closing this early aborts the request.  Raises InvalidRequest."""
         try:
             outputs = await self._live_engine().async_generate(**arguments)
             async with aclosing(outputs):
@@ -303,7 +313,7 @@ class SglangEngine:
             raise InvalidRequest(str(error)) from error
 
     async def _check_reachable(self, descriptor: TransferDescriptor) -> None:
-        """Raise PrefillFailed if the prefill engine does not listen: SGLang itself would try for many seconds."""
+        """Raise PrefillFailed if the prefill engine does not listen.  SGLang itself would try for many seconds."""
         address = (descriptor.params["host"], descriptor.params["port"])
         now = time.monotonic()
         if self._reached_at.get(address, -HEARTBEAT_S) + HEARTBEAT_S > now:
@@ -319,7 +329,7 @@ class SglangEngine:
         self._reached_at[address] = now
 
     def _failure(self, abort: FinishReason, descriptor: TransferDescriptor | None) -> Exception:
-        """What SGLang's ending of a request means; with `descriptor` no token has come yet."""
+        """Return the exception for a request that SGLang aborted.  `descriptor` is given if no token has come yet."""
         if abort.get("status_code") == HTTPStatus.BAD_REQUEST:
             return InvalidRequest(abort["message"])
         if descriptor is None:
@@ -330,10 +340,10 @@ class SglangEngine:
     def _report(
         self, request: GenerateRequest, descriptor: TransferDescriptor | None, meta_info: MetaInfo
     ) -> PrefillReport:
-        """`transferred_tokens`, and `EngineStats.transferred_bytes` with it, are an upper bound: the whole prompt.
+        """Return the report.  Its `transferred_tokens`, and `EngineStats.transferred_bytes`, are an upper bound.
 
-        SGLang has less transferred where decode has a beginning cached itself, but does not tell how much: its
-        ``cached_tokens`` are the greater of prefill's and decode's.
+        They count the whole prompt.  SGLang transfers less if decode has a beginning of the prompt cached, but does not
+        tell how much: its ``cached_tokens`` are the greater of prefill's and decode's.
         """
         cached_tokens = meta_info["cached_tokens"]
         if descriptor is None:
@@ -379,7 +389,7 @@ class SglangEngine:
             raise EngineDead
 
     def _live_engine(self) -> surface.Engine:
-        """Raises EngineDead if there is none: not yet, or not any more."""
+        """Return the engine.  Raises EngineDead before it was started and after it was stopped."""
         if self._engine is None:
             raise EngineDead("the engine does not run")
         return self._engine
@@ -395,13 +405,13 @@ class SglangEngine:
 
 
 def _held_up(load: Load) -> int:
-    """Requests that decode has no KV memory for: on decode itself, or on a prefill engine that waits for it."""
+    """Return how many requests decode lacks KV memory for, on decode itself or on a prefill engine waiting for it."""
     on_prefill = load.disaggregation.prefill_bootstrap_queue_reqs if load.disaggregation else 0
     return on_prefill + (load.queues.prealloc_ready if load.queues else 0)
 
 
 def _abort_of(output: Output) -> FinishReason | None:
-    """SGLang's reason if it ended the request before its time."""
+    """Return SGLang's reason if it aborted the request; otherwise None."""
     reason = output["meta_info"]["finish_reason"]
     return reason if reason is not None and reason["type"] == "abort" else None
 
@@ -433,7 +443,7 @@ def _to_delta(
 def _to_logprobs(
     of_tokens: list[TokenLogprob], of_candidates: list[Candidates | None] | None, num_candidates: int
 ) -> Logprobs:
-    """The log probabilities of new output tokens, or of the prompt's without its first, which has none."""
+    """Return the log probabilities of new output tokens, or of the prompt's tokens except the first, which has none."""
     logprobs = Logprobs(token_ids=[], logprobs=[], ranks=[])
     for (logprob, token, _), candidates in zip(of_tokens, of_candidates or [None] * len(of_tokens), strict=True):
         if logprob is None:

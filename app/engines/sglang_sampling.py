@@ -1,7 +1,7 @@
-"""Sampling parameters from vLLM's names, which the frontend speaks, to SGLang's.
+"""Translates sampling parameters from vLLM's names, which the frontend uses, to SGLang's.
 
-Whatever SGLang lacks, or would understand otherwise, is refused by its name: an answer that ignores a parameter
-looks like an answer that obeyed it.
+A parameter that SGLang lacks or would understand differently is refused, and the error names it.  An answer that
+ignored the parameter would look like one that obeyed it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from app.errors import InvalidRequest
 
 DEFAULT_MAX_TOKENS = 16
-"""vLLM's, since what is at vLLM's default is not in the request."""
+"""vLLM's default: a request leaves out what is at vLLM's default."""
 
 MAX_TOP_LOGPROBS_TRANSFERRED = 128
 """Candidates of the first token for which SGLang's transfer of a prefill's result has room (``MetadataBuffers``)."""
@@ -35,7 +35,7 @@ RENAMED = {
     "ignore_eos": "ignore_eos",
     "stream_interval": "stream_interval",
 }
-"""vLLM's name to SGLang's, for what means the same under both."""
+"""vLLM's names to SGLang's, for parameters that mean the same in both."""
 
 WITHOUT_EFFECT = frozenset(
     {"flat_logprobs", "skip_reading_prefix_cache", "skip_special_tokens", "spaces_between_special_tokens"}
@@ -55,7 +55,7 @@ class Translation(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the grammar binds only after the model's reasoning has ended."""
 
     def logprob_arguments(self) -> dict[str, Any]:
-        """The arguments that ask for log probabilities; SGLang has one number of candidates for prompt and output."""
+        """The arguments that ask for log probabilities.  Prompt and output share one number of candidates in SGLang."""
         if self.num_logprobs is None and self.num_prompt_logprobs is None:
             return {}
         return {
@@ -73,9 +73,9 @@ def translate(
     is_deterministic: bool,
     has_reasoning_parser: bool,
 ) -> Translation:
-    """SGLang's arguments for `sampling` (vLLM's names, defaults left out).
+    """Return SGLang's arguments for `sampling`, which has vLLM's names and leaves defaults out.
 
-    Raises InvalidRequest that names the parameter if SGLang cannot do what it asks for.
+    Raises InvalidRequest, which names the parameter, if SGLang cannot do what a parameter asks for.
     """
     rest = dict(sampling)
     params = {RENAMED[name]: rest.pop(name) for name in list(rest) if name in RENAMED}
@@ -116,12 +116,12 @@ def _add_seed(params: dict[str, Any], seed: int | None, is_deterministic: bool) 
         return
     if params.get("min_p"):
         raise InvalidRequest("min_p is not supported by SGLang with enable_deterministic_inference")
-    # Left to itself SGLang gives every request the same seed then: n sequences would be n times the same one.
+    # By itself SGLang would give every request the same seed, and n sequences would all be the same.
     params["sampling_seed"] = random.getrandbits(63) if seed is None else seed
 
 
 def _grammar(structured: dict[str, Any]) -> dict[str, Any]:
-    """The one constraint of vLLM's ``structured_outputs`` as SGLang's parameter."""
+    """Return the one constraint of vLLM's ``structured_outputs`` as SGLang's parameter."""
     constraints: dict[str, Callable[[Any], dict[str, Any]]] = {
         "json": lambda schema: {"json_schema": schema if isinstance(schema, str) else json.dumps(schema)},
         "json_object": lambda _: {"json_schema": '{"type": "object"}'},
@@ -145,7 +145,7 @@ def _grammar(structured: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_of(choices: list[str]) -> str:
-    """A grammar that derives exactly `choices`; JSON writes a string as the grammar's notation does."""
+    """Return a grammar that derives exactly `choices`.  Strings in its notation are written as in JSON."""
     return "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 

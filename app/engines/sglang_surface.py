@@ -1,7 +1,7 @@
-"""What Baton uses of SGLang's ``Engine``, which is SGLang's own affair and may change.
+"""What Baton uses of SGLang's ``Engine``.  It is private to SGLang and may change.
 
-`launch` asserts that all of it is there; the protocols also let the type checker see what the adapter may use.
-tests/unit/engines/test_sglang_surface.py says when a detour can go.
+`launch` checks that all of it is there.  The protocols also tell the type checker what the adapter may use.
+tests/unit/engines/test_sglang_surface.py says when a workaround can be deleted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal, NotRequired, Protocol, TypedDict, cast
 from app.upstream import check_protocol, needed
 
 READ_ELSEWHERE = {"SGLANG_USE_CPU_ENGINE"}
-"""Environment variables that SGLang reads without the table of its own."""
+"""Environment variables that SGLang reads although they are not in its own table."""
 
 
 class FinishReason(TypedDict):
@@ -39,7 +39,7 @@ class MetaInfo(TypedDict):
 
 
 class Output(TypedDict):
-    """What SGLang adds to one request at a time."""
+    """What SGLang adds to one request in one step."""
 
     output_ids: list[int]
     meta_info: MetaInfo
@@ -65,7 +65,7 @@ class ModelConfig(Protocol):
 
 
 class MlaConfig(Protocol):
-    """Of a model with multi-head latent attention."""
+    """The configuration of a model with multi-head latent attention."""
 
     kv_lora_rank: int
     qk_rope_head_dim: int
@@ -81,7 +81,7 @@ class QueueLoad(Protocol):
 
 
 class Load(Protocol):
-    """What a scheduler says of itself."""
+    """The load that a scheduler reports."""
 
     num_running_reqs: int
     num_waiting_reqs: int
@@ -142,9 +142,10 @@ class Engine(Protocol):
 
 
 def launch(arguments: dict[str, Any]) -> Engine:
-    """Start SGLang's processes; returns when the model is loaded.
+    """Start SGLang's processes and return when the model is loaded.
 
-    Raises TypeError or ValueError for arguments that SGLang refuses, and UpstreamChanged where it lacks what is used.
+    Raises TypeError or ValueError for arguments that SGLang refuses, and UpstreamChanged if SGLang lacks a name that
+    Baton uses.
     """
     import sglang
 
@@ -159,7 +160,7 @@ def launch(arguments: dict[str, Any]) -> Engine:
 
 
 def check_classes() -> None:
-    """Raise UpstreamChanged if the installed SGLang lacks anything that is used of its classes."""
+    """Raise UpstreamChanged if a class of the installed SGLang lacks a name that Baton uses."""
     with needed("sglang", "see an engine's load"):
         from sglang.srt.managers.load_snapshot import DisaggregationMetrics, LoadSnapshot, QueueMetrics
 
@@ -169,7 +170,7 @@ def check_classes() -> None:
 
 
 def check_environment(names: Iterable[str]) -> None:
-    """Raise UpstreamChanged if SGLang does not read one of these environment variables, as far as they are its own."""
+    """Raise UpstreamChanged if SGLang does not read one of the variables in `names` that begin with ``SGLANG_``."""
     with needed("sglang", "set up an engine"):
         from sglang.srt.environ import envs
 
@@ -196,13 +197,16 @@ def version() -> str:
 
 
 def num_kv_tokens(engine: Engine) -> int:
-    """Tokens that the KV memory of one rank holds."""
+    """Return how many tokens the KV memory of one rank holds."""
     with needed("sglang", "know the size of its KV memory"):
         return int(engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"])
 
 
 def kv_bytes_per_token(engine: Engine) -> int:
-    """Bytes of one token's KV over all layers and ranks, from the model's shape; SGLang reports none."""
+    """Return the bytes of one token's KV over all layers and ranks.
+
+    They follow from the model's shape, because SGLang does not report them.
+    """
     model = engine.tokenizer_manager.model_config
     itemsize = 1 if engine.server_args.kv_cache_dtype.startswith("fp8") else model.dtype.itemsize
     if model.attention_arch.name == "MLA":
@@ -216,5 +220,8 @@ def kv_bytes_per_token(engine: Engine) -> int:
 
 
 def has_lease_run_out(abort: FinishReason) -> bool:
-    """Whether SGLang ended a prefill because decode had not entered its room in time: only the message tells."""
+    """Return whether SGLang ended a prefill because decode had not entered its room in time.
+
+    Only the message tells.
+    """
     return "timed out" in abort["message"]

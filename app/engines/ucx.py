@@ -1,8 +1,8 @@
-"""What UCX, the library under NIXL, really uses to move KV, read from UCX's own log.
+"""Finds out from the log of UCX, the library under NIXL, by which transport KV really moves.
 
-NIXL has no call that tells the chosen transport, and UCX falls back to TCP without a word.  At log level
-``info`` UCX writes one line for each kind of peer it connects to, e.g.
-``src intra-node cfg#1 rma(cuda_ipc/cuda) am(tcp/lo)``: that line is the truth.
+NIXL has no call that tells the chosen transport, and UCX falls back to TCP silently.  At log level ``info`` UCX
+writes one line for each kind of peer it connects to, e.g.
+``src intra-node cfg#1 rma(cuda_ipc/cuda) am(tcp/lo)``.  That line can be relied on.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TLS_BY_REQUIREMENT: dict[str, str | None] = {
     "shm": "sm,tcp,self",
     "tcp": "tcp,self",
 }
-"""``UCX_TLS`` for each of them.  NIXL's UCX backend does not start without ``tcp``, over which it finds its peers, so
-leaving the others out is not enough: `UcxLog.falls_short` tells whether what was required is really there."""
+"""``UCX_TLS`` for each of them.  NIXL's UCX backend does not start without ``tcp``, over which it finds its peers.  So
+leaving the other transports out is not enough, and `UcxLog.falls_short` tells whether the required one is used."""
 
 _PEER_LINE = re.compile(r"(?P<reach>intra-node|inter-node) cfg#\d+ (?P<lanes>.+)$")
 
@@ -40,8 +40,8 @@ _PEER_LINE = re.compile(r"(?P<reach>intra-node|inter-node) cfg#\d+ (?P<lanes>.+)
 class UcxLog:
     """The UCX log of an engine's processes, read while they run.
 
-    UCX writes through C's stdio, which holds back a file's or a pipe's lines until some 4 KiB have gathered;
-    a terminal's it writes line by line.  So the log goes to a pseudo-terminal that a thread reads.
+    UCX writes through C's stdio, which buffers some 4 KiB before it writes to a file or a pipe, but writes to a
+    terminal line by line.  So the log goes to a pseudo-terminal that a thread reads.
     """
 
     def __init__(self) -> None:
@@ -51,20 +51,20 @@ class UcxLog:
         threading.Thread(target=self._read, name="ucx-log", daemon=True).start()
 
     def environment(self, required_transport: str) -> dict[str, str]:
-        """Variables that an engine's processes must start with."""
+        """Return the environment variables that an engine's processes must start with."""
         environment = {"UCX_LOG_LEVEL": "info", "UCX_LOG_FILE": os.ttyname(self._writer)}
         tls = TLS_BY_REQUIREMENT[required_transport]
         return environment if tls is None else {**environment, "UCX_TLS": tls}
 
     def falls_short(self, required_transport: str) -> bool:
-        """Whether a peer was reached, and by nothing that satisfies `required_transport`."""
+        """Return whether a peer was reached, but by no transport that satisfies `required_transport`."""
         wanted = LANES_BY_REQUIREMENT[required_transport]
         names = re.findall(r"(\w+)/", " ".join(self._lanes))
         return bool(wanted) and bool(names) and not any(name.startswith(wanted) for name in names)
 
     @property
     def transport(self) -> str:
-        """The lanes to the newest other process, e.g. ``intra-node rma_am(tcp/lo)``; "" before any."""
+        """The lanes to the latest peer process, e.g. ``intra-node rma_am(tcp/lo)``; "" before there is any."""
         return self._transport
 
     def _read(self) -> None:

@@ -7,8 +7,8 @@
 4. `generate` on the decode side gives those `params` back to vLLM, which reads the blocks over NIXL and samples
    the first token itself, so the token that prefill made is dropped.
 
-This talks to vLLM's engine-core client rather than to AsyncLLM: the frontend detokenizes, so AsyncLLM's second
-pass over every token would be work done twice, and only the core's outputs tell local from transferred tokens.
+This uses vLLM's engine-core client rather than AsyncLLM, for two reasons.  The frontend detokenizes, so AsyncLLM would
+do that work a second time.  And only the core's outputs tell local from transferred tokens.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ logger = logging.getLogger("baton.engines.vllm")
 
 
 def build_engine_args(spec: EngineSpec) -> Any:
-    """vLLM's ``AsyncEngineArgs`` for `spec`.  Raises ConfigError for an argument that vLLM does not know."""
+    """Return vLLM's ``AsyncEngineArgs`` for `spec`.  Raises ConfigError for an argument that vLLM does not know."""
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -91,7 +91,7 @@ def build_engine_args(spec: EngineSpec) -> Any:
 
 
 def to_sampling_params(sampling: dict[str, Any], kv_transfer_params: dict[str, Any] | None) -> Any:
-    """vLLM's SamplingParams for one sequence whose tokens are detokenized elsewhere."""
+    """Return vLLM's SamplingParams for one sequence whose tokens are detokenized elsewhere."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
     fields = dict(sampling)
@@ -137,7 +137,7 @@ class VllmEngine:
 
     async def start(self) -> EngineInfo:
         os.environ.update(self._environment())
-        # Loading takes from seconds to many minutes: off the loop, which has to go on answering Serve.
+        # Loading takes from seconds to many minutes.  It runs in a thread, as the loop must go on answering Serve.
         self._core, self._input_processor = await asyncio.to_thread(self._start_core)
         self._pump_task = asyncio.create_task(self._pump(), name="vllm-pump")
         import vllm
@@ -253,7 +253,7 @@ class VllmEngine:
         )
 
     async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Output], None]) -> None:
-        """Run one request in the engine core; cancelling aborts it."""
+        """Run one request in the engine core.  Cancelling aborts it."""
         from vllm.exceptions import VLLMClientError
 
         core = self._live_core()
@@ -277,7 +277,7 @@ class VllmEngine:
             await running.ended
         finally:
             del self._running[core_id]
-            # Cancelled: the future is too.  Where the core has ended the request there is nothing to abort.
+            # If this was cancelled, so was the future.  If the core has ended the request, nothing is left to abort.
             if (not running.ended.done() or running.ended.cancelled()) and self._death is None:
                 await core.abort_requests_async([core_id])
 
@@ -303,7 +303,10 @@ class VllmEngine:
             self._moved.add(stats.kv_connector_stats)
 
     async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
-        """Only a decode engine can: `prefill` returned when all was computed, and its engine waits to be told."""
+        """Free the KV from the decode side; only a decode engine can.
+
+        When `prefill` returns, all KV has been computed, and its engine keeps it until a decode engine tells it.
+        """
         if descriptor is None:
             return
         await self._live_core().add_request_async(rejection(descriptor))
@@ -333,7 +336,7 @@ class VllmEngine:
             raise EngineDead
 
     def _live_core(self) -> Core:
-        """Raises EngineDead if there is none: not yet, or not any more."""
+        """Return the engine core.  Raises EngineDead before it was started and after it was stopped."""
         if self._core is None or self._death is not None:
             raise self._death or EngineDead("the engine has not been started")
         return self._core

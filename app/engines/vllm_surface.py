@@ -1,7 +1,7 @@
-"""What Baton uses of vLLM's engine core and of its NixlConnector, which are vLLM's own affair and may change.
+"""What Baton uses of vLLM's engine core and of its NixlConnector.  Both are private to vLLM and may change.
 
-`check_names` runs when an engine starts; the protocols also let the type checker see what the adapter may use.
-tests/unit/engines/test_vllm_surface.py says when a detour can go.
+`check_names` runs when an engine starts.  The protocols also tell the type checker what the adapter may use.
+tests/unit/engines/test_vllm_surface.py says when a workaround can be deleted.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class CoreRequest(Protocol):
 
 
 class PrefillStats(Protocol):
-    """Prompt tokens that were not computed for a request: all of them, those cached here, those transferred."""
+    """The prompt tokens of a request that were not computed: in total, cached here, and transferred."""
 
     num_cached_tokens: int
     num_local_cached_tokens: int
@@ -92,7 +92,7 @@ class SchedulerStats(Protocol):
     kv_cache_usage: float
     """Share of the KV blocks that are used."""
     kv_connector_stats: dict[str, list[float]] | None
-    """The lists of `ConnectorStats`, with what has been added since the last step."""
+    """What has been added to the lists of `ConnectorStats` since the last step."""
 
 
 class StepOutputs(Protocol):
@@ -128,7 +128,7 @@ class InputProcessor(Protocol):
 
 
 class ConnectorStats(msgspec.Struct):
-    """What the NixlConnector has counted so far; under its names, each the sum of what it lists."""
+    """What the NixlConnector has counted so far.  Each field is the sum of the connector's list of the same name."""
 
     num_transfers: int = 0
     transfer_duration: float = 0.0
@@ -147,7 +147,7 @@ COUNTED = tuple(name for name in ConnectorStats.__struct_fields__ if name != "nu
 
 
 def check_names(*, is_disaggregated: bool) -> None:
-    """Raise UpstreamChanged if the installed vLLM lacks anything that is used of its classes."""
+    """Raise UpstreamChanged if a class of the installed vLLM lacks a name that Baton uses."""
     with needed("vllm", "run requests on an engine core"):
         from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
         from vllm.v1.engine.input_processor import InputProcessor as VllmInputProcessor
@@ -178,7 +178,7 @@ def check_names(*, is_disaggregated: bool) -> None:
 
 
 def check_environment(names: Iterable[str]) -> None:
-    """Raise UpstreamChanged if vLLM does not read one of these environment variables, as far as they are its own."""
+    """Raise UpstreamChanged if vLLM does not read one of the variables in `names` that begin with ``VLLM_``."""
     with needed("vllm", "set up an engine core"):
         from vllm.envs import environment_variables
 
@@ -188,7 +188,7 @@ def check_environment(names: Iterable[str]) -> None:
 
 
 def start_core(config: VllmConfig) -> tuple[Core, InputProcessor]:
-    """Start an engine core; returns when its model is loaded."""
+    """Start an engine core and return when its model is loaded."""
     with needed("vllm", "start an engine core"):
         from vllm.renderers import renderer_from_config
         from vllm.v1.engine.core_client import EngineCoreClient
@@ -210,7 +210,7 @@ def start_core(config: VllmConfig) -> tuple[Core, InputProcessor]:
 
 
 def dead_error() -> type[Exception]:
-    """What `Core.get_output_async` raises once the engine core has died."""
+    """The exception that `Core.get_output_async` raises once the engine core has died."""
     with needed("vllm", "notice the death of an engine core"):
         from vllm.v1.engine.exceptions import EngineDeadError
     error: type[Exception] = EngineDeadError
@@ -220,7 +220,7 @@ def dead_error() -> type[Exception]:
 def rejection(descriptor: TransferDescriptor) -> CoreRequest:
     """A request that the core aborts at once, so that its connector tells prefill to free the blocks.
 
-    What vLLM's ``AsyncLLM.notify_kv_transfer_request_rejected`` sends.
+    vLLM's ``AsyncLLM.notify_kv_transfer_request_rejected`` sends the same.
     """
     with needed("vllm", "have KV freed that nobody fetches"):
         from vllm.sampling_params import SamplingParams

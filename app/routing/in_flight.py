@@ -1,4 +1,4 @@
-"""A sequence that runs: it counts as load where it was sent, and what it took teaches the router."""
+"""A sequence that runs.  It counts as load on its replicas, and the router learns from the time that it took."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from app.routing.ttft import HandoverWork, PromptWork, TtftPredictor
 
 
 class InFlight:
-    """Call `first_token` when it is there, and `end` in any case."""
+    """One running sequence.  Call `first_token` when that token has come, and `end` in any case."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class InFlight:
         self._topology = topology
         self._decision = decision
         self._num_tokens = len(request.prompt_token_ids)
-        # A replica may be gone since the decision; whoever calls it finds out.
+        # A replica may have gone since the decision; whoever calls it finds out.
         self._serving = pools[decision.serving_role].replicas.get(decision.serving.replica)
         self._prefill = pools["prefill"].replicas.get(decision.prefill.replica) if decision.prefill else None
         self._num_decoding = self._serving.decoding.value if self._serving else 0
@@ -51,13 +51,16 @@ class InFlight:
             self._until_end.enter_context(serving.used_blocks.counting(num_blocks))
 
     def first_token(self, report: PrefillReport | None, ttft_s: float) -> None:
-        """The prompt has been prefilled, as `report` says, `ttft_s` seconds after the sequence was sent."""
+        """Take note that the first token came `ttft_s` seconds after the sequence was sent.
+
+        `report` says how the prompt was prefilled.
+        """
         self._until_first.close()
         if self._serving is not None:
             self._until_end.enter_context(self._serving.decoding.counting(1))
         if report is not None and report.kind == self._decision.kind:
             self._learn(report, ttft_s)
-        # Otherwise decode fell back on a prefill of its own, and the time says nothing of either way.
+        # Otherwise decode fell back on a prefill of its own, and the time tells nothing of a local or remote prefill.
 
     def _learn(self, report: PrefillReport, ttft_s: float) -> None:
         decision = self._decision
@@ -74,6 +77,6 @@ class InFlight:
             self._topology.learn(self._prefill.info.node_ip, self._serving.info.node_ip, slowness)
 
     def end(self) -> None:
-        """The sequence is over, however it ended."""
+        """Stop counting the sequence, however it ended."""
         self._until_first.close()
         self._until_end.close()

@@ -1,10 +1,10 @@
-"""Which replicas serve a sequence, and where its prompt is prefilled: the one decision, without Ray and without I/O.
+"""Decides which replicas serve a sequence and where its prompt is prefilled, without Ray and without I/O.
 
-1. Hash the prompt's blocks and look up who has cached how much of it (app/routing/prefix_index.py).
+1. Hash the prompt's blocks and look up how much of the prompt each replica has cached (app/routing/prefix_index.py).
 2. In each pool that could take part, leave out replicas that cannot (gone, lately failed, full) and score the rest
    (app/routing/scores.py).
-3. Predict how long both ways take to the first token (app/routing/ttft.py) and choose (app/routing/placement.py).
-4. While the sequence runs its work counts as load (app/routing/in_flight.py), and what it took teaches the predictor.
+3. Predict the TTFT of a local and of a remote prefill (app/routing/ttft.py) and choose (app/routing/placement.py).
+4. While the sequence runs, its work counts as load (app/routing/in_flight.py).  The predictor learns from its time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ NO_HINTS = RoutingHints()
 
 
 class Router(RouterState):
-    """Decides for one model, in one frontend."""
+    """The router of one model in one frontend."""
 
     def decide(self, request: GenerateRequest, hints: RoutingHints = NO_HINTS, lost: Collection[str] = ()) -> Decision:
-        """Choose, without sending anything.  `lost` are replicas that this request is not to try again.
+        """Choose, without sending anything.  `lost` are replicas that this request must not try again.
 
         Raises NoReplica, Overloaded, and InvalidRequest for a local prefill that no replica is capable of.
         """
@@ -53,5 +53,5 @@ class Router(RouterState):
         )
 
     def begin(self, request: GenerateRequest, decision: Decision) -> InFlight:
-        """Count a sequence that is sent where `decision` says."""
+        """Count a sequence that is sent to the replicas of `decision`."""
         return InFlight(self.pools, self.predictor, self.topology, request, decision)

@@ -75,7 +75,7 @@ def measure(
     try:
         Runner(setup, schedule, report, folder, console).run()
     finally:
-        # Also what an interrupted benchmark has measured so far.
+        # An interrupted benchmark, too, reports what it has measured so far.
         print_all(report, Console(width=TABLE_WIDTH))
         write_files(report, json, picture)
     if report.missing:

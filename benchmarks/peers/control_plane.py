@@ -1,4 +1,4 @@
-"""What is measured without engines: what serving costs where the model costs nothing.
+"""What is measured without engines: the cost of serving if the model costs nothing.
 
 ==========================  ===============================================================================
 `vllm-fake`                 vLLM's own API server over an engine that computes nothing, in one process: the floor
@@ -11,9 +11,9 @@
 `sglang-router-fake`        sglang-router in front of `vllm-fake`: less `vllm-fake` it is the router's cost alone
 ==========================  ===============================================================================
 
-Each is one engine behind one frontend.  At full speed they show how much a server can take, and what it adds to the
-first token; but whoever puts several tokens into one event can then put many there.  Paced (`Setup.token_ms`), every
-engine makes one token of each sequence in each step of the same length, and nearly every token is an event.
+Each is one engine behind one frontend.  Full speed shows how much load a server can take, and what it adds to the TTFT.
+But a server that puts several tokens into one event can then put many into each.  With `Setup.token_ms`, every engine
+makes one token of each sequence in each step, all steps take the same time, and nearly every token is an event.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from benchmarks.peers.targets import (
 )
 
 FAKE_ENGINE_TOKEN_MS = "FAKE_ENGINE_TOKEN_MS"
-"""benchmarks/peers/fake_engine.py's, which imports vLLM."""
+"""The same as in benchmarks/peers/fake_engine.py, which cannot be imported here because it imports vLLM."""
 
 REPOSITORY = Path(__file__).parents[2]
 
 FULL_SPEED = {"speedup_ratio": 1_000_000, "decode_speedup_ratio": 1_000}
-"""Of Dynamo's mocker.  Its 0, "infinite speedup", is slower: 6 ms a token with 1.6.1."""
+"""The arguments of Dynamo's mocker.  Its 0, "infinite speedup", is slower: 6 ms a token with 1.6.1."""
 
 FASTEST_RAY_LLM = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -87,7 +87,7 @@ def _plan_baton_sim_pd(setup: Setup, folder: Path) -> Plan:
 
 
 def sim_document(setup: Setup, folder: Path, *, is_disaggregated: bool) -> dict[str, Any]:
-    """The Serve config with sim engines in place of its engines."""
+    """Return the Serve config with sim engines in place of its engines."""
     document = baton_document(setup.document, is_disaggregated=is_disaggregated)
     model = document["applications"][0]["args"]["models"][0]
     model["engine_args"] = {"speed_up": "max"}
@@ -102,7 +102,7 @@ def sim_document(setup: Setup, folder: Path, *, is_disaggregated: bool) -> dict[
 
 
 def constant_profile(token_ms: float) -> dict[str, Any]:
-    """A profile of the sim engine: prompts and transfers take no time, a step `token_ms`."""
+    """Return a profile of the sim engine in which prompts and transfers take no time and a step takes `token_ms`."""
     return {
         "source": "made up",
         "prefill": {"base_s": 0.0, "per_token_s": 0.0, "per_token_squared_s": 0.0},
@@ -129,7 +129,7 @@ def _plan_dynamo(setup: Setup, folder: Path) -> Plan:
 
 
 def _mocker_times(token_ms: float, folder: Path) -> Path:
-    """The mocker's table of times: prompts take none, a step `token_ms`, however much KV there is."""
+    """Write the mocker's table of times.  Prompts take no time, and a step takes `token_ms` with any amount of KV."""
     import numpy
 
     path, few_and_many = folder / "times.npz", [1.0, 1e6]
@@ -150,7 +150,7 @@ def _plan_ray_llm_sim(setup: Setup, folder: Path) -> Plan:
 
 
 def _plan_ray_llm_sim_direct(setup: Setup, folder: Path) -> Plan:
-    # Fixed by default: another HAProxy of Serve on this machine would have the same.
+    # The default is fixed, so another HAProxy of Serve on this machine would have the same port.
     ports = {name: str(free_port()) for name in ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")}
     args = {"llm_configs": [ray_llm_config(setup)]}
     environment = {**_with_fake_engine(setup), **FASTEST_RAY_LLM, **ports}

@@ -1,9 +1,9 @@
-"""vLLM's own API server over an engine that computes nothing: the floor of any server that has vLLM's frontend in it.
+"""vLLM's own API server over an engine that computes nothing: the least cost of any server with vLLM's frontend in it.
 
-The engine yields one token per output, with its text (a server without an engine core process would do no less), as
-fast as its consumer takes them or, as an engine's steps do, one for all sequences every TOKEN_MS.  Everything around
-it, the rendering of the prompt and the making of the events, is vLLM's.  It has to work in two environments: Baton's
-vLLM and the one that Ray Serve LLM pins.
+The engine yields one token per output, with its text (the least that a server without an engine core process does).
+It does so as fast as its consumer takes them or, like the steps of an engine, once for all sequences every TOKEN_MS.
+Everything else, such as rendering the prompt and making the events, is vLLM's.  It has to work in two environments:
+with Baton's vLLM and with the one that Ray Serve LLM pins.
 
 ``python -m benchmarks.peers.fake_engine --model PATH --served-model-name NAME --host HOST --port PORT``
 """
@@ -22,9 +22,9 @@ from vllm.renderers import renderer_from_config
 from vllm.v1.engine.input_processor import InputProcessor
 
 TOKEN_MS = "FAKE_ENGINE_TOKEN_MS"
-"""The environment variable with the time of a step; as fast as possible without it."""
+"""The environment variable with the time of a step in ms.  Without it the engine is as fast as possible."""
 FIRST_TOKEN, TOKEN_STEP, NUM_TOKENS = 300, 37, 1500
-"""Which token ids come out: none of them special in a vocabulary of some thousands, no two neighbours alike."""
+"""The token ids that come out.  None is special in a vocabulary of some thousands, and no two neighbours are equal."""
 
 
 class FakeEngine:
@@ -73,7 +73,7 @@ class FakeEngine:
     async def _next_step(self, last: int) -> int:
         """Wait for the next step after `last`, which is the same moment for all requests, and return its number."""
         if not self._step_s:
-            await asyncio.sleep(0)  # the turn of another request: else one would run to its end before the next begins
+            await asyncio.sleep(0)  # let other requests run, or else one would end before the next one begins
             return 0
         now = asyncio.get_running_loop().time()
         step = max(last, int(now / self._step_s)) + 1
@@ -81,7 +81,7 @@ class FakeEngine:
         return step
 
     def check_admission(self, *_: Any, **__: Any) -> None:
-        """Everything is admitted."""
+        """Admit everything."""
 
     def get_kv_event_sources(self) -> dict[int, Any]:
         return {}
@@ -93,19 +93,19 @@ class FakeEngine:
         return False
 
     async def check_health(self) -> None:
-        """Healthy."""
+        """Return: the engine is always healthy."""
 
     async def do_log_stats(self) -> None:
-        """There are none."""
+        """Do nothing: there are no statistics."""
 
     async def abort(self, request_id: Any) -> None:
-        """Nothing runs that a closed generator would not end."""
+        """Do nothing: a request ends when its generator is closed."""
 
     async def reset_mm_cache(self) -> None:
-        """There is none."""
+        """Do nothing: there is no such cache."""
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Nothing to end."""
+        """Do nothing: there is nothing to end."""
 
 
 async def _serve() -> None:

@@ -1,8 +1,8 @@
-"""The same load as text: prompts that every tokenizer of the same model takes for as many tokens.
+"""The same load as text: prompts for which every tokenizer of the same model gives the same number of tokens.
 
-A server may take token ids, which is what `app.bench.load` sends; sglang-router's /v1/completions takes text only (ids
-are a 422), and a server that is given ids is spared its tokenizer.  So the peers get text.  It is made of words that
-are one token each, the space before them included: text is split there before anything is merged.
+`app.bench.load` sends token ids.  But sglang-router's /v1/completions takes only text (ids are a 422), and a server
+that is given ids need not run its tokenizer.  So the peers get text.  Each of its words, with the space before it, is
+one token: tokenizers split text at these places before they merge anything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TextRequest(Request, frozen=True):
     tokenizer: str
 
     def prompt(self, vocabulary: Sequence[int], seed: str) -> str:  # type: ignore[override]
-        """The text; the same for the same seed, in every process."""
+        """Return the text.  It is the same for the same seed in every process."""
         known = words(self.tokenizer)
         return "".join(
             word for number, length in self.pieces for word in Random(f"{seed}/{number}").choices(known, k=length)
@@ -34,7 +34,7 @@ class TextRequest(Request, frozen=True):
 
 
 def as_text(load: RequestPlan, tokenizer: str) -> RequestPlan:
-    """The same number of requests, of the same lengths, as text."""
+    """Return the same number of requests, of the same lengths, as text."""
     requests: list[Request] = [
         TextRequest(request.at_s, request.pieces, request.output_tokens, tokenizer) for request in load.requests
     ]
@@ -43,7 +43,7 @@ def as_text(load: RequestPlan, tokenizer: str) -> RequestPlan:
 
 @functools.cache
 def words(tokenizer: str) -> list[str]:
-    """Words that are one token each, in the order of their ids."""
+    """Return words that are one token each, in the order of their ids."""
     from vllm.tokenizers import get_tokenizer
 
     loaded = get_tokenizer(tokenizer)

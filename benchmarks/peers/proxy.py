@@ -1,7 +1,7 @@
-"""The smallest proxy for prefill and decode apart: the floor that Baton's own overhead is measured against.
+"""The smallest proxy for prefill and decode apart: the lower bound with which Baton's own overhead is compared.
 
-One completion: prefill for one token, then decode with the transfer parameters that came back, streamed through.
-It knows one prefill and one decode server, routes nothing, survives nothing.
+For a completion it asks prefill for one token, then decode with the transfer parameters from prefill, and streams the
+answer through.  It knows one prefill and one decode server, does not route, and does not recover from failures.
 
 ``python -m benchmarks.peers.proxy PORT PREFILL_URL DECODE_URL``
 """
@@ -20,7 +20,7 @@ SESSION = web.AppKey("session", aiohttp.ClientSession)
 
 
 class Proxy:
-    """The two servers and the way of a request through them."""
+    """Sends each request through the two servers."""
 
     def __init__(self, prefill_url: str, decode_url: str) -> None:
         self._prefill_url = prefill_url
@@ -45,7 +45,7 @@ class Proxy:
 
 
 def make_app(prefill_url: str, decode_url: str) -> web.Application:
-    """The application: /v1/completions and nothing else."""
+    """Return the application, which has only /v1/completions."""
     proxy = Proxy(prefill_url, decode_url)
     app = web.Application(client_max_size=64 * 1024 * 1024)
     app.cleanup_ctx.append(_session)

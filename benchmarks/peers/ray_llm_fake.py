@@ -1,7 +1,7 @@
-"""Ray Serve LLM's engine for vLLM with nothing behind it: what Ray Serve LLM itself costs.
+"""Ray Serve LLM's engine for vLLM with nothing behind it, to measure what Ray Serve LLM itself costs.
 
-Ray Serve LLM takes another engine class from ``RAYLLM_VLLM_ENGINE_CLS``.  This one is its own, vLLM's OpenAI handlers
-included, but for the engine that they call.
+``RAYLLM_VLLM_ENGINE_CLS`` names the engine class that Ray Serve LLM uses.  This class is Ray Serve LLM's own, with
+vLLM's OpenAI handlers; only the engine that these call is another.
 """
 
 from __future__ import annotations

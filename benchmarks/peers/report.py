@@ -26,16 +26,16 @@ class RoleCost(msgspec.Struct, frozen=True):
 
 
 class PeersReport(Report, kw_only=True):
-    """Everything that was found."""
+    """All results."""
 
     suite: str
     environments: dict[str, dict[str, str]]
-    """Versions of what matters in each peer's own environment."""
+    """The versions of the packages that matter in each peer's own environment."""
     role_costs: list[RoleCost] = msgspec.field(default_factory=list)
 
 
 def environment_versions(environments: Path | None) -> dict[str, dict[str, str]]:
-    """The versions in those of the environments that are there."""
+    """Return the versions of packages in each environment that exists."""
     found: dict[str, dict[str, str]] = {}
     if environments is None:
         return found
@@ -48,7 +48,7 @@ def environment_versions(environments: Path | None) -> dict[str, dict[str, str]]
 
 
 def cpu_by_role(before: list[Process], after: list[Process], roots: dict[int, str]) -> dict[str, float]:
-    """CPU seconds from one reading of a tree to the next, by role."""
+    """Return the CPU seconds from one reading of a process tree to the next, by role."""
     earlier = {(process.pid, process.started_at): process.cpu_s for process in before}
     roles: dict[int, str] = {}
     seconds: dict[str, float] = {}
@@ -61,7 +61,7 @@ def cpu_by_role(before: list[Process], after: list[Process], roots: dict[int, st
 
 
 def control_plane_table(report: PeersReport) -> Table:
-    """One line per target: what a request costs, how fast the first token is, what stands in memory."""
+    """Return a table with a row per target: the cost of a request, the time to its first token, and the memory."""
     levels = sorted({m.concurrency for m in report.measurements})
     last = f"at c={levels[-1]}"
     columns = ["TTFT ms at c=1", *(f"CPU ms/req at c={level}" for level in levels)]
@@ -96,7 +96,7 @@ def _total_mib(roles: list[RoleMemory]) -> float:
 
 
 def role_table(report: PeersReport) -> Table:
-    """CPU time per request by role at the highest concurrency; roles of less than 1 % are left out."""
+    """Return a table of CPU time per request by role, at the highest concurrency.  Roles below 1 % are left out."""
     last = max((cost.concurrency for cost in report.role_costs), default=0)
     table = markdown_table(
         ["target", "role", "CPU ms per request"], title=f"Where the CPU time goes at c={last} (medians)"
@@ -125,7 +125,7 @@ def _text(value: float | None, digits: int) -> str:
 
 
 def print_all(report: PeersReport, console: Console) -> None:
-    """The tables of `baton bench` and ours, as Markdown."""
+    """Print the tables of `baton bench` and those of this module as Markdown."""
     print_report(report, console)
     for peer, versions in report.environments.items():
         listed = ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -1,11 +1,11 @@
-"""The order of a benchmark.
+"""Runs a benchmark in a fair order.
 
-1. In each repetition every target once, in turn forwards and backwards, so that drift of the machine does not
-   always hit the same one.
-2. A target is started, warmed up, read at rest, measured at each concurrency, and ended before the next starts.
-   Keeping them all up would be faster, but idle engines go on using CPU (vLLM's workers busy-wait for a second
-   after each step), and stopped with SIGSTOP they come back with Ray's and Serve's health checks failed.
-3. All targets get the same prompts in a repetition; no prompt comes twice to the same server.
+1. Each repetition measures every target once, alternately forwards and backwards, so that a drift of the machine does
+   not always affect the same one.
+2. A target is started, warmed up, read at rest, measured at each concurrency, and ended before the next one starts.
+   It would be faster to keep them all running.  But idle engines go on using CPU (vLLM's workers busy-wait for a
+   second after each step), and after a SIGSTOP, Ray's and Serve's health checks fail.
+3. In a repetition all targets get the same prompts.  No prompt comes twice to the same server.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ REST_S = 5.0
 
 
 class Schedule(msgspec.Struct, frozen=True):
-    """How much is measured."""
+    """What is measured, and how much."""
 
     targets: Sequence[str]
     concurrencies: Sequence[int]
     requests: int
-    """At least so many per load."""
+    """The least number per load."""
     requests_per_stream: int
-    """At least, too."""
+    """The least number per load for each concurrent stream."""
     repetitions: int
     is_text: bool = True
     """Whether prompts are sent as text or as token ids."""
 
     def loads(self) -> list[LoadSpec]:
-        """The loads of one start of a target: none shares a prompt with another or with the warm-up."""
+        """Return the loads for one start of a target.  None shares a prompt with another or with the warm-up."""
         first_prompt = WARM_UP.num_requests
         loads = []
         for concurrency in self.concurrencies:
@@ -60,7 +60,7 @@ class Schedule(msgspec.Struct, frozen=True):
         return loads
 
     def turns(self) -> list[tuple[int, str]]:
-        """(repetition, target) in the order in which they are measured."""
+        """Return (repetition, target) in the order in which they are measured."""
         forwards = list(self.targets)
         return [
             (repetition, target)
@@ -70,7 +70,7 @@ class Schedule(msgspec.Struct, frozen=True):
 
 
 class Runner:
-    """Fills a report; a target that fails is noted there and does not end the benchmark."""
+    """Runs a benchmark and fills its report.  A target that fails is noted there and does not end the benchmark."""
 
     def __init__(self, setup: Setup, schedule: Schedule, report: PeersReport, folder: Path, console: Console) -> None:
         self._setup = setup
@@ -82,7 +82,7 @@ class Runner:
         self._client = LoadClient(folder / "load.log")
 
     def run(self) -> None:
-        """Measure everything that is scheduled; once only."""
+        """Measure everything that is scheduled.  Call it only once."""
         with closing(self._client):
             self._client.start()
             self._run()

@@ -1,4 +1,4 @@
-"""Starting a target, waiting until it serves, and ending every process of it."""
+"""Starts a target, waits until it serves, and ends all of its processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 10.0
 ISOLATED_FROM = ("RAY_ADDRESS", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", "RAY_SERVE_ENABLE_HA_PROXY", "PYTHONPATH")
-"""Environment variables that would make a target join another cluster or be another target."""
+"""Environment variables with which a target would join another cluster or be another target."""
 
 
 class Servers:
@@ -30,7 +30,7 @@ class Servers:
         self._started: list[tuple[Command, subprocess.Popen[bytes], Path]] = []
 
     def start(self, command: Command, logs: Path) -> None:
-        """Start one process; its output goes into a file in `logs`."""
+        """Start one process.  Its output goes into a file in `logs`."""
         inherited = {name: value for name, value in os.environ.items() if name not in ISOLATED_FROM}
         log = logs / f"{command.role.replace(' ', '-')}.log"
         with log.open("ab") as sink:
@@ -40,26 +40,26 @@ class Servers:
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the benchmark, which then ends them in order
+                start_new_session=True,  # so that Ctrl-C reaches only the benchmark, which then ends them in order
             )
         self._started.append((command, process, log))
 
     @property
     def roots(self) -> dict[int, str]:
-        """Process id to role of those that were started here."""
+        """The roles of the processes that were started here, by process id."""
         return {process.pid: command.role for command, process, _ in self._started}
 
     def tree(self) -> list[Process]:
         return read_tree(*self.roots)
 
     def check_alive(self) -> None:
-        """Raises NotMeasurable, with the end of its log, if one has ended."""
+        """Raise NotMeasurable, with the end of the log, if one of the processes has ended."""
         for command, process, log in self._started:
             if process.poll() is not None:
                 raise NotMeasurable(f"{command.role} ended with {process.returncode}: {last_line(log)}")
 
     def stop(self) -> None:
-        """Ask them to end, then kill what is left, children included."""
+        """Ask the processes to end, then kill those that are left, children included."""
         tree = self.tree()
         for _, process, _ in reversed(self._started):
             if process.poll() is None:
@@ -69,7 +69,7 @@ class Servers:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                tree += read_tree(process.pid)  # what it has started since, too
+                tree += read_tree(process.pid)  # with what it has started since
                 process.kill()
                 process.wait()
         end_all(tree)
@@ -77,7 +77,7 @@ class Servers:
 
 @contextmanager
 def running(plan: Plan, model: str, logs: Path) -> Iterator[Servers]:
-    """The target, serving.  Raises NotMeasurable if it does not come up; ends all of it in any case."""
+    """Start a target and yield it once it serves.  Raises NotMeasurable if it does not; ends all of it in any case."""
     servers = Servers()
     try:
         for command in plan.commands:
@@ -89,7 +89,7 @@ def running(plan: Plan, model: str, logs: Path) -> Iterator[Servers]:
 
 
 def _wait_until_ready(plan: Plan, model: str, servers: Servers) -> None:
-    """Return once a completion succeeds: Ray Serve LLM answers everything else long before it can serve."""
+    """Return once a completion succeeds.  Ray Serve LLM answers other requests long before it can serve."""
     request = {"model": model, "prompt": "Ready?", "max_tokens": 1}
     said = "no answer"
     deadline = time.monotonic() + START_TIMEOUT_S

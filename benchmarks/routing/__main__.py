@@ -41,11 +41,11 @@ from benchmarks.routing.report import (
 
 TRACE_URL = "https://github.com/kvcache-ai/Mooncake/tree/main/FAST25-release/traces"
 SPEEDS = [2.0, 3.0, 4.0]
-"""At 3 round robin keeps the prefill pool of 8 busy 61 % of the time and requests wait, at 4 it is 80 %, at 5 queues
-grow to half a minute (conversation_trace.jsonl, profile h200-llama-8b)."""
+"""With round robin, a prefill pool of 8 is busy 61 % of the time at speed 3, and requests wait.  At 4 it is busy 80 %,
+and at 5 queues grow to half a minute (conversation_trace.jsonl, profile h200-llama-8b)."""
 KV_GB = 90.0
-"""Of an H200's 141 GB vLLM takes 127 (gpu_memory_utilization 0.9); 16 GB are the weights of 8 billion parameters in two
-bytes each, and some 20 are left for activations, CUDA graphs and a margin.  At 131,072 bytes per token it is 687,000
+"""vLLM takes 127 of an H200's 141 GB (gpu_memory_utilization 0.9).  16 GB hold the weights (8 billion parameters of two
+bytes), and some 20 are left for activations, CUDA graphs and a margin.  With 131,072 bytes per token, 90 GB are 687,000
 tokens per replica."""
 FLEET_SIZES = [8, 64, 512, 4096]
 PROMPT_LENGTHS = [1_000, 8_000, 128_000]
@@ -111,12 +111,12 @@ def fleet(
 def _compare(
     spec: FleetSpec, requests: list[Request], speed: float, seed: int, oracles: Oracles, progress: Console
 ) -> list[FleetRow]:
-    """Each policy on the same requests, the baseline first."""
+    """Run each policy on the same requests, the baseline first."""
     rows: list[FleetRow] = []
     for name in POLICIES:
         progress.print(f"speed {speed:g}: {name} ...", highlight=False)
         timeline = Timeline()
-        random.seed(seed)  # the router draws from the module: frontends are to differ
+        random.seed(seed)  # the router draws from the module `random`, so that frontends differ
         policy = _make_policy(name, spec, timeline, seed)
         result = Fleet(spec, policy, timeline).run(requests)
         rows.append(fleet_row(speed, name, result, oracles, rows[0] if rows else None))

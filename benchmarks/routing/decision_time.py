@@ -1,4 +1,4 @@
-"""How long the router takes to decide, by the size of the fleet and of the prompt and by who has it cached."""
+"""Measures how long the router takes to decide, by the sizes of fleet and prompt and by how many replicas cache it."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ BLOCK_SIZE = 16
 """vLLM's: the most hashes for a prompt."""
 REPLICAS_PER_NODE = 8
 NUM_WARM_UP = 20
-"""Decisions that are not measured; from then on the router predicts."""
+"""How many decisions are not measured; after these the router predicts."""
 
 
 class DecisionTime(msgspec.Struct, frozen=True):
     """One line of the result."""
 
     num_replicas: int
-    """Of each of the two pools."""
+    """The replicas in each of the two pools."""
     prompt_tokens: int
     num_matching: int
-    """Replicas of each pool that have the whole prompt cached."""
+    """How many replicas of each pool have the whole prompt cached."""
     median_us: float
     p99_us: float
     hashing_us: float
-    """Median of hashing the prompt's blocks alone, which is part of a decision."""
+    """The median time of hashing the prompt's blocks, which is part of a decision."""
 
 
 def measure_decisions(
@@ -46,10 +46,10 @@ def measure_decisions(
     repeat: int,
     seed: int,
 ) -> Iterator[DecisionTime]:
-    """Each combination, with `num_blocks` in each pool's index: `repeat` decisions, each for another prompt.
+    """Measure each combination, with `num_blocks` blocks in each pool's index: `repeat` decisions on different prompts.
 
-    A prompt is wholly cached by as many replicas of each pool, drawn for it, and by no other.  The router learns from
-    each request as in production, so fitting its model of times is part of the decisions.
+    A prompt is wholly cached by the given number of replicas of each pool, drawn for it, and by no others.  The router
+    learns from each request as in production, so the decisions include the fitting of its model of times.
     """
     for num_replicas in fleet_sizes:
         random = Random(seed)
@@ -61,9 +61,9 @@ def measure_decisions(
 
 
 def loaded_router(num_replicas: int, num_blocks: int, random: Random) -> tuple[Router, dict[Role, list[str]]]:
-    """A router with two pools of `num_replicas` busy replicas, and these replicas' ids.
+    """Return a router with two pools of `num_replicas` busy replicas, and the ids of these replicas.
 
-    The caches of each pool's replicas hold `num_blocks` together, no two the same.
+    The caches of each pool's replicas hold `num_blocks` blocks together, no two of them the same.
     """
     router = Router(RoutingConfig(), has_prefill=True)
     names: dict[Role, list[str]] = {role: [f"{role}-{index}" for index in range(num_replicas)] for role in ROLES}
@@ -125,7 +125,7 @@ def _tell(router: Router, replicas: dict[Role, list[str]], update: KvUpdate) -> 
 
 
 def _serve(router: Router, prompt: list[int]) -> float:
-    """How many seconds the router takes to decide; the request then ends well, and the router learns from it."""
+    """Return how many seconds the router takes to decide.  The request then succeeds, and the router learns from it."""
     request = GenerateRequest(request_id="", prompt_token_ids=prompt, sampling={})
     begin = time.perf_counter()
     decision = router.decide(request)

@@ -1,16 +1,16 @@
 """A fleet of sim engines in virtual time: no sockets, no event loop, the same numbers for the same seed.
 
-1. A request arrives and the policy places it, in no time.
+1. A request arrives, and the policy places it in no time.
 2. The prefill replica's scheduler computes the prompt and keeps its blocks.
-3. The decode replica pulls what it has not cached; what that takes follows from the profile, whatever else moves at
-   the time.  Then prefill's blocks are free, and decode's scheduler gives out the tokens.
-4. A prompt that is placed locally goes to decode at once.
-5. After each engine step, and whenever a request comes or goes, a replica tells its load and what changed in its prefix
-   cache; both are with the router `message_s` later, as in production by way of `EventTranslator`.
+3. The decode replica pulls what it has not cached.  The profile gives the time for that, whatever else moves at the
+   same time.  Then prefill's blocks are freed, and decode's scheduler gives out the tokens.
+4. A prompt that is prefilled locally goes to decode at once.
+5. After each engine step, and whenever a request comes or goes, a replica publishes its load and the changes of its
+   prefix cache.  Both reach the router `message_s` later, as in production by way of `EventTranslator`.
 
-So what runs here is the production's router, on the sim engine's scheduler and caches.  Left out are network and
-frontend (requests and tokens travel in no time) and the answers in later prompts: a trace gives the blocks of a turn's
-whole prompt, but not which of them the turn before has generated, so decode cannot reuse these.
+So the production router runs here, on the sim engine's scheduler and caches.  Network and frontend are left out:
+requests and tokens travel in no time.  The answers in later prompts are left out too: a trace gives the blocks of a
+turn's whole prompt, but not which of them the turn before has generated, so decode cannot reuse these.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ MAX_MODEL_LEN = 131_072
 
 
 class FleetSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How many engines there are, and what each is like."""
+    """How many engines there are, and the settings of each."""
 
     profile: SimProfile
     num_prefill: int = 8
     num_decode: int = 8
     num_blocks: int
-    """Of each replica."""
+    """The KV blocks of each replica."""
     block_size: int
     max_model_len: int = MAX_MODEL_LEN
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     """vLLM's default, and that of the runs that the profile h200-llama-8b was fitted to."""
     message_s: float = 0.001
-    """What load and cache updates take to the router: one way through a channel."""
+    """How long load and cache updates take to the router: one way through a channel."""
 
     def names(self, role: Role) -> list[str]:
-        """The ids of a pool's replicas."""
+        """Return the ids of a pool's replicas."""
         return [f"{role}-{index}" for index in range(self.num_prefill if role == "prefill" else self.num_decode)]
 
 
 class Timeline:
-    """Virtual time in seconds: calls come in the order of their moments, those of one moment as they were made."""
+    """Virtual time in seconds.  Calls run in the order of their moments, then in the order in which they were made."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -73,7 +73,7 @@ class Timeline:
         self.at(self.now + seconds, call, *arguments)
 
     def run(self) -> None:
-        """Until nothing is due."""
+        """Run until nothing is due."""
         due = self._due
         while due:
             self.now, _, call, arguments = heappop(due)
@@ -81,7 +81,7 @@ class Timeline:
 
 
 class Replica:
-    """One engine, which steps as long as there is something to compute."""
+    """One engine.  It steps as long as there is something to compute."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Replica:
         hand_out: Callable[[list[ScheduledSequence]], None],
         pool: PoolState | None,
     ) -> None:
-        """`pool` is told what goes on; without it nobody is."""
+        """`pool` is the pool state that the replica publishes to; with None it publishes nothing."""
         self.name = name
         self.scheduler = Scheduler(
             SchedulerLimits(
@@ -146,7 +146,7 @@ class Replica:
         self.wake()  # others may wait for its blocks
 
     def wake(self) -> None:
-        """Something may be there to compute."""
+        """Publish the load, and start a step if none is running and there is something to compute."""
         self.tell()
         if not self._is_stepping:
             self._step()
@@ -167,7 +167,7 @@ class Replica:
         self._step()
 
     def tell(self) -> None:
-        """Send the load and the cache's changes, if there are any."""
+        """Publish the load and the changes of the prefix cache, if there are any."""
         pool = self._pool
         if pool is None:
             return
@@ -188,32 +188,32 @@ class Run(msgspec.Struct, eq=False):
     output_tokens: int
     arrived_at: float
     prefill: ScheduledSequence | None = None
-    """Until its blocks were given back."""
+    """The sequence on prefill; None once its blocks were freed."""
     prefill_cached_tokens: int = 0
     handed_off_at: float = 0.0
     last_token_at: float | None = None
 
 
 class FleetResult(msgspec.Struct, kw_only=True):
-    """What happened to the requests, in the order of their first tokens."""
+    """The results over all requests.  TTFTs are in the order of the first tokens."""
 
     ttft_s: array[float]
     itl_s: array[float]
-    """The gap before each token but a request's first."""
+    """The gap before each token except a request's first."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Prompt tokens that the engine which computed the prompt had cached."""
+    """Prompt tokens that were cached on the engine that computed the prompt."""
     transferred_tokens: int = 0
     num_local: int = 0
     num_refused: int = 0
     num_ended: int = 0
     reasons: Counter[str]
-    """Of the decisions, as the policy gives them."""
+    """The number of decisions by the reason that the policy gives."""
     predicted_to_actual: array[float]
-    """TTFT, where the policy predicts it."""
+    """The predicted TTFT over the real one, if the policy predicts it."""
     end_s: float = 0.0
     prefill_utilisation: float = 0.0
-    """Share of the time until the last request's end in which a replica computes, mean over the pool."""
+    """The share of the time until the last request's end in which a replica computes: the mean over the pool."""
     decode_utilisation: float = 0.0
 
 
@@ -239,7 +239,7 @@ class Fleet:
         )
 
     def run(self, requests: list[Request]) -> FleetResult:
-        """Serve `requests` to the end of the last one."""
+        """Serve `requests` until the last one has ended."""
         timeline, result = self._timeline, self.result
         for number, request in enumerate(requests):
             timeline.at(request.at_s, self._arrive, number, request)
@@ -285,7 +285,7 @@ class Fleet:
         replica.add(sequence)
 
     def _hand_off(self, sequences: list[ScheduledSequence]) -> None:
-        """Prompts were computed by prefill: decode may pull them."""
+        """Let decode pull the prompts that prefill has computed."""
         for sequence in sequences:
             run = self._runs[sequence]
             assert run.placement.prefill is not None
@@ -312,7 +312,7 @@ class Fleet:
         self._release(run)
 
     def _release(self, run: Run) -> None:
-        """Prefill's blocks are no longer needed."""
+        """Free prefill's blocks, which are no longer needed."""
         if run.prefill is not None:
             assert run.placement.prefill is not None
             del self._runs[run.prefill]
@@ -320,7 +320,7 @@ class Fleet:
             run.prefill = None
 
     def _give_out(self, sequences: list[ScheduledSequence]) -> None:
-        """Tokens were computed by decode."""
+        """Record the tokens that decode has computed."""
         now, runs, gaps = self._timeline.now, self._runs, self.result.itl_s
         for sequence in sequences:
             run = runs[sequence]
@@ -337,7 +337,7 @@ class Fleet:
         is_local = placement.prefill is None
         if is_local:
             self.replicas[placement.decode].queued_tokens -= queued_tokens(run)
-        self._release(run)  # where decode had it all and pulled nothing
+        self._release(run)  # for the case that decode had all of it cached and pulled nothing
         result.ttft_s.append(ttft_s)
         result.num_local += is_local
         result.prompt_tokens += sequence.prompt_tokens
@@ -348,7 +348,7 @@ class Fleet:
         placement.first_token(self._report(run, sequence))
 
     def _report(self, run: Run, sequence: ScheduledSequence) -> PrefillReport:
-        """What the sim engine and its worker report."""
+        """Return the report that the sim engine and its worker would give."""
         prefill = run.placement.prefill
         return PrefillReport(
             kind="remote" if sequence.transferred_tokens else "local",
@@ -370,12 +370,12 @@ class Fleet:
 
 
 def queued_tokens(run: Run) -> int:
-    """What a run adds to the queue of the replica that computes its prompt."""
+    """Return how many tokens a run adds to the queue of the replica that computes its prompt."""
     return max(0, len(run.request.prompt_token_ids) - run.placement.expected_cached_tokens)
 
 
 def spread_out(requests: list[Request]) -> list[Request]:
-    """Requests of one recorded moment, evenly over the time until the next one.
+    """Spread the requests of each recorded moment evenly over the time until the next moment.
 
     Mooncake's conversation trace is recorded in steps of 3 s: some ten requests have the same timestamp.
     """
@@ -391,6 +391,6 @@ def spread_out(requests: list[Request]) -> list[Request]:
 
 
 def prompt_tokens(request: Request) -> list[int]:
-    """Token ids that are the same for the same numbered piece and otherwise differ."""
+    """Return token ids that are the same for pieces with the same number, and differ otherwise."""
     starts = ((number * MOONCAKE_BLOCK_TOKENS, length) for number, length in request.pieces)
     return list(chain.from_iterable(range(start, start + length) for start, length in starts))

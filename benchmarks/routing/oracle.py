@@ -1,4 +1,4 @@
-"""What hit rate a prefix cache could reach: an upper bound that depends on the trace and on the caches' size only."""
+"""The hit rate that a prefix cache could reach: an upper bound that depends only on the trace and the caches' size."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from benchmarks.routing.fleet import prompt_tokens
 
 
 def oracle_hit_rate(requests: list[Request], block_size: int, num_blocks: int | None) -> float:
-    """Cached prompt tokens over prompt tokens if one LRU cache of `num_blocks` blocks served all; None: unbounded.
+    """Return the share of prompt tokens that are cached if one LRU cache of `num_blocks` blocks serves all requests.
 
-    It is the engines' own block pool, and better than any router over several caches can be: no block is there twice,
-    each prompt is cached the moment that it arrives, and no answer and no waiting request takes a block.
+    With None the cache is unbounded.  It is the engines' own block pool.  No router over several caches can do better:
+    no block is in it twice, each prompt is cached the moment it arrives, and neither answers nor waiting requests take
+    blocks.
     """
     sizes = [-(-request.input_tokens // block_size) for request in requests]
     pool = BlockPool(sum(sizes) if num_blocks is None else num_blocks, block_size)

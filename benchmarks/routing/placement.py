@@ -1,10 +1,10 @@
-"""Whether the choice between local and remote prefill is right, on a server that runs.
+"""Measures on a running server whether the choice between local and remote prefill is right.
 
-Each case is a kind of prompt in a kind of situation.  It is served three times by prompts of the same shape that the
-server has not seen: once as the router likes, once prefilled locally, once remotely.  The router's choice is right
-where it is the way that is faster in the median of the other two; the predicted interference of a local prefill with
-the sequences that run there counts as its time.  Predicted and real times to the first token come from the
-response header ``x-baton-explain``, so both are those of the frontend.
+Each case is a kind of prompt in a kind of situation.  Three prompts of that kind are served, none of which the server
+has seen: one as the router chooses, one prefilled locally, one remotely.  The router's choice is right if it is the
+faster one in the medians of the other two.  The predicted interference of a local prefill with the sequences that run
+there counts as time of the local prefill.  Predicted and real TTFT come from the response header ``x-baton-explain``,
+so both are the frontend's.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from app.errors import BatonError
 Mode = Literal["auto", "local", "remote"]
 MODES: tuple[Mode, ...] = ("auto", "local", "remote")
 STREAM_TOKENS = 400
-"""Of output of each sequence that keeps decode busy; when it has ended another follows."""
+"""Output tokens of each sequence that keeps decode busy; when it has ended, another follows."""
 WARM_UPS = 3
-"""Prompts of each length and way that the router learns from before anything is measured."""
+"""How many prompts of each length the router learns from, local and remote each, before anything is measured."""
 ANSWER_TIMEOUT_S = 300.0
 BUSY_TIMEOUT_S = 60.0
 NEAR = 1.1
-"""Where the worse way costs no more than so many times what the better one does, it hardly matters which is taken."""
+"""If the worse choice costs at most so many times what the better one costs, it hardly matters which is taken."""
 
 
 class PlacementBenchError(BatonError):
@@ -46,7 +46,7 @@ class Case(msgspec.Struct, frozen=True):
 
     tokens: int
     history: Literal["none", "on decode", "on both"] = "none"
-    """Where the first 90 % of the prompt are cached: on decode alone, or on prefill too."""
+    """Where the first 90 % of the prompt are cached: nowhere, only on decode, or on prefill too."""
     streams: int = 0
     """Sequences that decode meanwhile."""
     queue: int = 0
@@ -67,7 +67,7 @@ class Case(msgspec.Struct, frozen=True):
 
 
 def mixed_cases(longest: int) -> list[Case]:
-    """The set that is measured by default; no prompt is longer than `longest` tokens."""
+    """Return the cases that are measured by default.  No prompt is longer than `longest` tokens."""
     lengths = [longest // 32, longest // 8, longest // 3, longest]
     return [
         *(Case(n) for n in lengths),
@@ -99,7 +99,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class CaseResult(msgspec.Struct, frozen=True):
-    """What a case showed; times are medians, in ms."""
+    """The results of one case.  Times are medians, in ms."""
 
     case: Case
     samples: list[Sample]
@@ -113,7 +113,7 @@ class CaseResult(msgspec.Struct, frozen=True):
 
     @property
     def costs_ms(self) -> dict[str, float]:
-        """Of both ways."""
+        """What a local and a remote prefill cost, in ms: the TTFT, and for a local one the interference."""
         return {"local": self.ttft_ms("local") + self.interference_ms, "remote": self.ttft_ms("remote")}
 
     @property
@@ -136,18 +136,18 @@ class CaseResult(msgspec.Struct, frozen=True):
 
 
 def prediction_errors(results: Sequence[CaseResult]) -> list[float]:
-    """abs(predicted - real) / real, of every request whose way was predicted; sorted."""
+    """Return abs(predicted - real) / real of every request with a prediction for the prefill that it got; sorted."""
     samples = [sample for result in results for sample in result.samples]
     return sorted(abs(s.predicted_ms - s.ttft_ms) / s.ttft_ms for s in samples if s.predicted_ms is not None)
 
 
 def cache_mismatches(results: Sequence[CaseResult]) -> int:
-    """Requests of which the engines had cached another number of tokens than the router expected."""
+    """Return for how many requests the engines had cached another number of tokens than the router expected."""
     return sum(s.cached_tokens != s.expected_cached_tokens for result in results for s in result.samples)
 
 
 class ExplainedClient:
-    """A running Baton, and prompts that it has not seen."""
+    """A client of a running Baton that sends prompts which Baton has not seen, and reads the explanations."""
 
     def __init__(self, client: httpx.AsyncClient, model: str, vocabulary: Sequence[int], rng: random.Random) -> None:
         self._client = client
@@ -181,7 +181,7 @@ class ExplainedClient:
 
     @asynccontextmanager
     async def busy(self, streams: int) -> AsyncIterator[None]:
-        """Have so many sequences decode while the block runs."""
+        """Keep `streams` sequences decoding while the block runs."""
         tasks = [asyncio.create_task(self._keep_decoding()) for _ in range(streams)]
         try:
             async with asyncio.timeout(BUSY_TIMEOUT_S):
@@ -219,7 +219,7 @@ def _to_sample(mode: Mode, explained: dict[str, Any]) -> Sample:
 
 
 async def warm_up(server: ExplainedClient, longest: int, repeat: int) -> None:
-    """Have the router learn both ways, at several lengths, one request at a time."""
+    """Let the router learn from local and remote prefills of several lengths, one request at a time."""
     for _ in range(repeat):
         for num_tokens in (longest // 32, longest // 8, longest // 3, longest):
             for mode in ("remote", "local"):
@@ -227,7 +227,7 @@ async def warm_up(server: ExplainedClient, longest: int, repeat: int) -> None:
 
 
 async def measure_case(server: ExplainedClient, case: Case, repeat: int) -> CaseResult:
-    """Serve `repeat` prompts of each mode, in turn: what drifts on the machine meanwhile hits all alike."""
+    """Serve `repeat` prompts of each mode, in turn, so that a drift of the machine affects all modes alike."""
     samples = []
     async with server.busy(case.streams):
         for number in range(repeat):
@@ -244,7 +244,7 @@ async def _measure_once(server: ExplainedClient, case: Case, mode: Mode) -> Samp
     waiting = [
         asyncio.create_task(server.complete(server.new_prompt(case.tokens), case.queue_way)) for _ in range(case.queue)
     ]
-    await asyncio.sleep(0)  # they are on their way before it
+    await asyncio.sleep(0)  # so that they are sent before the measured prompt
     try:
         return await server.complete(prompt, mode)
     finally:
@@ -254,7 +254,7 @@ async def _measure_once(server: ExplainedClient, case: Case, mode: Mode) -> Samp
 async def measure_placement(
     url: str, model: str, vocabulary: Sequence[int], longest: int, repeat: int, rng: random.Random
 ) -> AsyncIterator[CaseResult]:
-    """The mixed set, one case after the other.  Raises PlacementBenchError."""
+    """Measure the mixed cases one after another.  Raises PlacementBenchError."""
     async with new_async_client(url, ANSWER_TIMEOUT_S) as client:
         server = ExplainedClient(client, model, vocabulary, rng)
         await warm_up(server, longest, WARM_UPS)

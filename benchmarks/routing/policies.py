@@ -1,4 +1,4 @@
-"""The policies that are compared: the production's router, and what others do."""
+"""The policies that are compared: the production router, and what others do."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from app.routing.router import Router
 
 
 class FleetAssignment(msgspec.Struct, frozen=True):
-    """Where one request goes, and whom to tell of its progress."""
+    """Where one request goes, and the functions to call as it progresses."""
 
     prefill: str | None
-    """None: decode prefills."""
+    """None if decode prefills."""
     decode: str
     first_token: Callable[[PrefillReport], None]
     end: Callable[[], None]
     reason: str = ""
     expected_cached_tokens: int = 0
-    """On the replica that computes the prompt."""
+    """The cached tokens that the router expects on the replica that computes the prompt."""
     predicted_ttft_s: float | None = None
 
 
 class Policy(Protocol):
-    """What places requests."""
+    """Chooses the replicas of requests."""
 
     pools: Mapping[Role, PoolState]
-    """What replicas are to tell their load and caches to; empty where the policy knows only what it placed."""
+    """Replicas report their load and caches to these; empty if the policy knows only what it placed."""
 
     def place(self, request: GenerateRequest) -> FleetAssignment:
-        """Raises Overloaded."""
+        """Choose the replicas of `request`.  Raises Overloaded."""
 
 
 class RoundRobin:
-    """Each pool's replicas in turn."""
+    """Takes each pool's replicas in turn."""
 
     pools: Mapping[Role, PoolState] = {}
 
@@ -57,10 +57,10 @@ class RoundRobin:
 
 
 class PowerOfTwo:
-    """In each pool two replicas at random, and of these the one with the shorter queue of requests.
+    """Draws two replicas of each pool at random, and takes the one with the shorter queue of requests.
 
-    A queue is exactly what was placed and has not ended, for prefill what has no first token yet: better than what a
-    router with several frontends knows.
+    A queue has exactly the requests that were placed and have not ended or, on prefill, have no first token yet.  A
+    router in one of several frontends does not know this so well.
     """
 
     pools: Mapping[Role, PoolState] = {}
@@ -86,7 +86,7 @@ class PowerOfTwo:
 
 
 class Baton:
-    """The production's router."""
+    """The production router."""
 
     def __init__(self, config: RoutingConfig, clock: Callable[[], float]) -> None:
         self._clock = clock

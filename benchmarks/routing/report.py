@@ -1,4 +1,4 @@
-"""What the benchmarks of routing found, as JSON and as Markdown."""
+"""The results of the routing benchmarks, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from benchmarks.routing.placement import NEAR, CaseResult, cache_mismatches, pre
 
 BASELINE = "round robin"
 AIM_OF_ORACLE = 0.95
-"""At least so much of an oracle's hit rate.  Where decode prefills too, both oracles are named: prefill's caches alone
-understate what the fleet has, and those of both pools overstate it, as what goes remotely takes room in both."""
+"""The least share of an oracle's hit rate.  If decode prefills too, both oracles are given: prefill's caches alone are
+less than the fleet has, and those of both pools are more, because a prompt prefilled remotely takes room in both."""
 AIM_OF_TTFT = 1 / 3
-"""At most so much of the baseline's mean TTFT."""
+"""The greatest share of the baseline's mean TTFT."""
 AIM_DECISION_US = 200.0
-"""At AIM_REPLICAS replicas and AIM_TOKENS tokens, in the median."""
+"""The greatest median time of a decision with AIM_REPLICAS replicas and AIM_TOKENS tokens."""
 AIM_REPLICAS, AIM_TOKENS = 64, 8_000
 AIM_RIGHT = 0.9
 
 
 class Oracles(msgspec.Struct, frozen=True):
-    """Hit rates that depend on the trace and on sizes only (benchmarks/routing/oracle.py)."""
+    """Hit rates that depend only on the trace and on the caches' sizes (benchmarks/routing/oracle.py)."""
 
     unbounded: float
     prefill_caches: float
-    """Of one cache as large as those of the prefill pool together."""
+    """The hit rate of one cache as large as those of the prefill pool together."""
     all_caches: float
-    """Of one as large as those of both pools; to reach it, every prompt would have to be in one of them only."""
+    """The hit rate of one cache as large as those of both pools.  To reach it, every prompt would have to be in only
+    one of the pools."""
 
 
 class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One policy at one speed of the trace.  Ratios are to BASELINE at the same speed; below 1 is better."""
+    """One policy at one speed of the trace.  Ratios compare with BASELINE at the same speed; below 1 is better."""
 
     speed: float
     policy: str
@@ -71,7 +72,7 @@ class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FleetReport(msgspec.Struct, kw_only=True):
-    """Everything about the fleet."""
+    """All results of the fleet benchmark."""
 
     source: Source
     workload: str
@@ -82,7 +83,7 @@ class FleetReport(msgspec.Struct, kw_only=True):
 
 
 def fleet_row(speed: float, policy: str, result: FleetResult, oracles: Oracles, baseline: FleetRow | None) -> FleetRow:
-    """The summary of one run."""
+    """Return the summary of one run."""
     import numpy as np
 
     ttft_ms, itl_ms = np.asarray(result.ttft_s) * 1e3, np.asarray(result.itl_s) * 1e3
@@ -120,7 +121,7 @@ def fleet_row(speed: float, policy: str, result: FleetResult, oracles: Oracles, 
 
 
 def print_fleet(report: FleetReport, console: Console) -> None:
-    """Two tables and what came of the aims."""
+    """Print two tables, and whether the aims were reached."""
     _print_source(report.source, [report.workload, report.fleet, f"seed {report.seed}"], console)
     latencies = [
         "TTFT mean ms",
@@ -172,7 +173,7 @@ def _describe_oracles(oracles: Oracles) -> list[str]:
 
 
 def _fleet_aims(report: FleetReport) -> list[str]:
-    """Whether each of Baton's rows reaches the aims."""
+    """Return for each of Baton's rows whether it reaches the aims."""
     lines = []
     for row in report.rows:
         if not row.policy.startswith("baton"):
@@ -194,18 +195,18 @@ def _verdict(is_reached: bool) -> str:
 
 
 class DecisionReport(msgspec.Struct, kw_only=True):
-    """Everything about decision times."""
+    """All results on decision times."""
 
     source: Source
     num_blocks: int
-    """In each pool's index."""
+    """How many blocks the index of each pool has."""
     repeat: int
     seed: int
     rows: list[DecisionTime] = []
 
 
 def print_decisions(report: DecisionReport, console: Console) -> None:
-    """One table and what came of the aim."""
+    """Print one table, and whether the aim was reached."""
     what = f"{report.num_blocks:,} blocks in each pool's index, {report.repeat} decisions a line, seed {report.seed}"
     _print_source(report.source, [what], console)
     columns = ["replicas per pool", "prompt tokens", "have it cached", "median us", "p99 us", "hashing alone us"]
@@ -222,7 +223,7 @@ def print_decisions(report: DecisionReport, console: Console) -> None:
 
 
 def _decision_aims(rows: list[DecisionTime]) -> list[str]:
-    """The bound at the size that it is set for, then how the time grows there with matching replicas and replicas."""
+    """Return whether the bound is kept at its size, and how the time grows there with matching and all replicas."""
     lines = []
     at_aim = [row for row in rows if (row.num_replicas, row.prompt_tokens) == (AIM_REPLICAS, AIM_TOKENS)]
     for row in at_aim:
@@ -246,7 +247,7 @@ def _decision_aims(rows: list[DecisionTime]) -> list[str]:
 
 
 class PlacementReport(msgspec.Struct, kw_only=True):
-    """Everything about the choice between local and remote prefill on a running server."""
+    """All results on the choice between local and remote prefill on a running server."""
 
     source: Source
     server: str
@@ -254,7 +255,7 @@ class PlacementReport(msgspec.Struct, kw_only=True):
 
 
 def print_placement(report: PlacementReport, console: Console) -> None:
-    """One table, the predictions' errors and what came of the aim."""
+    """Print one table, the errors of the predictions, and whether the aim was reached."""
     _print_source(report.source, [report.server], console)
     columns = ["local TTFT ms", "remote TTFT ms", "interference ms", "better", "chosen so", "chosen TTFT ms"]
     table = markdown_table(["case", *columns], "Local or remote prefill: medians; interference is predicted")
@@ -301,5 +302,5 @@ def write_json(report: FleetReport | DecisionReport | PlacementReport, path: Pat
 
 
 def wide_console() -> Console:
-    """As wide as the tables, whatever the terminal is."""
+    """Return a console that is as wide as the tables, however wide the terminal is."""
     return Console(width=TABLE_WIDTH)

@@ -96,7 +96,7 @@ def _print(report: ScalingReport, console: Console) -> None:
 
 
 def _print_reasons(report: ScalingReport, console: Console) -> None:
-    """Each change of a target, and why."""
+    """Print each change of a target, and its reason."""
     for before, after in pairwise(report.samples):
         for name, pool in after.pools.items():
             was = before.pools.get(name, pool)
@@ -106,7 +106,7 @@ def _print_reasons(report: ScalingReport, console: Console) -> None:
 
 
 def _quantiles(values: Sequence[float]) -> list[str]:
-    """The median and the 95th percentile."""
+    """Return the median and the 95th percentile."""
     ordered = sorted(values)
     return [f"{ordered[int(len(ordered) * share)]:.0f}" if ordered else "-" for share in (0.5, 0.95)]
 

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from benchmarks.scaling.report import ScalingReport, WaveKind
 
 COLOUR_OF_ROLE = {"prefill": COLOURS[0], "decode": COLOURS[1], "frontend": COLOURS[2]}
-"""For those who see fewer colours too."""
+"""People with colour blindness can tell these apart too."""
 
 
 def draw(report: ScalingReport, path: Path) -> None:
-    """Write the page; the suffix of `path` says in which format."""
+    """Write the page.  The suffix of `path` says in which format."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

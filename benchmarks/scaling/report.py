@@ -1,4 +1,4 @@
-"""What a run of waves sent, and what the pools and the requests did."""
+"""What a run of waves sent, and what became of the pools and the requests."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from app.bench.report import Source
 SAMPLE_S = 0.5
 ANSWER_TIMEOUT_S = 300.0
 VOCABULARY = range(1000, 2000)
-"""Tokens that any model has; which ones they are makes no difference to the sim engine."""
+"""Tokens that every model has.  It makes no difference to the sim engine which ones they are."""
 WaveKind = Literal["light", "long prompts", "long outputs"]
 
 
 class Wave(msgspec.Struct, frozen=True):
-    """A time with one kind of load: a Poisson process of requests of one size."""
+    """A period with one kind of load: a Poisson process of requests of one size."""
 
     kind: WaveKind
     duration_s: float
@@ -29,13 +29,13 @@ class Wave(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """One request, its times in seconds; `at_s` counts from the begin of the run."""
+    """One request.  Its times are in seconds; `at_s` counts from the beginning of the run."""
 
     kind: WaveKind
     at_s: float
     ttft_s: float | None
     itl_s: float | None
-    """Mean over the answer; None for an answer of one chunk."""
+    """The mean over the answer; None for an answer of one chunk."""
     error: str = ""
 
 
@@ -52,14 +52,14 @@ class Sample(msgspec.Struct, frozen=True):
 
     at_s: float
     pools: dict[str, PoolSample]
-    """By the deployment's name."""
+    """The samples by the deployments' names."""
 
     def pool(self, role: str) -> PoolSample:
         return next(pool for name, pool in self.pools.items() if name.startswith(role))
 
 
 class ScalingReport(Source, frozen=True, kw_only=True):
-    """A run of the waves."""
+    """All results of one run of the waves."""
 
     model: str
     ttft_target_ms: float
@@ -68,14 +68,14 @@ class ScalingReport(Source, frozen=True, kw_only=True):
     requests: list[Ended]
     samples: list[Sample]
     findings: dict[str, bool]
-    """What was to be shown, and whether it was."""
+    """What the run should show, and whether it did."""
 
     def wave_starts(self) -> list[float]:
         return starts(self.waves)
 
 
 def starts(waves: Sequence[Wave]) -> list[float]:
-    """When each wave begins, and at the end when the last one ends, in seconds."""
+    """Return when each wave begins and, as the last entry, when the last one ends, in seconds."""
     return list(accumulate((wave.duration_s for wave in waves), initial=0.0))
 
 

@@ -1,10 +1,10 @@
-"""Waves of long prompts and of long outputs on a running application, and what its pools do.
+"""Sends waves of long prompts and of long outputs to a running application, and records what its pools do.
 
-The waves are the test of pools that scale apart: long prompts must grow prefill alone, long outputs decode alone, and
-both must be back at their least afterwards, with no request lost on the way.  The command says whether that was so.
+The waves test that the pools scale separately.  Long prompts must make only prefill grow, and long outputs only decode.
+Both must be back at their minimum afterwards, and no request may be lost.  The command says whether that was so.
 
-The load does not come from vLLM's client, as that of `baton bench` does (docs/decisions/0009): it keeps sums only, and
-here the moment of each answer counts.  A chunk costs 0.1 ms, which is nothing at the rates used here.
+vLLM's client, which sends the load of `baton bench` (docs/decisions/0009), is not used: it keeps only sums, but the
+moment of each answer matters here.  This client takes 0.1 ms per chunk, which is negligible at the rates used here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.scaling.report import (
 
 
 class Runner:
-    """Sends the waves and looks at the pools meanwhile."""
+    """Sends the waves, and polls the pools meanwhile."""
 
     def __init__(self, url: str, model: str, seed: int) -> None:
         self._url = url
@@ -61,7 +61,7 @@ class Runner:
             watching.cancel()
             await asyncio.wait([watching])
         if not watching.cancelled():
-            watching.result()  # raises what ended it
+            watching.result()  # raises the exception that ended it
 
     def _now(self) -> float:
         return time.monotonic() - self._began
@@ -94,7 +94,7 @@ class Runner:
         self.requests.append(Ended(wave.kind, sent_at, times[0] - sent_at if times else None, itl_s, error))
 
     async def _read(self, answer: httpx.Response, times: list[float]) -> str:
-        """Add the moment of each event to `times`; returns what was wrong with the answer, or nothing."""
+        """Add the moment of each event to `times`.  Returns what was wrong with the answer; empty if nothing was."""
         last, parser = "", EventParser()
         if not answer.is_success:
             last = (await answer.aread()).decode(errors="replace")
@@ -121,7 +121,7 @@ class Runner:
 
 
 def find(waves: Sequence[Wave], samples: Sequence[Sample], requests: Sequence[Ended]) -> dict[str, bool]:
-    """What the waves were to show, and whether they did."""
+    """Return what the waves should show, and whether they did."""
     found = {"no request was lost": bool(requests) and not any(request.error for request in requests)}
     grows: dict[WaveKind, tuple[str, str]] = {
         "long prompts": ("prefill", "decode"),

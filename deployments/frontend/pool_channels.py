@@ -1,7 +1,7 @@
-"""A frontend's channels to the replicas of one pool, which keep its pool state up to date.
+"""A frontend's channels to the replicas of one pool, and through them the state of the pool that its router goes by.
 
-A replica is in the pool state while it has a channel: from the moment a connection succeeds until the connection breaks
-or Serve removes the replica.  The first message of a connection holds the replica's load and its whole prefix cache.
+A replica is in that state while its channel stands: from the moment that a connection succeeds, which begins with all
+that is known of its load and cache, until the connection breaks or Serve removes the replica.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PoolChannels:
         self._follow_ready_replicas()
 
     def channel(self, replica: str) -> Channel:
-        """Return the channel to a replica.  Raises ReplicaLost if the replica is not in the pool state."""
+        """The channel to a replica of the pool.  Raises ReplicaLost for another."""
         channel = self._channels.get(replica)
         if channel is None:
             raise ReplicaLost(replica)
@@ -53,8 +53,8 @@ class PoolChannels:
         for replica in self._connecting.keys() - ready.keys():
             self._connecting.pop(replica).cancel()
         for replica in self._channels.keys() - ready.keys():
-            # Its sequences run to their end on this channel.  If Serve brings the replica back, it gets a new channel,
-            # so that the pool state starts afresh.
+            # What it has runs to its end on this channel.  If Serve brings it back it gets another one, so that the
+            # state starts afresh.
             self._leave(replica).retire()
 
     def _connect_later(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
@@ -71,7 +71,7 @@ class PoolChannels:
             except ReplicaLost as error:
                 logger.warning("%s", error)
                 delay_s = RECONNECT_S
-        # No await from here on: the pool state must know the replica before the channel brings news of it.
+        # No await from here on: the pool must know the replica before the channel tells of it.
         del self._connecting[replica]
         self._channels[replica] = channel
         channel.on_close = partial(self._on_close, replica, metadata, channel)

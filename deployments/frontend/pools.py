@@ -1,8 +1,8 @@
 """The pools as a frontend calls them: the Ray half of app/frontend/orchestrator.py.
 
-Each pool keeps its pool state up to date through the channels to its replicas (pool_channels.py).  A sequence goes out
-on the channel to the replica that decodes it, and its deltas come back on the same channel.  If its prompt is prefilled
-remotely, Ray brings the *reference* to the transfer descriptor to decode afterwards (``attach``).
+Each keeps the router's state of it up to date, by the channels to its replicas (pool_channels.py).  A
+sequence travels on the channel to the replica that decodes it, both ways.  If it has been handed to prefill, Ray brings
+the *reference* to its transfer descriptor after it (``attach``).
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class ServedModel:
         return {**about, **msgspec.to_builtins(stats)}
 
     def _describe_state(self, role: Role, replica: str) -> dict[str, int] | None:
-        """Return what the pool state of this frontend says about a replica; None if there is no channel to it."""
+        """What this frontend believes of a replica; None if it has no connection to it."""
         pool = self.router.pools[role]
         if (state := pool.replicas.get(replica)) is None:
             return None

@@ -56,7 +56,7 @@ class DecodeWorker(Worker):
     async def _generate(
         self, channel: FrontendChannel, call: Submit, descriptor: TransferDescriptor | None, reason: str
     ) -> None:
-        """Generate with the KV of `descriptor`; without a descriptor, `reason` says why there is none."""
+        """Generate with the KV of `descriptor`, or without one because of `reason`."""
         phase = _first_phase(descriptor)
 
         def emit(delta: TokenDelta) -> None:

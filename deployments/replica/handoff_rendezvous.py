@@ -36,7 +36,7 @@ class DescriptorExpired(Exception):
 
 
 class _References:
-    """The references of one channel's sequences, by number.  The numbers rise by one with each sequence."""
+    """The references of one channel's sequences, by the sequences' numbers, which rise by one with each."""
 
     def __init__(self) -> None:
         self.last_received = -1
@@ -106,7 +106,7 @@ class HandoffRendezvous:
             expected.set_result(reference)
 
     def _keep(self, channel: _References, number: int, reference: Reference) -> None:
-        """Keep the reference for a sequence that has yet to come.  If the channel has closed, release it."""
+        """For a sequence that comes later; not if the channel has closed."""
         if number in channel.unmet:
             return
         channel.unmet[number] = asyncio.get_running_loop().create_future()

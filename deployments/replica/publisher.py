@@ -103,7 +103,7 @@ class Publisher:
                 async for events in batches:
                     self._publish_kv(translator.apply(events))
                     self._log_orphans(translator)
-        finally:  # nobody follows the events any more, so no block is known to be cached
+        finally:  # nobody follows any more, so nothing is known to be there
             self._publish_kv(translator.apply([AllBlocksCleared()]))
 
     def _publish_kv(self, update: KvUpdate) -> None:
@@ -113,7 +113,7 @@ class Publisher:
             self._server.publish_kv(update)
 
     def _log_orphans(self, translator: EventTranslator) -> None:
-        """Log the number of orphans each time it has doubled, because one lost event leads to many orphans."""
+        """Each time that they have doubled: what follows a lost event is many."""
         if translator.num_orphans > 2 * self._num_orphans_logged:
             self._num_orphans_logged = translator.num_orphans
             logger.warning("replica_id=%s cached blocks left out so far: %d", self._replica_id, translator.num_orphans)

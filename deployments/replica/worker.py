@@ -81,7 +81,7 @@ class Worker:
         )
 
     async def _run(self, channel: FrontendChannel, call: Submit) -> None:
-        """Run a sequence that came on a channel to its end."""
+        """Run one sequence that came on a channel, to its end."""
         raise InvalidRequest(f"a {self.role} replica takes no sequences")
 
     def num_requests(self) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""Real SGLang with aggregated engines beside prefill and decode: a choice where to prefill, and a way out.
+"""Real SGLang with aggregated engines beside prefill and decode: the router has a choice, and a fallback.
 
-An application of its own, cluster/local/sglang-conditional.yaml, beside the one of the other tests.
+This is a second application, cluster/local/sglang-conditional.yaml, beside that of the other tests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""vLLM and SGLang keep the contract of all engines, each as a prefill and a decode engine of the one application."""
+"""vLLM and SGLang keep the contract of all engines, each as a prefill and a decode engine of the same application."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def pair(real: Baton) -> Pair:
 
 class TestContract(EngineContract):
     async def test_ucx_says_what_kv_moves_by(self, pair: Pair) -> None:
-        """In the line that `UcxLog` looks for, whose lanes have the names that it knows."""
+        """UCX logs the line that `UcxLog` looks for, and the lanes in it have names that `UcxLog` knows."""
         request = pair.request()
         await pair.begin(request, await pair.prefill.prefill(request)).task
         sides = [(await engine.stats()).transport for engine in (pair.prefill, pair.decode)]

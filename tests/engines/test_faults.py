@@ -1,4 +1,4 @@
-"""Killing what serves.  Each test leaves replicas behind that are new, all ready and idle."""
+"""Engines and replicas are killed while they serve.  After each test all replicas are ready and idle again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(900)]
 
 @pytest.fixture(autouse=True)
 def healed(vllm: Baton, sglang: Baton) -> Iterator[None]:
-    """Before and after each test all is ready and nothing runs, so that other tests may come in any order."""
+    """Wait before and after each test until all is ready and nothing runs, so that tests may run in any order."""
     for each in (vllm, sglang):
         each.wait_until_quiet()
     yield
@@ -47,7 +47,7 @@ def test_prefill_engine_killed_under_load_fails_no_request(vllm: Baton) -> None:
 
 
 def test_sglang_without_its_prefill_engine_says_so_and_harms_no_other_model(sglang: Baton, vllm: Baton) -> None:
-    """Decode cannot prefill, so the model is down; it is said at once, and nothing of it is left when it is back."""
+    """Decode cannot prefill, so the model is down.  Requests fail at once, and when prefill is back nothing is left."""
     processes = engine_processes(sglang.replica_process("prefill"))
     long = random.Random(9).choices(range(300, 2000), k=3500)
     with ThreadPoolExecutor(4) as pool, Load(vllm) as load:
@@ -98,7 +98,7 @@ def test_verify_passes_after_restarts(sglang: Baton) -> None:
 
 
 DEAD = (EngineDead, ReplicaLost, RayActorError)
-"""What says that an engine is dead: Serve may have given its replica up meanwhile, or SGLang have ended it."""
+"""The exceptions for a dead engine: Serve may have given its replica up meanwhile, or SGLang may have ended it."""
 
 
 async def test_an_engine_that_has_ended_says_so(real: Baton) -> None:
@@ -126,7 +126,7 @@ async def says_it_ended(engine: EngineOfReplica) -> bool:
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Also if its parent, which lives, has not waited for it."""
+    """Return whether a process has ended, even if its living parent has not waited for it."""
     with suppress(psutil.NoSuchProcess):
         return bool(process.status() == psutil.STATUS_ZOMBIE)
     return True

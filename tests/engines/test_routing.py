@@ -1,4 +1,4 @@
-"""That the router knows what real engines have cached, and that what decode holds is not moved again."""
+"""The router knows what real engines have cached, and KV that decode holds is not moved again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.engines.conftest import Baton
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(600)]
 
 BLOCK_SIZES = {"vllm": 32, "sglang": 16, "sim": 16}
-"""Tokens, as cluster/local/two-engines.yaml has them; sim's by default."""
+"""Block sizes in tokens, as in cluster/local/two-engines.yaml; sim's is its default."""
 
 
 def new_prompt(num_tokens: int) -> list[int]:
@@ -21,7 +21,7 @@ def new_prompt(num_tokens: int) -> list[int]:
 
 
 def served(baton: Baton, prompt: list[int], mode: str = "auto", **fields: Any) -> tuple[dict[str, Any], list[int]]:
-    """How a completion of 40 tokens was routed and what came of it, and prompt and answer as token ids."""
+    """Serve a completion of 40 tokens; return its explanation, and the token ids of prompt and answer."""
     body = {
         "prompt": prompt,
         "max_tokens": 40,
@@ -39,12 +39,12 @@ def served(baton: Baton, prompt: list[int], mode: str = "auto", **fields: Any) -
 
 
 def cached(explained: dict[str, Any]) -> tuple[int, int]:
-    """Prompt tokens that the router expected to be cached, and that were."""
+    """Return how many prompt tokens the router expected to be cached, and how many were."""
     return explained["expected"]["cached_tokens"], explained["actual"]["cached_tokens"]
 
 
 def in_blocks(baton: Baton, num_tokens: int) -> int:
-    """So many tokens, less what is not a whole block."""
+    """Round `num_tokens` down to whole blocks."""
     return num_tokens // BLOCK_SIZES[baton.engine] * BLOCK_SIZES[baton.engine]
 
 
@@ -69,9 +69,9 @@ def test_a_conversation_is_routed_to_where_its_history_lies_and_moves_only_what_
         assert explained["actual"]["kind"] == "remote"
         if turn:
             held = explained["decode"]["cached_tokens"]
-            # All but the last token of the answer has been through decode; SGLang counts that one too.
+            # Decode has computed the KV of all tokens but the answer's last; SGLang counts that one too.
             assert held in (in_blocks(baton, len(history) - 1), in_blocks(baton, len(history)))
-            if baton.engine != "sglang":  # which does not tell what it moved less
+            if baton.engine != "sglang":  # SGLang does not tell how much less it moved
                 assert moved <= len(prompt) - held + BLOCK_SIZES[baton.engine]
         history = history_and_answer
 

@@ -106,7 +106,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 }
 
 
-# SGLang has no seeds on a CPU; these force what would otherwise be sampled.
+# SGLang has no seeds on a CPU, so these settings leave nothing to chance.
 SGLANG_SAMPLINGS: dict[str, dict[str, Any]] = {
     **{name: fields for name, fields in SAMPLINGS.items() if "seed" not in fields and name != "bad_words"},
     "top_k": {"temperature": 1.0, "extra_body": {"top_k": 1}},
@@ -119,11 +119,11 @@ SGLANG_SAMPLINGS: dict[str, dict[str, Any]] = {
 
 OF_ENGINE = {"vllm": SAMPLINGS, "sglang": SGLANG_SAMPLINGS}
 DISAGGREGATED: dict[tuple[str, str], list[Any]] = {}
-"""The answers that there are by now."""
+"""The answers that `disaggregated` has got so far."""
 
 
 def sampled(baton: Baton, name: str, *, is_remote: bool) -> list[Any]:
-    """What a client gets of each choice."""
+    """Return what a client gets of each choice."""
     fields = {**OF_ENGINE[baton.engine][name], "max_tokens": 32}
     body = fields.pop("extra_body", {})
     if is_remote:
@@ -134,7 +134,7 @@ def sampled(baton: Baton, name: str, *, is_remote: bool) -> list[Any]:
 
 
 def disaggregated(baton: Baton, name: str) -> list[Any]:
-    """From prefill and decode apart, asked for once."""
+    """Return the answer from prefill and decode apart, which is requested only once."""
     if (baton.engine, name) not in DISAGGREGATED:
         remote = baton.count_prefills("remote")
         DISAGGREGATED[baton.engine, name] = sampled(baton, name, is_remote=True)
@@ -151,14 +151,14 @@ def test_sampling_is_the_same_with_and_without_disaggregation(
 
 
 def test_sampling_parameters_have_an_effect(vllm: Baton, sglang: Baton) -> None:
-    """Or the test above compares equal answers to parameters that nobody reads."""
+    """Without this, the test above could pass with parameters that nobody reads."""
     different = {
         baton.engine: {json.dumps(disaggregated(baton, name)) for name in OF_ENGINE[baton.engine] if name != "greedy"}
         for baton in (vllm, sglang)
     }
     # ignore_eos, bad_words and logprobs may leave the text alone
     assert len(different["vllm"]) >= len(SAMPLINGS) - 3
-    # and so may they here; top_k, top_p and min_p are set to what is greedy
+    # the same here; top_k, top_p and min_p are set so that they are greedy
     assert len(different["sglang"]) >= len(SGLANG_SAMPLINGS) - 5
 
 
@@ -188,7 +188,7 @@ def test_what_sglang_lacks_is_a_400_that_names_it(sglang: Baton, name: str, stre
 
 
 def test_structured_output_obeys_its_schema(real: Baton) -> None:
-    for _ in range(10):  # a model of noise may fill an answer with white space, which JSON allows
+    for _ in range(10):  # a model of noise may fill an answer with whitespace, which JSON allows
         answer = real.openai.chat.completions.create(
             model=real.model,
             messages=[{"role": "user", "content": "How big?"}],
@@ -201,7 +201,7 @@ def test_structured_output_obeys_its_schema(real: Baton) -> None:
 
 
 def test_tool_call(real: Baton) -> None:
-    """Of a tool that the request names: left to choose, a model of noise goes on to call it until it is cut off."""
+    """The request names the tool.  If it could choose, a model of noise would call it until its tokens run out."""
     answer = real.openai.chat.completions.create(
         model=real.model,
         messages=[{"role": "user", "content": "Measure it"}],

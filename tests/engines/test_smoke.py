@@ -1,4 +1,4 @@
-"""`baton smoke` passes on every engine, and does not pass over what an engine has."""
+"""`baton smoke` passes on every engine, and skips no check of what an engine has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(600)]
 
 
 def verdicts(baton: Baton, model: str) -> dict[str, str]:
-    """Of each check; with what was said where it did not pass."""
+    """Return the verdict of each check, with its message if it did not pass."""
     (card,) = find_models(baton.http, model)
     results = [run_check(check, SmokeTarget(baton.http, card)) for check in CHECKS]
     return {each.check: each.verdict if each.verdict == "ok" else f"{each.verdict}: {each.said}" for each in results}

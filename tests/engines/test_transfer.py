@@ -1,4 +1,4 @@
-"""The KV transfer itself: correct, checked by a control that must fail, small in Ray and outside its store."""
+"""The KV transfer is correct, a control with wrong KV fails, and Ray carries little and stores none of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(600)]
 
 
 REFERENCES = {"sglang": SGLANG_AGGREGATED}
-"""Whose decode engine cannot prefill is compared with an aggregated model."""
+"""The aggregated model with which an engine is compared if its decode engine cannot prefill."""
 
 
 def test_verify_passes(baton: Baton) -> None:
@@ -35,7 +35,7 @@ def test_verify_fails_on_wrong_kv(baton: Baton) -> None:
 
 
 def test_verify_needs_no_reference_where_prefill_can_be_one(sglang: Baton, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few output tokens: each of the reference's is a prefill, and wrong KV differs in the first ones."""
+    """Few output tokens suffice: the reference prefills for each of them, and wrong KV shows in the first ones."""
     monkeypatch.setattr(verify, "OUTPUT_TOKENS", 8)
     assert compare_output(sglang.url, model=sglang.model, corrupt_kv=False, seed=2)
     assert not compare_output(sglang.url, model=sglang.model, corrupt_kv=True, seed=2)
@@ -61,7 +61,7 @@ def test_kv_never_enters_the_object_store(real: Baton) -> None:
 
 
 def created_bytes() -> int:
-    """Bytes that were ever put into this node's object store."""
+    """Return how many bytes have ever been put into this node's object store."""
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     reply = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address))

@@ -1,6 +1,6 @@
-"""Replicas that let a test call their engines, which is all that they have more than those of an application.
+"""Replicas that let a test call their engines; apart from that they are those of an application.
 
-Imported in the environment of each engine: nothing here needs pytest.
+This is imported in the environment of each engine, so nothing here needs pytest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Opened(Worker):
         return await getattr(self._engine, method)(*arguments)
 
     async def look_at_engine(self, *, replica_id: str) -> tuple[EngineStats, tuple[int, int, int]]:
-        """Its stats and what its prompt queue counts."""
+        """Return the engine's stats and the counts of its prompt queue."""
         self.check_is_me(replica_id)
         queue = self._engine.prompt_queue
         stats = await self._engine.stats()
@@ -61,7 +61,7 @@ class OpenedAggregated(Opened, AggregatedWorker):
 class EngineOfReplica:
     """The engine of a pool's only replica, called through Ray.
 
-    Its prompt queue is as `stats` saw it last.  The replica follows its events and starts and stops it.
+    The prompt queue is as of the last call of `stats`.  The replica reads the engine's events, and starts and stops it.
     """
 
     def __init__(self, handle: Any, replica_id: str) -> None:

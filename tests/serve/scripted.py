@@ -1,8 +1,7 @@
 """An engine that does what the request says, for tests of what happens between the deployments.
 
 It computes nothing: a sequence's tokens are those of its prompt, shifted by one.  Its prefix cache keeps every prompt.
-The request's ``extra_args`` say
-what goes wrong; what happened is written down as files in ``engine_args["diary"]``.
+The request's ``extra_args`` say what goes wrong.  What happened is recorded as files in ``engine_args["diary"]``.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from deployments.replica.prefill import PrefillWorker
 
 
 class Diary:
-    """Events of all processes of a test, as files in one folder."""
+    """The events of all processes of a test, as files in one folder."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
@@ -56,7 +55,7 @@ class Diary:
 
 
 class TracedParams(dict[str, Any]):
-    """Descriptor parameters that write down which process unpickles them."""
+    """Descriptor parameters that record which process unpickles them."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle_traced, (dict(self),)
@@ -69,7 +68,7 @@ def _unpickle_traced(fields: dict[str, Any]) -> TracedParams:
 
 BLOCK_SIZE = 2
 PREFILL_S = 0.25
-"""How long a prompt takes, as descriptors tell it."""
+"""How long a prompt takes, according to the descriptors."""
 
 
 class ScriptedEngine:
@@ -179,7 +178,7 @@ class ScriptedEngine:
             leave_queue()
 
     async def _go_wrong(self, request_id: str, script: dict[str, Any], position: int) -> None:
-        """Do what the script says of the token at `position`."""
+        """Do what the script says for the token at `position`."""
         is_victim = script.get("decode_victim") in (None, self._spec.replica_id)
         if position == script.get("decode_dies_at") and is_victim:
             os._exit(1)
@@ -263,7 +262,7 @@ class Caller:
         return self._model.endpoints()
 
     async def replicas(self) -> dict[str, list[str]]:
-        """Those that can be reached."""
+        """Return the replicas of each pool that can be reached."""
         return {role: list(pool.replicas) for role, pool in self._model.router.pools.items()}
 
 
@@ -276,7 +275,7 @@ def scripted_application(
     autoscaling: dict[str, Any] | None = None,
     **limits: Any,
 ) -> tuple[serve.Application, Diary]:
-    """Caller over so many replicas of scripted engines, and the diary that they all keep."""
+    """Run a Caller over the given numbers of replicas with scripted engines, and yield it with their common diary."""
     from deployments.build import build_pool
 
     pool = {"resources": {"num_cpus": 0.1}, "health_check_period_s": 0.5}
@@ -285,7 +284,7 @@ def scripted_application(
         "source": "owner/scripted",
         "engine_args": {"diary": str(diary)},
         "decode": {**pool, **({"autoscaling": autoscaling} if autoscaling else {"replicas": decode})},
-        # By load alone, though all tests send the same prompt.
+        # The router goes by load alone, although all tests send the same prompt.
         "routing": {"placement": {"policy": "remote"}, "decode_weights": {"prefix": 0}},
     }
     model |= {

@@ -53,7 +53,7 @@ class Application:
         return state
 
     def serve(self, prompt: list[int]) -> dict[str, Any]:
-        """Serve a prompt and return the explanation of where."""
+        """Serve a prompt and return the explanation of where it was served."""
         answer = self.http.post(
             "/v1/completions",
             json={"model": "tiny", "prompt": prompt, "max_tokens": 4, "ignore_eos": True},
@@ -103,7 +103,7 @@ def test_short_prompts_are_the_aggregated_pools_and_long_ones_are_not(app: Appli
 def test_stats_tell_what_the_frontend_believes(app: Application) -> None:
     app.serve(LONG)
     app.serve(SHORT)
-    # The last token's block is not full.
+    # The block of the last token is not full.
     wait_until(
         lambda: app.pool_states()["prefill"]["cached_blocks"] == len(LONG) // 16, 5, "the prompt in the pool state"
     )

@@ -41,7 +41,7 @@ def pools() -> dict[str, running.PoolStatus]:
 
 
 def replicas(name: str) -> dict[str, int] | None:
-    """Those of a deployment; None while Serve builds the application anew and tells of no deployment."""
+    """Return a deployment's replicas; None while Serve builds the application anew and reports no deployment."""
     pool = pools().get(name)
     return pool.replicas if pool is not None and status().status == "RUNNING" else None
 

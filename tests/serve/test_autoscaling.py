@@ -1,4 +1,4 @@
-"""The pools scale apart, and what shrinks loses nothing: sim engines behind the real frontend."""
+"""The pools scale separately, and a shrinking pool loses nothing.  Sim engines run behind the real frontend."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ QUICKLY = {
     "look_back_period_s": 2.0,
 }
 LONG_PROMPTS = {"prompt_tokens": 1500, "max_tokens": 2, "every_s": 0.1}
-"""Each takes 0.18 s of a prefill replica: the work of two."""
+"""Each takes 0.18 s of a prefill replica, so together they are work for two replicas."""
 LONG_OUTPUTS = {"prompt_tokens": 20, "max_tokens": 80, "every_s": 0.15}
-"""Each takes 2 s of one of a decode replica's 4 slots: 13 at once."""
+"""Each takes 2 s of one of a decode replica's 4 slots, so 13 run at once."""
 
 
 def arguments(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Application:
         self._num_sent = 0
 
     def deploy(self, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
-        """Start it, or change the number of replicas of the running one."""
+        """Start the application, or change the number of replicas of the running one."""
         from deployments.build import build
 
         serve.run(build(arguments(prefill, decode)), name="scaling", route_prefix="/scaling")
@@ -78,7 +78,7 @@ class Application:
         return sum(replica["state"] == "RUNNING" for replica in replicas)
 
     def plan(self, deployment: str) -> dict[str, Any]:
-        """What the policy said last."""
+        """Return the last plan of the scaling policy."""
         value = get_internal_kv(f"baton:autoscaling:scaling:{deployment}")
         found: dict[str, Any] = json.loads(value) if value else {}
         return found
@@ -87,7 +87,7 @@ class Application:
         return httpx.AsyncClient(base_url=self.url, timeout=60, limits=httpx.Limits(max_connections=None))
 
     async def request(self, http: httpx.AsyncClient, prompt_tokens: int, max_tokens: int) -> None:
-        """Stream an answer and note how it ended."""
+        """Stream an answer and record how it ended."""
         self._num_sent += 1
         body = {
             "model": "tiny",
@@ -113,7 +113,7 @@ class Application:
         return [replica["num_used_blocks"] for replica in replicas if replica["role"] == role]
 
     def prefills(self) -> dict[tuple[str, str], float]:
-        """How many prompts were computed where and why, by the one frontend's metrics."""
+        """Return how many prompts were prefilled by (kind, reason), from the metrics of the only frontend."""
         metrics = text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
         (prefills,) = [metric for metric in metrics if metric.name == "baton_prefills"]
         return {
@@ -123,12 +123,12 @@ class Application:
         }
 
     async def until(self, condition: Callable[[], Any], timeout_s: float, what: str) -> None:
-        """`wait_until` while requests are sent: what it asks for takes time."""
+        """Call `wait_until` in a thread, so that requests are sent while the condition is evaluated."""
         await asyncio.to_thread(wait_until, condition, timeout_s, what)
 
     @asynccontextmanager
     async def watching(self, role: str) -> AsyncIterator[set[int]]:
-        """All targets that a pool has inside the block."""
+        """Yield a set that collects all targets that a pool has during the block."""
         seen: set[int] = set()
 
         async def poll() -> None:
@@ -146,7 +146,7 @@ class Application:
 
     @asynccontextmanager
     async def wave(self, prompt_tokens: int, max_tokens: int, every_s: float) -> AsyncIterator[None]:
-        """Requests at this pace inside the block; at its end all that were begun are awaited."""
+        """Send requests at this pace during the block; at its end wait for all that were sent."""
         async with self.client() as http, asyncio.TaskGroup() as group:
 
             async def keep_sending() -> None:
@@ -170,7 +170,7 @@ def app(serve_url: str) -> Iterator[Application]:
 
 
 async def test_what_shrinks_under_load_loses_neither_streams_nor_kv(app: Application) -> None:
-    """Of 48 sequences 8 decode at once, for 2 s, so the KV of others waits on the prefill replicas for up to 10 s."""
+    """Of 48 sequences, 8 decode at once for 2 s, so the KV of the others waits on prefill for up to 10 s."""
     async with app.client() as http, asyncio.TaskGroup() as group:
         for _ in range(48):
             group.create_task(app.request(http, prompt_tokens=40, max_tokens=80))
@@ -192,7 +192,7 @@ async def test_pools_of_a_fixed_number_scale_apart_once_they_may(app: Applicatio
 
 
 async def grows(app: Application, role: str, wave: dict[str, Any], while_stays: str) -> None:
-    """Send a wave until a pool has grown; it has to shrink afterwards, and the other one to do neither."""
+    """Send a wave until a pool has grown.  It must shrink afterwards, and the other pool must stay as it is."""
     async with app.watching(while_stays) as seen, app.wave(**wave):
         await app.until(lambda: app.running(role) >= 2, 25, f"{role} grows")
         plan = app.plan(f"{role}-tiny")

@@ -25,7 +25,7 @@ TOKENS = [11, 21, 31, 41]
 
 
 class Application:
-    """A running scripted application."""
+    """The running application of scripted engines."""
 
     def __init__(self, name: str, handle: Any, diary: Diary) -> None:
         self.name = name
@@ -33,7 +33,7 @@ class Application:
         self.handle = handle
 
     def start(self, request_id: str, *, prompt: list[int] = PROMPT, mode: PrefillMode = "auto", **script: Any) -> Any:
-        """Begin a sequence; the response yields its deltas and can be cancelled."""
+        """Start a sequence.  The response yields its deltas and can be cancelled."""
         request = GenerateRequest(
             request_id=request_id,
             prompt_token_ids=prompt,
@@ -78,7 +78,7 @@ def tokens_of(deltas: list[TokenDelta]) -> list[int]:
 
 
 async def collect(app: Application, response: Any, into: list[TokenDelta]) -> None:
-    """Take deltas and tell the engine when there are two tokens, for which it waits before it dies."""
+    """Collect deltas, and tell the engine when two tokens are there; it waits for this before it dies."""
     async for delta in response:
         into.append(delta)
         if len(tokens_of(into)) == 2:
@@ -152,7 +152,7 @@ async def test_a_prefill_is_not_abandoned_once_decode_has_its_kv(app: Applicatio
     await anext(response)
     response.cancel()
     wait_until(lambda: app.diary.count("generate_cancelled", "keep"), 1, "decode cancelled")
-    await asyncio.sleep(0.5)  # it would have come by now
+    await asyncio.sleep(0.5)  # enough for it to come if it were sent
     assert not app.diary.count("abandoned", "keep")
 
 
@@ -235,7 +235,7 @@ async def _has_counted(diary: Diary, event: str, count: int) -> bool:
 
 
 async def start_waiting(app: Application, count: int, event: str) -> list[asyncio.Task[list[TokenDelta]]]:
-    """Sequences that stop after two tokens until the diary has the event."""
+    """Start sequences that stop after two tokens until the diary has the event."""
     tasks = [asyncio.create_task(app.run(f"{event}-{n}", decode_waits_at=2, event=event)) for n in range(count)]
 
     async def have_started() -> bool:

@@ -1,4 +1,4 @@
-"""What frontends know of replicas: of their caches, their load and whether they are there."""
+"""What frontends know of replicas: their caches, their load, and whether they are there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def app(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ap
 
 @asynccontextmanager
 async def another_frontend(role: str) -> AsyncIterator[PoolState]:
-    """The pool state of a frontend that comes later than the application's own: this process."""
+    """Make this process a frontend that starts later than the application's own, and yield its pool state."""
     async with connected(role) as channels:
         yield channels._pool
 
@@ -52,7 +52,7 @@ async def connected(role: str) -> AsyncIterator[PoolChannels]:
 
 
 async def stats(app: Application) -> dict[str, dict[str, Any]]:
-    """What the application's frontend believes of the one replica of each pool."""
+    """Return what the application's frontend knows of the only replica of each pool."""
     replicas = await app.handle.stats.remote()
     return {replica["role"]: replica.get("view") or {} for replica in replicas}
 
@@ -118,7 +118,7 @@ async def test_the_load_of_one_frontend_is_known_to_the_other(app: Application) 
         await is_loaded(1, 1, 0)
         local = app.start("load-decode", decode_hangs_at=0, mode="local")
         decoding = app.start("load-decode-2", decode_hangs_at=1)
-        await is_loaded(1, 2, 0)  # the local one is the aggregated pool's
+        await is_loaded(1, 2, 0)  # the aggregated pool has the local one
         for response in (waiting, local, decoding):
             response.cancel()
         await is_loaded(0, 0, 0)

@@ -1,4 +1,4 @@
-"""The whole application over sim engines: HTTP in, channels and handoffs between, nothing left behind."""
+"""The whole application over sim engines, from HTTP through channels and handoffs; nothing is left behind."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def arguments(**engine_args: Any) -> dict[str, Any]:
 def url(serve_url: str) -> Iterator[str]:
     from deployments.build import build
 
-    # 5 ms a step: slow enough to leave in the middle of an answer.
+    # A step takes 5 ms, slow enough for a client to leave in the middle of an answer.
     serve.run(build(arguments(profile="h200-llama-8b", speed_up=1.0)), name="sim", route_prefix="/sim")
     url = f"{serve_url}/sim"
     wait_until(lambda: httpx.get(f"{url}/health").json()["status"] == "healthy", 30, "both pools ready")
@@ -82,14 +82,14 @@ def test_kv_moves_and_all_blocks_return(url: str) -> None:
 
 def test_blocks_return_when_the_client_leaves(url: str) -> None:
     with httpx.stream("POST", f"{url}/v1/completions", json=completion(stream=True, max_tokens=1500)) as response:
-        lines = response.iter_lines()  # kept: when it goes, httpx ends the request
+        lines = response.iter_lines()  # kept in a variable: when it is deleted, httpx ends the request
         next(lines)
         assert used_blocks(url) > 0
     wait_until(lambda: used_blocks(url) == 0, 5, "blocks returned")
 
 
 def test_blocks_return_when_a_client_leaves_that_waits_for_the_whole_answer(url: str) -> None:
-    """Headers and body in packets of their own, as Python's clients send them; see deployments/haproxy.py."""
+    """Headers and body are sent in separate packets, as Python's clients do; see deployments/haproxy.py."""
     host, port, path = httpx.URL(url).host, httpx.URL(url).port, httpx.URL(url).path
     body = json.dumps(completion(max_tokens=1500)).encode()
     head = f"POST {path}/v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
@@ -108,5 +108,5 @@ def test_what_the_engine_cannot_do_is_a_400_that_names_it(url: str) -> None:
 
 
 def test_health_does_not_tell_how_to_reach_a_replica(url: str) -> None:
-    """Who has a channel's token can read everybody's tokens."""
+    """Whoever has a channel's token could read everybody's tokens."""
     assert "token" not in httpx.get(f"{url}/health").text.replace("block_size_tokens", "")

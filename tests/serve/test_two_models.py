@@ -58,11 +58,11 @@ class Application:
         return {card["id"]: card for card in self.http.get("/v1/models").json()["data"]}
 
     def endpoints(self, model: str) -> dict[str, dict[str, Any]]:
-        """By replica id."""
+        """Return a model's endpoints by replica id."""
         return {found["replica_id"]: found for found in self.health()["endpoints"] if found["model"] == model}
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum over all series with these labels."""
+        """Return the sum over all series with these labels."""
         found = [line for line in self.http.get("/metrics").text.splitlines() if line.startswith(name + "{")]
         wanted = [f'{label}="{value}"' for label, value in labels.items()]
         return sum(float(line.split()[-1]) for line in found if all(label in line for label in wanted))
@@ -74,7 +74,7 @@ class Application:
 
 def arguments(python: Path) -> dict[str, Any]:
     pool = {"engine": "sim", "resources": {"num_cpus": 0.1}}
-    engine_args = {"num_blocks": 512, "speed_up": 1.0}  # 5 ms a step: slow enough to leave in an answer's middle
+    engine_args = {"num_blocks": 512, "speed_up": 1.0}  # 5 ms a step, so a client can leave in the middle of an answer
     return {
         "models": [
             {
@@ -184,7 +184,7 @@ def test_each_server_has_arguments_of_its_own(app: Application) -> None:
 
 
 def test_requests_and_tool_calls_of_both_are_counted(app: Application) -> None:
-    """vLLM's metrics are made for one model in a process."""
+    """vLLM's own metrics expect only one model in a process."""
     for model in (SPLIT, WHOLE):
         requests = app.metric("http_requests_total", handler="/v1/chat/completions")
         parsed = app.metric("vllm:tool_call_parser_invocations_total", model_name=model)

@@ -11,7 +11,7 @@ from app.replica_bounds import Bounds, bounds_of, parse_targets, scale, scale_do
 
 
 def applications() -> list[dict[str, Any]]:
-    pool = {"engine": "sim", "replicas": 2}  # one object in two slots, as an anchor in YAML makes it
+    pool = {"engine": "sim", "replicas": 2}  # one object in two places, as an anchor in YAML makes it
     scaled = {"engine": "sim", "autoscaling": {"min_replicas": 1, "initial_replicas": 2, "max_replicas": 4}}
     return [
         {

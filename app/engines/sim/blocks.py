@@ -1,7 +1,7 @@
-"""The KV blocks of a sim engine: who holds them, which prompts they can serve again, which go first.
+"""The KV blocks of a sim engine: which requests hold them, what they have cached, and in what order they are evicted.
 
-A block is *empty*, or *held* by one or more requests, or *idle*: cached, held by nobody, and evicted, the one that
-was used longest ago first, when no empty block is left.
+A block is *empty*, *held* by one or more requests, or *idle*: cached but held by nobody.  When no empty block is left,
+the idle one that was used longest ago is evicted first.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from app.messages import AllBlocksCleared, BlockHash, BlockRemoved, BlockStored, KvEvent
 
 MAX_WAITING_EVENTS = 10_000
-"""KV events kept for a consumer that has stopped taking them."""
+"""How many KV events are kept for a consumer that does not take them."""
 
 
 def chain_hashes(tokens: list[int], block_size: int, hashes: list[int], num: int, root: int) -> None:
     """Extend `hashes`, the block hashes of `tokens`, to the first `num` blocks.
 
-    A hash covers its block and, through its parent, all blocks before.  Python's hash of a tuple of integers is
-    the same in every process, 64 bits wide and no protection against anybody: right for a simulation.
+    A hash covers its block and, through its parent, all blocks before it.  Python's hash of a tuple of integers is
+    the same in every process and 64 bits wide.  It does not withstand an attacker, which a simulation does not need.
     """
     parent = hashes[-1] if hashes else root
     for start in range(len(hashes) * block_size, num * block_size, block_size):
@@ -43,7 +43,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that `take` could give: empty or idle."""
+        """The number of blocks that can be taken: those that are empty or idle."""
         return len(self._empty) + len(self._idle)
 
     @property
@@ -53,15 +53,15 @@ class BlockPool:
 
     @property
     def cached_hashes(self) -> set[int]:
-        """What the prefix cache holds."""
+        """Return the hashes of the blocks in the prefix cache."""
         return set(self._block_of)
 
     def num_holders(self, block: int) -> int:
-        """How many requests hold `block`."""
+        """Return how many requests hold `block`."""
         return self._num_holders[block]
 
     def find(self, hashes: Iterable[int]) -> list[int]:
-        """The cached blocks of the longest prefix of `hashes`; nobody holds them for the caller yet."""
+        """Return the cached blocks of the longest prefix of `hashes`, without holding them for the caller."""
         found = []
         for block_hash in hashes:
             block = self._block_of.get(block_hash)
@@ -71,7 +71,7 @@ class BlockPool:
         return found
 
     def acquire(self, found: list[int], num_more: int) -> list[int] | None:
-        """Hold the blocks `found` in the cache and `num_more` others; None, and nothing held, if there are too few."""
+        """Hold the blocks `found` in the cache and `num_more` others.  If there are too few, hold none, return None."""
         idle, holders = self._idle, self._num_holders
         num_idle = sum(1 for block in found if not holders[block])
         if num_more > self.num_free - num_idle:
@@ -83,7 +83,7 @@ class BlockPool:
         return found + self._take(num_more)
 
     def _take(self, num: int) -> list[int]:
-        """`num` blocks without content, which must be free."""
+        """Return `num` blocks without content; so many must be free."""
         empty = self._empty
         at = max(0, len(empty) - num)
         taken = empty[at:]
@@ -110,7 +110,7 @@ class BlockPool:
         return blocks
 
     def free(self, blocks: list[int]) -> None:
-        """Give up one hold on each of `blocks`; the last ones of a prompt become evictable first."""
+        """Give up one hold on each of `blocks`.  The last ones of a prompt become evictable first."""
         holders, hash_of = self._num_holders, self._hash_of
         for block in reversed(blocks):
             left = holders[block] = holders[block] - 1
@@ -130,10 +130,10 @@ class BlockPool:
         taint: int = 0,
         cache_salt: str | None = None,
     ) -> None:
-        """Cache `blocks`, which are held and full: their hashes, the block before them, their tokens and their salt.
+        """Cache `blocks`, which are held and full, with their hashes, the block before them, their tokens and salt.
 
-        A hash that is cached already stays where it is, and the block with the same content stays uncached.
-        `taint` is not 0 where the KV belongs to another prompt than its hashes say.
+        If a hash is cached already, its block stays the cached one, and the new block with the same content stays
+        uncached.  `taint` is not 0 if the KV belongs to another prompt than the hashes say.
         """
         size = self._block_size
         first = 0
@@ -166,7 +166,7 @@ class BlockPool:
         self._record(BlockStored(keys, before, token_ids[first * size : end * size], size, cache_salt))
 
     def taint(self, blocks: list[int]) -> int:
-        """What is wrong with the content of cached `blocks`; 0 if nothing is."""
+        """Return the taint of cached `blocks`: not 0 if KV in them belongs to another prompt than its hash says."""
         if not self._taints:
             return 0
         return next((taint for block in reversed(blocks) if (taint := self._taints.get(block, 0))), 0)
@@ -178,10 +178,10 @@ class BlockPool:
             self._events = None
 
     def take_events(self) -> list[KvEvent]:
-        """What happened to the cache since the last call.
+        """Return what has happened to the cache since the last call.
 
-        Events are recorded from the first call on, and no longer where nobody takes them.  The list that is
-        returned then begins with AllBlocksCleared and leaves out what the cache holds already.
+        Events are recorded from the first call on, until too many wait to be taken.  After that the next list begins
+        with AllBlocksCleared and leaves out what the cache holds already.
         """
         events, self._events = self._events, []
         return [AllBlocksCleared()] if events is None else events

@@ -3,11 +3,11 @@
 1. `_drive` lets the scheduler compute a step, lets the step's time (divided by `speed_up`) pass, then emits all of
    its tokens in one turn of the event loop.
 2. `prefill` keeps the prompt's blocks under a lease; the descriptor says at which port they can be had.
-3. `generate` with a descriptor pulls them there (app/engines/sim/transfer.py), and its tokens follow from what
-   arrived: KV of another prompt gives other tokens.
+3. `generate` with a descriptor pulls them there (app/engines/sim/transfer.py).  Its tokens depend on what arrived, so
+   the KV of another prompt gives other tokens.
 
-It takes what an engine of this kind cannot have influence on, temperature for instance, and refuses what would be a
-lie.  ``transfer.required_transport`` does not apply: nothing moves by UCX.
+It accepts sampling parameters that can have no effect here, for instance temperature, and refuses those whose result
+would be false.  ``transfer.required_transport`` does not apply, because nothing moves by UCX.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ logger = logging.getLogger("baton.engines.sim")
 TRANSPORT = "sim"
 
 MAX_LAG_S = 0.1
-"""How far steps may fall behind, and then catch up, where this process gets the CPU too late."""
+"""How far steps may fall behind, and then catch up, if this process gets the CPU too late."""
 
 HONOURED = {"max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "seed", "logprobs"}
 WITHOUT_EFFECT = {
@@ -63,11 +63,11 @@ WITHOUT_EFFECT = {
     "skip_special_tokens",
     "spaces_between_special_tokens",
 }
-"""Sampling parameters that any answer is compatible with: the tokens follow no distribution."""
+"""Sampling parameters that every answer satisfies, because the tokens follow no distribution."""
 
 
 class SimArgs(BaseModel):
-    """``engine_args`` of ``engine: sim``; under vLLM's names what vLLM has too."""
+    """``engine_args`` of ``engine: sim``.  Arguments that vLLM has too have vLLM's names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -76,22 +76,22 @@ class SimArgs(BaseModel):
     speed_up: float | Literal["max"] = Field(default=1.0)
     """How many times faster than the profile; ``max``: as fast as this process can."""
     seed: int = 0
-    """Of tokens and of faults."""
+    """The seed of tokens and of faults."""
     startup_s: float = Field(default=0.0, ge=0)
     """How long the engine takes to be ready."""
     num_blocks: int = Field(default=8192, gt=0)
     """KV blocks (vLLM finds this out itself, from the GPU's memory)."""
     block_size: int = Field(default=16, gt=0)
-    """Tokens of a KV block."""
+    """The number of tokens in a KV block."""
     max_model_len: int | None = Field(default=None, gt=1)
-    """By default what the model was made for, or what the blocks hold if that is less."""
+    """By default what the model was made for, or what fits into the blocks if that is less."""
     max_num_seqs: int = Field(default=256, gt=0)
-    """Sequences in one step."""
+    """The most sequences in one step."""
     max_num_batched_tokens: int = Field(default=2048, gt=0)
-    """Tokens computed in one step; longer prompts are computed in chunks."""
+    """The most tokens that one step computes; longer prompts are computed in chunks."""
     enable_prefix_caching: bool = True
     kv_events: bool = True
-    """Whether it tells what its prefix cache holds, as vLLM and SGLang do."""
+    """Whether it publishes what its prefix cache holds, as vLLM and SGLang do."""
     faults: list[Fault] = []
 
     @field_validator("speed_up", mode="before")
@@ -111,7 +111,7 @@ class SimArgs(BaseModel):
 
 
 def parse_args(engine_args: dict[str, Any]) -> SimArgs:
-    """The validated arguments.  Raises ConfigError that names the first wrong one."""
+    """Return the validated arguments.  Raises ConfigError, which names the first wrong one."""
     try:
         arguments = SimArgs.model_validate(engine_args)
     except ValidationError as error:
@@ -245,7 +245,7 @@ class SimEngine:
             run.ended.set_result(None)
 
     def _complete(self, run: _Run, delta: TokenDelta) -> TokenDelta:
-        """`delta` with what only some have: the report, logprobs, the token that stopped it."""
+        """Return `delta` with what only some deltas have: the report, logprobs, the token that stopped the sequence."""
         sequence = run.sequence
         token = delta.token_ids[0]
         report = None
@@ -279,7 +279,7 @@ class SimEngine:
         )
 
     def _commit(self, run: _Run, fault: Fault) -> bool:
-        """Commit `fault` if its time has come; whether it has."""
+        """Make `fault` happen if its time has come, and return whether it did."""
         num_tokens = 1 if run.sequence.is_handoff else len(run.sequence.tokens) - run.sequence.prompt_tokens
         if num_tokens <= fault.after_tokens:
             return False
@@ -334,7 +334,7 @@ class SimEngine:
     async def _run(
         self, request: GenerateRequest, sequence: ScheduledSequence, fault: FaultKind, **fields: Any
     ) -> None:
-        """Run one sequence to its end or to its handoff; cancelling gives its blocks back."""
+        """Run one sequence to its end or to its handoff.  Cancelling frees its blocks."""
         self._raise_if_dead()
         ended = asyncio.get_running_loop().create_future()
         struck = self._faults.strike(fault, "engine_death", "hang")
@@ -362,7 +362,7 @@ class SimEngine:
         self._wake.set()  # others may wait for its blocks
 
     def _to_sequence(self, request: GenerateRequest, sampling: dict[str, Any], **fields: Any) -> ScheduledSequence:
-        """Raises InvalidRequest for what this engine cannot do."""
+        """Return the scheduler's sequence for a request.  Raises InvalidRequest for what this engine cannot do."""
         self._raise_if_dead()
         for name in sampling:
             if name not in HONOURED and name not in WITHOUT_EFFECT:
@@ -392,7 +392,7 @@ class SimEngine:
         run.pull = self._spawn(self._pull(run), "sim-pull")
 
     async def _pull(self, run: _Run) -> None:
-        """Fetch one sequence's KV and tell the scheduler what came."""
+        """Fetch one sequence's KV and tell the scheduler what arrived."""
         sequence, descriptor = run.sequence, run.descriptor
         assert descriptor is not None
         num_bytes = self._num_bytes(sequence.transferred_tokens)
@@ -414,12 +414,15 @@ class SimEngine:
             self._wake.set()
 
     def _num_bytes(self, num_tokens: int) -> int:
-        """Bytes of the blocks that hold `num_tokens`: blocks move whole."""
+        """Return the bytes of the blocks that hold `num_tokens`; only whole blocks move."""
         num_blocks = -(-num_tokens // self._args.block_size)
         return num_blocks * self._args.block_size * self._profile.kv_bytes_per_token
 
     async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
-        """Only a decode engine can: `prefill` returned when all was computed, and its engine waits to be told."""
+        """Free the KV from the decode side; only a decode engine can.
+
+        When `prefill` returns, all KV has been computed, and its engine keeps it until a decode engine tells it.
+        """
         if descriptor is not None:
             await release(**_address(descriptor))
 
@@ -463,7 +466,7 @@ class SimEngine:
 
 
 class _Clock:
-    """Real time in which modelled time passes `speed_up` times as fast."""
+    """Lets modelled time pass `speed_up` times as fast as real time."""
 
     def __init__(self, speed_up: float | Literal["max"]) -> None:
         self._speed_up = speed_up
@@ -471,7 +474,7 @@ class _Clock:
         self._now = self._loop.time()
 
     def restart(self) -> None:
-        """Begin again after a pause that was not modelled."""
+        """Start again after a pause that is not part of the modelled time."""
         self._now = self._loop.time()
 
     async def let_pass(self, seconds: float) -> None:

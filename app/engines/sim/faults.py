@@ -1,4 +1,4 @@
-"""Faults that a sim engine commits on purpose, at moments that depend on its seed and its work and on no clock."""
+"""Faults that a sim engine makes on purpose.  When they occur depends on its seed and its work, not on a clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SCALE = 2**32
 
 
 class Fault(BaseModel):
-    """One way to go wrong, and when.
+    """One kind of fault, and when it occurs.
 
     ====================  ============================================  ===========
     kind                  what happens                                  occasion
@@ -26,20 +26,20 @@ class Fault(BaseModel):
     `slow_step`           the step lasts `factor` times as long         a step
     ====================  ============================================  ===========
 
-    Occasions of a kind are counted from 1 since the engine's start.
+    The occasions of each kind are counted from the engine's start; the first has the number 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: FaultKind
     at: int | None = Field(default=None, ge=1)
-    """The one occasion that it befalls."""
+    """The number of the one occasion on which it occurs."""
     probability: float | None = Field(default=None, gt=0, le=1)
-    """Or how likely it befalls any of them."""
+    """Instead of `at`: how likely it is on each occasion."""
     after_tokens: int = Field(default=0, ge=0)
     """Output tokens that the request gets before (decode_error, engine_death, hang); a prefill counts as its first."""
     factor: float = Field(default=10.0, gt=0)
-    """Of slow_step."""
+    """How many times as long the step takes (slow_step)."""
 
     @model_validator(mode="after")
     def _befalls_something(self) -> Self:
@@ -49,7 +49,7 @@ class Fault(BaseModel):
 
 
 class FaultPlan:
-    """Which occasions are hit."""
+    """Decides on which occasions a fault occurs."""
 
     def __init__(self, faults: list[Fault], seed: int) -> None:
         self._faults = list(enumerate(faults))
@@ -58,7 +58,7 @@ class FaultPlan:
         self._num_occasions: Counter[str] = Counter()
 
     def strike(self, *kinds: FaultKind) -> Fault | None:
-        """Count an occasion of each of `kinds`; the first configured fault that befalls it, if any."""
+        """Count an occasion of each of `kinds`, and return the first configured fault that occurs on it, if any."""
         if self._kinds.isdisjoint(kinds):
             return None
         for kind in kinds:

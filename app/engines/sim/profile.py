@@ -1,4 +1,4 @@
-"""How long an engine takes: the numbers of one machine with one model, and how they follow from measurements.
+"""How long an engine takes: a model of the times of one machine with one LLM, and how it is fitted to measurements.
 
 An engine step that computes `n` new prompt tokens of sequences, each from position `p` on, and one token for each
 of `b` others, which have `k` tokens of KV together, takes
@@ -7,7 +7,7 @@ of `b` others, which have `k` tokens of KV together, takes
     + prefill.per_token_s * n + prefill.per_token_squared_s * sum((p + n)^2 - p^2)
     + step.per_sequence_s * b + step.per_kv_token_s * k
 
-so a prompt costs the same squares whether it is computed whole, in chunks, or after a prefix that was cached.
+so the squares of a prompt add up to the same whether it is computed at once, in chunks, or after a cached prefix.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Section(BaseModel):
 
 
 class PrefillTimes(_Section):
-    """Seconds for a prompt: `base_s` and what each uncached token, and its square, adds."""
+    """The time of a prompt in seconds: `base_s`, and what each uncached token and its square adds."""
 
     base_s: float = Field(ge=0)
     per_token_s: float = Field(ge=0)
@@ -39,7 +39,8 @@ class PrefillTimes(_Section):
 
 
 class StepTimes(_Section):
-    """Seconds for one token of each running sequence: `base_s` and what each sequence and token of KV adds."""
+    """The time of one token for each running sequence in seconds: `base_s`, and what each sequence and each token of KV
+    adds."""
 
     base_s: float = Field(ge=0)
     per_sequence_s: float = Field(ge=0)
@@ -47,14 +48,14 @@ class StepTimes(_Section):
 
 
 class TransferTimes(_Section):
-    """Seconds for pulling one prompt's KV."""
+    """The time of pulling one prompt's KV, in seconds."""
 
     base_s: float = Field(ge=0)
     bytes_per_s: float = Field(gt=0)
 
 
 class SimProfile(_Section):
-    """One engine's times."""
+    """The times of one engine."""
 
     source: str = Field(min_length=1)
     """Where each number comes from."""
@@ -65,27 +66,27 @@ class SimProfile(_Section):
     """2 (key and value) * layers * KV heads * head size * bytes of one number."""
 
     def prefill_s(self, num_tokens: int) -> float:
-        """Seconds for a prompt of `num_tokens`, computed alone and at once."""
+        """Return the seconds that a prompt of `num_tokens` takes, computed alone and in one step."""
         times = self.prefill
         return times.base_s + times.per_token_s * num_tokens + times.per_token_squared_s * num_tokens**2
 
     def step_s(self, num_sequences: int, num_kv_tokens: int) -> float:
-        """Seconds for one token of each of `num_sequences` that have `num_kv_tokens` of KV together."""
+        """Return the seconds for one token of each of `num_sequences` with `num_kv_tokens` tokens of KV together."""
         times = self.step
         return times.base_s + times.per_sequence_s * num_sequences + times.per_kv_token_s * num_kv_tokens
 
     def transfer_s(self, num_bytes: int) -> float:
-        """Seconds for pulling `num_bytes` of KV."""
+        """Return the seconds that pulling `num_bytes` of KV takes."""
         return self.transfer.base_s + num_bytes / self.transfer.bytes_per_s
 
 
 def built_in_profiles() -> list[str]:
-    """The names of the profiles that come with Baton."""
+    """Return the names of the profiles that come with Baton."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_profile(name: str) -> SimProfile:
-    """The built-in profile `name`, or the one in the YAML file that `name` is the path of.  Raises ConfigError."""
+    """Return the built-in profile `name`, or the one in the YAML file at the path `name`.  Raises ConfigError."""
     is_path = "/" in name or name.endswith((".yaml", ".yml"))
     if not is_path and name not in built_in_profiles():
         known = ", ".join(built_in_profiles())
@@ -105,21 +106,21 @@ def load_profile(name: str) -> SimProfile:
 
 
 def fit_prefill(measured: Sequence[tuple[int, float]]) -> PrefillTimes:
-    """The times that come closest to `measured`: (tokens of a prompt, seconds)."""
+    """Return the times that come closest to `measured`: (tokens of a prompt, seconds)."""
     rows = [[1.0, tokens, tokens**2] for tokens, _ in measured]
     base_s, per_token_s, per_token_squared_s = fit_non_negative(rows, [seconds for _, seconds in measured])
     return PrefillTimes(base_s=base_s, per_token_s=per_token_s, per_token_squared_s=per_token_squared_s)
 
 
 def fit_step(measured: Sequence[tuple[int, int, float]]) -> StepTimes:
-    """The times that come closest to `measured`: (sequences, tokens of KV that they have together, seconds)."""
+    """Return the times that come closest to `measured`: (sequences, tokens of KV that they have together, seconds)."""
     rows = [[1.0, sequences, kv_tokens] for sequences, kv_tokens, _ in measured]
     base_s, per_sequence_s, per_kv_token_s = fit_non_negative(rows, [seconds for *_, seconds in measured])
     return StepTimes(base_s=base_s, per_sequence_s=per_sequence_s, per_kv_token_s=per_kv_token_s)
 
 
 def to_yaml(profile: SimProfile) -> str:
-    """The file that `load_profile` reads."""
+    """Return the text of a file that `load_profile` reads."""
     fields = profile.model_dump(exclude={"source"})
     source = "".join(f"  {line}\n" for line in profile.source.splitlines())
     return f"source: |\n{source}{yaml.safe_dump(fields, sort_keys=False)}"

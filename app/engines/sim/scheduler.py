@@ -1,16 +1,16 @@
-"""The scheduler of a sim engine: pure code without a clock, so that it runs in real as well as in virtual time.
+"""The scheduler of a sim engine.  It uses no clock, so it runs in real as well as in virtual time.
 
 Each `step` is one step of an engine that batches continuously:
 
-1. Running sequences that need a block for their next token get one; where none is left, the sequence that came
+1. Running sequences that need a block for their next token get one.  If none is left, the sequence that came
    last gives up its blocks and is computed again later.
 2. Every running sequence whose prompt is computed gets a token.
-3. What is left of `max_num_batched_tokens` goes to prompts, in chunks: those begun first, then sequences whose KV
-   has arrived, then waiting ones, as long as there are blocks for all of their tokens.
-4. The profile says how long that takes; whoever calls lets the time pass and then gives out the tokens.
+3. What is left of `max_num_batched_tokens` goes to prompts, in chunks: first to those that were begun, then to
+   sequences whose KV has arrived, then to waiting ones as long as there are blocks for all of their tokens.
+4. The profile says how long the step takes.  The caller lets that time pass and then gives out the tokens.
 
-Tokens come from a hash of (seed, digest of the prompt's KV, position), so neither batching nor preemption nor a
-transfer changes them, and KV of another prompt does.
+Tokens come from a hash of (seed, digest of the prompt's KV, position).  So batching, preemption and transfers do not
+change them, but the KV of another prompt does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ State = Literal["new", "waiting", "preempted", "transferring", "arrived", "runni
 
 
 class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What bounds a batch, under vLLM's names."""
+    """The limits of a batch, under vLLM's names."""
 
     num_blocks: int
     block_size: int
@@ -40,7 +40,7 @@ class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ScheduledSequence:
-    """One request: its tokens, and how far the scheduler is with it."""
+    """One request: its tokens, and how much of it the scheduler has done."""
 
     __slots__ = (
         "blocks",
@@ -78,10 +78,10 @@ class ScheduledSequence:
         is_handoff: bool = False,
         is_pulled: bool = False,
     ) -> None:
-        """A sequence of at most `max_tokens` more tokens.
+        """Make a sequence that gets at most `max_tokens` more tokens.
 
-        Prompts with different salts share no blocks.  With `is_handoff` it ends with its prompt, and its blocks are
-        kept until `cancel`.  With `is_pulled` its KV is to come from another engine.
+        Prompts with different salts share no blocks.  With `is_handoff` the sequence ends with its prompt, and its
+        blocks are kept until `cancel`.  With `is_pulled` its KV comes from another engine.
         """
         self.tokens = list(prompt)
         self.prompt_tokens = len(prompt)
@@ -107,12 +107,12 @@ class ScheduledSequence:
 
     @property
     def kv_digest(self) -> int:
-        """What this prompt's KV holds: its own digest, unless part of it came from another prompt."""
+        """The digest of what this prompt's KV holds: its own, unless part of the KV came from another prompt."""
         return self.digest ^ self.taint
 
 
 def prompt_digest(prompt: list[int]) -> int:
-    """What the KV of a prompt holds, in one number; the same in every process."""
+    """Return one number for what the KV of a prompt holds.  It is the same in every process."""
     return hash(tuple(prompt))
 
 
@@ -121,9 +121,10 @@ class Step(msgspec.Struct, gc=False):
 
     duration_s: float
     outputs: list[ScheduledSequence]
-    """Sequences that got their next token, ``tokens[-1]``, or whose handoff is ready.  Those that ended have left."""
+    """Sequences that got their next token, ``tokens[-1]``, or whose handoff is ready.  Those that ended do not run any
+    more."""
     pulls: list[ScheduledSequence]
-    """Sequences whose transfer is to begin now; `Scheduler.end_transfer` takes the result."""
+    """Sequences whose transfer has to begin now; its result goes to `Scheduler.end_transfer`."""
     num_preempted: int
 
 
@@ -131,7 +132,7 @@ class Scheduler:
     """One engine's waiting and running sequences, and its KV blocks."""
 
     def __init__(self, limits: SchedulerLimits, profile: SimProfile, vocabulary: Tokens[int], seed: int) -> None:
-        """Tokens are drawn from `vocabulary`.  `limits.max_model_len` tokens must fit into the blocks."""
+        """`vocabulary` is what tokens are drawn from.  `limits.max_model_len` tokens must fit into the blocks."""
         assert limits.max_model_len <= limits.num_blocks * limits.block_size
         assert limits.max_num_seqs <= limits.max_num_batched_tokens
         self.pool = BlockPool(limits.num_blocks, limits.block_size)
@@ -159,7 +160,7 @@ class Scheduler:
 
     @property
     def num_used_blocks(self) -> int:
-        """Blocks that sequences hold, kept handoffs included."""
+        """The number of blocks that sequences hold, kept handoffs included."""
         return self.pool.num_blocks - self.pool.num_free
 
     def add(self, sequence: ScheduledSequence) -> None:
@@ -171,7 +172,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def cancel(self, sequence: ScheduledSequence) -> None:
-        """End a sequence, or a handoff that was pulled or that nobody will pull, and give its blocks back.
+        """End a sequence, or a handoff that was pulled or that nobody will pull, and free its blocks.
 
         Does nothing if it has ended already.
         """
@@ -186,7 +187,7 @@ class Scheduler:
         self._end(sequence)
 
     def end_transfer(self, sequence: ScheduledSequence, kv_digest: int | None) -> None:
-        """KV that holds `kv_digest` has arrived, or none has: then the prompt is computed here."""
+        """Take note that KV with `kv_digest` has arrived.  With None no KV has, and the prompt is computed here."""
         if sequence.state != "transferring":
             return  # cancelled meanwhile
         self._transferring.remove(sequence)
@@ -200,7 +201,7 @@ class Scheduler:
         self._arrived.append(sequence)
 
     def step(self) -> Step | None:
-        """Compute one batch; None if nothing can be computed until a sequence, its KV or free blocks come."""
+        """Compute one batch.  Returns None if nothing can be computed until a sequence, its KV or free blocks come."""
         self._prefill_s = 0.0
         self._num_prefilled = self._num_decoded = self._num_kv_tokens = 0
         num_preempted = self._make_room()
@@ -218,7 +219,7 @@ class Scheduler:
         return Step(self._duration_s(), outputs, pulls, num_preempted)
 
     def _make_room(self) -> int:
-        """Give running sequences a block for their next token; returns how many others lost theirs for it."""
+        """Give running sequences a block for their next token, and return how many other sequences lost theirs."""
         size = self._block_size
         num_preempted = 0
         for sequence in [s for s in self._running if len(s.tokens) > len(s.blocks) * size]:
@@ -238,7 +239,7 @@ class Scheduler:
         self._waiting.appendleft(sequence)
 
     def _decode(self, outputs: list[ScheduledSequence]) -> list[ScheduledSequence]:
-        """One token for each running sequence; returns those whose prompt has to be computed further."""
+        """Give each running sequence a token, and return those whose prompt is not fully computed yet."""
         size = self._block_size
         sample = self._sample
         num_kv_tokens = 0
@@ -259,12 +260,12 @@ class Scheduler:
         return prompts
 
     def _prefill(self, sequence: ScheduledSequence, budget: int, outputs: list[ScheduledSequence]) -> int:
-        """Compute up to `budget` tokens of a sequence that is running; returns how many."""
+        """Compute up to `budget` tokens of a running sequence, and return how many."""
         length = len(sequence.tokens)
         begin = sequence.computed
         end = min(length, begin + budget)
         if begin + 1 == length:
-            # Only its last token is missing: that is a token like any other's.
+            # Only its last token is missing, which costs as much as a token of any other sequence.
             self._num_decoded += end - begin
             self._num_kv_tokens += length
         else:
@@ -283,7 +284,7 @@ class Scheduler:
     def _admit(
         self, budget: int, outputs: list[ScheduledSequence], pulls: list[ScheduledSequence], *, take_waiting: bool
     ) -> None:
-        """Let sequences in while tokens, seats and blocks last."""
+        """Admit sequences while tokens, places in the batch and blocks last."""
         seats = self._limits.max_num_seqs - len(self._running)
         while budget > 0 and seats > 0 and (self._arrived or (take_waiting and self._waiting)):
             if self._arrived:
@@ -305,12 +306,12 @@ class Scheduler:
             budget -= self._prefill(sequence, budget, outputs)
 
     def _seat(self, sequence: ScheduledSequence) -> bool:
-        """Give a waiting sequence blocks for all of its tokens, cached ones first; False if there are too few."""
+        """Give a waiting sequence blocks for all of its tokens, cached ones first.  False if there are too few."""
         size = self._block_size
         length = len(sequence.tokens)
         found: list[int] = []
         if self._limits.enable_prefix_caching:
-            # The last token is always computed: what follows it is sampled from the result.
+            # The last token is always computed, because the next one is sampled from the result.
             num_full = (length - 1) // size
             if len(sequence.hashes) < num_full:
                 chain_hashes(sequence.tokens, size, sequence.hashes, num_full, sequence.root)
@@ -328,7 +329,7 @@ class Scheduler:
         return True
 
     def _store(self, sequence: ScheduledSequence) -> None:
-        """Put the blocks that were filled into the prefix cache."""
+        """Put the blocks that have been filled into the prefix cache."""
         if not self._limits.enable_prefix_caching:
             return
         size = self._block_size
@@ -349,7 +350,7 @@ class Scheduler:
         sequence.is_stored_to = end
 
     def _sample(self, sequence: ScheduledSequence) -> None:
-        """Append the next token, and say so if it is the last."""
+        """Append the next token, and set the finish_reason if it is the last."""
         stream = sequence.stream
         if stream is None:
             stream = sequence.stream = hash((self._seed, sequence.kv_digest, *sequence.sampling_seed))
@@ -364,7 +365,7 @@ class Scheduler:
             sequence.finish_reason = "length"
 
     def _remove_ended(self, outputs: list[ScheduledSequence]) -> None:
-        """Take sequences that ended, and handoffs that are ready, out of the running ones."""
+        """Remove ended sequences and ready handoffs from the running ones."""
         leaving = [s for s in outputs if s.finish_reason is not None or s.is_handoff]
         if not leaving:
             return

@@ -1,7 +1,7 @@
 """What a sim engine knows of its model: the tokens of ordinary text, and how long a sequence may be.
 
-Read from the model's files themselves: importing transformers takes seconds, and an engine without weights needs
-no more than two of its numbers and a list.
+It reads the model's files itself.  Importing transformers takes seconds, and an engine without weights needs only two
+numbers and a list from them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from app.errors import ConfigError
 from app.messages import Logprobs
 
 ORDINARY = re.compile(r"[Ġ▁]?[!-;=?-~]+")
-"""Tokens of plain ASCII, with or without the space before them (Ġ or ▁) and without what makes markup: each is
-text by itself, while the bytes of a longer character are not."""
+"""Tokens of plain ASCII, with or without the space before them (Ġ or ▁) and without the characters of markup.  Each is
+text by itself; a token that has only some bytes of a longer character is not."""
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
     """What config.json and tokenizer.json say."""
 
     max_model_len: int
-    """Positions that the model was made for."""
+    """The number of positions that the model was made for."""
     vocabulary: list[int]
     """Ids of ordinary text tokens."""
 
@@ -44,7 +44,7 @@ class _Tokenizer(msgspec.Struct):
 
 
 def read_model_facts(model_path: str) -> ModelFacts:
-    """The facts of a model in a folder or, if it is an id, on Hugging Face's hub.  Raises ConfigError."""
+    """Return the facts of the model in a folder or, if it is an id, on Hugging Face's hub.  Raises ConfigError."""
     try:
         config = msgspec.json.decode(_find(model_path, "config.json").read_bytes(), type=dict[str, Any])
         text_config = {**config, **(config.get("text_config") or {})}
@@ -67,7 +67,7 @@ def _find(model_path: str, name: str) -> Path:
 
 
 def _ordinary_tokens(model_path: str) -> list[int]:
-    """Ids in order; none if the tokenizer's file is missing or of a kind that this does not read."""
+    """Return the ids in order; none if the tokenizer's file is missing or of a kind that is not supported here."""
     try:
         tokenizer = msgspec.json.decode(_find(model_path, "tokenizer.json").read_bytes(), type=_Tokenizer)
     except (OSError, msgspec.DecodeError):
@@ -82,7 +82,7 @@ def _ordinary_tokens(model_path: str) -> list[int]:
 
 
 def _ids(config: dict[str, Any], *names: str) -> set[int]:
-    """Token ids of a configuration, where one may be missing, a number or a list."""
+    """Return the token ids that a configuration has under `names`; each may be missing, a number or a list."""
     ids: set[int] = set()
     for name in names:
         value = config.get(name)
@@ -91,9 +91,10 @@ def _ids(config: dict[str, Any], *names: str) -> set[int]:
 
 
 def make_logprobs(vocabulary: list[int], token: int, num_candidates: int, stream: int, position: int) -> Logprobs:
-    """Log probabilities of one token and of the `num_candidates` likeliest, the token first among them.
+    """Return the log probabilities of one token and of the `num_candidates` likeliest, of which it is the first.
 
-    From a hash, like the token: it has 55 % to 95 % of the probability, each further candidate half of the rest.
+    They come from a hash, like the token.  The token has 55 % to 95 % of the probability, and each further candidate
+    has half of what is left.
     """
     draw = hash((stream, position, 0))
     probability = 0.55 + draw % 4001 / 10_000

@@ -1,10 +1,10 @@
-"""How KV gets from one sim engine to another: a TCP port on the prefill side, and nothing but its digest on the wire.
+"""How KV gets from one sim engine to another: through a TCP port of the prefill side.  Only a digest of it is sent.
 
-1. The decode engine connects and says ``take <handle>``; the answer is the digest of what the KV holds, or ``gone``.
-2. It stays connected while the modelled transfer lasts, so that a peer that dies breaks it off.
-3. When it hangs up, whether the transfer went well or not, prefill frees the blocks.
+1. The decode engine connects and sends ``take <handle>``.  The answer is the digest of what the KV holds, or ``gone``.
+2. It stays connected while the modelled transfer lasts, so that the transfer ends if a peer dies.
+3. When it closes the connection, whether the transfer succeeded or not, prefill frees the blocks.
 
-``release <handle>`` frees them at once.
+``release <handle>`` frees the blocks at once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class HandoffServer:
     """The KV that a prefill engine keeps, each for a lease, until decode engines have pulled it."""
 
     def __init__(self, free: Callable[[ScheduledSequence], None]) -> None:
-        """`free` gives a handoff's blocks back."""
+        """`free` is called to free a handoff's blocks."""
         self._free = free
         self._kept: dict[str, _Kept] = {}
         self._server: asyncio.Server | None = None
@@ -54,7 +54,7 @@ class HandoffServer:
         self.port = self._server.sockets[0].getsockname()[1]
 
     def keep(self, sequence: ScheduledSequence, lease_s: float) -> str:
-        """Keep a handoff for `lease_s` seconds or until it is pulled; its handle, which no other engine ever gives."""
+        """Keep a handoff for `lease_s` seconds or until it is pulled.  Returns its handle, unique over all engines."""
         handle = uuid.uuid4().hex
         expiry = asyncio.get_running_loop().call_later(lease_s, self._expire, handle)
         self._kept[handle] = _Kept(sequence, expiry)
@@ -84,7 +84,7 @@ class HandoffServer:
             writer.close()
 
     def stop(self) -> None:
-        """Break off all transfers and keep nothing any longer."""
+        """Break off all transfers and keep nothing any more."""
         if self._server is not None:
             self._server.close()
         for writer in self._connections:
@@ -96,7 +96,7 @@ class HandoffServer:
 
 
 async def take(host: str, port: int, handle: str, duration_s: float) -> int:
-    """Pull a handoff's KV, which takes `duration_s`; what it holds.  Raises TransferFailed."""
+    """Pull a handoff's KV, which takes `duration_s`, and return the digest of what it holds.  Raises TransferFailed."""
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(host, port)
@@ -117,7 +117,7 @@ async def take(host: str, port: int, handle: str, duration_s: float) -> int:
 
 
 async def _last(reader: asyncio.StreamReader, duration_s: float) -> None:
-    """Let a transfer's time pass.  Raises TransferFailed if the other side hangs up meanwhile."""
+    """Wait while a transfer lasts.  Raises TransferFailed if the other side closes the connection meanwhile."""
     with suppress(TimeoutError):
         async with asyncio.timeout(duration_s):
             await reader.read()
@@ -125,7 +125,7 @@ async def _last(reader: asyncio.StreamReader, duration_s: float) -> None:
 
 
 async def release(host: str, port: int, handle: str) -> None:
-    """Free a handoff's KV; where its engine is gone there is nothing to free."""
+    """Free a handoff's KV.  Does nothing if its engine is gone."""
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             _, writer = await asyncio.open_connection(host, port)

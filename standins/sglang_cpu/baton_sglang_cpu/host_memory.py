@@ -1,10 +1,10 @@
-"""An SGLang plug-in that has NIXL register the KV cache as the host memory that it is.
+"""An SGLang plug-in that makes NIXL register the KV cache as host memory, which it is on a CPU.
 
-SGLang takes the KV cache for GPU memory unless its caller says otherwise, and on a CPU nobody does. UCX then refuses
-the registration, and the engine ends at its start.
+SGLang registers the KV cache as GPU memory unless its caller says otherwise, and on a CPU no caller does. UCX then
+refuses the registration, and the engine ends at its start.
 
-SGLang loads the entry points of the group ``sglang.srt.plugins`` (``pyproject.toml`` names this one) in each of an
-engine's processes before a KV manager is made.
+SGLang loads the entry points of the group ``sglang.srt.plugins`` (``pyproject.toml`` names this one) in each process of
+an engine before a KV manager is made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ KV_MANAGER_INIT = "sglang.srt.disaggregation.nixl.conn.NixlKVManager.__init__"
 
 
 def register() -> None:
-    """Have each KV manager's arguments say DRAM before it reads them; does nothing where torch finds a GPU."""
+    """Set DRAM in the arguments of each KV manager before it reads them.  Does nothing if torch finds a GPU."""
     import torch
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -24,5 +24,5 @@ def register() -> None:
 
 
 def _say_dram(manager: Any, args: Any, *_others: Any, **_named: Any) -> None:
-    """Take what ``NixlKVManager.__init__`` takes, change its first argument, and leave which it gets as they are."""
+    """Set DRAM in the first argument of ``NixlKVManager.__init__``.  The other arguments stay as they are."""
     args.kv_data_mem_kinds = ["DRAM"] * len(args.kv_data_ptrs)

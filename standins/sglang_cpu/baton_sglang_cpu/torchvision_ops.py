@@ -1,11 +1,11 @@
 """Lets PyPI's torchvision, a CUDA build, be imported over the CPU build of torch.
 
-SGLang imports torchvision for text models too. The library with the CUDA build's operators does not load here, which
-torchvision puts up with, but it then describes two of them to torch, which ends the import: ``RuntimeError: operator
-torchvision::nms does not exist``. So their signatures are defined just before; nobody calls them.
+SGLang imports torchvision for text models too. The library with the CUDA build's operators does not load here.
+torchvision tolerates that, but then describes two of the operators to torch, and the import ends with ``RuntimeError:
+operator torchvision::nms does not exist``. So their signatures are defined just before; nobody calls them.
 
-``baton_sglang_cpu.pth`` calls `install` at the start of each Python process of the environment, as SGLang starts
-processes of its own. That costs no import: neither torch nor anything else is loaded until somebody wants torchvision.
+``baton_sglang_cpu.pth`` calls `install` at the start of each Python process of the environment, because SGLang starts
+processes of its own. This costs no import: neither torch nor anything else is loaded until torchvision is imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _libraries: list[Any] = []  # torch forgets the operators of a library that nobo
 
 
 def install() -> None:
-    """Have the operators defined when torchvision is looked for."""
+    """Define the operators as soon as torchvision is looked for."""
     sys.meta_path.insert(0, _BeforeTorchvision)
 
 
@@ -43,7 +43,7 @@ class _BeforeTorchvision:
 
 
 def _lacks_operators() -> bool:
-    """Whether torchvision is there and not from the index of PyTorch's CPU builds: those bring the operators along."""
+    """Return whether torchvision is there but not from PyTorch's index of CPU builds, which have the operators."""
     from importlib.metadata import distributions
 
     return any(not found.version.endswith("+cpu") for found in distributions(name="torchvision"))

@@ -28,7 +28,7 @@ FIRST, LAST = TokenDelta([1]), TokenDelta([2], finish_reason="stop")
 class FakeChannel:
     """One sequence at a time, whose deltas the test puts."""
 
-    channel_id = "channel"
+    channel_id = "link"
 
     def __init__(self) -> None:
         self.sequences: list[SubmittedSequence] = []

@@ -417,5 +417,6 @@ def test_a_block_takes_the_memory_that_is_stated(make_key: Callable[[], BlockHas
         tracemalloc.stop()
     assert len(translator) == num_blocks
     assert translator.size_bytes() <= most_bytes * num_blocks
-    # Before the allocator rounds up.
-    assert 0.8 * translator.size_bytes() <= allocated <= translator.size_bytes()
+    assert (
+        0.8 * translator.size_bytes() <= allocated <= translator.size_bytes()
+    )  # which is before the allocator rounds up
