@@ -1,4 +1,15 @@
-"""The engines, by the names that a configuration gives them."""
+"""Which engines there are, by the name that a configuration gives.
+
+A new engine needs:
+
+1. an adapter here that keeps the promises of `Engine` (base.py), and a line in `create_engine`;
+2. its name in `EngineName` (app/messages.py) and the arguments that Baton sets (owned_args.py);
+3. whether one engine can decode and prefill (`ModelConfig.can_decode_prefill`), and what vLLM's server has to know
+   of its arguments (`NAMES_AT_THE_SERVER` in app/frontend/openai_server.py);
+4. what can be known to fail before it starts (app/preflight.py), and its title (deployments/application.py);
+5. an environment, if it does not fit into vLLM's (scripts/setup.sh, app/cli/environments.py, cluster/Dockerfile);
+6. to pass tests/engine_contract.py.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +19,8 @@ from app.engines.base import Engine, EngineSpec
 from app.messages import EngineName
 
 
-def owned_args(engine: EngineName) -> dict[str, str]:
-    """Return the engine's arguments that Baton sets, each with the setting by which the user controls it."""
-    from app.engines import sglang, vllm
-    from app.engines.sim import engine as sim
-
-    return {"vllm": vllm.OWNED_ARGS, "sglang": sglang.OWNED_ARGS, "sim": sim.OWNED_ARGS}[engine]
-
-
 def create_engine(engine: EngineName, spec: EngineSpec) -> Engine:
-    """Return an engine that is not started yet."""
+    """An engine that is not started yet."""
     from app.engines import sglang, vllm
     from app.engines.sim import engine as sim
 

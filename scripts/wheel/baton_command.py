@@ -36,9 +36,8 @@ def main() -> None:
         advice = "take it off PYTHONPATH, or install Baton into an environment of its own"
         print(f"baton: {intruder} comes before Baton's package of the same name: {advice}", file=sys.stderr)
         raise SystemExit(2)
-    if sys.argv[1:2] == ["run"] and (
-        intruder := find_intruder([os.getcwd(), *sys.path])
-    ):  # which Ray puts first for its workers
+    path_of_workers = [os.getcwd(), *sys.path]
+    if sys.argv[1:2] == ["run"] and (intruder := find_intruder(path_of_workers)):
         advice = "run Baton in another folder"
         print(f"baton: {intruder} would be taken for Baton's package of the same name: {advice}", file=sys.stderr)
         raise SystemExit(2)

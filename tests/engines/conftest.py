@@ -1,6 +1,6 @@
-"""One application with every engine, started once, because the contract is the same for all of them.
+"""One application with every engine, started once: the contract is the same for all of them.
 
-It has real vLLM and SGLang engines with real NIXL, prefill and decode apart, also an aggregated SGLang engine, and sim.
+Real vLLM and real SGLang engines with real NIXL, prefill and decode apart, SGLang aggregated beside them, and sim.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ LONG_PROMPT_TOKENS = 3500
 
 
 class Pace(NamedTuple):
-    """How fast this machine is, as a client of one model sees it; in seconds."""
+    """How fast this machine is, seen by a client of one model; seconds."""
 
     prompt_s: float
-    """The TTFT of a prompt of LONG_PROMPT_TOKENS, which an engine computes in one or two steps."""
+    """From a prompt of LONG_PROMPT_TOKENS to its first token: an engine computes it in one or two steps."""
     token_s: float
-    """The time between two tokens of a sequence that runs alone."""
+    """Between two tokens of a sequence that runs alone."""
 
     @property
     def settle_s(self) -> float:
-        """The time after which nothing may be left of the request of a client that went away.
+        """How soon after a client went away nothing may be left of its request.
 
-        Both engines check once a step.  Where such a prompt takes half a second or less (two idle cores with
-        AVX512-BF16, or a GPU), the promise is 1.5 s.  Slower machines get three times what the prompt takes there.
+        Both engines look once a step.  1.5 s is the promise where such a prompt takes half a second or less (two
+        idle cores with AVX512-BF16, or a GPU); slower machines get three times what it takes there.
         """
         return max(1.5, 3 * self.prompt_s)
 
@@ -67,18 +67,18 @@ class Baton:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """For the tiny model: 4 layers x (K and V) x 2 heads x 64 of its dtype; for sim: its profile's."""
+        """The tiny model: 4 layers x (K and V) x 2 heads x 64 of its dtype; sim has its profile's."""
         return 131072 if self.engine == "sim" else 1024 * {"bfloat16": 2, "float32": 4}[cpu_dtype()]
 
     def complete(self, prompt: Any, **fields: Any) -> Any:
-        """Return a text completion, greedy by default."""
+        """A text completion, greedy unless said otherwise."""
         fields = {"temperature": 0, "max_tokens": 16, "model": self.model, **fields}
         return self.openai.completions.create(prompt=prompt, **fields)
 
     def complete_without_transfer(self, prompt: Any, *, salt: str, **fields: Any) -> Any:
-        """Return the same completion from an engine that prefilled the prompt itself."""
+        """The same completion from an engine that prefilled the prompt itself."""
         body: dict[str, Any] = {**fields.pop("extra_body", {}), "cache_salt": salt}
-        if self.engine == "sglang":  # its decode engine cannot prefill
+        if self.engine == "sglang":  # whose decode engine cannot prefill
             return self.complete(prompt, model=SGLANG_AGGREGATED, extra_body=body, **fields)
         return self.complete(prompt, extra_body={**body, "vllm_xargs": {"baton_prefill": "local"}}, **fields)
 
@@ -86,7 +86,7 @@ class Baton:
         return self.http.post(path, json={"model": self.model, **fields})
 
     def health(self) -> dict[str, Any]:
-        """Return what /health says of this model."""
+        """What /health says of this model."""
         models = {model["name"]: model for model in self.http.get("/health").json()["models"]}
         found: dict[str, Any] = models[self.model]
         return found
@@ -96,19 +96,21 @@ class Baton:
         return [endpoint for endpoint in report["endpoints"] if endpoint["model"] == self.model]
 
     def stats(self, role: str) -> dict[str, Any]:
-        """Return the stats of the only replica of a role."""
+        """Of the only replica of a role."""
         replicas = self.http.get("/stats").json()["replicas"]
         found: list[dict[str, Any]] = [r for r in replicas if r["role"] == role and r["model"] == self.model]
         assert len(found) == 1, found
         return found[0]
 
     def is_idle(self) -> bool:
-        """Return whether no engine runs a request or holds a KV block."""
-        loads = [self.stats(role) for role in ("prefill", "decode")]
-        return all(load["num_running"] == load["num_waiting"] == load["num_used_blocks"] == 0 for load in loads)
+        """Whether the engines of both roles live, run no request and hold no KV block."""
+        replicas = self.http.get("/stats").json()["replicas"]
+        loads = [r for r in replicas if r["model"] == self.model and r["role"] in ("prefill", "decode")]
+        counts = [load.get(name) for load in loads for name in ("num_running", "num_waiting", "num_used_blocks")]
+        return counts == [0] * 6
 
     def count_prefills(self, kind: str, reason: str = "") -> float:
-        """Return how many prompts were prefilled with this kind and reason since the frontend started."""
+        """How many prompts were prefilled so since the frontend started."""
         labels = f'kind="{kind}",model="{self.model}",reason="{reason}"'
         for line in self.http.get("/metrics").text.splitlines():
             if line.startswith(f"baton_prefills_total{{{labels}}}"):
@@ -116,11 +118,11 @@ class Baton:
         return 0.0
 
     def handle(self, role: str) -> Any:
-        """Return a handle to the deployment of a pool."""
+        """Of a pool's deployment."""
         return _handle(f"{role}-{self.model}")
 
     def engine_of(self, role: str) -> workers.EngineOfReplica:
-        """Return the engine of the only replica of a role."""
+        """The engine of the only replica of a role."""
         return workers.EngineOfReplica(self.handle(role), self.stats(role)["replica_id"])
 
     def replica_process(self, role: str) -> psutil.Process:
@@ -132,20 +134,19 @@ class Baton:
         wait_until(lambda: self.health()["state"] == "ready", START_TIMEOUT_S, f"{self.model} ready")
 
     def wait_until_quiet(self) -> None:
-        """Wait until the model is ready, has one replica of each role, and is idle."""
-        self.wait_until_healthy()
+        """Ready, with one replica of each role, and idle."""
         pools = {"prefill": {"ready": 1}, "decode": {"ready": 1}}
         wait_until(lambda: self.health()["pools"] == pools and self.is_idle(), START_TIMEOUT_S, f"{self.model} quiet")
 
     @functools.cached_property
     def pace(self) -> Pace:
-        """The pace, which is measured once, on an application that is otherwise idle."""
+        """Measured once, on an application that is otherwise idle."""
         prompts = [random.Random(seed).choices(range(300, 2000), k=LONG_PROMPT_TOKENS) for seed in range(900, 903)]
         firsts, tokens = zip(*(self._time(prompt) for prompt in prompts), strict=True)
         return Pace(prompt_s=statistics.median(firsts), token_s=statistics.median(tokens))
 
     def _time(self, prompt: list[int]) -> tuple[float, float]:
-        """Return the seconds to the first chunk, and those for each further token."""
+        """Seconds to the first chunk, and for each further token."""
         num_tokens = 21
         options: dict[str, Any] = {"max_tokens": num_tokens, "extra_body": {"ignore_eos": True}, "stream": True}
         began = time.monotonic()
@@ -154,7 +155,7 @@ class Baton:
 
 
 class Load:
-    """Sends requests from several threads, one after another on each, until it is stopped."""
+    """Requests, one after another on each of some threads, until told to stop."""
 
     def __init__(self, baton: Baton, num_threads: int = 4) -> None:
         self._baton = baton
@@ -180,21 +181,21 @@ class Load:
         self._pool.shutdown()
 
     def check(self) -> None:
-        """Raise the exception of a request, if one raised any."""
+        """Raise what any request raised."""
         for worker in self._workers:
             worker.result(timeout=60)
 
 
 @functools.cache
 def _handle(deployment: str) -> Any:
-    """Return a handle whose router has its own event loop, because each test has another one."""
+    """Whose router has an event loop of its own, as each test has another."""
     handle = serve.get_deployment_handle(deployment, "baton")
     handle._init(_run_router_in_separate_loop=True)
     return handle
 
 
 def engine_processes(replica: psutil.Process) -> list[psutil.Process]:
-    """Return the replica's descendants that belong to the engine: its core or scheduler, and their workers."""
+    """The engine core or the scheduler and what works for it: the replica's descendants."""
     return [process for process in replica.children(recursive=True) if is_of_engine(process)]
 
 
@@ -205,7 +206,7 @@ def is_of_engine(process: psutil.Process) -> bool:
 
 @pytest.fixture(scope="session")
 def opened_workers() -> Iterator[None]:
-    """Start replicas in such a form that a test can call their engines."""
+    """Replicas are such that a test can call their engines."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("deployments.replica.prefill.PrefillWorker", workers.OpenedPrefill)
         patch.setattr("deployments.replica.decode.DecodeWorker", workers.OpenedDecode)
@@ -215,13 +216,13 @@ def opened_workers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def application(serve_url: str, opened_workers: None) -> Iterator[str]:
-    """Run the application of all models, and yield its URL."""
+    """The URL of the application of all models."""
     from deployments.build import build
 
     os.environ.pop("MODEL", None)
     arguments = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]
     for model in arguments["models"]:
-        model["routing"] = {"placement": {"policy": "remote"}}  # the tests are about transfers
+        model["routing"] = {"placement": {"policy": "remote"}}  # what the tests are about
     split = next(model for model in arguments["models"] if model["name"] == "tiny-sglang")
     arguments["models"].append({**split, "name": SGLANG_AGGREGATED, "prefill": None})
     pool = {"engine": "sim", "resources": {"num_cpus": 0.1}}
@@ -270,13 +271,13 @@ def sim(application: str) -> Iterator[Baton]:
 
 @pytest.fixture(scope="session", params=["vllm", "sglang"])
 def real(request: pytest.FixtureRequest) -> Baton:
-    """The model of each engine that really computes."""
+    """Each engine that computes."""
     baton: Baton = request.getfixturevalue(request.param)
     return baton
 
 
 @pytest.fixture(scope="session", params=["vllm", "sglang", "sim"])
 def baton(request: pytest.FixtureRequest) -> Baton:
-    """The model of each engine."""
+    """Each engine."""
     found: Baton = request.getfixturevalue(request.param)
     return found

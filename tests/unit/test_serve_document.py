@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from app.errors import ConfigError
-from app.serve_document import edited, parse_change
+from app.serve_document import configs, edited, parse_change
 
 DOCUMENT: dict[str, Any] = {
     "http_options": {"port": 8000},
@@ -121,3 +121,10 @@ def test_what_cannot_work_is_not_printed(baton_command: Any, path: Path, changes
     assert (code, out) == (2, "")
     assert said.startswith(f"baton: {words}")
     assert said.count("\n") == 1
+
+
+def test_an_import_path_from_before_0_1_0_is_named() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    document["applications"][0]["import_path"] = "app.build:build"
+    with pytest.raises(ConfigError, match=r"applications\.0\.import_path: is deployments\.build:build now"):
+        configs(document)

@@ -81,3 +81,10 @@ def test_run_refuses_a_folder_whose_packages_rays_workers_would_import(installed
         2,
         f"baton: {file} would be taken for Baton's package of the same name: run Baton in another folder\n",
     )
+
+
+def test_a_folder_of_that_name_that_is_no_package_is_none_of_batons_business(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "deployments").mkdir()
+    answer = run(installed / "bin/baton", "run", cwd=tmp_path, PYTHONPATH=sysconfig.get_path("purelib"))
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("baton: serve_config.yaml: No such file")

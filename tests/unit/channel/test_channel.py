@@ -164,12 +164,12 @@ async def test_a_sequence_that_is_cancelled_as_it_comes_has_begun_and_is_not_lef
     async with connected() as (replica, channel):
         replica.hangs = True
         sequence = channel.submit(request(), lambda delta: None, has_handoff=True, local_reason="")
-        channel = replica.server.channels[channel.channel_id]
+        servers_end = replica.server.channels[channel.channel_id]
         channel.close() if closes else channel.finish(sequence)
         await until(lambda: replica.cancelled == ["r"])
-        await until(lambda: len(channel) == 0)
+        await until(lambda: len(servers_end) == 0)
         if closes:
-            await until(lambda: replica.closed == [channel])
+            await until(lambda: replica.closed == [servers_end])
             with pytest.raises(ReplicaLost):
                 await sequence.ended
 

@@ -28,7 +28,7 @@ FIRST, LAST = TokenDelta([1]), TokenDelta([2], finish_reason="stop")
 class FakeChannel:
     """One sequence at a time, whose deltas the test puts."""
 
-    channel_id = "link"
+    channel_id = "channel"
 
     def __init__(self) -> None:
         self.sequences: list[SubmittedSequence] = []
