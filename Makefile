@@ -26,10 +26,10 @@ run: setup  ## serve CONFIG; MODEL=<path or name> replaces its model
 	@names=$$($(BIN)/baton environments $(CONFIG)) && for name in $$names; do bash scripts/setup.sh $$name || exit; done
 	$(BIN)/baton run $(CONFIG)
 
-check: lint  ## for every commit: lint, types and unit tests, under 2 minutes on 2 cores
+check: lint  ## for every commit: lint, types and unit tests (2 to 4 minutes on 2 cores)
 	$(BIN)/pytest tests/unit
 
-test: lint setup-sglang packages  ## set up, lint, then all tests, under 20 minutes on 2 cores
+test: lint setup-sglang packages  ## set up, lint, then all tests (17 to 28 minutes on 2 cores)
 	$(BIN)/pytest
 
 lint: setup  ## ruff and mypy
