@@ -413,13 +413,10 @@ def describe_machine() -> Machine:
     )
 
 
-def installed_versions(python: Path | None = None) -> dict[str, str]:
-    """Return the versions of the packages that matter here, in this Python's environment or in that of `python`."""
-    folders = (
-        sys.path if python is None else [str(path) for path in python.parents[1].glob("lib/python*/site-packages")]
-    )
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages that matter here, in this Python's environment."""
     versions: dict[str, str] = {}
     for name in VERSIONS_OF:
-        for distribution in metadata.distributions(name=name, path=folders):
+        for distribution in metadata.distributions(name=name):
             versions.setdefault(name, distribution.version)
     return versions

@@ -22,13 +22,13 @@ from app.channel.protocol import (
     Submit,
     decode_batch,
     decode_welcome,
-    merge_kv,
     read_frames,
     read_one,
     to_frame,
     tune,
 )
 from app.errors import BatonError, ReplicaLost
+from app.kv_cache.updates import merge_waiting
 from app.messages import GenerateRequest, KvUpdate, ReplicaLoad, TokenDelta, merge_deltas
 
 logger = logging.getLogger("baton.channel")
@@ -198,4 +198,4 @@ def _merge(batches: list[Batch]) -> Batch:
     failures = [failure for batch in batches for failure in batch.failures]
     loads = [batch.load for batch in batches if batch.load is not None]
     kv = [batch.kv for batch in batches if batch.kv is not None]
-    return Batch(list(deltas.items()), failures, loads[-1] if loads else None, merge_kv(kv))
+    return Batch(list(deltas.items()), failures, loads[-1] if loads else None, merge_waiting(kv))

@@ -23,7 +23,6 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
-from app.kv_cache.updates import merge_updates
 from app.messages import GenerateRequest, KvUpdate, ReplicaLoad, TokenDelta
 
 CONNECT_TIMEOUT_S = 5.0
@@ -140,9 +139,3 @@ def tune(writer: asyncio.StreamWriter) -> None:
     for name, value in KEEPALIVE_S.items():
         connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNANSWERED_MS)
-
-
-def merge_kv(updates: list[KvUpdate]) -> KvUpdate | None:
-    if len(updates) < 2:
-        return updates[0] if updates else None
-    return merge_updates(*updates)

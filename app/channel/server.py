@@ -22,13 +22,13 @@ from app.channel.protocol import (
     Welcome,
     decode_call,
     decode_hello,
-    merge_kv,
     read_frames,
     read_one,
     to_frame,
     tune,
 )
 from app.errors import BatonError, EngineFailed
+from app.kv_cache.updates import merge_waiting
 from app.messages import KvUpdate, ReplicaLoad, TokenDelta, merge_deltas
 
 logger = logging.getLogger("baton.channel")
@@ -148,7 +148,7 @@ class FrontendChannel:
         if self._timer is not None:
             self._timer.cancel()
             self._timer, self._published_at = None, self._loop.time()
-        kv = self._snapshot() if self._needs_snapshot else merge_kv(self._kv)
+        kv = self._snapshot() if self._needs_snapshot else merge_waiting(self._kv)
         batch = Batch(list(self._deltas.items()), self._failures, self._load, kv)
         self._deltas, self._failures, self._load = {}, [], None
         self._forget_waiting_kv()

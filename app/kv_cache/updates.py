@@ -22,6 +22,13 @@ def merge_updates(*updates: KvUpdate) -> KvUpdate:
     return change.as_update()
 
 
+def merge_waiting(updates: list[KvUpdate]) -> KvUpdate | None:
+    """Return what `merge_updates` makes of those that wait; None if none does."""
+    if len(updates) < 2:
+        return updates[0] if updates else None
+    return merge_updates(*updates)
+
+
 class Change:
     """Collects the net effect of changes that happen one after the other."""
 

@@ -61,7 +61,7 @@ class WorkerMetrics:
     async def _follow(self) -> None:
         try:
             while True:
-                self._publish(await self._engine.stats())
+                self._export(await self._engine.stats())
                 await asyncio.sleep(PERIOD_S)
         except BatonError as error:  # the engine is dead, which Serve finds out as well
             logger.warning("metrics are exported no longer: %s", error)
@@ -69,7 +69,7 @@ class WorkerMetrics:
             logger.exception("metrics are exported no longer")
             raise
 
-    def _publish(self, stats: EngineStats) -> None:
+    def _export(self, stats: EngineStats) -> None:
         sequences, decoding = self._count()
         self._queued_tokens.set(self._engine.prompt_queue.queued_tokens)
         self._sequences.set(sequences)

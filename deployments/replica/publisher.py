@@ -67,12 +67,12 @@ class Publisher:
             self._will_poll = True
             self._loop.call_soon(self._poll)
 
-    def _poll(self, *, is_poll: bool = False) -> None:
+    def _poll(self, *, always: bool = False) -> None:
         self._will_poll = False
         sequences, decoding = self._count()
         load = ReplicaLoad(sequences, self._engine.prompt_queue.queued_tokens, self._stats.num_used_blocks, decoding)
         self._on_poll(load, self._stats)
-        if is_poll or load != self._load:
+        if always or load != self._load:
             self._load = load
             self._server.publish_load(load)
         if load != ReplicaLoad():
@@ -95,7 +95,7 @@ class Publisher:
             except BatonError as error:  # the engine is dead, which Serve finds out as well
                 logger.warning("replica_id=%s tells its load no longer: %s", self._replica_id, error)
                 return
-            self._poll(is_poll=True)
+            self._poll(always=True)
 
     async def _follow_cache(self, translator: EventTranslator) -> None:
         try:

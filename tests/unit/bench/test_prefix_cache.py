@@ -26,7 +26,7 @@ TEMPLATE = ["<chat>"] * (BLOCK_TOKENS // 2)
 class Handler(BaseHTTPRequestHandler):
     """Answers as `flaw` of its server says."""
 
-    server: PromptClient
+    server: CachingServer
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -109,7 +109,7 @@ def _tokens_of(body: dict[str, Any]) -> list[Any]:
     return prompt if isinstance(prompt, list) else prompt.split(" ")
 
 
-class PromptClient(ThreadingHTTPServer):
+class CachingServer(ThreadingHTTPServer):
     """Keeps what it was sent; `flaw` and `models` change how it answers."""
 
     def __init__(self) -> None:
@@ -142,8 +142,8 @@ class PromptClient(ThreadingHTTPServer):
 
 
 @pytest.fixture
-def server() -> Iterator[PromptClient]:
-    with PromptClient() as server:
+def server() -> Iterator[CachingServer]:
+    with CachingServer() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
@@ -160,7 +160,7 @@ def bench_cache(baton_command: Run) -> Run:
 
 
 class TestMeasured:
-    def test_the_cache_shows_in_all_three_parts(self, bench_cache: Run, server: PromptClient, tmp_path: Path) -> None:
+    def test_the_cache_shows_in_all_three_parts(self, bench_cache: Run, server: CachingServer, tmp_path: Path) -> None:
         path = tmp_path / "out.json"
         code, said, _ = bench_cache(f"{server.url}/v1/", "--model", "served", "--repeat", 3, "--json", path)
         assert code == 0
@@ -180,7 +180,7 @@ class TestMeasured:
             assert first["ttft_ms"] >= PREFILL_S * 1000, "the event that opens a chat is no token"
         assert f"uncached/cached: {found['summary']['uncached_to_cached']:.2f}" in said
 
-    def test_the_ratio_is_that_of_the_medians(self, bench_cache: Run, server: PromptClient, tmp_path: Path) -> None:
+    def test_the_ratio_is_that_of_the_medians(self, bench_cache: Run, server: CachingServer, tmp_path: Path) -> None:
         def pair(uncached: float, cached: float) -> Pair:
             return Pair(TimedAnswer(uncached, 1, 0, ""), TimedAnswer(cached, 1, 1, ""))
 
@@ -191,7 +191,7 @@ class TestMeasured:
         times = {each: median(pair[each]["ttft_ms"] for pair in found["repeated"]) for each in ("uncached", "cached")}
         assert found["summary"]["uncached_to_cached"] == pytest.approx(times["uncached"] / times["cached"])
 
-    def test_every_prompt_is_new_and_sent_twice_in_turn(self, bench_cache: Run, server: PromptClient) -> None:
+    def test_every_prompt_is_new_and_sent_twice_in_turn(self, bench_cache: Run, server: CachingServer) -> None:
         for _ in range(2):
             bench_cache(server.url, "--repeat", 4, "--tokens", 200)
         assert len(server.prompts) == 2 * 2 * (1 + 4), "the first pair of each run is the warm-up"
@@ -199,7 +199,7 @@ class TestMeasured:
         assert len({tuple(prompt[:BLOCK_TOKENS]) for prompt in server.prompts}) == 10, "another run draws others"
         assert {len(prompt) for prompt in server.prompts} == {200}
 
-    def test_a_conversation_grows_with_the_models_answers(self, bench_cache: Run, server: PromptClient) -> None:
+    def test_a_conversation_grows_with_the_models_answers(self, bench_cache: Run, server: CachingServer) -> None:
         bench_cache(server.url, "--repeat", 1, "--turns", 3)
         _, *conversation = server.chats[:4]
         assert [len(messages) for messages in conversation] == [2, 4, 6]
@@ -207,7 +207,7 @@ class TestMeasured:
         assert conversation[1][2] == {"role": "assistant", "content": "one\u2028two"}
         assert len(conversation[0][0]["content"].split()) == 300
 
-    def test_a_shared_system_prompt_has_half_the_tokens(self, bench_cache: Run, server: PromptClient) -> None:
+    def test_a_shared_system_prompt_has_half_the_tokens(self, bench_cache: Run, server: CachingServer) -> None:
         bench_cache(server.url, "--repeat", 1, "--turns", 2, "--tokens", 1000)
         shared = server.chats[-6:]
         assert len({messages[0]["content"] for messages in shared}) == 1
@@ -215,7 +215,7 @@ class TestMeasured:
         assert len(shared[0][0]["content"].split()) == pytest.approx(500, rel=0.05)
 
     @pytest.mark.parametrize("flaw", ["no /tokenize", "another /tokenize"])
-    def test_without_a_tokenizer_prompts_are_text(self, bench_cache: Run, server: PromptClient, flaw: str) -> None:
+    def test_without_a_tokenizer_prompts_are_text(self, bench_cache: Run, server: CachingServer, flaw: str) -> None:
         server.flaw = flaw
         code, said, _ = bench_cache(server.url, "--repeat", 2)
         assert code == 0
@@ -223,7 +223,7 @@ class TestMeasured:
         assert {type(prompt) for prompt in server.prompts} == {str}
         assert len(server.prompts[0].split()) == pytest.approx(2000, rel=0.05)
 
-    def test_all_goes_over_one_connection(self, bench_cache: Run, server: PromptClient) -> None:
+    def test_all_goes_over_one_connection(self, bench_cache: Run, server: CachingServer) -> None:
         bench_cache(server.url, "--repeat", 1)
         assert server.num_connections == 1, "or each TTFT has the making of a connection in it"
 
@@ -231,7 +231,7 @@ class TestMeasured:
 class TestProblems:
     @pytest.mark.parametrize("flaw", ["no report", "no usage"])
     def test_a_server_that_does_not_report_cached_tokens(
-        self, bench_cache: Run, server: PromptClient, flaw: str
+        self, bench_cache: Run, server: CachingServer, flaw: str
     ) -> None:
         server.flaw = flaw
         code, said, _ = bench_cache(server.url, "--repeat", 1)
@@ -241,7 +241,7 @@ class TestProblems:
         assert "--enable-prompt-tokens-details" in last_line
         assert "--enable-cache-report" in last_line
 
-    def test_a_server_that_caches_nothing(self, bench_cache: Run, server: PromptClient, tmp_path: Path) -> None:
+    def test_a_server_that_caches_nothing(self, bench_cache: Run, server: CachingServer, tmp_path: Path) -> None:
         server.flaw = "no cache"
         code, said, _ = bench_cache(server.url, "--repeat", 3, "--json", tmp_path / "out.json")
         assert code == 1
@@ -250,7 +250,7 @@ class TestProblems:
         beginnings = ("3 of 3 prompts", "4 of 4 turns", "5 of 5 questions")
         assert all(problem.startswith(words) for problem, words in zip(problems, beginnings, strict=True))
 
-    def test_a_zero_may_be_left_out_where_nothing_can_be_cached(self, bench_cache: Run, server: PromptClient) -> None:
+    def test_a_zero_may_be_left_out_where_nothing_can_be_cached(self, bench_cache: Run, server: CachingServer) -> None:
         server.flaw = "no zeros"
         assert bench_cache(server.url, "--repeat", 1)[0] == 0
 
@@ -267,7 +267,7 @@ class TestMistakes:
         ],
     )
     def test_an_answer_that_breaks_off_ends_it(
-        self, bench_cache: Run, server: PromptClient, flaw: str, words: str
+        self, bench_cache: Run, server: CachingServer, flaw: str, words: str
     ) -> None:
         server.flaw = flaw
         self.check(bench_cache(server.url), words)
@@ -281,7 +281,7 @@ class TestMistakes:
         ],
     )
     def test_each_names_its_option(
-        self, bench_cache: Run, server: PromptClient, options: tuple[str, ...], words: str
+        self, bench_cache: Run, server: CachingServer, options: tuple[str, ...], words: str
     ) -> None:
         self.check(bench_cache(server.url, *options), words)
         assert server.bodies == []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.cli.smoke import CHECKS
-from tests.unit.bench.test_prefix_cache import Handler, PromptClient, _tokens_of
+from tests.unit.bench.test_prefix_cache import CachingServer, Handler, _tokens_of
 
 Run = Callable[..., tuple[object, str, str]]
 ALL = set(CHECKS)
@@ -113,7 +113,7 @@ class BatonHandler(Handler):
         self.wfile.write(text)
 
 
-class Baton(PromptClient):
+class Baton(CachingServer):
     """`order` is that of a stream's events."""
 
     def __init__(self) -> None:
