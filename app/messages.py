@@ -43,6 +43,97 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_ended: bool | None = None
     """Whether structured output applies from the first token on; None leaves that to the engine's reasoning parser."""
     reasoning_parser_kwargs: dict[str, Any] | None = None
+    sent_at: float | None = None
+    """Unix time in seconds at which the frontend sent the request to prefill; None elsewhere."""
+
+
+UNKNOWN_RANK = 0
+"""The rank of a token if the engine does not tell it."""
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities of n positions with k candidates each.
+
+    `token_ids` and `logprobs` have shape [n, k]; the first candidate of a row is the token itself.  `ranks`
+    has shape [n] and holds that token's rank in the vocabulary: 1 for the most likely one, or UNKNOWN_RANK.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    ranks: list[int]
+
+
+PrefillKind = Literal["remote", "local"]
+"""Where a prompt is prefilled: on a prefill replica, or where it is decoded."""
+
+HopPhase = Literal[
+    "prefill_call", "prefill", "handover", "admission", "connection", "transfer", "next_step", "step", "engine"
+]
+"""The parts of a remote prefill, in their order, each timed from the end of the one before.
+
+*prefill_call*: Ray's call, until the prefill engine has the request.  *prefill*: waiting there and computing.
+*handover*: the descriptor's way to decode, by Ray's reference.  Here the first token goes out if prefill sampled it.
+*admission*: until the decode engine begins to fetch.  *connection*: until the read is under way, which takes long only
+for the first one between two engines.  *transfer*: until the engine notices that it has the KV.  *next_step*: until its
+step with the sequence begins.  *step*: until the token of this step is out.  *engine* stands for all parts from
+admission on if the engine does not tell them (SGLang; prefill is then part of it).
+
+The first and third cross from one process to another by Unix time, so between nodes they are as exact as the nodes'
+clocks agree."""
+
+
+class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
+    """How the prompt's KV came to be on the decode replica.
+
+    It comes with a sequence's first delta.  If prefill sampled that token, the KV is still on its way; another report
+    then comes with the first delta that decode computed, and replaces this one.
+    """
+
+    kind: PrefillKind
+    reason: str
+    """Why the prompt was prefilled locally; empty if it was prefilled remotely.  It is the reason of the decision
+    (app/routing/decision.py) if that was for a local prefill, else what stood in the way: ``no_prefill_replica``,
+    ``prefill_failed``, ``prefill_timeout``, ``descriptor_expired``, ``transfer_failed``, ``transport_refused``, or
+    ``already_cached`` if decode had the whole prompt."""
+    prefill_replica: str | None
+    decode_replica: str
+    cached_tokens: int
+    """Prompt tokens that no engine had to compute for this request."""
+    transferred_tokens: int | None
+    """Prompt tokens whose KV was read from the prefill replica; None while it is on its way."""
+    transport: str
+    """What carried them, as UCX names its lanes, e.g. ``rma(cuda_ipc/cuda)``; empty if nothing moved."""
+    prefill_s: float | None = None
+    """`TransferDescriptor.prefill_s`, if the KV came from prefill."""
+    prefill_cached_tokens: int | None = None
+    """`TransferDescriptor.cached_tokens`, where `prefill_s` is known."""
+    phases: dict[HopPhase, float] = {}
+    """The seconds of the hop's phases as far as they are known; empty for a local prefill."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the KV is there, so that no other report follows."""
+        return self.transferred_tokens is not None
+
+
+def local_prefill(replica: str, cached_tokens: int, reason: str = "") -> PrefillReport:
+    """Return the report of a prompt that `replica` prefilled itself."""
+    return PrefillReport("local", reason, None, replica, cached_tokens, transferred_tokens=0, transport="")
+
+
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
+    """What one engine step added to one sequence, or what several steps added if the frontend was behind."""
+
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length", "abort", "repetition"] | None = None
+    stop_reason: int | str | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
+    report: PrefillReport | None = None
+
+
+Emit = Callable[[TokenDelta], None]
+"""Takes one sequence's delta of one engine step.  Called on the event loop, never blocks, never raises."""
 
 
 class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,73 +157,16 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     prefill_s: float | None = None
     """Seconds from the request's arrival at the prefill engine to `ready_at`, waiting included; None if the descriptor
     comes before the KV is computed (SGLang)."""
+    first_token: TokenDelta | None = None
+    """The first token of the answer, if prefill sampled it as decode would have.  Then decode passes it on before it
+    pulls the KV, and computes from the second token on.  With a finish_reason it is also the last one, and nobody needs
+    the KV.  If None, decode computes the last prompt token again and samples the first token itself."""
+    phases: dict[HopPhase, float] = {}
+    """The seconds of the hop's phases so far."""
 
     def has_expired(self, now: float) -> bool:
         """Whether pulling now is unsafe: after half the lease prefill may free and reuse the blocks during the read."""
         return now - self.ready_at > self.lease_s / 2
-
-
-UNKNOWN_RANK = 0
-"""The rank of a token if the engine does not tell it."""
-
-
-class Logprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log probabilities of n positions with k candidates each.
-
-    `token_ids` and `logprobs` have shape [n, k]; the first candidate of a row is the token itself.  `ranks`
-    has shape [n] and holds that token's rank in the vocabulary: 1 for the most likely one, or UNKNOWN_RANK.
-    """
-
-    token_ids: list[list[int]]
-    logprobs: list[list[float]]
-    ranks: list[int]
-
-
-PrefillKind = Literal["remote", "local"]
-"""Where a prompt is prefilled: on a prefill replica, or where it is decoded."""
-
-
-class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
-    """How the prompt's KV came to be on the decode replica.  It is sent once, with a sequence's first delta."""
-
-    kind: PrefillKind
-    reason: str
-    """Why the prompt was prefilled locally; empty if it was prefilled remotely.  It is the reason of the decision
-    (app/routing/decision.py) if that was for a local prefill, else what stood in the way: ``no_prefill_replica``,
-    ``prefill_failed``, ``prefill_timeout``, ``descriptor_expired``, ``transfer_failed``, ``transport_refused``, or
-    ``already_cached`` if decode had the whole prompt."""
-    prefill_replica: str | None
-    decode_replica: str
-    cached_tokens: int
-    """Prompt tokens that no engine had to compute for this request."""
-    transferred_tokens: int
-    """Prompt tokens whose KV was read from the prefill replica."""
-    transport: str
-    """What carried them, as UCX names its lanes, e.g. ``rma(cuda_ipc/cuda)``; empty if nothing moved."""
-    prefill_s: float | None = None
-    """`TransferDescriptor.prefill_s`, if the KV came from prefill."""
-    prefill_cached_tokens: int | None = None
-    """`TransferDescriptor.cached_tokens`, where `prefill_s` is known."""
-
-
-def local_prefill(replica: str, cached_tokens: int, reason: str = "") -> PrefillReport:
-    """Return the report of a prompt that `replica` prefilled itself."""
-    return PrefillReport("local", reason, None, replica, cached_tokens, transferred_tokens=0, transport="")
-
-
-class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
-    """What one engine step added to one sequence, or what several steps added if the frontend was behind."""
-
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length", "abort", "repetition"] | None = None
-    stop_reason: int | str | None = None
-    logprobs: Logprobs | None = None
-    prompt_logprobs: Logprobs | None = None
-    report: PrefillReport | None = None
-
-
-Emit = Callable[[TokenDelta], None]
-"""Takes one sequence's delta of one engine step.  Called on the event loop, never blocks, never raises."""
 
 
 def merge_deltas(first: TokenDelta, second: TokenDelta) -> TokenDelta:
@@ -143,7 +177,7 @@ def merge_deltas(first: TokenDelta, second: TokenDelta) -> TokenDelta:
         stop_reason=second.stop_reason,
         logprobs=_merge_logprobs(first.logprobs, second.logprobs),
         prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
-        report=first.report or second.report,
+        report=second.report or first.report,
     )
 
 

@@ -4,8 +4,10 @@
 2. `_pump` takes each engine step's outputs and hands them to the requests that they belong to.
 3. `prefill` runs the prompt for one token with ``do_remote_decode``; vLLM's NixlConnector then keeps the blocks
    under a lease and returns where they lie: the descriptor's `params`.
-4. `generate` on the decode side gives those `params` back to vLLM, which reads the blocks over NIXL and samples
-   the first token itself, so the token that prefill made is dropped.
+4. `generate` on the decode side gives those `params` back to vLLM, which reads the blocks over NIXL.
+5. The first token is the one that prefill sampled, where that is the one that decode would sample (SAMPLED_BY_PREFILL).
+   It goes out before the KV is pulled, and for vLLM's decode engine it is the prompt's last token.  Otherwise prefill's
+   token is dropped, and decode computes the last prompt token again and samples the first token itself.
 
 This uses vLLM's engine-core client rather than AsyncLLM, for two reasons.  The frontend detokenizes, so AsyncLLM would
 do that work a second time.  And only the core's outputs tell local from transferred tokens.
@@ -25,23 +27,26 @@ import msgspec
 from app.engine_defaults import cpu_defaults
 from app.engines.base import EngineInfo, EngineSpec
 from app.engines.kv_events import KvEventFeed, follow
-from app.engines.plugins import cpu_waits
+from app.engines.plugins import cpu_waits, nixl_pull
 from app.engines.plugins.owner_watch import owner_environment
 from app.engines.prompt_queue import PromptQueue
 from app.engines.ucx import UcxLog
 from app.engines.vllm_surface import (
     ASK_FOR_HANDOFF,
     ENDED_BY_AN_ERROR,
+    SCHEDULED,
     ConnectorStats,
     Core,
     InputProcessor,
     LogprobsLists,
     Output,
+    PullTimes,
     SchedulerStats,
     VllmConfig,
     check_environment,
     check_names,
     dead_error,
+    pull_times,
     rejection,
     start_core,
 )
@@ -50,6 +55,7 @@ from app.messages import (
     Emit,
     EngineStats,
     GenerateRequest,
+    HopPhase,
     KvEvent,
     Logprobs,
     PrefillReport,
@@ -59,6 +65,35 @@ from app.messages import (
 )
 
 logger = logging.getLogger("baton.engines.vllm")
+
+
+SAMPLED_BY_PREFILL = frozenset(
+    {
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "max_tokens",
+        "ignore_eos",
+        "stop_token_ids",
+        "logprobs",
+        "logit_bias",
+        "allowed_token_ids",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+    }
+)
+"""The sampling parameters with which prefill may sample the first token, as their effect on a token does not depend on
+how many were generated before it.  With any other, and with a seed for random sampling, decode has to know which tokens
+it has generated: penalties, structured output, min_tokens and the like."""
+
+
+def samples_first_token(sampling: dict[str, Any]) -> bool:
+    """Whether prefill samples the first token of an answer as decode would have."""
+    names = set(sampling)
+    if sampling.get("temperature") == 0.0:
+        names.discard("seed")
+    return names <= SAMPLED_BY_PREFILL
 
 
 def build_engine_args(spec: EngineSpec) -> Any:
@@ -111,8 +146,12 @@ def to_sampling_params(sampling: dict[str, Any], kv_transfer_params: dict[str, A
 class _Running(msgspec.Struct):
     """A request that the engine core works on."""
 
-    on_output: Callable[[Output], None]
+    on_output: Callable[[Output, _Running], None]
     ended: asyncio.Future[None]
+    began_at: float
+    """When it was handed to this adapter; like `pull`, of the monotonic clock."""
+    pull: PullTimes | None = None
+    """When its KV was pulled."""
 
     def fail(self, error: BaseException) -> None:
         if not self.ended.done():
@@ -161,6 +200,8 @@ class VllmEngine:
             **self._ucx_log.environment(spec.required_transport),
             **owner_environment(),
         }
+        if spec.is_disaggregated and spec.role == "decode":
+            environment |= nixl_pull.environment(spec.device)
         if spec.device == "cpu":
             # Binding threads to cores makes every replica on a machine fight for the same ones.
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -182,11 +223,13 @@ class VllmEngine:
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
         began = time.monotonic()
-        params = to_sampling_params({"max_tokens": 1, "temperature": 0.0}, dict(ASK_FOR_HANDOFF))
+        is_sampled = samples_first_token(request.sampling)
+        sampling = {**request.sampling, "max_tokens": 1} if is_sampled else {"max_tokens": 1, "temperature": 0.0}
         outputs: list[Output] = []
         leave_queue = self.prompt_queue.enter(request)
         try:
-            await self._run(request, params, outputs.append)
+            params = to_sampling_params(sampling, dict(ASK_FOR_HANDOFF))
+            await self._run(request, params, lambda output, _: outputs.append(output))
             leave_queue(is_computed=True)
         finally:
             leave_queue()
@@ -203,7 +246,24 @@ class VllmEngine:
             lease_s=self._spec.transfer_lease_s,
             params=last.kv_transfer_params,
             prefill_s=time.monotonic() - began,
+            first_token=self._first_token(request, last) if is_sampled else None,
         )
+
+    def _first_token(self, request: GenerateRequest, output: Output) -> TokenDelta | None:
+        """Return the token that prefill sampled; None if it is not the one after the whole prompt.
+
+        For some models (Mamba, multi-token prediction) vLLM's prefill leaves the end of the prompt to decode.
+        """
+        num_tokens = len(request.prompt_token_ids)
+        assert output.kv_transfer_params is not None
+        if output.kv_transfer_params.get("remote_num_tokens") != num_tokens:
+            return None
+        delta = _to_delta(output, None)
+        max_model_len = self._live_core().vllm_config.model_config.max_model_len
+        is_last = request.sampling.get("max_tokens") == 1 or num_tokens + 1 >= max_model_len
+        if delta.finish_reason == "length" and not is_last:
+            return msgspec.structs.replace(delta, finish_reason=None)
+        return delta
 
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
         is_refused = descriptor is not None and self._ucx_log.falls_short(self._spec.required_transport)
@@ -215,17 +275,27 @@ class VllmEngine:
             )
             await self.release(request.request_id, descriptor)
             descriptor = None
-        params = to_sampling_params(request.sampling, dict(descriptor.params) if descriptor else None)
+        params = to_sampling_params(request.sampling, _pull_params(descriptor) if descriptor else None)
+        if descriptor is not None and (first := descriptor.first_token) is not None:
+            self._live_core()
+            if first.finish_reason is not None:
+                await self.release(request.request_id, descriptor)
+            emit(self._to_first_delta(descriptor, first))
+            if first.finish_reason is not None:
+                return
+            request = msgspec.structs.replace(request, prompt_token_ids=request.prompt_token_ids + first.token_ids)
+            if params.max_tokens is not None:
+                params.max_tokens -= 1
         leave_queue = self.prompt_queue.enter(request, descriptor)
         is_first = True
 
-        def on_output(output: Output) -> None:
+        def on_output(output: Output, running: _Running) -> None:
             nonlocal is_first
             report = None
             if is_first:
                 is_first = False
                 leave_queue(is_computed=True)
-                report = self._report(output, descriptor, is_refused)
+                report = self._report(output, running, descriptor, is_refused)
             emit(_to_delta(output, report))
 
         try:
@@ -233,7 +303,22 @@ class VllmEngine:
         finally:
             leave_queue()
 
-    def _report(self, output: Output, descriptor: TransferDescriptor | None, is_refused: bool) -> PrefillReport:
+    def _to_first_delta(self, descriptor: TransferDescriptor, token: TokenDelta) -> TokenDelta:
+        """Return the delta with the token that prefill sampled.  If it is the last one too, no KV is pulled."""
+        report = PrefillReport(
+            kind="remote",
+            reason="",
+            prefill_replica=descriptor.replica_id,
+            decode_replica=self._spec.replica_id,
+            cached_tokens=descriptor.cached_tokens,
+            transferred_tokens=0 if token.finish_reason is not None else None,
+            transport="",
+        )
+        return msgspec.structs.replace(token, report=report)
+
+    def _report(
+        self, output: Output, running: _Running, descriptor: TransferDescriptor | None, is_refused: bool
+    ) -> PrefillReport:
         stats = output.prefill_stats
         local = stats.num_local_cached_tokens if stats else 0
         transferred = stats.num_external_cached_tokens if stats else 0
@@ -250,13 +335,15 @@ class VllmEngine:
             cached_tokens=max(descriptor.cached_tokens, local),
             transferred_tokens=transferred,
             transport=self._ucx_log.transport,
+            phases=_phases(running, output, time.monotonic()),
         )
 
-    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Output], None]) -> None:
+    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Output, _Running], None]) -> None:
         """Run one request in the engine core.  Cancelling aborts it."""
         from vllm.exceptions import VLLMClientError
 
         core = self._live_core()
+        began_at = time.monotonic()
         prompt = {"type": "token", "prompt_token_ids": request.prompt_token_ids}
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
@@ -270,7 +357,7 @@ class VllmEngine:
         core_request.reasoning_parser_kwargs = request.reasoning_parser_kwargs
         self._input_processor.assign_request_id(core_request)
         core_id = core_request.request_id
-        running = _Running(on_output, asyncio.get_running_loop().create_future())
+        running = _Running(on_output, asyncio.get_running_loop().create_future(), began_at)
         self._running[core_id] = running
         try:
             await core.add_request_async(core_request)
@@ -301,6 +388,9 @@ class VllmEngine:
         self._scheduler_stats = stats
         if stats.kv_connector_stats:
             self._moved.add(stats.kv_connector_stats)
+            for request_id, times in pull_times(stats.kv_connector_stats).items():
+                if running := self._running.get(request_id):
+                    running.pull = times.merge(running.pull)
 
     async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
         """Free the KV from the decode side; only a decode engine can.
@@ -364,9 +454,29 @@ def _hand_out(output: Output, running: _Running) -> None:
     if str(output.finish_reason) == ENDED_BY_AN_ERROR:
         running.fail(EngineFailed("vLLM ended the request with an internal error"))
         return
-    running.on_output(output)
+    running.on_output(output, running)
     if output.finished:
         running.ended.set_result(None)
+
+
+def _pull_params(descriptor: TransferDescriptor) -> dict[str, Any]:
+    """Return the ``kv_transfer_params`` with which decode pulls the KV that prefill holds."""
+    return {**descriptor.params, "remote_num_tokens": descriptor.prompt_tokens}
+
+
+def _phases(running: _Running, output: Output, now: float) -> dict[HopPhase, float]:
+    """Return how long the parts of the hop took that the engine knows of."""
+    pull = running.pull
+    scheduled = next((event.timestamp for event in output.events or () if event.type.name == SCHEDULED), None)
+    if pull is None or scheduled is None:
+        return {}
+    return {
+        "admission": pull.began - running.began_at,
+        "connection": pull.posted - pull.began,
+        "transfer": pull.done - pull.posted,
+        "next_step": scheduled - pull.done,
+        "step": now - scheduled,
+    }
 
 
 def _to_delta(output: Output, report: PrefillReport | None) -> TokenDelta:

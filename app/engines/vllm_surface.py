@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import msgspec
 
+from app.engines.plugins.nixl_pull import TIMES
 from app.messages import TransferDescriptor
-from app.upstream import check_protocol, needed
+from app.upstream import check_attributes, check_protocol, needed
 
 ASK_FOR_HANDOFF = {
     "do_remote_decode": True,
@@ -24,6 +25,9 @@ ASK_FOR_HANDOFF = {
     "remote_port": None,
 }
 """``kv_transfer_params`` with which a prefill engine keeps the prompt's KV and says where it lies."""
+
+SCHEDULED = "SCHEDULED"
+"""The name of the event that a request got its first place in a step; a request that pulls KV gets it afterwards."""
 
 ENDED_BY_AN_ERROR = "error"
 """The finish_reason of a request that failed inside the engine core."""
@@ -72,6 +76,12 @@ class LogprobsTensors(Protocol):
     def tolists(self) -> LogprobsLists: ...
 
 
+class Event(Protocol):
+    type: Any
+    timestamp: float
+    """Seconds of the machine's monotonic clock."""
+
+
 class Output(Protocol):
     """What one step added to one request."""
 
@@ -83,6 +93,8 @@ class Output(Protocol):
     new_prompt_logprobs_tensors: LogprobsTensors | None
     kv_transfer_params: dict[str, Any] | None
     prefill_stats: PrefillStats | None
+    events: Sequence[Event] | None
+    """What has happened to the request since its last output."""
     finished: bool
 
 
@@ -127,6 +139,30 @@ class InputProcessor(Protocol):
     def assign_request_id(self, request: CoreRequest) -> None: ...
 
 
+class PullTimes(msgspec.Struct, frozen=True):
+    """When one request's KV was pulled, in seconds of the machine's monotonic clock (app/engines/plugins/nixl_pull.py).
+
+    With tensor parallelism: of the first rank that began, and of the last one that was done.
+    """
+
+    began: float
+    posted: float
+    done: float
+
+    def merge(self, other: PullTimes | None) -> PullTimes:
+        if other is None:
+            return self
+        return PullTimes(min(self.began, other.began), max(self.posted, other.posted), max(self.done, other.done))
+
+
+def pull_times(lists: dict[str, list[Any]]) -> dict[str, PullTimes]:
+    """Return the times of the pulls that the NixlConnector reports to be done, by the engine core's request id."""
+    found: dict[str, PullTimes] = {}
+    for request_id, *times in lists.get(TIMES, ()):
+        found[request_id] = PullTimes(*times).merge(found.get(request_id))
+    return found
+
+
 class ConnectorStats(msgspec.Struct):
     """What the NixlConnector has counted so far.  Each field is the sum of the connector's list of the same name."""
 
@@ -149,13 +185,21 @@ COUNTED = tuple(name for name in ConnectorStats.__struct_fields__ if name != "nu
 def check_names(*, is_disaggregated: bool) -> None:
     """Raise UpstreamChanged if a class of the installed vLLM lacks a name that Baton uses."""
     with needed("vllm", "run requests on an engine core"):
-        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+        from vllm.v1.engine import (
+            EngineCoreEvent,
+            EngineCoreEventType,
+            EngineCoreOutput,
+            EngineCoreOutputs,
+            EngineCoreRequest,
+            FinishReason,
+        )
         from vllm.v1.engine.input_processor import InputProcessor as VllmInputProcessor
         from vllm.v1.metrics import stats
         from vllm.v1.outputs import LogprobsLists as VllmLogprobsLists
         from vllm.v1.outputs import LogprobsTensors as VllmLogprobsTensors
 
         used: list[tuple[Any, type]] = [
+            (EngineCoreEvent, Event),
             (EngineCoreOutput, Output),
             (EngineCoreOutputs, StepOutputs),
             (EngineCoreRequest, CoreRequest),
@@ -167,6 +211,7 @@ def check_names(*, is_disaggregated: bool) -> None:
         ]
         for found, protocol in used:
             check_protocol(found, protocol)
+        check_attributes(EngineCoreEventType, SCHEDULED)
         if ENDED_BY_AN_ERROR not in map(str, FinishReason):
             raise AttributeError(f"no request ends with {ENDED_BY_AN_ERROR!r}")
     if is_disaggregated:

@@ -41,8 +41,8 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
     """Say why one sequence is served where it is, and how that went so far; None if nothing was decided.
 
     ``expected`` is what the router predicted.  ``actual`` is what the clock and the engines say; its values are null
-    until they are known.  Times to first token are in ms.  ``expected`` has one for remote and one for local prefill,
-    and null for one that is not possible.
+    until they are known.  Times to first token and the phases of a remote prefill (`HopPhase`) are in ms.  ``expected``
+    has one time for remote and one for local prefill, and null for one that is not possible.
     """
     decision, report = record.decision, record.progress.report
     if decision is None:
@@ -63,6 +63,7 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
             "reason": report and report.reason,
             "cached_tokens": report and report.cached_tokens,
             "ttft_ms": _ms(record.progress.ttft_s),
+            "phases": {phase: _ms(seconds) for phase, seconds in report.phases.items()} if report else {},
         },
         "decided_us": round(decision.decided_in_s * 1e6, 1),
         "attempts": record.num_attempts,

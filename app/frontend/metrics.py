@@ -61,6 +61,12 @@ TIME_TO_FIRST_TOKEN_RATIO = Histogram(
     ["model", "kind"],
     buckets=_RATIO_BUCKETS,
 )
+HOP_PHASES = Histogram(
+    "baton_hop_phase_seconds",
+    "The phases of a remote prefill, each timed from the end of the one before (app/messages.py explains them).",
+    ["model", "phase"],
+    buckets=_LATENCY_BUCKETS_S,
+)
 INTER_TOKEN_LATENCY = Histogram(
     "baton_inter_token_latency_seconds",
     "Gaps between deltas of a sequence, as this frontend got them.",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Protocol
@@ -140,10 +141,12 @@ class Orchestrator:
 
         def on_first(attempt_ttft_s: float) -> None:
             in_flight.first_token(progress.report, attempt_ttft_s)
-            if handoff is not None and _has_failed(progress.report):
+
+        def on_report(report: PrefillReport) -> None:
+            if handoff is not None and _has_failed(report):
                 self._router.pools["prefill"].avoid(handoff.replica)
 
-        progress.on_first = on_first
+        progress.on_first, progress.on_report = on_first, on_report
         pool = self._serving[decision.serving_role]
         assert pool is not None
         if handoff is None:
@@ -214,9 +217,10 @@ def _to_prefill(request: GenerateRequest, prefill: Candidate, attempt: int) -> G
         prefilled,
         request_id=f"{request.request_id}-{attempt}" if attempt else request.request_id,
         expected_cached_tokens=prefill.cached_tokens,
+        sent_at=time.time(),
     )
 
 
-def _has_failed(report: PrefillReport | None) -> bool:
+def _has_failed(report: PrefillReport) -> bool:
     """Whether decode had to prefill although it had a handoff.  A prompt that it had cached counts as no failure."""
-    return report is not None and report.kind == "local" and report.reason != "already_cached"
+    return report.kind == "local" and report.reason != "already_cached"

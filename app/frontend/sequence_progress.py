@@ -25,9 +25,11 @@ class SequenceProgress:
         self.last_gap_s: float | None = None
         """The seconds between the last two deltas; None until there are two."""
         self.report: PrefillReport | None = None
-        """The report that came with the first delta."""
+        """The latest report.  One comes with the first delta, and another one if the KV came later."""
         self.on_first: Callable[[float], object] = lambda attempt_ttft_s: None
         """Called before the first delta is passed on, with the seconds since the start of the attempt."""
+        self.on_report: Callable[[PrefillReport], object] = lambda report: None
+        """Called with each report, before `on_first`."""
         self._emit = emit
         self._clock = clock
         self._attempt_began_at = self.arrived_at
@@ -40,7 +42,7 @@ class SequenceProgress:
     @property
     def has_remote_kv(self) -> bool:
         """Whether decode received the KV that prefill computed."""
-        return self.report is not None and self.report.kind == "remote"
+        return self.report is not None and self.report.kind == "remote" and self.report.is_complete
 
     @property
     def ttft_s(self) -> float | None:
@@ -56,9 +58,11 @@ class SequenceProgress:
     def take(self, delta: TokenDelta) -> None:
         """Record a delta and pass it on."""
         now = self._clock()
+        if delta.report is not None:
+            self.report = delta.report
+            self.on_report(delta.report)
         if self.first_token_at is None:
             self.first_token_at = now
-            self.report = delta.report
             self.on_first(now - self._attempt_began_at)
         else:
             self.last_gap_s = now - self.last_token_at

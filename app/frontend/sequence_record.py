@@ -97,6 +97,8 @@ class SequenceRecord:
         _labelled(metrics.TIME_TO_FIRST_TOKEN, self._model, report.kind).observe(ttft_s)
         if report.transferred_tokens:
             _labelled(metrics.TRANSFERRED_TOKENS, self._model, report.transport).inc(report.transferred_tokens)
+        for phase, seconds in report.phases.items():
+            _labelled(metrics.HOP_PHASES, self._model, phase).observe(seconds)
         if (decision := self.decision) is None:
             return
         _labelled(metrics.EXPECTED_CACHED_TOKENS, self._model).inc(decision.expected_cached_tokens)
@@ -137,5 +139,6 @@ def _describe_prefill(report: PrefillReport | None) -> str:
     return (
         f"prefill={report.kind} reason={report.reason or 'none'} prefill_replica={report.prefill_replica or 'none'} "
         f"decode_replica={report.decode_replica} cached_tokens={report.cached_tokens} "
-        f"kv_tokens_moved={report.transferred_tokens} transport={report.transport!r}"
+        f"kv_tokens_moved={report.transferred_tokens} transport={report.transport!r} "
+        f"phases_ms={','.join(f'{phase}:{seconds * 1e3:.1f}' for phase, seconds in report.phases.items()) or 'none'}"
     )

@@ -71,7 +71,10 @@ class InFlight:
             self._predictor.learn_local(work, ttft_s)
             return
         waiting = decision.serving.queued_tokens
-        handover = HandoverWork.after(work, report.transferred_tokens, self._num_decoding, waiting)
+        moved = report.transferred_tokens
+        if moved is None:  # the first token did not wait for the KV, and so the fit is to learn that it costs nothing
+            moved = self._num_tokens - decision.serving.cached_tokens
+        handover = HandoverWork.after(work, moved, self._num_decoding, waiting)
         slowness = self._predictor.learn_remote(work, handover, ttft_s, report.prefill_s)
         if slowness is not None and self._prefill is not None and self._serving is not None:
             self._topology.learn(self._prefill.info.node_ip, self._serving.info.node_ip, slowness)

@@ -8,6 +8,7 @@ reference together.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ logger = logging.getLogger("baton.decode")
 Phase = Literal["prefilling", "promised", "waiting", "decoding"]
 """How far a sequence is.  *prefilling*: its prompt is being computed here.  *promised*: its descriptor is here, but
 another replica is still computing its prompt (SGLang).  *waiting*: its prompt was computed on another replica, and it
-waits for a slot or for its KV.  *decoding*: it has its first token."""
+waits for a slot or for its KV, even if prefill sampled its first token.  *decoding*: it gets a token with each step."""
 
 
 class DecodeWorker(Worker):
@@ -58,14 +59,15 @@ class DecodeWorker(Worker):
     ) -> None:
         """Generate with the KV of `descriptor`, or without one because of `reason`."""
         phase = _first_phase(descriptor)
+        began_at = time.time()
 
         def emit(delta: TokenDelta) -> None:
             nonlocal phase
-            report = delta.report
-            if report is None:
+            if (report := delta.report) is not None:
+                delta = msgspec.structs.replace(delta, report=_complete(report, reason, descriptor, began_at))
+            if phase == "decoding":
                 self._generated_tokens += len(delta.token_ids)
-            else:
-                delta = _complete(delta, report, reason, descriptor)
+            elif report is None or report.is_complete:
                 if phase in ("waiting", "promised"):
                     self._meter.count(started=1)
                 self._phases[phase] -= 1
@@ -148,10 +150,18 @@ def _first_phase(descriptor: TransferDescriptor | None) -> Phase:
 
 
 def _complete(
-    delta: TokenDelta, report: PrefillReport, reason: str, descriptor: TransferDescriptor | None
-) -> TokenDelta:
-    """Add to the delta's `report` what the engine cannot know: why decode prefilled, or how long prefill took."""
+    report: PrefillReport, reason: str, descriptor: TransferDescriptor | None, began_at: float
+) -> PrefillReport:
+    """Add to `report` what the engine cannot know: why decode prefilled, how long prefill took, and the hop's phases.
+
+    `began_at` is when the engine got the sequence, in Unix time.
+    """
     changed: dict[str, Any] = {"reason": reason} if reason else {}
-    if descriptor is not None and descriptor.prefill_s is not None and report.kind == "remote":
-        changed |= {"prefill_s": descriptor.prefill_s, "prefill_cached_tokens": descriptor.cached_tokens}
-    return msgspec.structs.replace(delta, report=msgspec.structs.replace(report, **changed))
+    if descriptor is not None and report.kind == "remote":
+        of_engine = report.phases
+        if report.is_complete and not of_engine and descriptor.prefill_s is None:
+            of_engine = {"engine": time.time() - began_at}
+        changed["phases"] = {**descriptor.phases, "handover": began_at - descriptor.ready_at, **of_engine}
+        if descriptor.prefill_s is not None:
+            changed |= {"prefill_s": descriptor.prefill_s, "prefill_cached_tokens": descriptor.cached_tokens}
+    return msgspec.structs.replace(report, **changed)

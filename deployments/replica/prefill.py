@@ -10,7 +10,7 @@ import msgspec
 
 from app.config import BatonConfig
 from app.errors import BatonError
-from app.messages import EngineStats, GenerateRequest, ReplicaLoad, TransferDescriptor
+from app.messages import EngineStats, GenerateRequest, HopPhase, ReplicaLoad, TransferDescriptor
 from deployments.replica.worker import Worker
 
 logger = logging.getLogger("baton.prefill")
@@ -30,11 +30,13 @@ class PrefillWorker(Worker):
 
     async def prefill(self, request: GenerateRequest, *, replica_id: str) -> TransferDescriptor:
         self.check_is_me(replica_id)
+        arrived_at = time.time()
         task = asyncio.create_task(self._engine.prefill(request), name=request.request_id)
         self._running[request.request_id] = task
         self._publisher.poll_soon()
         try:
-            return await task
+            descriptor = await task
+            return msgspec.structs.replace(descriptor, phases=_phases(request, arrived_at, descriptor))
         finally:
             del self._running[request.request_id]
             self._publisher.poll_soon()
@@ -80,6 +82,16 @@ class PrefillWorker(Worker):
         if (task := self._running.get(request_id)) is not None:
             task.cancel()
         await self._engine.release(request_id)
+
+
+def _phases(request: GenerateRequest, arrived_at: float, descriptor: TransferDescriptor) -> dict[HopPhase, float]:
+    """Return the phases of the hop that end here; `arrived_at` is the request's arrival, in Unix time."""
+    phases: dict[HopPhase, float] = {}
+    if request.sent_at is not None:
+        phases["prefill_call"] = arrived_at - request.sent_at
+    if descriptor.prefill_s is not None:
+        phases["prefill"] = descriptor.prefill_s
+    return phases
 
 
 def _has_work(stats: EngineStats) -> bool:

@@ -25,7 +25,15 @@ logprobs = st.builds(
     st.lists(counts, max_size=3),
 )
 reports = st.builds(
-    PrefillReport, st.sampled_from(["remote", "local"]), words, st.none() | words, words, counts, counts, words
+    PrefillReport,
+    st.sampled_from(["remote", "local"]),
+    words,
+    st.none() | words,
+    words,
+    counts,
+    st.none() | counts,
+    words,
+    phases=st.dictionaries(st.sampled_from(["prefill", "handover"]), st.floats(0, 100)),
 )
 deltas = st.builds(
     TokenDelta,
@@ -45,6 +53,7 @@ descriptors = st.builds(
     ready_at=st.floats(0, 1e10),
     lease_s=st.floats(0, 1e4),
     params=st.dictionaries(words, plain, max_size=4),
+    first_token=st.none() | deltas,
 )
 requests = st.builds(
     GenerateRequest,

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 
 from app.engines.base import EngineSpec
-from app.engines.vllm import VllmEngine
+from app.engines.vllm import VllmEngine, _phases, samples_first_token
+from app.engines.vllm_surface import PullTimes
 from app.errors import EngineDead, EngineFailed
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
 
@@ -39,11 +41,11 @@ class Core(VllmEngine):
         super().__init__(spec)
         self.outputs: asyncio.Queue[Any] = asyncio.Queue()
 
-    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Any], None]) -> None:
+    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Any, Any], None]) -> None:
         while (output := await self.outputs.get()) is not None:
             if isinstance(output, Exception):
                 raise output
-            on_output(output)
+            on_output(output, None)
 
 
 def output(**fields: Any) -> Any:
@@ -177,3 +179,158 @@ async def test_it_publishes_events_if_it_caches_prefixes(
         assert settings is None
         assert [events async for events in engine.kv_events()] == []
         await engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "is_sampled"),
+    [
+        ({}, True),
+        ({"temperature": 0.0, "max_tokens": 8, "logprobs": 2, "ignore_eos": True, "stop_token_ids": [5]}, True),
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "logit_bias": {7: 1.0}}, True),
+        ({"temperature": 0.0, "seed": 7}, True),
+        ({"seed": 7}, False),
+        ({"temperature": 0.7, "seed": 7}, False),
+        ({"presence_penalty": 1.0}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"min_tokens": 2}, False),
+        ({"structured_outputs": {"regex": "a"}}, False),
+        ({"prompt_logprobs": 1}, False),
+        ({"bad_words": ["a"]}, False),
+        ({"of_tomorrow": 1}, False),
+    ],
+)
+def test_prefill_samples_what_does_not_depend_on_earlier_tokens(sampling: dict[str, Any], is_sampled: bool) -> None:
+    assert samples_first_token(sampling) == is_sampled
+
+
+def known_length(engine: VllmEngine, max_model_len: int = 4096) -> None:
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len))
+    engine._core = cast(Any, SimpleNamespace(vllm_config=config))
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "max_model_len", "ended_by", "said"),
+    [
+        (8, 4096, "length", None),  # by the one token that prefill was asked for
+        (1, 4096, "length", "length"),
+        (8, 51, "length", "length"),  # the prompt has 50 tokens
+        (8, 4096, "stop", "stop"),
+    ],
+)
+async def test_the_first_token_ends_the_answer_only_if_it_is_the_last(
+    spec: EngineSpec, max_tokens: int, max_model_len: int, ended_by: str, said: str | None
+) -> None:
+    engine = Core(spec)
+    known_length(engine, max_model_len)
+    request = msgspec.structs.replace(REQUEST, sampling={"temperature": 0.0, "max_tokens": max_tokens})
+    sampled = output(remote_num_tokens=50)
+    sampled.finish_reason = ended_by
+    engine.outputs.put_nowait(sampled)
+    engine.outputs.put_nowait(None)
+    first = (await engine.prefill(request)).first_token
+    assert first is not None
+    assert (first.token_ids, first.finish_reason, first.report) == ([5], said, None)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "held"),
+    [({"temperature": 0.0, "presence_penalty": 1.0}, 50), ({"temperature": 0.0}, 49)],
+    ids=["decode has to know what it generated", "prefill left a token to decode"],
+)
+async def test_a_token_that_decode_would_not_have_sampled_is_dropped(
+    spec: EngineSpec, sampling: dict[str, Any], held: int
+) -> None:
+    engine = Core(spec)
+    known_length(engine)
+    engine.outputs.put_nowait(output(remote_num_tokens=held))
+    engine.outputs.put_nowait(None)
+    descriptor = await engine.prefill(msgspec.structs.replace(REQUEST, sampling=sampling))
+    assert descriptor.first_token is None
+
+
+def handoff(**fields: Any) -> TransferDescriptor:
+    usual: dict[str, Any] = {
+        "engine": "vllm",
+        "replica_id": "prefill",
+        "request_id": "r",
+        "prompt_tokens": 50,
+        "cached_tokens": 16,
+        "ready_at": time.time(),
+        "lease_s": 30,
+        "params": {"remote_num_tokens": 51},
+    }
+    return TransferDescriptor(**{**usual, **fields})
+
+
+class Asked(Core):
+    """Remembers what the engine core was asked for, and what decode released."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.asked: list[tuple[list[int], Any]] = []
+        self.released: list[str] = []
+
+    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Any, Any], None]) -> None:
+        self.asked.append((request.prompt_token_ids, params))
+        await super()._run(request, params, on_output)
+
+    async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
+        self.released.append(request_id)
+
+
+@pytest.mark.parametrize(("max_tokens", "left"), [({"max_tokens": 8}, 7), ({}, 15), ({"max_tokens": None}, None)])
+async def test_a_first_token_goes_out_before_the_kv_is_pulled(
+    spec: EngineSpec, max_tokens: dict[str, Any], left: int | None
+) -> None:
+    engine = Asked(spec)
+    known_length(engine)
+    request = msgspec.structs.replace(REQUEST, sampling=max_tokens)
+    emitted: list[TokenDelta] = []
+    task = asyncio.create_task(engine.generate(request, handoff(first_token=TokenDelta([9])), emitted.append))
+    await asyncio.sleep(0)
+    ((prompt, params),) = engine.asked
+    assert prompt == [*REQUEST.prompt_token_ids, 9]
+    assert params.max_tokens == left
+    assert params.extra_args["kv_transfer_params"] == {"remote_num_tokens": 50}  # prefill has no KV of that token
+    assert [delta.token_ids for delta in emitted] == [[9]]
+    assert emitted[0].report is not None
+    assert (emitted[0].report.kind, emitted[0].report.cached_tokens) == ("remote", 16)
+    assert not emitted[0].report.is_complete
+    engine.outputs.put_nowait(None)
+    await task
+    assert engine.released == []
+
+
+async def test_no_kv_is_pulled_for_an_answer_of_one_token(spec: EngineSpec) -> None:
+    engine = Asked(spec)
+    known_length(engine)
+    emitted: list[TokenDelta] = []
+    last = TokenDelta([9], finish_reason="stop")
+    await engine.generate(REQUEST, handoff(first_token=last), emitted.append)
+    assert (engine.asked, engine.released) == ([], [REQUEST.request_id])
+    (delta,) = emitted
+    assert (delta.token_ids, delta.finish_reason) == ([9], "stop")
+    assert delta.report is not None
+    assert (delta.report.kind, delta.report.transferred_tokens) == ("remote", 0)
+
+
+async def test_a_dead_engine_passes_no_first_token_on(spec: EngineSpec) -> None:
+    emitted: list[TokenDelta] = []
+    with pytest.raises(EngineDead):
+        await Asked(spec).generate(REQUEST, handoff(first_token=TokenDelta([9])), emitted.append)
+    assert emitted == []
+
+
+def test_the_phases_of_a_pull_follow_each_other() -> None:
+    running: Any = SimpleNamespace(began_at=1.0, pull=PullTimes(1.25, 1.5, 2.5))
+    scheduled: Any = SimpleNamespace(type=SimpleNamespace(name="SCHEDULED"), timestamp=3.0)
+    queued: Any = SimpleNamespace(type=SimpleNamespace(name="QUEUED"), timestamp=1.125)
+    said: Any = SimpleNamespace(events=[queued, scheduled])
+    assert _phases(running, said, 4.0) == {
+        "admission": 0.25,
+        "connection": 0.25,
+        "transfer": 1.0,
+        "next_step": 0.5,
+        "step": 1.0,
+    }
+    assert _phases(running, cast(Any, SimpleNamespace(events=None)), 4.0) == {}

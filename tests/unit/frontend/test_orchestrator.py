@@ -214,13 +214,29 @@ async def test_a_prefill_replica_that_was_lost_is_avoided() -> None:
     assert set(prefill.picked[1:]) == {"p0", "p1"} - {prefill.picked[0]}
 
 
-async def test_a_prefill_replica_whose_handoff_did_not_work_is_avoided() -> None:
+SAMPLED_BY_PREFILL = TokenDelta([9], report=PrefillReport("remote", "", "p", "d", 0, None, ""))
+"""A first token whose KV is still on its way."""
+
+
+@pytest.mark.parametrize("before", [[], [SAMPLED_BY_PREFILL]], ids=["at once", "after prefill's own first token"])
+async def test_a_prefill_replica_whose_handoff_did_not_work_is_avoided(before: list[Any]) -> None:
     prefill = FakePrefill("p0", "p1")
-    decode = FakeDecode(["d"], [first_delta("local", "prefill_failed"), LAST], [REMOTE, LAST])
+    decode = FakeDecode(["d"], [*before, first_delta("local", "prefill_failed"), LAST], [REMOTE, LAST])
     server = orchestrator(prefill, decode)
     for _ in range(11):
         await served(server)
     assert set(prefill.picked[1:]) == {"p0", "p1"} - {prefill.picked[0]}
+
+
+async def test_a_handoff_counts_as_done_once_the_kv_is_there() -> None:
+    cases: list[tuple[Script, bool]] = [
+        ([SAMPLED_BY_PREFILL, LAST], True),
+        ([SAMPLED_BY_PREFILL, REMOTE, LAST], False),
+    ]
+    for deltas, is_cancelled in cases:
+        prefill = FakePrefill("p")
+        await served(orchestrator(prefill, FakeDecode(["d"], deltas)))
+        assert prefill.handoffs[0].is_cancelled == is_cancelled
 
 
 async def test_a_prefill_replica_is_not_blamed_when_decode_had_the_prompt_cached() -> None:

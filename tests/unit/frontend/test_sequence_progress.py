@@ -54,3 +54,17 @@ def test_the_first_delta_says_where_the_kv_came_from() -> None:
         progress.take(TokenDelta([1], report=report(kind)))
         progress.take(TokenDelta([2]))
         assert (progress.has_first_token, progress.has_remote_kv) == (True, kind == "remote")
+
+
+def test_a_later_report_replaces_the_one_that_came_before_the_kv() -> None:
+    told: list[Any] = []
+    progress = Followed().progress
+    progress.on_report = told.append
+    progress.on_first = lambda _: told.append("first")
+    on_its_way = PrefillReport("remote", "", "p", "d", cached_tokens=0, transferred_tokens=None, transport="")
+    progress.take(TokenDelta([1], report=on_its_way))
+    assert (progress.has_first_token, progress.has_remote_kv) == (True, False)
+    progress.take(TokenDelta([2], report=report("remote")))
+    progress.take(TokenDelta([3]))
+    assert (progress.report, progress.has_remote_kv) == (report("remote"), True)
+    assert told == [on_its_way, "first", report("remote")]

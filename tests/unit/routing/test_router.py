@@ -422,6 +422,17 @@ def test_a_prefill_that_fell_back_on_decode_teaches_nothing() -> None:
     assert where(fleet.decide()) == ("remote", "unmeasured")
 
 
+def test_a_first_token_that_did_not_wait_for_the_kv_counts_as_moved_at_no_cost() -> None:
+    fleet = Fleet(1, 1, **REMOTE)
+    for number, length in enumerate((64, 8192) * 12):
+        decision = fleet.decide(length, start=100_000 * number)
+        report = PrefillReport("remote", "", "p0", "d0", 0, None, "", 0.01, prefill_cached_tokens=0)
+        in_flight = fleet.router.begin(request(length, 100_000 * number), decision)
+        in_flight.first_token(report, 0.015)
+        in_flight.end()
+    assert fleet.decide(8192, start=9).predicted.remote_s == pytest.approx(0.015, rel=0.3)
+
+
 def test_an_explanation_names_the_next_best_of_each_pool() -> None:
     fleet = Fleet(6, 6, **REMOTE)
     decision = fleet.decide(hints=RoutingHints(explain=True))
