@@ -188,7 +188,7 @@ def check_with_sglang(config: BatonConfig) -> None:
 
 @functools.cache
 def _sglang_args(python: str) -> frozenset[str]:
-    code = "from sglang.srt.server_args import ServerArgs; print('', *ServerArgs.__struct_fields__)"
+    code = "from app.engines.sglang_surface import argument_names; print('', *argument_names())"
     environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}  # otherwise it looks for a GPU
     answer = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment, check=False)
     if answer.returncode:

@@ -100,14 +100,14 @@ def build_engine_args(spec: EngineSpec) -> dict[str, Any]:
 def prefix_cache(arguments: dict[str, Any]) -> PrefixCache:
     """Return what is known of the prefix cache of an engine with these arguments.
 
-    With speculative decoding it is ``silent``, because its events then name pairs of tokens.
+    It is ``silent`` if its events name no salts, and with speculative decoding, because they then name pairs of tokens.
     """
     is_decode = arguments.get("disaggregation_mode") == "decode"
     if arguments.get("disable_radix_cache") or (
         is_decode and not arguments["disaggregation_decode_enable_radix_cache"]
     ):
         return "none"
-    return "silent" if arguments.get("speculative_algorithm") else "published"
+    return "silent" if arguments.get("speculative_algorithm") or not surface.has_cache_salt() else "published"
 
 
 class SglangEngine:
@@ -305,7 +305,7 @@ class SglangEngine:
     async def _outputs(self, arguments: dict[str, Any]) -> AsyncGenerator[Output, None]:
         """Yield SGLang's outputs of one request.  Closing this early aborts the request.  Raises InvalidRequest."""
         try:
-            outputs = await self._live_engine().async_generate(**arguments)
+            outputs = await surface.generate(self._live_engine(), arguments)
             async with aclosing(outputs):
                 async for output in outputs:
                     yield output

@@ -6,7 +6,9 @@ tests/unit/engines/test_sglang_surface.py says when a workaround can be deleted.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from functools import cache
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, cast
 
 from app.upstream import check_protocol, needed
@@ -141,6 +143,52 @@ class Engine(Protocol):
     def shutdown(self) -> None: ...
 
 
+class OlderTokenizerManager(Protocol):
+    def generate_request(self, obj: Any, request: None) -> AsyncGenerator[Output, None]: ...
+
+
+class OlderEngine(Protocol):
+    """What differs in an ``Engine`` that has no `cache_salt` (0.5.17, the newest for torch 2.11)."""
+
+    tokenizer_manager: OlderTokenizerManager
+
+    def get_all_child_pids(self) -> list[int]: ...
+
+    def shutdown(self) -> None: ...
+
+
+@cache
+def has_cache_salt() -> bool:
+    """Return whether this SGLang knows a request's `cache_salt`, and tells it in its KV events.
+
+    An older one takes it as `extra_key`, which has the same effect on its cache, but it tells nobody.
+    """
+    with needed("sglang", "keep the caches of tenants apart"):
+        from sglang.srt.entrypoints.engine import Engine as SglangEngine
+
+        return "cache_salt" in inspect.signature(SglangEngine.async_generate).parameters
+
+
+async def generate(engine: Engine, arguments: dict[str, Any]) -> AsyncGenerator[Output, None]:
+    """Start a request; `arguments` are those of `Engine.async_generate`.  Raises ValueError if SGLang refuses them."""
+    if has_cache_salt():
+        return await engine.async_generate(**arguments)
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    fields = {("extra_key" if name == "cache_salt" else name): value for name, value in arguments.items()}
+    older = cast(OlderEngine, engine)
+    return older.tokenizer_manager.generate_request(GenerateReqInput(**fields), None)
+
+
+def argument_names() -> frozenset[str]:
+    """Return the names of all arguments of an engine."""
+    with needed("sglang", "check an engine's arguments"):
+        from sglang.srt.server_args import ServerArgs
+
+        fields = getattr(ServerArgs, "__struct_fields__", None) or ServerArgs.__dataclass_fields__
+        return frozenset(fields)
+
+
 def launch(arguments: dict[str, Any]) -> Engine:
     """Start SGLang's processes and return when the model is loaded.
 
@@ -181,7 +229,7 @@ def check_environment(names: Iterable[str]) -> None:
 
 def _check_engine(engine: Engine) -> None:
     with needed("sglang", "run requests on an engine"):
-        check_protocol(engine, Engine)
+        check_protocol(engine, Engine if has_cache_salt() else OlderEngine)
         manager = engine.tokenizer_manager
         check_protocol(manager, TokenizerManager)
         check_protocol(manager.model_config, ModelConfig)
