@@ -15,6 +15,7 @@ from app.config import BatonConfig, ModelConfig, PoolConfig
 from app.engines.base import EngineSpec
 from app.errors import ConfigError
 from app.messages import Role
+from app.models.shapes import SHAPES
 from app.models.source import check_source, local_path
 
 Device = Literal["cpu", "cuda"]
@@ -39,6 +40,7 @@ def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
     device = choose_device(config, gpus_per_node)
     for index, model in enumerate(config.models):
         check_source(f"models.{index}.source", model.source)
+        _check_load_format(f"models.{index}", model)
         for role, pool in model.pools().items():
             _check_size(f"models.{index}.{role}.tensor_parallel_size", pool, device, gpus_per_node)
             if pool.engine == "sim":
@@ -131,6 +133,21 @@ def _check_total(config: BatonConfig, gpus_per_node: Sequence[int]) -> None:
             "pool, let pools share a GPU (resources.num_gpus: 0.5 and engine_args.gpu_memory_utilization: 0.4), or "
             "set `device: cuda` if more nodes will come",
         )
+
+
+def _check_load_format(field: str, model: ModelConfig) -> None:
+    if model.source not in SHAPES:
+        return
+    sections = {"engine_args": model.engine_args}
+    sections |= {
+        f"{role}.engine_args": pool.engine_args for role, pool in model.pools().items() if pool.engine != "sim"
+    }
+    for section, arguments in sections.items():
+        if (given := arguments.get("load_format", "dummy")) != "dummy":
+            raise ConfigError(
+                f"{field}.{section}.load_format",
+                f"{given!r} reads weights, and {model.source} has none: remove it, as Baton sets `dummy`",
+            )
 
 
 def _check_dtype(field: str, model: ModelConfig) -> None:

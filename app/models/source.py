@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from app.errors import ConfigError
+from app.models.shapes import SHAPES, ensure_shape
 from app.models.tiny import SOURCES, ensure_tiny_model
 
 
@@ -13,6 +14,8 @@ def local_path(source: str) -> str:
     """Return what an engine is given as its model.  A model of Baton's own is made on this node if it is missing."""
     if source in SOURCES:
         return str(ensure_tiny_model(size=SOURCES[source]))
+    if source in SHAPES:
+        return str(ensure_shape(source))
     return str(Path(source).expanduser()) if is_folder(source) else source
 
 
@@ -23,8 +26,13 @@ def is_folder(source: str) -> bool:
 
 def check_source(field: str, source: str) -> None:
     """Raise ConfigError if `source` is malformed, or a folder that does not exist or holds no model."""
-    if source in SOURCES or not is_folder(source):
-        if source not in SOURCES and source.count("/") != 1:
+    made_here = (*SOURCES, *SHAPES)
+    if source in made_here:
+        return
+    if source.startswith("baton:"):
+        raise ConfigError(field, f"Baton makes no {source!r}; it makes {', '.join(made_here)}")
+    if not is_folder(source):
+        if source.count("/") != 1:
             raise ConfigError(
                 field,
                 f"{source!r} is neither a folder, nor a Hugging Face id (owner/name), nor {' nor '.join(SOURCES)}",
