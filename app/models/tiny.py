@@ -31,9 +31,10 @@ PAD_ID, EOS_ID = 0, 2
 Size = Literal["tiny", "small"]
 SOURCES: dict[str, Size] = {"baton:tiny": "tiny", "baton:small": "small"}
 """What a configuration gives as the `source` of each model that is made here."""
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 SHAPES: dict[Size, dict[str, int]] = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "small": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 4},
+    "tiny": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, **_HEADS},
+    "small": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6, **_HEADS},
 }
 """Both have 2 key and value heads of 64, so a layer's KV is 512 bytes a token.  The small one is wide for its few
 heads, as large models are: most of a prompt's work is matrices, which a cached prefix saves, and not attention, of
@@ -161,8 +162,6 @@ def _save_model(folder: Path, size: Size) -> None:
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
         **SHAPES[size],
-        num_key_value_heads=2,
-        head_dim=64,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=False,
         initializer_range=0.12,
