@@ -22,6 +22,7 @@ from pydantic import (
 from app.engines.owned_args import OWNED_ARGS
 from app.errors import ConfigError
 from app.messages import EngineName, Role
+from app.models.shapes import SHAPES
 
 
 class Settings(BaseModel):
@@ -181,7 +182,8 @@ class ModelConfig(Settings):
     name: str = Field(min_length=1)
     """The name that clients put into ``model``."""
     source: str = Field(min_length=1)
-    """A Hugging Face id, a folder, or ``baton:tiny`` or ``baton:small`` for a model that Baton makes."""
+    """A Hugging Face id, a folder, or a model that Baton makes: ``baton:tiny`` and ``baton:small``, or without weights
+    (``load_format: dummy``), for timing, ``baton:shape/llama-8b`` and the others of app/models/shapes.py."""
     engine_args: dict[str, Any] = {}
     """Engine arguments of all pools, e.g. max_model_len.  On CPUs `dtype` is bfloat16 if the node on which Serve
     builds the application multiplies it natively, else float32.  Set it here if the nodes' CPUs differ, or if a
@@ -259,7 +261,9 @@ class ModelConfig(Settings):
 
     def merged_engine_args(self, pool: PoolConfig) -> dict[str, Any]:
         """Return the arguments that an engine of `pool` starts with."""
-        return {**self.engine_args, **pool.engine_args}
+        has_no_weights = self.source in SHAPES and pool.engine != "sim"
+        dummy = {"load_format": "dummy"} if has_no_weights else {}
+        return {**self.engine_args, **pool.engine_args, **dummy}
 
 
 class TransferConfig(Settings):

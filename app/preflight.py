@@ -13,9 +13,11 @@ from typing import Literal
 
 from app.config import BatonConfig, ModelConfig, PoolConfig
 from app.engines.base import EngineSpec
+from app.engines.transfer_rules import check_heads, check_transfer, kv_shape
 from app.errors import ConfigError
 from app.messages import Role
-from app.models.source import check_source, local_path
+from app.models.shapes import SHAPES
+from app.models.source import check_source, local_path, read_config
 
 Device = Literal["cpu", "cuda"]
 
@@ -39,13 +41,17 @@ def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
     device = choose_device(config, gpus_per_node)
     for index, model in enumerate(config.models):
         check_source(f"models.{index}.source", model.source)
+        _check_load_format(f"models.{index}", model)
+        shape = kv_shape(read_config(f"models.{index}.source", model.source) or {})
         for role, pool in model.pools().items():
             _check_size(f"models.{index}.{role}.tensor_parallel_size", pool, device, gpus_per_node)
-            if pool.engine == "sim":
+            if pool.engine != "sim":
+                check_heads(f"models.{index}.{role}.tensor_parallel_size", pool.tensor_parallel_size, shape)
+            else:
                 _check_sim(f"models.{index}", role, model, pool)
         if model.engine == "sglang":
             _check_sglang(config, f"models.{index}", model)
-        _check_dtype(f"models.{index}", model)
+        check_transfer(f"models.{index}", model, shape)
     if device == "cuda" and config.device == "auto":
         _check_total(config, gpus_per_node)
     return device
@@ -133,16 +139,19 @@ def _check_total(config: BatonConfig, gpus_per_node: Sequence[int]) -> None:
         )
 
 
-def _check_dtype(field: str, model: ModelConfig) -> None:
-    if model.prefill is None:
+def _check_load_format(field: str, model: ModelConfig) -> None:
+    if model.source not in SHAPES:
         return
-    prefill, decode = (model.merged_engine_args(pool).get("dtype") for pool in (model.prefill, model.decode))
-    if prefill != decode:
-        raise ConfigError(
-            f"{field}.engine_args.dtype",
-            f"prefill has {prefill or 'none'} and decode {decode or 'none'}, but KV moves between them as it is: "
-            "set it here rather than in a pool",
-        )
+    sections = {"engine_args": model.engine_args}
+    sections |= {
+        f"{role}.engine_args": pool.engine_args for role, pool in model.pools().items() if pool.engine != "sim"
+    }
+    for section, arguments in sections.items():
+        if (given := arguments.get("load_format", "dummy")) != "dummy":
+            raise ConfigError(
+                f"{field}.{section}.load_format",
+                f"{given!r} reads weights, and {model.source} has none: remove it, as Baton sets `dummy`",
+            )
 
 
 def _check_sim(field: str, role: str, model: ModelConfig, pool: PoolConfig) -> None:

@@ -76,14 +76,24 @@ def find_version(client: httpx.Client) -> str:
 
 
 def ask(
-    option: str, client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None
+    option: str,
+    client: httpx.Client,
+    method: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+    *,
+    headers: dict[str, str] | None = None,
+    also: int | None = None,
 ) -> httpx.Response:
-    """Send a request and return the successful answer.  Raises ConfigError, naming the `option` that gave the URL."""
+    """Send a request and return the answer if it is a success or has the status `also`.
+
+    Raises ConfigError, naming the `option` that gave the URL.
+    """
     try:
-        answer = client.request(method, path, json=body)
+        answer = client.request(method, path, json=body, headers=headers)
     except httpx.HTTPError as error:
         raise ConfigError(option, f"{_url(client)} does not answer: {str(error) or type(error).__name__}") from None
-    if not answer.is_success:
+    if not answer.is_success and answer.status_code != also:
         raise ConfigError(option, f"{method} {_url(client)}{path} answered {describe(answer)}")
     return answer
 

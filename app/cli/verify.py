@@ -15,13 +15,19 @@ where noise can flip it: where the logprobs of the two best candidates are close
 
 Each serving has its own cache salt, so that none can reuse another's KV.  With `corrupt_kv` the remote prefill computes
 the KV of another prompt, and the comparison must fail: if it passed, it would prove nothing.
+
+Right after a start a frontend may not have found all replicas yet, and each request may reach another frontend than the
+one before.  So verify waits until /health says that the pools can be reached, and serves prompts again if it was a
+missing pool that decided how they were served, but for no other reason.
 """
 
 from __future__ import annotations
 
 import random
+import time
 import uuid
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import httpx
 import msgspec
@@ -29,7 +35,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.bench.client import ask, find_cards, new_client, parse_url
+from app.bench.client import ask, describe, find_cards, new_client, parse_url
+from app.cli.smoke import Explanation
 from app.errors import BatonError
 from app.messages import PrefillMode
 
@@ -44,6 +51,13 @@ TOLERANCE_OF_PREFILL = 0.2
 were up to 0.06 (tiny model, SGLang on a CPU).  Wrong KV shows in the first tokens, with differences of more than 1."""
 LARGEST_NOISE = 0.25
 """With more logprob noise than this, the engine's own prefix cache changes its output, and nothing can be compared."""
+WAIT_S = 60.0
+"""How long a pool may take to become reachable, by default."""
+POLL_S = 0.25
+"""The time between two questions whether a pool can be reached."""
+MISSING = {"no_prefill_replica": "prefill", "no_decode_replica": "decode"}
+"""The pool that a frontend could not reach if it did not prefill remotely as asked, by the reason that it gives."""
+T = TypeVar("T")
 WORDS = "The quick brown fox jumps over 13 lazy dogs; while (x < 42) { return f(x, y) + 'value'; } # Größe, 東京, Ωmega"
 """Random prompts are drawn from the tokens of this text, so they suit any model's vocabulary."""
 
@@ -61,9 +75,13 @@ def verify(
         float | None, typer.Option(help="Logprob difference that always passes; by default 0.03, or 0.2 by prefill.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a pool that cannot be reached yet.")] = WAIT_S,
 ) -> None:
     """Compare output under disaggregation with output without it, on the running application."""
-    if not compare_output(url, model=model, reference=reference, corrupt_kv=corrupt_kv, tolerance=tolerance, seed=seed):
+    passed = compare_output(
+        url, model=model, reference=reference, corrupt_kv=corrupt_kv, tolerance=tolerance, seed=seed, wait_s=wait
+    )
+    if not passed:
         raise typer.Exit(1)
 
 
@@ -72,6 +90,25 @@ class VerifyError(BatonError):
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
+
+
+class NotReady(Exception):
+    """A pool that the comparison needs cannot be reached now; the message names it."""
+
+
+class _PoolHealth(msgspec.Struct):
+    reachable: int
+
+
+class _ModelHealth(msgspec.Struct):
+    name: str
+    pools: dict[str, _PoolHealth]
+
+
+class _Health(msgspec.Struct):
+    """What /health says of each model's pools: how many replicas the frontend that answers can reach."""
+
+    models: list[_ModelHealth]
 
 
 class GreedyOutput(msgspec.Struct, frozen=True):
@@ -130,15 +167,20 @@ class Transfers(msgspec.Struct, frozen=True):
 class VerifyTarget:
     """The application under test."""
 
-    def __init__(self, client: httpx.Client, model: str | None = None, reference: str | None = None) -> None:
+    def __init__(
+        self, client: httpx.Client, model: str | None = None, reference: str | None = None, wait_s: float = WAIT_S
+    ) -> None:
         self._client = client
+        self._wait_s = wait_s
+        self._has_said_so = False
         card = self._find(model, "disaggregated")
         self.model: str = card["id"]
         self.reference: str | None = self._find(reference, "aggregated")["id"] if reference else None
         self.max_model_len: int = card["max_model_len"]
         self.can_prefill_locally: bool = card["local_prefill"]
         self.num_remote_requests = 0
-        self._vocabulary: list[int] = self._post("/tokenize", {"model": self.model, "prompt": WORDS})["tokens"]
+        tokenized = self._ask("POST", "/tokenize", {"model": self.model, "prompt": WORDS})
+        self._vocabulary: list[int] = _json(tokenized)["tokens"]
 
     def _find(self, name: str | None, mode: str) -> Any:
         """Return what the server says about the model called `name`, or about its first model in `mode`."""
@@ -158,8 +200,52 @@ class VerifyTarget:
         """The logprob difference that passes by default."""
         return TOLERANCE if self.reference or self.can_prefill_locally else TOLERANCE_OF_PREFILL
 
+    def wait_until_ready(self) -> None:
+        """Return when every pool of the models that are compared has a replica that can be reached.
+
+        Raises VerifyError that names the pool if that takes too long.
+        """
+        self._when_ready(self._check_ready)
+
+    def _check_ready(self) -> None:
+        answer = self._ask("GET", "/health", also=503)  # 503 tells of pools too
+        try:
+            models = msgspec.json.decode(answer.content, type=_Health).models
+        except msgspec.DecodeError as error:
+            raise VerifyError(f"GET /health is not Baton's ({error}); is it Baton that runs there?") from None
+        for model in models:
+            missing = [role for role, pool in model.pools.items() if not pool.reachable]
+            if missing and model.name in (self.model, self.reference):
+                raise NotReady(_unreachable(missing[0], model.name))
+
+    def _when_ready(self, action: Callable[[], T]) -> T:
+        """Return what `action` returns; while it raises NotReady, repeat it."""
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            try:
+                return action()
+            except NotReady as problem:
+                if time.monotonic() >= deadline:
+                    raise VerifyError(
+                        f"{problem}, for {self._wait_s:g} s: `baton status` says why; --wait SECONDS waits longer"
+                    ) from None
+                self._say_once(f"waiting up to {self._wait_s:g} s: {problem}")
+                time.sleep(POLL_S)
+
+    def _say_once(self, progress: str) -> None:
+        if not self._has_said_so:
+            typer.echo(progress, err=True)
+        self._has_said_so = True
+
     def serve(self, prompts: list[list[int]], mode: PrefillMode) -> GreedyOutput:
-        """Serve `prompts` one after the other with one cache salt, and return the greedy answer to the last."""
+        """Serve `prompts` one after the other with one cache salt, and return the greedy answer to the last.
+
+        If a pool cannot be reached, all are served again.  They get another salt, because decode would not fetch what
+        it has cached by now.
+        """
+        return self._when_ready(lambda: self._serve(prompts, mode))
+
+    def _serve(self, prompts: list[list[int]], mode: PrefillMode) -> GreedyOutput:
         salt = uuid.uuid4().hex
         answers = [self._complete(prompt, mode, salt, OUTPUT_TOKENS) for prompt in prompts]
         return answers[-1]
@@ -170,7 +256,7 @@ class VerifyTarget:
         With `after_hit` the prompt is served again, so that it hits the prefix cache.
         """
         if self.reference is None and not self.can_prefill_locally:
-            return self._serve_by_prefill(prompts[-1], share_prefixes=after_hit)
+            return self._when_ready(lambda: self._serve_by_prefill(prompts[-1], share_prefixes=after_hit))
         return self.serve([*prompts, prompts[-1]] if after_hit else prompts, "local")
 
     def _serve_by_prefill(self, prompt: list[int], *, share_prefixes: bool) -> GreedyOutput:
@@ -190,7 +276,6 @@ class VerifyTarget:
 
     def _complete(self, prompt: list[int], mode: PrefillMode, salt: str, max_tokens: int) -> GreedyOutput:
         is_reference = mode == "local" and self.reference is not None
-        self.num_remote_requests += mode != "local"
         body = {
             "model": self.reference if is_reference else self.model,
             "prompt": prompt,
@@ -202,14 +287,26 @@ class VerifyTarget:
             "cache_salt": salt,
             "vllm_xargs": {"baton_prefill": mode},
         }
-        logprobs = self._post("/v1/completions", body)["choices"][0]["logprobs"]
+        answer = self._ask("POST", "/v1/completions", body, headers={"x-baton-explain": "1"}, also=503)
+        if answer.status_code == 503:  # no replica for it, so nothing has run
+            raise NotReady(f"{body['model']} cannot be served ({describe(answer)})")
+        if mode != "local":
+            if (pool := _missing_pool(answer)) is not None:
+                raise NotReady(_unreachable(pool, self.model))
+            self.num_remote_requests += 1
+        logprobs = _json(answer)["choices"][0]["logprobs"]
         best = [sorted(candidates.values(), reverse=True) for candidates in logprobs["top_logprobs"]]
         margins = [first - second for first, second, *_ in best]
         return GreedyOutput(logprobs["tokens"], logprobs["token_logprobs"], margins)
 
     def transfers(self) -> Transfers:
-        replicas = self._get("/stats")["replicas"]
+        return self._when_ready(self._transfers)
+
+    def _transfers(self) -> Transfers:
+        replicas = _json(self._ask("GET", "/stats"))["replicas"]
         decode = [replica for replica in replicas if replica["role"] == "decode" and replica["model"] == self.model]
+        if not decode:
+            raise NotReady(_unreachable("decode", self.model))
         if silent := [replica["replica_id"] for replica in decode if "error" in replica]:
             raise VerifyError(f"decode replica {silent[0]} does not tell what it received: {decode}")
         return Transfers(
@@ -218,17 +315,28 @@ class VerifyTarget:
             sorted({replica["transport"] for replica in decode if replica["transport"]}),
         )
 
-    def _get(self, path: str) -> Any:
-        return self._answer("GET", path)
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None, **options: Any) -> httpx.Response:
+        return ask("--url", self._client, method, path, body, **options)
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
-        return self._answer("POST", path, body)
 
-    def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        try:
-            return ask("--url", self._client, method, path, body).json()
-        except ValueError as error:
-            raise VerifyError(f"{method} {path} answered no JSON; is it Baton that runs there?") from error
+def _json(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError as error:
+        request = answer.request
+        raise VerifyError(
+            f"{request.method} {request.url.path} answered no JSON; is it Baton that runs there?"
+        ) from error
+
+
+def _missing_pool(answer: httpx.Response) -> str | None:
+    """Return the pool that the answering frontend could not reach, if it prefilled locally for that reason alone."""
+    explained = msgspec.json.decode(answer.headers.get("x-baton-explain", "[]"), type=list[Explanation])
+    return MISSING.get(explained[0].actual.reason or "") if explained else None
+
+
+def _unreachable(pool: str, model: str) -> str:
+    return f"the {pool} pool of {model} has no replica that the frontend can reach"
 
 
 def compare_output(
@@ -239,16 +347,21 @@ def compare_output(
     corrupt_kv: bool,
     tolerance: float | None = None,
     seed: int,
+    wait_s: float = WAIT_S,
 ) -> bool:
     """Print the comparison of `model` (by default the first disaggregated one) as a table.  Returns whether all passed.
 
     `reference` is an aggregated model of the same application, with the same weights and engine.
 
-    Raises ConfigError if the application cannot be reached, and VerifyError if it did not transfer every prompt's KV.
+    A pool that cannot be reached yet has `wait_s` to come up.
+
+    Raises ConfigError if the application cannot be reached, and VerifyError if a pool cannot or if it did not transfer
+    every prompt's KV.
     """
     _, base_url = parse_url("--url", url)
     with new_client(base_url, ANSWER_TIMEOUT_S) as client:
-        endpoint = VerifyTarget(client, model, reference)
+        endpoint = VerifyTarget(client, model, reference, wait_s)
+        endpoint.wait_until_ready()
         before = endpoint.transfers()
         prompts = _prompts(endpoint, random.Random(seed))
         cases = [_compare(endpoint, name, group, "corrupted" if corrupt_kv else "remote") for name, group in prompts]

@@ -14,6 +14,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +31,10 @@ PAD_ID, EOS_ID = 0, 2
 Size = Literal["tiny", "small"]
 SOURCES: dict[str, Size] = {"baton:tiny": "tiny", "baton:small": "small"}
 """What a configuration gives as the `source` of each model that is made here."""
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 SHAPES: dict[Size, dict[str, int]] = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "small": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 4},
+    "tiny": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, **_HEADS},
+    "small": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6, **_HEADS},
 }
 """Both have 2 key and value heads of 64, so a layer's KV is 512 bytes a token.  The small one is wide for its few
 heads, as large models are: most of a prompt's work is matrices, which a cached prefix saves, and not attention, of
@@ -71,23 +73,34 @@ CHAT_TEMPLATE = """\
 def ensure_tiny_model(directory: Path | None = None, size: Size = "tiny") -> Path:
     """Return the model's folder, ``<directory>/<size>-<hash of the recipe>``; make it if it is missing.
 
-    ``directory`` defaults to ``$BATON_HOME``, else ``~/.cache/baton``. The same versions of torch,
-    transformers and tokenizers make the same bytes. Any number of processes may call this at once: each
-    builds beside the target, the first rename wins and the others drop their copy, so nobody ever sees half
-    a model.
+    ``directory`` is as for `make_once`. The same versions of torch, transformers and tokenizers make the same bytes.
 
     Raises ``ImportError`` where no engine is installed (torch and transformers come with it), and ``OSError``
     where the folder cannot be written.
     """
+
+    def build(folder: Path) -> None:
+        save_tokenizer(folder)
+        _save_model(folder, size)
+
+    return make_once(f"{size}-{recipe_hash(Path(__file__), CORPUS)}", build, directory)
+
+
+def make_once(name: str, build: Callable[[Path], None], directory: Path | None = None) -> Path:
+    """Return the folder ``<directory>/<name>``; have `build` make it if it is missing.
+
+    ``directory`` defaults to ``$BATON_HOME``, else ``~/.cache/baton``. Any number of processes may call this at
+    once: each builds beside the target, the first rename wins and the others drop their copy, so nobody ever sees
+    half a model. Raises ``OSError`` where the folder cannot be written.
+    """
     parent = directory or Path(os.environ.get("BATON_HOME") or Path.home() / ".cache" / "baton")
-    target = parent.absolute() / f"{size}-{_recipe_hash()}"
+    target = parent.absolute() / name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tiny-", dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as scratch:
         built = Path(scratch) / "model"
-        _save_tokenizer(built)
-        _save_model(built, size)
+        build(built)
         try:
             built.rename(target)
         except OSError:
@@ -96,14 +109,16 @@ def ensure_tiny_model(directory: Path | None = None, size: Size = "tiny") -> Pat
     return target
 
 
-def _recipe_hash() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes() + CORPUS.read_bytes()).hexdigest()[:12]
+def recipe_hash(*recipe: Path) -> str:
+    """Return a hash of the files that a model is made by: with another recipe it is another folder."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in recipe)).hexdigest()[:12]
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, max_length: int = MAX_LENGTH) -> None:
     """Train and save the tokenizer: ids 0 to 2 special, then 256 bytes, then merges, the last four markup.
 
     No normalizer and the whole byte alphabet, so any text comes back from decode as it went into encode.
+    `max_length` is the most tokens of a text, as the tokenizer tells them to others.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -126,7 +141,7 @@ def _save_tokenizer(folder: Path) -> None:
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],
         clean_up_tokenization_spaces=False,
-        model_max_length=MAX_LENGTH,
+        model_max_length=max_length,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -147,8 +162,6 @@ def _save_model(folder: Path, size: Size) -> None:
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
         **SHAPES[size],
-        num_key_value_heads=2,
-        head_dim=64,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=False,
         initializer_range=0.12,

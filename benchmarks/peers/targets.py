@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from app.config import ModelConfig, parse
+from app.config import ModelConfig, PoolConfig, parse
 from app.engine_defaults import cpu_defaults
 from app.engines.plugins import cpu_waits
 from app.engines.plugins.owner_watch import owner_environment
@@ -87,7 +87,7 @@ class Setup(msgspec.Struct, frozen=True):
     @property
     def engine_args(self) -> dict[str, Any]:
         """The arguments of every engine.  Those of one pool only are left out: aggregated engines would get others."""
-        return {**cpu_defaults(self.device), **self.model.engine_args}
+        return {**cpu_defaults(self.device), **self.model.merged_engine_args(PoolConfig(engine=self.model.engine))}
 
     @property
     def environment(self) -> dict[str, str]:

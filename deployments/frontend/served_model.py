@@ -42,14 +42,20 @@ class ServedModel:
         self._ready = {role: ready_replicas_of(deployment_id_of(handle)) for role, handle in handles.items()}
 
     def health(self) -> dict[str, Any]:
-        """Return what /health says about the model.  /v1/models uses it too."""
+        """Return what /health says about the model.  /v1/models uses it too.
+
+        Of each pool it says how many replicas are ready, according to Serve, and how many this frontend can reach.
+        """
+        reachable = {role: len(pool.replicas) for role, pool in self.router.pools.items()}
         return {
             "name": self._model.name,
             "engine": self._model.engine,
             "mode": "disaggregated" if self._model.is_disaggregated else "aggregated",
             "local_prefill": self.router.local_role() is not None,
-            "state": model_state(self._model, {role: len(pool.replicas) for role, pool in self.router.pools.items()}),
-            "pools": {role: {"ready": len(pool.ids())} for role, pool in self._ready.items()},
+            "state": model_state(self._model, reachable),
+            "pools": {
+                role: {"ready": len(pool.ids()), "reachable": reachable[role]} for role, pool in self._ready.items()
+            },
         }
 
     def endpoints(self) -> list[dict[str, Any]]:

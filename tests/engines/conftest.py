@@ -135,7 +135,7 @@ class Baton:
 
     def wait_until_quiet(self) -> None:
         """Ready, with one replica of each role, and idle."""
-        pools = {"prefill": {"ready": 1}, "decode": {"ready": 1}}
+        pools = {"prefill": {"ready": 1, "reachable": 1}, "decode": {"ready": 1, "reachable": 1}}
         wait_until(lambda: self.health()["pools"] == pools and self.is_idle(), START_TIMEOUT_S, f"{self.model} quiet")
 
     @functools.cached_property

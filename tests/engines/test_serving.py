@@ -259,7 +259,7 @@ def test_models_tell_engine_mode_and_state(baton: Baton) -> None:
 
 
 def test_health_names_every_endpoint(baton: Baton) -> None:
-    assert baton.health()["pools"] == {"prefill": {"ready": 1}, "decode": {"ready": 1}}
+    assert baton.health()["pools"] == {"prefill": {"ready": 1, "reachable": 1}, "decode": {"ready": 1, "reachable": 1}}
     assert {endpoint["role"] for endpoint in baton.endpoints()} == {"prefill", "decode"}
     addresses = {endpoint["kv_address"] for endpoint in baton.endpoints()}
     assert len(addresses) == 2, "two replicas share a side channel"

@@ -87,7 +87,7 @@ def app(serve_url: str) -> Iterator[Application]:
 def test_all_three_pools_are_told_of(app: Application) -> None:
     (model,) = app.health()["models"]
     assert (model["mode"], model["state"]) == ("disaggregated", "ready")
-    assert model["pools"] == {role: {"ready": 1} for role in ("prefill", "decode", "aggregated")}
+    assert model["pools"] == {role: {"ready": 1, "reachable": 1} for role in ("prefill", "decode", "aggregated")}
     assert {endpoint["role"] for endpoint in app.health()["endpoints"]} == {"prefill", "decode", "aggregated"}
 
 

@@ -153,7 +153,7 @@ def test_health_and_stats_tell_the_models_apart(app: Application) -> None:
             "mode": "disaggregated",
             "local_prefill": True,
             "state": "ready",
-            "pools": {"decode": {"ready": 1}, "prefill": {"ready": 1}},
+            "pools": {"decode": {"ready": 1, "reachable": 1}, "prefill": {"ready": 1, "reachable": 1}},
         },
         {
             "name": WHOLE,
@@ -161,7 +161,7 @@ def test_health_and_stats_tell_the_models_apart(app: Application) -> None:
             "mode": "aggregated",
             "local_prefill": True,
             "state": "ready",
-            "pools": {"decode": {"ready": 1}},
+            "pools": {"decode": {"ready": 1, "reachable": 1}},
         },
     ]
     replicas = app.http.get("/stats").json()["replicas"]

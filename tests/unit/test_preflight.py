@@ -56,7 +56,8 @@ def test_more_gpus_than_a_node_has_are_refused(
 
 @pytest.mark.parametrize("gpus_per_node", [[8], [], [0]], ids=["fits", "no node yet", "no GPU node yet"])
 def test_gpus_that_fit_or_are_still_to_come_are_accepted(gpus_per_node: list[int]) -> None:
-    assert check(configured("cuda", decode={"tensor_parallel_size": 8}), gpus_per_node) == "cuda"
+    config = configured("cuda", "baton:shape/llama-8b", decode={"tensor_parallel_size": 8})
+    assert check(config, gpus_per_node) == "cuda"
 
 
 def test_an_aggregated_configuration_is_checked_too() -> None:

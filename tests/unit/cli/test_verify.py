@@ -27,10 +27,15 @@ from app.cli.verify import TOLERANCE as USUAL_TOLERANCE
 from app.errors import ConfigError
 
 TOLERANCE = 0.02
+PATIENCE_S = 30.0
+"""How long a pool may take to become reachable in tests in which it does."""
 NUM_PROMPTS = 10
 """Prompts that one run prefills remotely: five lengths, three with a shared prefix and one twice."""
 NUM_BY_PREFILL = 7 * 2 * OUTPUT_TOKENS
 """Requests that make the reference by prefill: for each group of prompts two answers, token by token."""
+SHARED_PREFIX_AT = 5 * 4
+"""The completions before the three prompts with a shared prefix: of each length one by remote prefill, three local."""
+UNREACHABLE = "the {} pool of {} has no replica that the frontend can reach"
 BETWEEN = (USUAL_TOLERANCE + TOLERANCE_OF_PREFILL) / 2
 """A logprob difference that passes where prefill alone is the reference."""
 
@@ -135,6 +140,14 @@ class FakeBaton(ThreadingHTTPServer):
         self.completions: list[dict[str, Any]] = []
         self.fixed: dict[str, tuple[int, str]] = {}
         """Status and body of what some paths answer instead."""
+        self.reachable = {"tiny": {"prefill": 1, "decode": 2}, "alone": {"decode": 1}}
+        """How many replicas of each pool the frontend that answers can reach."""
+        self.num_polls = 0
+        """How often /health was asked."""
+        self.ready_after_polls = 0
+        """Until /health was asked so often, no pool of prefill can be reached."""
+        self.lacking: list[tuple[int, str]] = []
+        """After so many completions, another frontend answers the next one, and cannot reach that pool."""
 
     def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if path == "/v1/models":
@@ -146,6 +159,8 @@ class FakeBaton(ThreadingHTTPServer):
             return {"data": [{"id": name, "mode": mode, **facts} for name, mode in self.modes.items()]}
         if path == "/tokenize":
             return {"tokens": [3, 4, 5]}
+        if path == "/health":
+            return {"models": [{"name": name, "pools": self.pools(name)} for name in self.modes]}
         if path == "/stats":
             counted = {"num_transfers": self.num_transfers, "transferred_bytes": 0, "transport": "tcp"}
             busy = {"num_transfers": len(self.completions), "transferred_bytes": 0, "transport": "shm"}
@@ -157,6 +172,17 @@ class FakeBaton(ThreadingHTTPServer):
                 ]
             }
         return self.complete(body)
+
+    def pools(self, model: str) -> dict[str, dict[str, int]]:
+        self.num_polls += 1
+        late = {"prefill": 0} if self.num_polls <= self.ready_after_polls else {}
+        return {role: {"reachable": late.get(role, num)} for role, num in self.reachable.get(model, {}).items()}
+
+    def lacks(self, path: str) -> str | None:
+        """Return the pool that the frontend which gets this completion cannot reach."""
+        if path == "/v1/completions" and self.lacking and len(self.completions) == self.lacking[0][0]:
+            return self.lacking.pop(0)[1]
+        return None
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         self.completions.append(body)
@@ -178,8 +204,18 @@ class FakeBatonHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "{}")
-        status, text = self.server.fixed.get(self.path) or (200, json.dumps(self.server.reply(self.path, body)))
+        lacking, explanation = self.server.lacks(self.path), ""
+        if lacking is not None and self.server.engine == "sglang":
+            status, text = 503, f"the {lacking} pool has no ready replica"
+        else:
+            status, text = self.server.fixed.get(self.path) or (200, json.dumps(self.server.reply(self.path, body)))
+        if lacking is not None and status == 200 and body["vllm_xargs"]["baton_prefill"] != "local":
+            self.server.num_transfers -= 1
+            actual = {"kind": "local", "reason": f"no_{lacking}_replica", "ttft_ms": 1.0}
+            explanation = json.dumps([{"kind": "local", "reason": actual["reason"], "actual": actual}])
         self.send_response(status)
+        if "x-baton-explain" in self.headers and explanation:
+            self.send_header("x-baton-explain", explanation)
         self.send_header("content-length", str(len(text)))
         self.end_headers()
         self.wfile.write(text.encode())
@@ -202,6 +238,7 @@ def serving(server: FakeBaton) -> Iterator[None]:
 @pytest.fixture
 def baton(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBaton]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("app.cli.verify.POLL_S", 0.001)
     with FakeBaton() as server, serving(server):
         yield server
 
@@ -213,8 +250,14 @@ def sglang(baton: FakeBaton) -> FakeBaton:
     return baton
 
 
-def verified(url: str, corrupt_kv: bool = False, tolerance: float | None = TOLERANCE, **models: str) -> bool:
-    return compare_output(url, corrupt_kv=corrupt_kv, tolerance=tolerance, seed=0, **models)
+def verified(
+    url: str,
+    corrupt_kv: bool = False,
+    tolerance: float | None = TOLERANCE,
+    wait_s: float = PATIENCE_S,
+    **models: str,
+) -> bool:
+    return compare_output(url, corrupt_kv=corrupt_kv, tolerance=tolerance, seed=0, wait_s=wait_s, **models)
 
 
 def test_equal_output_passes(baton: FakeBaton, capsys: pytest.CaptureFixture[str]) -> None:
@@ -411,6 +454,89 @@ def test_a_small_logprob_difference_passes_by_prefill_only(
     assert verified(baton.url, tolerance=tolerance, **named) is passes
 
 
+# Right after a start
+
+
+def test_it_waits_until_prefill_can_be_reached_and_says_so_once(
+    baton: FakeBaton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    baton.ready_after_polls = 3
+    assert verified(baton.url)
+    said = capsys.readouterr()
+    assert f"KV of {NUM_PROMPTS} of {NUM_PROMPTS} prompts moved" in said.out
+    assert said.err == f"waiting up to {PATIENCE_S:g} s: {UNREACHABLE.format('prefill', 'tiny')}\n"
+
+
+def test_nothing_is_said_or_asked_again_when_all_is_ready(baton: FakeBaton, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verified(baton.url)
+    assert (baton.num_polls, capsys.readouterr().err) == (1, "")
+
+
+def test_health_is_read_even_if_it_answers_503(baton: FakeBaton) -> None:
+    pools = {"prefill": {"reachable": 1}, "decode": {"reachable": 0}}
+    baton.fixed["/health"] = 503, json.dumps({"models": [{"name": "tiny", "pools": pools}]})
+    with pytest.raises(VerifyError, match=UNREACHABLE.format("decode", "tiny")):
+        verified(baton.url, wait_s=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "pool", "named"),
+    [("tiny", "prefill", {}), ("tiny", "decode", {}), ("alone", "decode", {"reference": "alone"})],
+)
+def test_a_pool_that_stays_away_is_named(baton: FakeBaton, model: str, pool: str, named: dict[str, Any]) -> None:
+    baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
+    baton.reachable[model][pool] = 0
+    with pytest.raises(VerifyError, match=rf"{UNREACHABLE.format(pool, model)}, for 0 s: .*--wait"):
+        verified(baton.url, wait_s=0, **named)
+    assert baton.completions == []
+
+
+def test_the_pools_of_other_models_do_not_matter(baton: FakeBaton) -> None:
+    baton.modes = {"tiny": "disaggregated", "alone": "aggregated"}
+    baton.reachable["alone"]["decode"] = 0
+    assert verified(baton.url, wait_s=0)
+
+
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("corrupt_kv", [False, True])
+def test_what_a_frontend_without_a_pool_answered_is_asked_again(
+    baton: FakeBaton, engine: str, pool: str, corrupt_kv: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first prompt and one in the middle of the group with a shared prefix, whose first prompt is repeated too."""
+    baton.engine, baton.modes = engine, {"tiny": "disaggregated", "alone": "aggregated"}
+    in_the_group = SHARED_PREFIX_AT + 1 + (engine == "vllm")  # a prompt that got 503 is not among the completions
+    baton.lacking = [(0, pool), (in_the_group, pool)]
+    assert verified(baton.url, corrupt_kv, reference="alone")
+    said = capsys.readouterr()
+    assert f"KV of {NUM_PROMPTS + 1} of {NUM_PROMPTS + 1} prompts moved" in said.out
+    assert said.err.count("waiting") == 1
+    assert baton.lacking == []
+
+
+def test_prompts_that_are_served_again_get_another_salt(baton: FakeBaton) -> None:
+    baton.lacking = [(SHARED_PREFIX_AT + 1, "prefill")]
+    assert verified(baton.url)
+    salts = [body["cache_salt"] for body in baton.completions[SHARED_PREFIX_AT:][:5]]
+    assert len(set(salts[:2])) == len(set(salts[2:])) == 1
+    assert salts[0] != salts[2]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_frontend_that_never_reaches_prefill_is_an_error(baton: FakeBaton, engine: str) -> None:
+    baton.engine = engine
+    baton.lacking = [(num if engine == "vllm" else 0, "prefill") for num in range(1000)]
+    with pytest.raises(VerifyError, match=r"prefill pool .*, for 0.1 s"):
+        verified(baton.url, wait_s=0.1)
+
+
+def test_a_transfer_that_failed_is_not_asked_again(baton: FakeBaton) -> None:
+    baton.lacking = [(4, "transfer")]
+    num = NUM_PROMPTS
+    with pytest.raises(VerifyError, match=f"only {num - 1} of {num} prompts"):
+        verified(baton.url)
+
+
 def closed_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -427,7 +553,7 @@ def test_a_url_where_nothing_answers_is_named(url: str, monkeypatch: pytest.Monk
     assert url in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/tokenize", "/v1/completions", "/stats"])
+@pytest.mark.parametrize("path", ["/v1/models", "/tokenize", "/health", "/v1/completions", "/stats"])
 def test_an_error_in_an_answer_is_passed_on_with_its_path(baton: FakeBaton, path: str) -> None:
     baton.fixed[path] = 500, "no engine"
     with pytest.raises(ConfigError, match=f"{path} answered 500: no engine"):

@@ -83,11 +83,11 @@ print(ensure_tiny_model(pathlib.Path(sys.argv[1])))
 def test_the_loser_of_a_race_returns_the_winners_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def win_the_race(folder: Path) -> None:
         folder.mkdir()
-        winner = tmp_path / f"tiny-{tiny_model._recipe_hash()}"
+        winner = tmp_path / f"tiny-{tiny_model.recipe_hash(Path(tiny_model.__file__), CORPUS)}"
         winner.mkdir()
         (winner / "config.json").write_text("the winner's")
 
-    monkeypatch.setattr(tiny_model, "_save_tokenizer", win_the_race)
+    monkeypatch.setattr(tiny_model, "save_tokenizer", win_the_race)
     monkeypatch.setattr(tiny_model, "_save_model", lambda folder, size: None)
     assert contents(ensure_tiny_model(tmp_path)) == {"config.json": b"the winner's"}
     assert len(list(tmp_path.iterdir())) == 1
@@ -100,7 +100,7 @@ def test_a_failed_build_says_so_and_leaves_nothing_behind(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(tiny_model, "_save_tokenizer", lambda folder: folder.mkdir())
+    monkeypatch.setattr(tiny_model, "save_tokenizer", lambda folder: folder.mkdir())
     monkeypatch.setattr(tiny_model, "_save_model", lambda folder, size: None)
     monkeypatch.setattr(*step, fail)
     with pytest.raises(OSError, match="disk full"):
@@ -109,7 +109,7 @@ def test_a_failed_build_says_so_and_leaves_nothing_behind(
 
 
 def test_it_is_made_once_per_recipe(model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tiny_model, "_save_tokenizer", lambda folder: pytest.fail("made again"))
+    monkeypatch.setattr(tiny_model, "save_tokenizer", lambda folder: pytest.fail("made again"))
     monkeypatch.setenv("BATON_HOME", str(model_dir.parent))
     assert ensure_tiny_model() == model_dir
 
