@@ -91,11 +91,11 @@ def measure(
         sglang_versions=versions_in(sglang_python) if sglang_python else {},
     )
     signal.signal(signal.SIGTERM, exit_in_order)
-    runner = Runner(report, extent, seed, json, markdown)
+    runner = Runner(report, extent, seed, json, markdown, time_limit)
     if "peer-copy" in chosen:
         runner.copy(device)
     for setup in setups:
-        runner.run(setup, start_timeout, time_limit)
+        runner.run(setup, start_timeout)
     Console().print(page([report]), markup=False, highlight=False, soft_wrap=True)
     if report.failures:
         raise typer.Exit(1)

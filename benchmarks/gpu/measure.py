@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
@@ -40,6 +41,10 @@ class MeasureError(BatonError):
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
+
+
+class NoAnswer(MeasureError):
+    """The application answers no more, or not in time."""
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -168,7 +173,7 @@ class Client:
         return self._rng.choices(self._vocabulary, k=num_tokens)
 
     def complete(self, prompt: list[int], mode: Mode, max_tokens: int = ANSWER_TOKENS) -> Answer:
-        """Stream exactly `max_tokens` tokens, greedily.  Raises MeasureError."""
+        """Stream exactly `max_tokens` tokens, greedily.  Raises MeasureError, or NoAnswer if nothing more will come."""
         body = {
             "model": MODEL,
             "prompt": prompt,
@@ -189,7 +194,7 @@ class Client:
                 for data in read_events(response):
                     _note(data, time.perf_counter(), arrivals)
         except (httpx.HTTPError, msgspec.DecodeError) as error:
-            raise MeasureError(f"the application broke off an answer: {error!r}") from error
+            raise NoAnswer(f"the application broke off an answer: {error!r}") from error
         if not arrivals or arrivals[-1][1] != max_tokens:
             raise MeasureError(f"{arrivals[-1][1] if arrivals else 0} of {max_tokens} tokens came")
         return _to_answer(sent_at, arrivals, response.headers.get("x-baton-explain", ""))
@@ -306,20 +311,29 @@ def measure_cache(client: Client, mode: Mode, num_tokens: int) -> CacheResult:
     )
 
 
-def measure(client: Client, application: Application, extent: Extent, save: Callable[[], None]) -> None:
-    """Fill `application`; `save` is called after each measurement, so that what is there survives a failure."""
+def steps_of(client: Client, application: Application, extent: Extent) -> list[tuple[str, Callable[[], None]]]:
+    """Return what is to be measured, in order: a title, and a function that adds one result to `application`."""
     modes = modes_of(application)
-    measure_first(client, application)
-    save()
-    if "hop" in extent.parts:
-        for length in extent.lengths:
-            application.hops.append(measure_hop(client, modes, length, extent.repeat))
-            save()
-    if "itl" in extent.parts:
+
+    def hop(num_tokens: int) -> None:
+        application.hops.append(measure_hop(client, modes, num_tokens, extent.repeat))
+
+    def steps() -> None:
         application.steps = measure_steps(client, modes[0])
-        save()
-    if "cache" in extent.parts:
-        for length in extent.cache_lengths:
-            for mode in modes:
-                application.cache.append(measure_cache(client, mode, length))
-                save()
+
+    def cache(mode: Mode, num_tokens: int) -> None:
+        application.cache.append(measure_cache(client, mode, num_tokens))
+
+    hops = [(f"TTFT of {length} tokens", partial(hop, length)) for length in extent.lengths]
+    caches = [
+        (f"{length} tokens again, {mode}", partial(cache, mode, length))
+        for length in extent.cache_lengths
+        for mode in modes
+    ]
+    chosen: dict[str, list[tuple[str, Callable[[], None]]]] = {
+        "hop": [*hops],
+        "itl": [("decode steps", steps)],
+        "cache": [*caches],
+    }
+    first = ("the first requests", partial(measure_first, client, application))
+    return [first, *(step for part in extent.parts for step in chosen[part])]

@@ -6,6 +6,7 @@ import os
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -16,7 +17,7 @@ from app.bench.client import new_client
 from app.errors import BatonError
 from app.ports import free_port
 from benchmarks.gpu.application import serving
-from benchmarks.gpu.measure import Application, Client, Extent, measure
+from benchmarks.gpu.measure import Application, Client, Extent, MeasureError, NoAnswer, steps_of
 from benchmarks.gpu.peer_copy import measure_peer_copy
 from benchmarks.gpu.report import Failure, GpuReport, page, to_json
 from benchmarks.gpu.setup import Setup, serve_document
@@ -29,7 +30,15 @@ SHORTEST_RUN_S = 150.0
 class Runner:
     """Fills a report and writes it after each measurement."""
 
-    def __init__(self, report: GpuReport, extent: Extent, seed: int | None, json: Path, markdown: Path) -> None:
+    def __init__(
+        self,
+        report: GpuReport,
+        extent: Extent,
+        seed: int | None,
+        json: Path,
+        markdown: Path,
+        time_limit_s: float | None = None,
+    ) -> None:
         self._report = report
         self._extent = extent
         self._random = random.Random(seed)
@@ -37,6 +46,7 @@ class Runner:
         self._markdown = markdown
         self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self._began = time.monotonic()
+        self._time_limit_s = time_limit_s
 
     def copy(self, device: str) -> None:
         """Measure plain copies between two GPUs."""
@@ -47,10 +57,10 @@ class Runner:
             self._fail("peer-copy", problem)
         self._save()
 
-    def run(self, setup: Setup, start_timeout_s: float, time_limit_s: float | None) -> None:
+    def run(self, setup: Setup, start_timeout_s: float) -> None:
         """Start one application, measure it and end it.  A failure is noted in the report."""
-        if time_limit_s is not None and time.monotonic() - self._began + SHORTEST_RUN_S > time_limit_s:
-            self._fail(setup.name, f"left out: too little of --time-limit {time_limit_s:g} is left")
+        if self._is_late(SHORTEST_RUN_S):
+            self._fail(setup.name, "left out for --time-limit")
             return
         self._say(f"{setup.name}: starting")
         application = Application(
@@ -79,8 +89,27 @@ class Runner:
         ):
             application.ready_after_s = ready_after_s
             self._say(f"{setup.name}: serves after {ready_after_s:.0f} s")
-            measure(Client(http, self._random), application, self._extent, self._save)
-        self._say(f"{setup.name}: measured and ended")
+            for title, step in steps_of(Client(http, self._random), application, self._extent):
+                self._step(f"{setup.name}: {title}", step)
+        self._say(f"{setup.name}: ended")
+
+    def _step(self, title: str, step: Callable[[], None]) -> None:
+        """Take one measurement.  If it fails, the next one may succeed, unless the application answers no more."""
+        if self._is_late(0):
+            self._fail(title, "left out for --time-limit")
+            return
+        try:
+            step()
+        except NoAnswer:
+            raise
+        except MeasureError as problem:
+            self._fail(title, problem)
+        self._say(title)
+        self._save()
+
+    def _is_late(self, needed_s: float) -> bool:
+        """Return whether `needed_s` more seconds would exceed the time limit."""
+        return self._time_limit_s is not None and time.monotonic() - self._began + needed_s > self._time_limit_s
 
     def _fail(self, part: str, problem: object) -> None:
         self._say(f"{part}: {problem}")
