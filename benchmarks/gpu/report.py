@@ -58,7 +58,7 @@ def versions_in(python: str) -> dict[str, str]:
     """Return the versions of VERSIONS_OF in another interpreter's environment; none if it does not run."""
     code = (
         "from importlib.metadata import distributions; import json; "
-        f"print(json.dumps({{d.name.lower(): d.version for d in distributions() if d.name.lower() in {VERSIONS_OF}}}))"
+        f"print(json.dumps({{name: each.version for name in {VERSIONS_OF} for each in distributions(name=name)}}))"
     )
     try:
         answer = subprocess.run(
@@ -102,8 +102,8 @@ def describe(report: GpuReport) -> list[str]:
     for each in report.applications:
         sections = ("engine_args", "prefill_args", "decode_args", "environment")
         arguments = {name: getattr(each, name) for name in sections}
-        given = ", ".join(f"{name} `{msgspec.json.encode(args).decode()}`" for name, args in arguments.items() if args)
-        lines.append(f"{each.name}: {each.engine}, {each.mode}, ready after {each.ready_after_s:.0f} s; {given}")
+        given = "".join(f", {name} `{msgspec.json.encode(args).decode()}`" for name, args in arguments.items() if args)
+        lines.append(f"{each.name}: {each.engine}, {each.mode}, ready after {each.ready_after_s:.0f} s{given}")
         if transport := next((hop.moved.transport for hop in each.hops if hop.moved.transport), ""):
             lines.append(f"{each.name}: KV by `{transport}`")
     return lines
