@@ -13,6 +13,9 @@ GPU_TESTS ?= tests/gpu
 TRANSPORT ?= any
 BENCH_GPU ?=
 gpu_python = $(or $(GPU_PYTHON),$(BIN)/python)
+# An interpreter of that kind finds this checkout by PYTHONPATH, and the plug-ins of the engines by metadata in .baton/site.
+checkout = $(if $(GPU_PYTHON),$(GPU_PYTHON) scripts/dist_info.py .baton/site && \
+	PYTHONPATH=$(CURDIR):$(CURDIR)/.baton/site:$$PYTHONPATH)
 gpu_options = --vllm-args '$(VLLM_ARGS)' --sglang-args '$(SGLANG_ARGS)' --sglang-python '$(SGLANG_PYTHON)' \
 	--required-transport $(TRANSPORT)
 
@@ -47,7 +50,7 @@ test: lint setup-sglang packages  ## set up, lint, then all tests (17 to 28 minu
 	$(BIN)/pytest
 
 test-gpu: two-gpus $(if $(GPU_PYTHON),,setup)  ## the tests of real engines on GPUs, two or more; GPU_TESTS chooses some
-	$(gpu_python) -m pytest $(GPU_TESTS) --rootdir . -p no:cacheprovider -W default $(gpu_options)
+	$(checkout) $(gpu_python) -m pytest $(GPU_TESTS) --rootdir . -p no:cacheprovider -W default $(gpu_options)
 
 two-gpus:
 	@$(or $(GPU_PYTHON),python3) -m app.bench.gpus 2
@@ -64,8 +67,8 @@ format: setup  ## rewrite the code in ruff's format
 bench: setup  ## Baton against plain vLLM with the same engine, both started here
 	$(BIN)/python -m benchmarks.peers --targets vllm,baton-aggregated --concurrency 1,8,32
 
-bench-gpu: two-gpus $(if $(GPU_PYTHON),,setup)  ## what P/D costs and gains on two GPUs: gpu.json and gpu.md; BENCH_GPU adds options
-	$(gpu_python) -m benchmarks.gpu measure $(gpu_options) $(BENCH_GPU)
+bench-gpu: two-gpus $(if $(GPU_PYTHON),,setup)  ## what P/D costs and gains on two GPUs, into gpu.json; BENCH_GPU adds options
+	$(checkout) $(gpu_python) -m benchmarks.gpu measure $(gpu_options) $(BENCH_GPU)
 
 bench-peers: setup  ## Baton against vLLM, Ray Serve LLM, NVIDIA Dynamo and sglang-router, in environments under PEERS
 	bash benchmarks/peers/environments.sh $(PEERS)

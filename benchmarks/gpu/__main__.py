@@ -49,7 +49,9 @@ def measure(
     start_timeout: Annotated[float, typer.Option(min=1, help="How long one may take to start (s).")] = 240,
     seed: Annotated[int | None, typer.Option(help="Of the prompts; by default another in each run.")] = None,
     json: Annotated[Path, typer.Option(help="Write all numbers there, after each measurement.")] = Path("gpu.json"),
-    markdown: Annotated[Path, typer.Option("--page", help="Write the tables there.")] = Path("gpu.md"),
+    markdown: Annotated[
+        Path | None, typer.Option("--page", help="Write the tables there; by default beside --json.")
+    ] = None,
 ) -> None:
     """Measure TTFT with prefill and decode apart and together, KV transfers, decode steps and the prefix cache.
 
@@ -91,7 +93,7 @@ def measure(
         sglang_versions=versions_in(sglang_python) if sglang_python else {},
     )
     signal.signal(signal.SIGTERM, exit_in_order)
-    runner = Runner(report, extent, seed, json, markdown, time_limit)
+    runner = Runner(report, extent, seed, json, markdown or json.with_suffix(".md"), time_limit)
     if "peer-copy" in chosen:
         runner.copy(device)
     for setup in setups:
@@ -103,7 +105,7 @@ def measure(
 
 def join(
     reports: Annotated[list[Path], typer.Argument(help="What --json of `measure` has written.")],
-    markdown: Annotated[Path, typer.Option("--page", help="Write one page of them there.")] = Path("gpu.md"),
+    markdown: Annotated[Path, typer.Option("--page", help="Write one page of them there.")],
 ) -> None:
     """Write one page of several runs, for docs/benchmarks."""
     try:
