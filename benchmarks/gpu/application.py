@@ -37,12 +37,13 @@ class NotServing(BatonError):
 
 
 @contextmanager
-def serving(document: dict[str, Any], folder: Path, timeout_s: float) -> Iterator[float]:
+def serving(document: dict[str, Any], log: Path, timeout_s: float) -> Iterator[float]:
     """Serve `document` while the block runs; yields the seconds that the start took.
 
-    `folder` gets the configuration and the log.  Raises NotServing, with the end of the log.
+    `log` gets the output of all processes, and is kept only if the block or the start fails.  Raises NotServing, with
+    the end of the log.
     """
-    config, log = folder / "serve.json", folder / "serve.log"
+    config = log.with_suffix(".json")
     config.write_text(json.dumps(document, indent=1))
     began = time.monotonic()
     with log.open("w") as sink:
@@ -62,7 +63,9 @@ def serving(document: dict[str, Any], folder: Path, timeout_s: float) -> Iterato
                 raise NotServing(f"the application does not serve after {timeout_s:.0f} s: {_last_lines(log)}")
             time.sleep(0.2)
         yield time.monotonic() - began
+        log.unlink()
     finally:
+        config.unlink()
         _stop(process)
 
 
@@ -85,7 +88,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def main(config: Path) -> None:
-    """Serve `config` until SIGINT or SIGTERM."""
+    """Serve `config` until SIGINT or SIGTERM.  Raises NotServing as soon as a replica fails."""
     from deployments.application import deploy
 
     document = json.loads(config.read_text())
@@ -94,16 +97,31 @@ def main(config: Path) -> None:
 
     def say(what: str) -> None:
         print(f"{time.monotonic() - began:5.0f} s  {what}", flush=True)
+        if " stopping" in what:  # Serve would try again, twice, and each attempt takes as long as the first
+            raise NotServing(f"a replica failed\n{_reasons()}")
 
-    start_cluster(document["http_options"], document["proxy_location"], dashboard=False, verbose=False)
+    start_cluster(document["http_options"], document["proxy_location"], dashboard=False, verbose=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own handlers
         signal.signal(number, lambda *_: stop.set())
     try:
         deploy(document, say, stop)
-        say(READY)
+        if not stop.is_set():
+            say(READY)
         stop.wait()
+    except (NotServing, RuntimeError) as problem:
+        sys.exit(str(problem))
     finally:
         stop_cluster()
+
+
+def _reasons() -> str:
+    """Return what Serve says of the deployments that do not start."""
+    from ray import serve
+
+    deployments = [
+        each for application in serve.status().applications.values() for each in application.deployments.values()
+    ]
+    return "\n".join(deployment.message for deployment in deployments if deployment.message)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,9 +81,9 @@ class Runner:
     def _measure(self, setup: Setup, application: Application, start_timeout_s: float) -> None:
         port = free_port()
         document = serve_document(setup, port)
+        log = self._json.with_name(f"{self._json.stem}-{setup.name}.log")
         with (
-            tempfile.TemporaryDirectory(prefix="baton-gpu-") as folder,
-            serving(document, Path(folder), start_timeout_s) as ready_after_s,
+            serving(document, log, start_timeout_s) as ready_after_s,
             new_client(f"http://127.0.0.1:{port}", ANSWER_TIMEOUT_S) as http,
         ):
             application.ready_after_s = ready_after_s
