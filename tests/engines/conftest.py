@@ -1,6 +1,7 @@
 """One application with every engine, started once: the contract is the same for all of them.
 
 Real vLLM and real SGLang engines with real NIXL, prefill and decode apart, SGLang aggregated beside them, and sim.
+tests/gpu runs the same tests on applications of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import httpx
@@ -24,6 +26,7 @@ from ray import serve
 
 from app.engine_defaults import cpu_dtype
 from tests.conftest import REPOSITORY, wait_until
+from tests.engine_contract import Pair
 from tests.engines import workers
 
 START_TIMEOUT_S = 300.0
@@ -54,10 +57,13 @@ class Pace(NamedTuple):
 class Baton:
     """One disaggregated model of the running application, seen over HTTP."""
 
-    def __init__(self, url: str, model: str, engine: str) -> None:
+    def __init__(self, url: str, model: str, engine: str, dtype: str | None = None) -> None:
         self.url = url
         self.model = model
         self.engine = engine
+        self.dtype = dtype or cpu_dtype()
+        self.tolerance = 0.001 if engine != "vllm" else 0.03
+        """The logprob difference at which `baton verify` has to pass."""
         self.http = httpx.Client(base_url=url, timeout=120)
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
@@ -68,7 +74,7 @@ class Baton:
     @property
     def kv_bytes_per_token(self) -> int:
         """The tiny model: 4 layers x (K and V) x 2 heads x 64 of its dtype; sim has its profile's."""
-        return 131072 if self.engine == "sim" else 1024 * {"bfloat16": 2, "float32": 4}[cpu_dtype()]
+        return 131072 if self.engine == "sim" else 1024 * {"bfloat16": 2, "float32": 4}[self.dtype]
 
     def complete(self, prompt: Any, **fields: Any) -> Any:
         """A text completion, greedy unless said otherwise."""
@@ -217,8 +223,6 @@ def opened_workers() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def application(serve_url: str, opened_workers: None) -> Iterator[str]:
     """The URL of the application of all models."""
-    from deployments.build import build
-
     os.environ.pop("MODEL", None)
     arguments = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]
     for model in arguments["models"]:
@@ -239,16 +243,23 @@ def application(serve_url: str, opened_workers: None) -> Iterator[str]:
             "decode": pool,
         }
     )
+    with serving(arguments, serve_url):
+        yield serve_url
+
+
+@contextmanager
+def serving(arguments: dict[str, Any], url: str) -> Iterator[None]:
+    """Serve the application with these arguments at `url` while the block runs."""
+    from deployments.build import build
+
     serve.run(build(arguments), name="baton", route_prefix="/")
-    wait_until(
-        lambda: httpx.get(f"{serve_url}/health").json()["status"] == "healthy", START_TIMEOUT_S, "all models ready"
-    )
-    yield serve_url
+    wait_until(lambda: httpx.get(f"{url}/health").json()["status"] == "healthy", START_TIMEOUT_S, "all models ready")
+    yield
     serve.delete("baton")
 
 
-def running(url: str, model: str, engine: str) -> Iterator[Baton]:
-    baton = Baton(url, model, engine)
+def running(url: str, model: str, engine: str, dtype: str | None = None) -> Iterator[Baton]:
+    baton = Baton(url, model, engine, dtype)
     baton.wait_until_healthy()
     yield baton
     baton.close()
@@ -269,6 +280,12 @@ def sim(application: str) -> Iterator[Baton]:
     yield from running(application, SIM, "sim")
 
 
+@pytest.fixture(scope="session")
+def served(vllm: Baton, sglang: Baton) -> tuple[Baton, ...]:
+    """The models that a fault may reach."""
+    return vllm, sglang
+
+
 @pytest.fixture(scope="session", params=["vllm", "sglang"])
 def real(request: pytest.FixtureRequest) -> Baton:
     """Each engine that computes."""
@@ -281,3 +298,25 @@ def baton(request: pytest.FixtureRequest) -> Baton:
     """Each engine."""
     found: Baton = request.getfixturevalue(request.param)
     return found
+
+
+def make_prompt(num_tokens: int) -> list[int]:
+    return random.choices(range(300, 2000), k=num_tokens)
+
+
+@pytest.fixture
+async def pair(real: Baton) -> Pair:
+    """The engines of a model, for tests/engine_contract.py."""
+    real.wait_until_healthy()
+    prefill, decode = real.engine_of("prefill"), real.engine_of("decode")
+    is_vllm = real.engine == "vllm"
+    pair = Pair(
+        prefill,
+        decode,
+        make_prompt,
+        num_tokens_of_slow=LONG_PROMPT_TOKENS,
+        can_decode_prefill=is_vllm,
+        keeps_kv=is_vllm,
+    )
+    await pair.until_idle()
+    return pair

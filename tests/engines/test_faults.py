@@ -23,12 +23,12 @@ pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(autouse=True)
-def healed(vllm: Baton, sglang: Baton) -> Iterator[None]:
+def healed(served: tuple[Baton, ...]) -> Iterator[None]:
     """Wait before and after each test until all is ready and nothing runs, so that tests may run in any order."""
-    for each in (vllm, sglang):
+    for each in served:
         each.wait_until_quiet()
     yield
-    for each in (vllm, sglang):
+    for each in served:
         each.wait_until_quiet()
 
 

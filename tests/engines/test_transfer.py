@@ -21,10 +21,9 @@ REFERENCES = {"sglang": SGLANG_AGGREGATED}
 
 
 def test_verify_passes(baton: Baton) -> None:
-    tolerance = 0.03 if baton.engine == "vllm" else 0.001
     reference = REFERENCES.get(baton.engine)
     assert compare_output(
-        baton.url, model=baton.model, reference=reference, corrupt_kv=False, tolerance=tolerance, seed=1
+        baton.url, model=baton.model, reference=reference, corrupt_kv=False, tolerance=baton.tolerance, seed=1
     )
 
 
