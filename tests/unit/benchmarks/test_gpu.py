@@ -319,7 +319,8 @@ def test_the_page_shows_what_there_is() -> None:
         "commit abc: `python -m benchmarks.gpu measure`",
         "vllm: KV by `ipc`",
         "| vllm   | 300.0 |   51.0 |  50.0 |",
-        "|           512 |        50.0 |       30.0 |            999.0 |           999.0 |       20.0 |                     7.0 |                    7.0 |      2.0 | 1 |",
+        "|           512 |        50.0 |       30.0 |            999.0 |           999.0 |       20.0 | "
+        "                    7.0 |                    7.0 |      2.0 | 1 |",
         "|    5.00 |",
         "|          2.00 |",
         "Not measured: sglang: it did not start",
