@@ -327,7 +327,10 @@ def _take_prefill_mode(params: SamplingParams) -> Any:
 
     Returns the value as the client sent it, unchecked.
     """
-    return (params.extra_args or {}).pop("baton_prefill", "auto")
+    extra = dict(params.extra_args or {})
+    mode = extra.pop("baton_prefill", "auto")
+    params.extra_args = extra or None  # as it is in a request without any, so that engines treat both the same
+    return mode
 
 
 def _to_prefill_mode(mode: Any, prompt: Any) -> PrefillMode:

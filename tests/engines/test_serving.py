@@ -14,7 +14,7 @@ from app.config import parse
 from app.errors import ConfigError
 from app.preflight import check_with_sglang
 from tests.conftest import wait_until
-from tests.engines.conftest import LONG_PROMPT_TOKENS, SGLANG_AGGREGATED, Baton
+from tests.engines.conftest import LONG_PROMPT_TOKENS, SGLANG_AGGREGATED, Baton, make_prompt
 
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -48,6 +48,35 @@ def test_kv_really_moves(baton: Baton) -> None:
     assert after["num_transfers"] > before["num_transfers"]
     assert after["transferred_bytes"] - before["transferred_bytes"] == 640 * baton.kv_bytes_per_token
     assert after["transport"].startswith(("intra-node", "inter-node", "sim"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampled_by"),
+    [
+        ({"temperature": 0}, "prefill"),
+        ({"temperature": 0.7, "top_p": 0.9, "logprobs": 2}, "prefill"),
+        ({"temperature": 0, "vllm_xargs": {"baton_prefill": "remote"}}, "prefill"),
+        ({"temperature": 0, "max_tokens": 1}, "prefill"),
+        ({"temperature": 0, "presence_penalty": 1.0}, "decode"),
+        ({"temperature": 1.0, "seed": 3}, "decode"),
+    ],
+)
+def test_prefill_samples_the_first_token_where_it_can(vllm: Baton, fields: dict[str, Any], sampled_by: str) -> None:
+    body = {"model": vllm.model, "prompt": make_prompt(64), "max_tokens": 4, **fields}
+    answer = vllm.http.post("/v1/completions", json=body, headers={"x-baton-explain": "1"})
+    actual = json.loads(answer.headers["x-baton-explain"])[0]["actual"]
+    assert (actual["kind"], actual["sampled_by"]) == ("remote", sampled_by)
+
+
+@pytest.mark.parametrize("num_tokens", [31, 32, 33, 63, 64, 65, 95, 96, 97])
+def test_prompts_that_end_at_a_block_are_answered_as_by_decode_alone(vllm: Baton, num_tokens: int) -> None:
+    """A block has 32 tokens; prefill's first token is the last one of a block, the first of the next, or neither."""
+    prompt = make_prompt(num_tokens)
+    apart, together = (
+        vllm.complete(prompt, max_tokens=12, extra_body={"cache_salt": mode, "vllm_xargs": {"baton_prefill": mode}})
+        for mode in ("remote", "local")
+    )
+    assert apart.choices[0].text == together.choices[0].text
 
 
 def test_chat_streamed_equals_chat_whole(baton: Baton) -> None:

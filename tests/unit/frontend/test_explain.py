@@ -57,7 +57,14 @@ def test_an_explanation_says_what_was_decided_and_by_what() -> None:
             "total": 1.25,
         },
         "expected": {"cached_tokens": 64, "remote_ttft_ms": 10.0, "local_ttft_ms": 25.0, "interference_ms": 1.0},
-        "actual": {"kind": None, "reason": None, "cached_tokens": None, "ttft_ms": None, "phases": {}},
+        "actual": {
+            "kind": None,
+            "reason": None,
+            "cached_tokens": None,
+            "ttft_ms": None,
+            "sampled_by": None,
+            "phases": {},
+        },
         "decided_us": 120.0,
         "attempts": 1,
         "others": {

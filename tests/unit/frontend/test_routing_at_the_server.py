@@ -17,6 +17,7 @@ import pytest_asyncio
 from starlette.types import ASGIApp
 
 from app.config import parse
+from app.engines.vllm import samples_first_token
 from app.errors import InvalidRequest, NoReplica, Overloaded
 from app.frontend.http_middleware import error_body
 from app.frontend.orchestrator import Orchestrator
@@ -331,6 +332,28 @@ async def test_the_prefill_mode_is_batons_and_no_sampling_parameter(ask: Ask, or
     (request,) = orchestrator.requests
     assert request.prefill_mode == "local"
     assert request.sampling["extra_args"] == {"other": 1}
+
+
+FORCED = {"vllm_xargs": {"baton_prefill": "remote"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {}),
+        ("/v1/completions", FORCED),
+        ("/v1/chat/completions", {}),
+        ("/v1/chat/completions", FORCED),
+        ("/v1/responses", {}),
+        ("/v1/messages", {}),
+    ],
+)
+async def test_prefill_may_sample_the_first_token_of_a_usual_request(
+    ask: Ask, orchestrator: FakeOrchestrator, path: str, asked: dict[str, Any]
+) -> None:
+    await ask(path, **asked)
+    (request,) = orchestrator.requests
+    assert samples_first_token(request.sampling)
 
 
 async def test_a_responses_stream_begins_with_its_first_event(ask: Ask) -> None:
