@@ -71,9 +71,19 @@ def deploy(document: dict[str, Any], say: Callable[[str], object], stop: threadi
             say(line)
         for application in applications.values():
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise RuntimeError(f"the application did not come up: {application.message}")
+                raise RuntimeError(f"the application did not come up: {_why(application)}")
         if all(application.status == "RUNNING" for application in applications.values()):
             return
+
+
+def _why(application: ApplicationStatusOverview) -> str:
+    """Return what Serve says about an application that failed, and about those of its deployments that failed."""
+    failed = [
+        f"{name}: {deployment.message}"
+        for name, deployment in application.deployments.items()
+        if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY") and deployment.message
+    ]
+    return "\n".join([application.message, *failed])
 
 
 def _what_loads(document: dict[str, Any]) -> dict[str, str]:

@@ -43,12 +43,15 @@ class ServedModel:
 
     def health(self) -> dict[str, Any]:
         """Return what /health says about the model.  /v1/models uses it too."""
+        reachable = {role: len(pool.replicas) for role, pool in self.router.pools.items()}
+        if self._model.is_disaggregated and reachable["decode"] and not self.router.has_usable_link():
+            reachable["prefill"] = 0  # for requests it is as if there were none
         return {
             "name": self._model.name,
             "engine": self._model.engine,
             "mode": "disaggregated" if self._model.is_disaggregated else "aggregated",
             "local_prefill": self.router.local_role() is not None,
-            "state": model_state(self._model, {role: len(pool.replicas) for role, pool in self.router.pools.items()}),
+            "state": model_state(self._model, reachable),
             "pools": {role: {"ready": len(pool.ids())} for role, pool in self._ready.items()},
         }
 

@@ -19,6 +19,7 @@ from ray import serve
 from app.config import BatonConfig, parse
 from app.engines.base import Engine, EngineInfo, EngineSpec
 from app.engines.prompt_queue import PromptQueue
+from app.engines.transport import NamedTransport, TransportWatch
 from app.errors import EngineDead, EngineFailed
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import (
@@ -77,6 +78,8 @@ class ScriptedEngine:
         self._diary = Diary(spec.engine_args["diary"])
         self._is_dead = False
         self.prompt_queue = PromptQueue()
+        self.transport_watch: TransportWatch = NamedTransport("scripted")
+        self._num_transfers = 0
         self._cached: set[tuple[int, ...]] = set()
         self._events: asyncio.Queue[list[KvEvent] | None] = asyncio.Queue()
 
@@ -161,6 +164,7 @@ class ScriptedEngine:
                 await self._go_wrong(request.request_id, script, position)
                 if not position:
                     leave_queue(is_computed=True)
+                    self._num_transfers += descriptor is not None
                     self._cache(source)
                 is_last = position == len(source) - 1
                 emit(
@@ -195,7 +199,7 @@ class ScriptedEngine:
 
     async def stats(self) -> EngineStats:
         await self.check_health()
-        return EngineStats()
+        return EngineStats(num_transfers=self._num_transfers)
 
     async def check_health(self) -> None:
         if self._is_dead:
@@ -276,7 +280,7 @@ def scripted_application(
     **limits: Any,
 ) -> tuple[serve.Application, Diary]:
     """Run a Caller over the given numbers of replicas with scripted engines, and yield it with their common diary."""
-    from deployments.build import build_pool
+    from deployments.build import build_pools
 
     pool = {"resources": {"num_cpus": 0.1}, "health_check_period_s": 0.5}
     model: dict[str, Any] = {
@@ -299,6 +303,6 @@ def scripted_application(
         "prefill": ScriptedPrefill,
         "aggregated": ScriptedAggregated,
     }
-    pools = {role: build_pool(work, role, config, built, "cpu") for role, work in workers.items() if built.pool(role)}
+    pools = build_pools(workers, config, built, "cpu")
     caller = serve.deployment(Caller).options(name="caller", max_ongoing_requests=100)
     return caller.bind(config, pools), Diary(str(diary))

@@ -15,7 +15,7 @@ from app.channel.client import Channel, _merge
 from app.channel.protocol import Batch, Hello, Submit, to_frame
 from app.channel.server import ChannelServer, FrontendChannel
 from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost
-from app.messages import GenerateRequest, KvUpdate, ReplicaLoad, TokenDelta
+from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta
 from tests.unit.waiting import PATIENCE_S, until
 
 LAST = TokenDelta([3], finish_reason="stop")
@@ -63,6 +63,7 @@ class Told:
     def __init__(self) -> None:
         self.loads: list[ReplicaLoad] = []
         self.updates: list[KvUpdate] = []
+        self.links: list[list[Link]] = []
         self.blocks: set[int] = set()
 
     def on_load(self, replica: str, load: ReplicaLoad) -> None:
@@ -76,6 +77,10 @@ class Told:
             self.blocks.clear()
         self.blocks -= set(update.removed)
         self.blocks |= set(update.stored)
+
+    def on_links(self, replica: str, links: list[Link]) -> None:
+        assert replica == "d"
+        self.links.append(links)
 
 
 @asynccontextmanager
