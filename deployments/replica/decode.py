@@ -69,7 +69,7 @@ class DecodeWorker(Worker):
         """Probe the prefill replicas.  Raises ConfigError if none can be reached by the required transport."""
         if self._prefill is not None:
             self._links = LinkKeeper(spec, self._engine, RayPrefillPeers(self._prefill, self._replica_id))
-            await self._links.start(self._info)
+            await self._links.start(self._info, can_prefill=self._model.can_decode_prefill)
 
     def _publish_links(self, links: list[Link]) -> None:
         self._server.publish_links(links)

@@ -40,8 +40,10 @@ logger = logging.getLogger("baton.links")
 
 SHORT_TOKENS = 32
 LONG_TOKENS = 2048
-WAIT_FOR_PREFILL_S = 30.0
+WAIT_FOR_PREFILL_S = 60.0
 """How long a decode replica that starts waits for the first prefill replica: most start at the same time."""
+WAIT_IF_NEEDED_S = 600.0
+"""The same for an engine that serves nothing without prefill, and so loses nothing by waiting."""
 FIRST_RETRY_S = 2.0
 LONGEST_RETRY_S = 120.0
 """The pauses before a link that failed is probed again: each is twice the last one, up to this."""
@@ -109,16 +111,16 @@ class LinkKeeper:
         known = self._known.get(prefill_replica)
         return known is not None and not known.link.problem
 
-    async def start(self, info: EngineInfo) -> None:
+    async def start(self, info: EngineInfo, *, can_prefill: bool) -> None:
         """Probe the prefill replicas that are there or come soon, and begin to follow the pool.
 
-        `info` is that of this replica's engine.  Raises ConfigError if KV comes by the required transport from no
-        prefill replica, but by another from each.
+        `info` is that of this replica's engine, and `can_prefill` says whether that can serve without them.  Raises
+        ConfigError if KV comes by the required transport from no prefill replica, but by another from each.
         """
         longest = min(info.max_model_len // 2, info.num_blocks * info.block_size_tokens // 4)
         self._long_tokens = max(SHORT_TOKENS, min(LONG_TOKENS, longest))
         self._peers.follow(self._changed.set)
-        await self._wait_for_change(WAIT_FOR_PREFILL_S)
+        await self._wait_for_change(WAIT_FOR_PREFILL_S if can_prefill else WAIT_IF_NEEDED_S)
         await self._probe_due()
         if self._known and all(known.falls_short for known in self._known.values()):
             found = "; ".join(f"from prefill replica {link.prefill_replica}: {link.problem}" for link in self.links())

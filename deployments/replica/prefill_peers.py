@@ -7,7 +7,7 @@ from collections.abc import Callable, Set
 from functools import partial
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from app.errors import BatonError, PrefillFailed
@@ -58,7 +58,9 @@ class RayPrefillPeers:
         """Raises what the method raised if it is a BatonError, and PrefillFailed for anything else."""
         try:
             return await getattr(self._handle, method).remote(*arguments, replica_id=replica)
-        except BatonError:
-            raise
+        except RayTaskError as error:  # its text is the traceback over there
+            if isinstance(error.cause, BatonError):
+                raise error.cause from error
+            raise PrefillFailed(f"{method}: {error.cause!r}") from error
         except (RayError, RayServeException) as error:
-            raise PrefillFailed(f"prefill replica {replica}: {error}") from error
+            raise PrefillFailed(f"{method}: {type(error).__name__}") from error

@@ -51,6 +51,10 @@ class Diary:
     def count(self, event: str, request_id: str = "") -> int:
         return len(list(self._folder.glob(f"{event}--{request_id or '*'}--*")))
 
+    def erase(self, event: str) -> None:
+        for path in self._folder.glob(f"{event}--*"):
+            path.unlink()
+
     def pids(self, event: str) -> set[int]:
         return {int(path.name.split("--")[2]) for path in self._folder.glob(f"{event}--*")}
 
@@ -117,7 +121,7 @@ class ScriptedEngine:
         try:
             if script.get("prefill") == "hang":
                 await asyncio.sleep(3600)
-            if script.get("prefill") == "fail":
+            if script.get("prefill") == "fail" or (_is_probe(request) and self._diary.count("links_broken")):
                 raise EngineFailed("told to")
             if script.get("prefill") == "die":
                 os._exit(1)
@@ -209,6 +213,10 @@ class ScriptedEngine:
         self._diary.write("stopped")
         self._is_dead = True
         self._events.put_nowait(None)
+
+
+def _is_probe(request: GenerateRequest) -> bool:
+    return request.request_id.startswith("probe-")
 
 
 def _script(request: GenerateRequest) -> dict[str, Any]:

@@ -355,6 +355,23 @@ async def test_a_change_that_comes_before_the_snapshot_is_sent_is_in_it_once() -
     assert channel.take_now().kv is None
 
 
+async def test_a_frontend_is_told_of_all_links_when_it_connects_and_when_they_change() -> None:
+    told = Told()
+    good, bad = Link("p0", "cuda_ipc/cuda", 1e11, 1e-4, 0.02), Link("p1", problem="KV moves by tcp/lo")
+    async with connected() as (replica, _):
+        replica.server.publish_links([good])
+        late = await Channel.connect("d", replica.address, told)
+        await until(lambda: told.links)
+        assert told.links == [[good]]
+        replica.server.publish_load(ReplicaLoad(1))
+        await until(lambda: told.loads)
+        assert len(told.links) == 1  # they travel only if they have changed
+        replica.server.publish_links([good, bad])
+        await until(lambda: len(told.links) == 2)
+        assert told.links[-1] == [good, bad]
+        late.close()
+
+
 async def test_changes_reach_all_frontends_in_order() -> None:
     one, two = Told(), Told()
     async with connected(one) as (replica, _):
