@@ -85,6 +85,7 @@ class WorkerMetrics:
         self._decoding.set(decoding)
         for field, gauge in self._of_engine.items():
             gauge.set(getattr(stats, field))
+        self._export_links()
         if stats.transport != self._transport:
             self._set_transport(0)
             self._transport = stats.transport
@@ -99,7 +100,10 @@ class WorkerMetrics:
         for prefill_replica, transport in before.keys() - self._links.keys():
             for gauge in self._of_link.values():  # a gauge cannot be taken back, but no rule or graph heeds NaN
                 gauge.set(math.nan, {"prefill_replica": prefill_replica, "transport": transport})
-        for link in links:
+        self._export_links()
+
+    def _export_links(self) -> None:
+        for link in self._links.values():
             values = {"usable": float(not link.problem), "bytes_per_s": link.bytes_per_s, "latency_s": link.latency_s}
             for name, value in values.items():
                 tags = {"prefill_replica": link.prefill_replica, "transport": link.transport}

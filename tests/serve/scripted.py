@@ -102,8 +102,9 @@ class ScriptedEngine:
         while (events := await self._events.get()) is not None:
             yield events
 
-    def _cache(self, prompt: list[int]) -> None:
-        """Keep the prompt's full blocks."""
+    def _cache(self, request: GenerateRequest) -> None:
+        """Keep the full blocks of the request's prompt, but not those of a probe, so that tests begin with nothing."""
+        prompt = [] if _is_probe(request) else request.prompt_token_ids
         events: list[KvEvent] = []
         for end in range(BLOCK_SIZE, len(prompt) + 1, BLOCK_SIZE):
             block, parent = tuple(prompt[:end]), tuple(prompt[: end - BLOCK_SIZE])
@@ -131,7 +132,7 @@ class ScriptedEngine:
             raise
         finally:
             leave_queue()
-        self._cache(request.prompt_token_ids)
+        self._cache(request)
         self._diary.write("prefill_done", request.request_id)
         return TransferDescriptor(
             engine="scripted",
@@ -169,7 +170,7 @@ class ScriptedEngine:
                 if not position:
                     leave_queue(is_computed=True)
                     self._num_transfers += descriptor is not None
-                    self._cache(source)
+                    self._cache(request)
                 is_last = position == len(source) - 1
                 emit(
                     TokenDelta(
