@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from app.engines.owned_args import OWNED_ARGS
+from app.engines.transport import FABRIC_PROVIDERS
 from app.errors import ConfigError
 from app.messages import EngineName, Role
 from app.models.shapes import SHAPES
@@ -272,8 +273,10 @@ class TransferConfig(Settings):
     backends: list[str] = Field(default=["UCX"], min_length=1)
     """NIXL plug-ins, in order of preference: UCX, LIBFABRIC, GDS, ..."""
     required_transport: Literal["any", "rdma", "nvlink", "shm", "tcp"] = "any"
-    """What UCX must use.  If its log shows that it uses something else, KV is no longer transferred: decode prefills,
-    and each log line and metric says ``transport_refused``."""
+    """What KV must move by.  A probe moves between each decode and each prefill replica before KV of requests does.  A
+    pair whose probe took another way, or a way that nobody tells, is not used.  If no pair can be used, decode does not
+    become ready, and its message says what to do.  With UCX the way is read from its log; with LIBFABRIC, which offers
+    ``rdma`` and ``tcp``, all other providers are switched off."""
     port_min: int = Field(default=20000, ge=1024, le=65535)
     port_max: int = Field(default=29999, ge=1024, le=65535)
     """`port_min` to `port_max` are the side-channel ports that the replicas on one node share."""
@@ -287,9 +290,20 @@ class TransferConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _transport_needs_ucx(self) -> Self:
-        if self.required_transport != "any" and self.backends != ["UCX"]:
-            raise ValueError("required_transport can be enforced with backends: [UCX] only")
+    def _transport_suits_backend(self) -> Self:
+        required, backends = self.required_transport, self.backends
+        if required == "any" or backends == ["UCX"]:
+            return self
+        if backends != ["LIBFABRIC"]:
+            raise ValueError(
+                f"required_transport: {required} can be enforced with backends: [UCX] or [LIBFABRIC] only, not with "
+                f"{backends}: name one of them, or set required_transport: any"
+            )
+        if required not in FABRIC_PROVIDERS:
+            raise ValueError(
+                f"required_transport: {required} is nothing that LIBFABRIC offers: set backends: [UCX], or one of "
+                f"{', '.join(FABRIC_PROVIDERS)}"
+            )
         return self
 
 

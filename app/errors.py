@@ -12,7 +12,7 @@ class BatonError(Exception):
 
 
 class ConfigError(BatonError):
-    """The configuration cannot work.  This is raised before any engine starts.
+    """The configuration cannot work.  This is raised before any engine starts, or when a replica cannot become ready.
 
     ``field`` is the dotted path inside ``args`` of the Serve application, e.g. ``models.0.decode.replicas``.
     """
@@ -68,14 +68,15 @@ class ReplicaLost(BatonError):
 
 
 class NoReplica(BatonError):
-    """A pool that the request needs has no ready replica (HTTP 503)."""
+    """A pool that the request needs has no ready replica, or none that could serve it (HTTP 503)."""
 
-    def __init__(self, pool: str) -> None:
-        super().__init__(pool)
+    def __init__(self, pool: str, problem: str = "has no ready replica") -> None:
+        super().__init__(pool, problem)
         self.pool = pool
+        self.problem = problem
 
     def __str__(self) -> str:
-        return f"the {self.pool} pool has no ready replica"
+        return f"the {self.pool} pool {self.problem}"
 
 
 class Overloaded(BatonError):

@@ -202,12 +202,40 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_used_blocks: int = 0
     """KV blocks that requests hold, including those kept for a decode that has not pulled yet."""
     num_transfers: int = 0
+    """KV that arrived, that of probes included."""
+    num_probes: int = 0
+    """Transfers of probes (deployments/replica/links.py), if this is of a decode replica and not only of its engine."""
     num_failed_transfers: int = 0
     transferred_bytes: int = 0
     transfer_s: float = 0.0
     num_expired_handoffs: int = 0
     """Handoffs whose lease ran out before decode pulled them."""
     transport: str = ""
+
+
+class TransportEvidence(msgspec.Struct, frozen=True, array_like=True):
+    """What is known of the way that KV takes between two engines."""
+
+    transport: str
+    """What carries it, e.g. ``intra-node cuda_ipc/cuda (zero-copy)``; empty if that is not told."""
+    problem: str = ""
+    """Why this does not satisfy ``transfer.required_transport``; empty if it does."""
+
+
+class Link(msgspec.Struct, frozen=True, array_like=True):
+    """How KV gets from one prefill replica to one decode replica, as the latest probe of the pair found it."""
+
+    prefill_replica: str
+    transport: str = ""
+    """`TransportEvidence.transport`."""
+    bytes_per_s: float | None = None
+    """The speed of the transfer of a long prompt; None if the engine does not tell."""
+    latency_s: float | None = None
+    """The time of the transfer of a short prompt; None if the engine does not tell."""
+    probe_s: float | None = None
+    """The time from sending a short prompt to the first token that needs its KV, with the connection made."""
+    problem: str = ""
+    """Why no KV is moved this way; empty if the link is usable."""
 
 
 PrefixCache = Literal["published", "silent", "none"]

@@ -19,6 +19,7 @@ from app.serve_document import configs
 from deployments.autoscaling import plan_key
 from deployments.build import check_autoscaling
 from deployments.cluster import connect
+from deployments.replica.link_record import read_links
 from deployments.serve_hooks import deploy_applications, get_internal_kv, serve_details
 
 IMPORT_PATH = "deployments.build:build"
@@ -46,6 +47,18 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The newest plan (app/autoscaling), with ``reason`` and ``signals``; None for a fixed number of replicas."""
 
 
+class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How KV gets from a prefill replica to a decode replica; the fields are those of `Link`."""
+
+    decode_replica: str
+    prefill_replica: str
+    transport: str
+    bytes_per_s: float | None
+    latency_s: float | None
+    probe_s: float | None
+    problem: str
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """An application and the nodes that it may use."""
 
@@ -53,6 +66,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     status: str
     message: str
     pools: list[PoolStatus]
+    links: list[LinkStatus]
+    """Those of all pairs of a decode and a prefill replica, of every model."""
     nodes: dict[str, int]
     """The number of nodes in each worker group; ``none`` counts those without a group."""
 
@@ -71,9 +86,19 @@ def deploy(document: dict[str, Any], say: Callable[[str], object], stop: threadi
             say(line)
         for application in applications.values():
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise RuntimeError(f"the application did not come up: {application.message}")
+                raise RuntimeError(f"the application did not come up: {_why(application)}")
         if all(application.status == "RUNNING" for application in applications.values()):
             return
+
+
+def _why(application: ApplicationStatusOverview) -> str:
+    """Return what Serve says about an application that failed, and about those of its deployments that failed."""
+    failed = [
+        f"{name}: {deployment.message}"
+        for name, deployment in application.deployments.items()
+        if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY") and deployment.message
+    ]
+    return "\n".join([application.message, *failed])
 
 
 def _what_loads(document: dict[str, Any]) -> dict[str, str]:
@@ -181,8 +206,23 @@ def _describe(application: Mapping[str, Any], bounds: Mapping[str, Bounds], node
         status=application["status"].value,
         message=application["message"],
         pools=pools,
+        links=_links(application),
         nodes=nodes,
     )
+
+
+def _links(application: Mapping[str, Any]) -> list[LinkStatus]:
+    replicas = [
+        replica["replica_id"]
+        for deployment in application["deployments"].values()
+        for replica in deployment["replicas"]
+        if replica["state"].value == "RUNNING"
+    ]
+    return [
+        LinkStatus(decode_replica=replica, **msgspec.structs.asdict(link))
+        for replica in replicas
+        for link in read_links(application["name"], replica)
+    ]
 
 
 def _bounds(application: Mapping[str, Any]) -> dict[str, Bounds]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import shlex
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import ray
@@ -63,10 +64,7 @@ def build(args: dict[str, Any]) -> Application:
     config = with_dtype(config, device)
     logger.info("device=%s models=%s", device, ",".join(model.source for model in config.models))
     workers: dict[Role, type] = {"decode": DecodeWorker, "prefill": PrefillWorker, "aggregated": AggregatedWorker}
-    pools = [
-        {role: build_pool(worker, role, config, model, device) for role, worker in workers.items() if model.pool(role)}
-        for model in config.models
-    ]
+    pools = [build_pools(workers, config, model, device) for model in config.models]
     given = without_scale(config)
     frontend = _deployment(Frontend, given).options(
         name="frontend",
@@ -97,8 +95,23 @@ def _gpus_per_node() -> list[int]:
     return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
-def build_pool(worker: type, role: Role, config: BatonConfig, model: ModelConfig, device: str) -> Application:
-    """Make the deployment of one pool of `model`."""
+def build_pools(
+    workers: Mapping[Role, type], config: BatonConfig, model: ModelConfig, device: str
+) -> dict[Role, Application]:
+    """Make the deployments of all pools of `model`.  Decode replicas get the prefill pool's handle, to probe it."""
+    prefill = build_pool(workers["prefill"], "prefill", config, model, device) if model.prefill else None
+    pools: dict[Role, Application] = {"prefill": prefill} if prefill else {}
+    for role in model.pools():
+        if role != "prefill":
+            source = prefill if model.transfers_kv(role) else None
+            pools[role] = build_pool(workers[role], role, config, model, device, *([source] if source else []))
+    return pools
+
+
+def build_pool(
+    worker: type, role: Role, config: BatonConfig, model: ModelConfig, device: str, *others: Application
+) -> Application:
+    """Make the deployment of one pool of `model`, whose replicas get the handles of `others`."""
     pool = model.pool(role)
     assert pool is not None
     options = _options(pool, gpus_of_replica(pool, device), pool_autoscaling(model, role))
@@ -113,7 +126,7 @@ def build_pool(worker: type, role: Role, config: BatonConfig, model: ModelConfig
         ),
         **options,
     )
-    return deployment.bind(given, device)
+    return deployment.bind(given, device, *others)
 
 
 def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig:

@@ -64,9 +64,10 @@ with needed("ray", "deploy applications from a configuration, and read it back")
     check_parameters(ServeControllerClient.get_serve_details, "self")
     check_attributes(ApplicationDetails, "deployed_app_config")
 
-with needed("ray", "tell `baton status` why autoscaling wants what it wants"):
-    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+with needed("ray", "tell `baton status` what autoscaling wants and what the links are"):
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
+    check_parameters(_internal_kv_del, "key")
     check_parameters(_internal_kv_get, "key")
     check_parameters(_internal_kv_put, "key", "value")
 
@@ -75,6 +76,7 @@ __all__ = [
     "ChosenReplicaRouter",
     "DeploymentID",
     "RunningReplica",
+    "delete_internal_kv",
     "deploy_applications",
     "deployment_id_of",
     "find_serve",
@@ -205,6 +207,11 @@ def serve_details() -> dict[str, Any]:
 def put_internal_kv(key: str, value: str) -> None:
     """Keep `value` in the cluster's key-value store.  Can go once Ray has a public one."""
     _internal_kv_put(key, value)
+
+
+def delete_internal_kv(key: str) -> None:
+    """Remove what `put_internal_kv` stored under `key`, if there is anything."""
+    _internal_kv_del(key)
 
 
 def get_internal_kv(key: str) -> bytes | None:

@@ -29,7 +29,7 @@ from app.channel.protocol import (
 )
 from app.errors import BatonError, ReplicaLost
 from app.kv_cache.updates import merge_waiting
-from app.messages import GenerateRequest, KvUpdate, ReplicaLoad, TokenDelta, merge_deltas
+from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta, merge_deltas
 
 logger = logging.getLogger("baton.channel")
 
@@ -55,6 +55,9 @@ class Listener(Protocol):
 
     def on_kv(self, replica: str, update: KvUpdate) -> None:
         """Take a change of the replica's prefix cache.  The first update of a connection holds the whole cache."""
+
+    def on_links(self, replica: str, links: list[Link]) -> None:
+        """Take all links of a decode replica."""
 
 
 class Channel:
@@ -173,18 +176,20 @@ class Channel:
         for number, failure in batch.failures:
             if (sequence := self._sequences.pop(number, None)) is not None:
                 sequence.fail(ERRORS[failure.error](failure.detail))
-        if batch.load is not None or batch.kv is not None:
+        if batch.load is not None or batch.kv is not None or batch.links is not None:
             # This load no longer counts the sequences that ended just now.  Whoever waits for them has to uncount them
             # first, so the listener is called in the next turn of the event loop.
-            asyncio.get_running_loop().call_soon(self._notify, batch.load, batch.kv)
+            asyncio.get_running_loop().call_soon(self._notify, batch)
 
-    def _notify(self, load: ReplicaLoad | None, kv: KvUpdate | None) -> None:
+    def _notify(self, news: Batch) -> None:
         if self.is_closed or self._is_retired:
             return
-        if kv is not None:
-            self._listener.on_kv(self._replica_id, kv)
-        if load is not None:
-            self._listener.on_load(self._replica_id, load)
+        if news.links is not None:
+            self._listener.on_links(self._replica_id, news.links)
+        if news.kv is not None:
+            self._listener.on_kv(self._replica_id, news.kv)
+        if news.load is not None:
+            self._listener.on_load(self._replica_id, news.load)
 
 
 def _merge(batches: list[Batch]) -> Batch:
@@ -198,4 +203,11 @@ def _merge(batches: list[Batch]) -> Batch:
     failures = [failure for batch in batches for failure in batch.failures]
     loads = [batch.load for batch in batches if batch.load is not None]
     kv = [batch.kv for batch in batches if batch.kv is not None]
-    return Batch(list(deltas.items()), failures, loads[-1] if loads else None, merge_waiting(kv))
+    links = [batch.links for batch in batches if batch.links is not None]
+    return Batch(
+        list(deltas.items()),
+        failures,
+        loads[-1] if loads else None,
+        merge_waiting(kv),
+        links[-1] if links else None,
+    )

@@ -3,7 +3,8 @@
 Each frontend has one TCP connection to each replica.  What an engine step adds to all of a frontend's sequences travels
 as one frame.  If the frontend or the network falls behind, the waiting deltas are merged; otherwise nothing waits.  The
 replica's load and the changes of its prefix cache travel in the same frames, or in frames of their own if there are no
-deltas.  A new connection begins with the present load and the whole prefix cache.
+deltas.  So do the links of a decode replica.  A new connection begins with the present load, the whole prefix cache and
+all links.
 
 Ray Serve's own calls cost more than the work they carry (docs/decisions/0002-channel.md).  So they are used only for
 what needs Ray: finding replicas, checking their health, and passing references to transfer descriptors.
@@ -23,7 +24,7 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
-from app.messages import GenerateRequest, KvUpdate, ReplicaLoad, TokenDelta
+from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta
 
 CONNECT_TIMEOUT_S = 5.0
 READ_BYTES = 256 * 1024
@@ -85,6 +86,8 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     failures: list[tuple[int, Failure]]
     load: ReplicaLoad | None = None
     kv: KvUpdate | None = None
+    links: list[Link] | None = None
+    """All links of a decode replica, if they have changed."""
 
 
 ERRORS: dict[str, type[BatonError]] = {

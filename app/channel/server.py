@@ -29,7 +29,7 @@ from app.channel.protocol import (
 )
 from app.errors import BatonError, EngineFailed
 from app.kv_cache.updates import merge_waiting
-from app.messages import KvUpdate, ReplicaLoad, TokenDelta, merge_deltas
+from app.messages import KvUpdate, Link, ReplicaLoad, TokenDelta, merge_deltas
 
 logger = logging.getLogger("baton.channel")
 
@@ -43,13 +43,23 @@ MAX_WAITING_BLOCKS = 16_384
 class FrontendChannel:
     """A frontend, as a replica sees it: its sequences, and what waits to be sent to it."""
 
-    def __init__(self, channel_id: str, load: ReplicaLoad | None, snapshot: Callable[[], KvUpdate | None]) -> None:
-        """`load` is the present one; `snapshot` tells the whole prefix cache, or None if the replica does not know."""
+    def __init__(
+        self,
+        channel_id: str,
+        load: ReplicaLoad | None,
+        snapshot: Callable[[], KvUpdate | None],
+        links: list[Link] | None = None,
+    ) -> None:
+        """`load` and `links` are the present ones, None if there are none to tell.
+
+        `snapshot` tells the whole prefix cache, or None if the replica does not know.
+        """
         self.id = channel_id
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._deltas: dict[int, TokenDelta] = {}
         self._failures: list[tuple[int, Failure]] = []
         self._load = load
+        self._links = links
         self._kv: list[KvUpdate] = []
         self._num_waiting_blocks = 0
         self._snapshot = snapshot
@@ -73,6 +83,11 @@ class FrontendChannel:
     def put_load(self, load: ReplicaLoad) -> None:
         """Send the replica's load.  If a newer load comes while it waits, that one is sent instead."""
         self._load = load
+        self._send_soon()
+
+    def put_links(self, links: list[Link]) -> None:
+        """Send the replica's links.  If they change while they wait, only the newest are sent."""
+        self._links = links
         self._send_soon()
 
     def put_kv(self, update: KvUpdate) -> None:
@@ -149,8 +164,8 @@ class FrontendChannel:
             self._timer.cancel()
             self._timer, self._published_at = None, self._loop.time()
         kv = self._snapshot() if self._needs_snapshot else merge_waiting(self._kv)
-        batch = Batch(list(self._deltas.items()), self._failures, self._load, kv)
-        self._deltas, self._failures, self._load = {}, [], None
+        batch = Batch(list(self._deltas.items()), self._failures, self._load, kv, self._links)
+        self._deltas, self._failures, self._load, self._links = {}, [], None, None
         self._forget_waiting_kv()
         self._needs_snapshot = False
         return batch
@@ -177,6 +192,7 @@ class ChannelServer:
         self._replica_id = replica_id
         self._run = run
         self._load: ReplicaLoad | None = None
+        self._links: list[Link] | None = None
         self._token = secrets.token_urlsafe()
         self._server: asyncio.Server | None = None
         self._writers: dict[FrontendChannel, asyncio.StreamWriter] = {}
@@ -196,6 +212,12 @@ class ChannelServer:
         self._load = load
         for channel in self.channels.values():
             channel.put_load(load)
+
+    def publish_links(self, links: list[Link]) -> None:
+        """Send a decode replica's links to all frontends, including those that connect later."""
+        self._links = links
+        for channel in self.channels.values():
+            channel.put_links(links)
 
     def publish_kv(self, update: KvUpdate) -> None:
         """Tell all frontends of a change, which `snapshot` has in it from now on."""
@@ -238,7 +260,7 @@ class ChannelServer:
             return None
         tune(writer)
         writer.write(to_frame(Welcome(self._replica_id)))
-        return FrontendChannel(hello.channel_id, self._load, self.snapshot)
+        return FrontendChannel(hello.channel_id, self._load, self.snapshot, self._links)
 
     async def _attend(
         self, channel: FrontendChannel, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from deployments.application import Status
+    from deployments.application import LinkStatus, Status
 
 
 def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """Show the running application: the replicas of each pool, how many it aims at and why, and the nodes."""
+    """Show the running application: replicas, how many are wanted and why, how KV moves between them, and the nodes."""
     from deployments.application import read_status  # imported here, as it imports Ray: other commands save seconds
 
     found = read_status()
@@ -37,6 +37,28 @@ def print_status(found: Sequence[Status], console: Console) -> None:
             why = pool.plan["reason"] if pool.plan else "a fixed number"
             table.add_row(pool.name, replicas, str(pool.target), pool.bounds, why)
         console.print(table)
+        if status.links:
+            console.print(_link_table(status.links))
         for pool in status.pools:
             if pool.status != "HEALTHY" and pool.message:
                 console.print(f"{pool.name} {pool.status}: {pool.message}", markup=False)
+
+
+def _link_table(links: Sequence[LinkStatus]) -> Table:
+    """One row for each pair of a decode and a prefill replica; a dash is what the engine does not tell."""
+    table = Table("decode", "prefill", "KV moves by", "GB/s", "latency", "probe", "problem", box=None, pad_edge=False)
+    for link in links:
+        table.add_row(
+            link.decode_replica,
+            link.prefill_replica,
+            link.transport or "-",
+            "-" if link.bytes_per_s is None else f"{link.bytes_per_s / 1e9:.3g}",
+            _ms(link.latency_s),
+            _ms(link.probe_s),
+            link.problem or "none",
+        )
+    return table
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.3g} ms"

@@ -157,7 +157,7 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class Transfers(msgspec.Struct, frozen=True):
-    """What the decode replicas have pulled so far."""
+    """What the decode replicas have pulled so far.  Probes do not count in `num`."""
 
     num: int
     num_bytes: int
@@ -310,7 +310,7 @@ class VerifyTarget:
         if silent := [replica["replica_id"] for replica in decode if "error" in replica]:
             raise VerifyError(f"decode replica {silent[0]} does not tell what it received: {decode}")
         return Transfers(
-            sum(replica["num_transfers"] for replica in decode),
+            sum(replica["num_transfers"] - replica["num_probes"] for replica in decode),
             sum(replica["transferred_bytes"] for replica in decode),
             sorted({replica["transport"] for replica in decode if replica["transport"]}),
         )

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from app.engines.prompt_queue import PromptQueue
+from app.engines.transport import TransportWatch
 from app.messages import Emit, EngineStats, GenerateRequest, KvEvent, PrefixCache, Role, TransferDescriptor
 
 
@@ -55,6 +56,7 @@ class Engine(Protocol):
     """
 
     prompt_queue: PromptQueue
+    transport_watch: TransportWatch
 
     async def start(self) -> EngineInfo:
         """Return when the engine can serve.  Raises what the engine raised; `stop` can be called afterwards."""

@@ -38,7 +38,7 @@ from app.engines.plugins.owner_watch import owner_environment
 from app.engines.prompt_queue import Leave, PromptQueue
 from app.engines.sglang_sampling import Translation, translate
 from app.engines.sglang_surface import Candidates, FinishReason, Load, MetaInfo, Output, TokenLogprob
-from app.engines.ucx import UcxLog
+from app.engines.transport import watch_transport
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
 from app.messages import (
     UNKNOWN_RANK,
@@ -118,7 +118,9 @@ class SglangEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
-        self._ucx_log = UcxLog()
+        self.transport_watch = watch_transport(
+            spec.required_transport, spec.transfer_backends, "put" if spec.role == "prefill" else None, spec.device
+        )
         self._engine: surface.Engine | None = None
         self._page_size = 1
         self._reached_at: dict[tuple[str, int], float] = {}
@@ -159,7 +161,7 @@ class SglangEngine:
             "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": str(HEARTBEAT_S),
             "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(spec.transfer_lease_s),
             "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(math.ceil(spec.transfer_timeout_s)),
-            **self._ucx_log.environment(spec.required_transport),
+            **self.transport_watch.environment(),
             **owner_environment(),
         }
         if spec.transfer_backends:
@@ -189,10 +191,6 @@ class SglangEngine:
             raise ConfigError("engine_args", f"SGLang refuses them: {error}") from error
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
-        if self._ucx_log.falls_short(self._spec.required_transport):
-            raise PrefillFailed(
-                f"KV would move by {self._ucx_log.transport}, which is not the required {self._spec.required_transport}"
-            )
         room = {"host": self._spec.kv_host, "port": self._spec.kv_port, "room": random.getrandbits(62)}
         arguments = self._arguments(request, self._translate(request), room)
         leave_queue = self.prompt_queue.enter(request)  # SGLang only tells that this leg has ended
@@ -358,7 +356,7 @@ class SglangEngine:
             decode_replica=self._spec.replica_id,
             cached_tokens=cached_tokens,
             transferred_tokens=num_tokens,
-            transport=self._ucx_log.transport,
+            transport=self.transport_watch.transport,
         )
 
     async def stats(self) -> EngineStats:
@@ -376,7 +374,7 @@ class SglangEngine:
             num_failed_transfers=self._num_failed_transfers,
             transferred_bytes=self._transferred_bytes,
             num_expired_handoffs=self._num_expired_handoffs,
-            transport=self._ucx_log.transport,
+            transport=self.transport_watch.transport,
         )
 
     def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:

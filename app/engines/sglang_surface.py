@@ -7,7 +7,7 @@ tests/unit/engines/test_sglang_surface.py says when a workaround can be deleted.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, cast
 
@@ -157,7 +157,6 @@ class OlderEngine(Protocol):
     def shutdown(self) -> None: ...
 
 
-@cache
 def has_cache_salt() -> bool:
     """Return whether this SGLang knows a request's `cache_salt`, and tells it in its KV events.
 
@@ -166,12 +165,18 @@ def has_cache_salt() -> bool:
     with needed("sglang", "keep the caches of tenants apart"):
         from sglang.srt.entrypoints.engine import Engine as SglangEngine
 
-        return "cache_salt" in inspect.signature(SglangEngine.async_generate).parameters
+        return _takes_cache_salt(SglangEngine.async_generate)
+
+
+@cache
+def _takes_cache_salt(async_generate: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(async_generate).parameters.values()
+    return any(each.name == "cache_salt" or each.kind == each.VAR_KEYWORD for each in parameters)
 
 
 async def generate(engine: Engine, arguments: dict[str, Any]) -> AsyncGenerator[Output, None]:
     """Start a request; `arguments` are those of `Engine.async_generate`.  Raises ValueError if SGLang refuses them."""
-    if has_cache_salt():
+    if _takes_cache_salt(type(engine).async_generate):
         return await engine.async_generate(**arguments)
     from sglang.srt.managers.io_struct import GenerateReqInput
 

@@ -16,7 +16,6 @@ do that work a second time.  And only the core's outputs tell local from transfe
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -30,7 +29,7 @@ from app.engines.kv_events import KvEventFeed, follow
 from app.engines.plugins import cpu_waits, nixl_pull
 from app.engines.plugins.owner_watch import owner_environment
 from app.engines.prompt_queue import PromptQueue
-from app.engines.ucx import UcxLog
+from app.engines.transport import watch_transport
 from app.engines.vllm_surface import (
     ASK_FOR_HANDOFF,
     ENDED_BY_AN_ERROR,
@@ -63,9 +62,6 @@ from app.messages import (
     TransferDescriptor,
     local_prefill,
 )
-
-logger = logging.getLogger("baton.engines.vllm")
-
 
 SAMPLED_BY_PREFILL = frozenset(
     {
@@ -163,7 +159,9 @@ class VllmEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
-        self._ucx_log = UcxLog()
+        self.transport_watch = watch_transport(
+            spec.required_transport, spec.transfer_backends, "get" if spec.role == "decode" else None, spec.device
+        )
         self._core: Core | None = None
         self._input_processor: InputProcessor
         self._running: dict[str, _Running] = {}
@@ -197,7 +195,7 @@ class VllmEngine:
             "VLLM_NIXL_SIDE_CHANNEL_HOST": spec.kv_host,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(spec.kv_port),
             "VLLM_NO_USAGE_STATS": "1",
-            **self._ucx_log.environment(spec.required_transport),
+            **self.transport_watch.environment(),
             **owner_environment(),
         }
         if spec.is_disaggregated and spec.role == "decode":
@@ -266,15 +264,6 @@ class VllmEngine:
         return delta
 
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
-        is_refused = descriptor is not None and self._ucx_log.falls_short(self._spec.required_transport)
-        if descriptor is not None and is_refused:
-            logger.error(
-                "KV would move by %s, which is not the required %s: prefilling here instead",
-                self._ucx_log.transport,
-                self._spec.required_transport,
-            )
-            await self.release(request.request_id, descriptor)
-            descriptor = None
         params = to_sampling_params(request.sampling, _pull_params(descriptor) if descriptor else None)
         if descriptor is not None and (first := descriptor.first_token) is not None:
             self._live_core()
@@ -295,7 +284,7 @@ class VllmEngine:
             if is_first:
                 is_first = False
                 leave_queue(is_computed=True)
-                report = self._report(output, running, descriptor, is_refused)
+                report = self._report(output, running, descriptor)
             emit(_to_delta(output, report))
 
         try:
@@ -316,14 +305,12 @@ class VllmEngine:
         )
         return msgspec.structs.replace(token, report=report)
 
-    def _report(
-        self, output: Output, running: _Running, descriptor: TransferDescriptor | None, is_refused: bool
-    ) -> PrefillReport:
+    def _report(self, output: Output, running: _Running, descriptor: TransferDescriptor | None) -> PrefillReport:
         stats = output.prefill_stats
         local = stats.num_local_cached_tokens if stats else 0
         transferred = stats.num_external_cached_tokens if stats else 0
         if descriptor is None or not transferred:
-            reason = "transport_refused" if is_refused else ""
+            reason = ""
             if descriptor is not None:
                 reason = "already_cached" if local else "transfer_failed"
             return local_prefill(self._spec.replica_id, local, reason)
@@ -334,7 +321,7 @@ class VllmEngine:
             decode_replica=self._spec.replica_id,
             cached_tokens=max(descriptor.cached_tokens, local),
             transferred_tokens=transferred,
-            transport=self._ucx_log.transport,
+            transport=self.transport_watch.transport,
             phases=_phases(running, output, time.monotonic()),
         )
 
@@ -415,7 +402,7 @@ class VllmEngine:
             transferred_bytes=int(moved.bytes_transferred),
             transfer_s=moved.transfer_duration,
             num_expired_handoffs=int(moved.num_kv_expired_reqs),
-            transport=self._ucx_log.transport,
+            transport=self.transport_watch.transport,
         )
 
     def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:

@@ -34,10 +34,10 @@ class Decision(msgspec.Struct, frozen=True):
     """Where one sequence is prefilled and decoded.
 
     `kind` and `reason` are labels of ``baton_decisions_total``.  A local prefill has one of the reasons ``aggregated``
-    (there is no prefill pool), ``requested``, ``prompt_logprobs``, ``no_prefill_replica``, ``no_decode_replica`` (an
-    aggregated replica serves), ``prefill_full``, ``faster``, ``short`` and ``prefill_queue`` (by thresholds).  A remote
-    one has ``requested``, ``only_way`` (nothing else can prefill), ``configured``, ``unmeasured``, ``faster``, ``long``
-    (by thresholds) or ``local_full``.
+    (there is no prefill pool), ``requested``, ``prompt_logprobs``, ``no_prefill_replica``, ``no_usable_link`` (decode
+    can get KV from no prefill replica), ``no_decode_replica`` (an aggregated replica serves), ``prefill_full``,
+    ``faster``, ``short`` and ``prefill_queue`` (by thresholds).  A remote one has ``requested``, ``only_way`` (nothing
+    else can prefill), ``configured``, ``unmeasured``, ``faster``, ``long`` (by thresholds) or ``local_full``.
     """
 
     kind: PrefillKind

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from heapq import nlargest
 
 from app.kv_cache.block_hashes import block_hashes, root_hash
-from app.messages import GenerateRequest, KvUpdate, ReplicaInfo, ReplicaLoad
+from app.messages import GenerateRequest, KvUpdate, Link, ReplicaInfo, ReplicaLoad
 from app.routing.affinity import SessionRing
 from app.routing.prefix_index import ApproximateCache, PrefixIndex
 
@@ -61,7 +61,7 @@ class Gauge:
 class ReplicaState:
     """One replica, as this frontend knows it."""
 
-    __slots__ = ("_assumed", "avoid_until", "decoding", "info", "queued_tokens", "sequences", "used_blocks")
+    __slots__ = ("_assumed", "_sources", "avoid_until", "decoding", "info", "queued_tokens", "sequences", "used_blocks")
 
     def __init__(self, info: ReplicaInfo) -> None:
         self.info = info
@@ -70,6 +70,7 @@ class ReplicaState:
         self.used_blocks = Gauge()
         self.decoding = Gauge()
         self.avoid_until = 0.0
+        self._sources: frozenset[str] | None = None
         self._assumed = ApproximateCache(info.num_blocks) if info.prefix_cache == "silent" else None
 
     def report(self, load: ReplicaLoad) -> None:
@@ -77,6 +78,13 @@ class ReplicaState:
         self.queued_tokens.report(load.queued_tokens)
         self.used_blocks.report(load.used_blocks)
         self.decoding.report(load.decoding)
+
+    def report_links(self, links: Sequence[Link]) -> None:
+        self._sources = frozenset(link.prefill_replica for link in links if not link.problem)
+
+    def can_get_kv_from(self, prefill_replica: str) -> bool:
+        """Whether this decode replica's link to a prefill replica is usable.  Until it tells of its links, all are."""
+        return self._sources is None or prefill_replica in self._sources
 
     def num_blocks(self, num_tokens: int) -> int:
         """Return how many blocks hold `num_tokens` tokens."""
@@ -128,6 +136,10 @@ class PoolState:
     def on_kv(self, replica: str, update: KvUpdate) -> None:
         if replica in self.replicas:
             self.index.update(replica, update)
+
+    def on_links(self, replica: str, links: list[Link]) -> None:
+        if (state := self.replicas.get(replica)) is not None:
+            state.report_links(links)
 
     def assume(self, replica: str, request: GenerateRequest) -> None:
         """Take note that `request` is sent to `replica`, which will have its prompt cached."""

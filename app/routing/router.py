@@ -1,8 +1,8 @@
 """Decides which replicas serve a sequence and where its prompt is prefilled, without Ray and without I/O.
 
 1. Hash the prompt's blocks and look up how much of the prompt each replica has cached (app/routing/prefix_index.py).
-2. In each pool that could take part, leave out replicas that cannot (gone, lately failed, full) and score the rest
-   (app/routing/scores.py).
+2. In each pool that could take part, leave out replicas that cannot (gone, lately failed, full, without a usable link)
+   and score the rest (app/routing/scores.py).
 3. Predict the TTFT of a local and of a remote prefill (app/routing/ttft.py) and choose (app/routing/placement.py).
 4. While the sequence runs, its work counts as load (app/routing/in_flight.py).  The predictor learns from its time.
 """
@@ -37,7 +37,7 @@ class Router(RouterState):
         prefill = None
         if kind == "remote":
             prefill = survey.demand("prefill")
-            serving = survey.best(role)
+            serving = survey.receiver(prefill)
         else:
             role = survey.local_role or role
             serving = survey.demand(role)

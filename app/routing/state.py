@@ -42,6 +42,11 @@ class RouterState:
             "aggregated": decode_weights,
         }
 
+    def has_usable_link(self) -> bool:
+        """Return whether any decode replica can get KV from any prefill replica."""
+        decode, prefill = self.pools["decode"].replicas.values(), self.pools["prefill"].replicas
+        return any(state.can_get_kv_from(replica) for state in decode for replica in prefill)
+
     def local_role(self) -> Role | None:
         """Return the pool that prefills locally: the aggregated one if any of it is ready; None if there is none."""
         if "aggregated" in self.pools and self.pools["aggregated"].replicas:

@@ -49,7 +49,12 @@ class Survey:
         self._lost = lost
         self._num_tokens = len(request.prompt_token_ids)
         self._cached: dict[int, dict[str, int]] = {}
+        self._candidates: dict[Role, list[str]] = {}
         self._rankings: dict[Role, Ranking] = {}
+        self._receivers: list[Scored] = []
+        """All decode candidates, also those without room for the prompt's KV."""
+        self._lacks_link = False
+        """Whether there are prefill replicas, but no decode replica can get KV from any of them."""
         self.local_role = state.local_role()
 
     def place(self, predicted: Prediction) -> PlacementChoice:
@@ -65,7 +70,7 @@ class Survey:
             return wish
         self.best(local_role)
         if not self.ranking("prefill").scored:
-            return "local", "no_prefill_replica"
+            return "local", "no_usable_link" if self._lacks_link else "no_prefill_replica"
         if not self.ranking("decode").scored:
             return "local", "no_decode_replica"
         if wish is not None:
@@ -80,8 +85,25 @@ class Survey:
     def best(self, role: Role) -> Scored:
         """Return the best replica.  Raises NoReplica."""
         if (best := self.ranking(role).best) is None:
+            if role == "prefill" and self._lacks_link:
+                raise NoReplica(role, "has no replica from which a decode replica can get KV (see `baton status`)")
             raise NoReplica(role)
         return best
+
+    def receiver(self, prefill: Scored) -> Scored:
+        """Return the best decode replica that can get KV from `prefill`.  Raises NoReplica."""
+        if (best := self._receiver(prefill)) is None:
+            raise NoReplica("decode")
+        return best
+
+    def _receiver(self, prefill: Scored) -> Scored | None:
+        best = self.ranking("decode").best
+        if best is None or best.state.can_get_kv_from(prefill.replica):
+            return best
+        for group in (self.ranking("decode").scored, self._receivers):
+            if linked := [s for s in group if s.state.can_get_kv_from(prefill.replica)]:
+                return pick(linked)
+        return None
 
     def demand(self, role: Role) -> Scored:
         """Return the best replica that has room in its queue.  Raises NoReplica and Overloaded."""
@@ -114,15 +136,34 @@ class Survey:
             return []
         cached = self._cached_tokens(block_size)
         own = pool.own_replica(self._hints.session)
-        replicas = pool.candidates(cached, own, self._lost)
-        if not replicas and role == "prefill" and self.local_role is None:
-            replicas = pool.candidates(cached, own, ())  # nothing else can prefill
+        replicas = self._find_candidates(role)
         prompt = Prompt(self._num_tokens, own, self._nearness(replicas) if role == "decode" else {})
         scored = score(prompt, replicas, pool.replicas, cached, self._state.weights[role])
         if role == "prefill":
             return scored
+        if role == "decode":
+            self._receivers = scored
         # If none has room for the prompt's KV, the engine makes it wait.
         return [s for s in scored if s.has_kv_room] or scored
+
+    def _find_candidates(self, role: Role) -> list[str]:
+        """Return the replicas of a pool to choose from; of prefill those from which a decode candidate can get KV."""
+        if role not in self._candidates:
+            pool = self._state.pools[role]
+            cached = self._cached_tokens(pool.block_size) if pool.block_size is not None else {}
+            own = pool.own_replica(self._hints.session)
+            found = pool.candidates(cached, own, self._lost)
+            if role == "prefill":
+                found = self._linked(found or (pool.candidates(cached, own, ()) if self.local_role is None else []))
+            self._candidates[role] = found
+        return self._candidates[role]
+
+    def _linked(self, prefill: list[str]) -> list[str]:
+        states = self._state.pools["decode"].replicas
+        decode = [states[replica] for replica in self._find_candidates("decode")]
+        linked = [replica for replica in prefill if any(state.can_get_kv_from(replica) for state in decode)]
+        self._lacks_link = bool(prefill and decode and not linked)
+        return linked if decode else prefill
 
     def _cached_tokens(self, block_size: int) -> dict[str, int]:
         """Return the prompt's cached tokens by replica.  The last token is always computed, for the first new one."""
@@ -145,7 +186,8 @@ class Survey:
         """Predict the times to the first token of the ways that are open."""
         remote = local = None
         if self._state.has_prefill:
-            prefill, decode = self.ranking("prefill").best_with_room, self.ranking("decode").best
+            prefill = self.ranking("prefill").best_with_room
+            decode = self._receiver(prefill) if prefill is not None else None
             if prefill is not None and decode is not None:
                 work, moved = self._work(prefill), self._num_tokens - decode.cached_tokens
                 remote = work, HandoverWork.after(work, moved, decode.state.decoding.value, decode.queued_tokens)

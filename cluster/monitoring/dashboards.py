@@ -249,13 +249,19 @@ PREFILL_AND_DECODE = [
             ),
             Panel(
                 "Replicas by transport",
-                "What UCX reaches each replica's newest peer by, beside what `transfer.required_transport` asks for. "
+                "What carries KV to or from each replica's newest kind of peer, beside `transfer.required_transport`. "
                 "cuda_ipc is NVLink or PCIe, rc, dc, ud and srd are RDMA, tcp is the slow path.",
                 "short",
                 {
                     f"count by (model, required, transport) (ray_baton_kv_transport{{{OF_MODEL}, "
                     'transport!=""} == 1)': "{{model}} {{transport}} (required: {{required}})"
                 },
+            ),
+            Panel(
+                "Speed between two replicas",
+                "Bytes per second of the longest prompt of the latest probe of each pair, where the engine tells it.",
+                "Bps",
+                {f"ray_baton_link_bytes_per_second{{{OF_MODEL}}}": "{{prefill_replica}} to {{replica}} {{transport}}"},
             ),
             Panel(
                 "Tokens moved by transport",

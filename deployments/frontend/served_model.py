@@ -47,6 +47,8 @@ class ServedModel:
         Of each pool it says how many replicas are ready, according to Serve, and how many this frontend can reach.
         """
         reachable = {role: len(pool.replicas) for role, pool in self.router.pools.items()}
+        if self._model.is_disaggregated and reachable["decode"] and not self.router.has_usable_link():
+            reachable["prefill"] = 0  # for requests it is as if there were none
         return {
             "name": self._model.name,
             "engine": self._model.engine,

@@ -18,9 +18,22 @@ from ray import ObjectRef
 from app.channel.protocol import Submit
 from app.channel.server import FrontendChannel
 from app.config import BatonConfig
+from app.engines.base import EngineSpec
 from app.errors import InvalidRequest
-from app.messages import EngineStats, GenerateRequest, PrefillReport, ReplicaLoad, Role, TokenDelta, TransferDescriptor
+from app.messages import (
+    EngineStats,
+    GenerateRequest,
+    Link,
+    PrefillReport,
+    ReplicaLoad,
+    Role,
+    TokenDelta,
+    TransferDescriptor,
+)
 from deployments.replica.handoff_rendezvous import DescriptorExpired, HandoffRendezvous
+from deployments.replica.link_record import LinkRecord
+from deployments.replica.links import LinkKeeper
+from deployments.replica.prefill_peers import RayPrefillPeers
 from deployments.replica.worker import Worker
 
 logger = logging.getLogger("baton.decode")
@@ -36,13 +49,33 @@ class DecodeWorker(Worker):
 
     role: Role = "decode"
 
-    async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: BatonConfig, device: str, prefill: Any = None
+    ) -> None:
+        """`prefill` is the handle of the pool that KV comes from; None if there is none."""
+        self._prefill = prefill
+        self._links: LinkKeeper | None = None
         self._handoffs = HandoffRendezvous(self._release)
         self._phases: Counter[Phase] = Counter()
         self._generated_tokens = 0
         await super().__init__(config, device)
         self._server.on_open = lambda channel: self._handoffs.open(channel.id)
         self._server.on_close = lambda channel: self._handoffs.close(channel.id)
+        self._record = LinkRecord(self._application, self._replica_id)
+        if self._links is not None:
+            self._links.on_change = self._publish_links
+            self._publish_links(self._links.links())
+
+    async def _connect(self, spec: EngineSpec) -> None:
+        """Probe the prefill replicas.  Raises ConfigError if none can be reached by the required transport."""
+        if self._prefill is not None:
+            self._links = LinkKeeper(spec, self._engine, RayPrefillPeers(self._prefill, self._replica_id))
+            await self._links.start(self._info, can_prefill=self._model.can_decode_prefill)
+
+    def _publish_links(self, links: list[Link]) -> None:
+        self._server.publish_links(links)
+        self._metrics.set_links(links)
+        self._record.write(links)
 
     async def _run(self, channel: FrontendChannel, call: Submit) -> None:
         self._publisher.poll_soon()
@@ -64,7 +97,9 @@ class DecodeWorker(Worker):
         def emit(delta: TokenDelta) -> None:
             nonlocal phase
             if (report := delta.report) is not None:
-                delta = msgspec.structs.replace(delta, report=_complete(report, reason, descriptor, began_at))
+                transport = self._transport_from(report.prefill_replica)
+                completed = _complete(report, reason, descriptor, began_at, transport)
+                delta = msgspec.structs.replace(delta, report=completed)
             if phase == "decoding":
                 self._generated_tokens += len(delta.token_ids)
             elif report is None or report.is_complete:
@@ -83,12 +118,18 @@ class DecodeWorker(Worker):
         finally:
             self._phases[phase] -= 1
 
+    def _transport_from(self, prefill_replica: str | None) -> str:
+        """Return what carries KV from a prefill replica; "" if that is not known."""
+        if self._links is None or prefill_replica is None:
+            return ""
+        return next((link.transport for link in self._links.links() if link.prefill_replica == prefill_replica), "")
+
     async def _receive(
         self, channel: FrontendChannel, number: int, request: GenerateRequest
     ) -> tuple[TransferDescriptor | None, str]:
         """Wait for the descriptor.  Returns it, or None and the reason why decode has to prefill locally."""
         try:
-            return await self._handoffs.receive(channel.id, number, self._config.limits.prefill_timeout_s), ""
+            descriptor = await self._handoffs.receive(channel.id, number, self._config.limits.prefill_timeout_s)
         except TimeoutError:
             return None, "prefill_timeout"
         except DescriptorExpired:
@@ -99,6 +140,12 @@ class DecodeWorker(Worker):
                 raise InvalidRequest(error.message) from error
             logger.warning("request_id=%s prefill failed: %r", request.request_id, error)
             return None, "prefill_failed"
+        if self._links is None or self._links.is_usable(descriptor.replica_id):
+            return descriptor, ""
+        # The frontend that chose this pair does not know yet what the latest probe found.
+        logger.warning("request_id=%s no KV is taken from %s", request.request_id, descriptor.replica_id)
+        await self._release(descriptor)
+        return None, "transport_refused"
 
     async def attach(self, channel_id: str, number: int, refs: list[ObjectRef], *, replica_id: str) -> None:
         """Give sequence `number` of a channel the reference to its transfer descriptor.
@@ -133,6 +180,18 @@ class DecodeWorker(Worker):
     def record_autoscaling_stats(self) -> dict[str, float]:
         return {**super().record_autoscaling_stats(), "generated_tokens": self._generated_tokens}
 
+    async def stats(self, *, replica_id: str) -> EngineStats:
+        stats = await super().stats(replica_id=replica_id)
+        num_probes = self._links.num_probes if self._links else 0
+        return msgspec.structs.replace(stats, num_probes=num_probes)
+
+    async def __del__(self) -> None:
+        if self._links is not None:
+            await self._links.stop()
+        if hasattr(self, "_record"):
+            await self._record.remove()
+        await super().__del__()
+
     async def _release(self, descriptor: TransferDescriptor) -> None:
         await self._engine.release(descriptor.request_id, descriptor)
 
@@ -150,13 +209,16 @@ def _first_phase(descriptor: TransferDescriptor | None) -> Phase:
 
 
 def _complete(
-    report: PrefillReport, reason: str, descriptor: TransferDescriptor | None, began_at: float
+    report: PrefillReport, reason: str, descriptor: TransferDescriptor | None, began_at: float, transport: str
 ) -> PrefillReport:
-    """Add to `report` what the engine cannot know: why decode prefilled, how long prefill took, and the hop's phases.
+    """Add to `report` what the engine cannot know.
 
-    `began_at` is when the engine got the sequence, in Unix time.
+    That is why decode prefilled, how long prefill took, the hop's phases, and what a probe found to carry KV from that
+    prefill replica.  `began_at` is when the engine got the sequence, in Unix time.
     """
     changed: dict[str, Any] = {"reason": reason} if reason else {}
+    if transport and report.transferred_tokens:
+        changed["transport"] = transport
     if descriptor is not None and report.kind == "remote":
         of_engine = report.phases
         if report.is_complete and not of_engine and descriptor.prefill_s is None:

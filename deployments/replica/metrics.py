@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 from ray.serve.metrics import Gauge
 
 from app.engines.base import Engine, EngineSpec
 from app.errors import BatonError
-from app.messages import EngineStats
+from app.messages import EngineStats, Link
 
 logger = logging.getLogger("baton.worker_metrics")
 
@@ -34,6 +35,12 @@ OF_ENGINE = {
 two reasons.  Ray's counters begin with their first event, so Prometheus does not see that event as an increase.  And a
 node exports them for ever after the replica is gone."""
 TRANSPORT = ("baton_kv_transport", "1 for what KV moved by last, beside what transfer.required_transport asks for.")
+OF_LINK: dict[str, tuple[str, str]] = {
+    "usable": ("baton_link_usable", "1 if KV may move from a prefill replica, 0 if a probe of the pair failed."),
+    "bytes_per_s": ("baton_link_bytes_per_second", "Speed of the transfer of a long probe."),
+    "latency_s": ("baton_link_latency_seconds", "Time of the transfer of a short probe."),
+}
+"""Gauges of each pair of a decode and a prefill replica."""
 
 
 class WorkerMetrics:
@@ -56,6 +63,8 @@ class WorkerMetrics:
         self._queued_tokens, self._sequences, self._decoding = map(gauge, (QUEUED_TOKENS, SEQUENCES, DECODING))
         self._of_engine = {field: gauge(about) for field, about in OF_ENGINE.items()}
         self._kv_transport = gauge(TRANSPORT, "transport", "required")
+        self._of_link = {name: gauge(about, "prefill_replica", "transport") for name, about in OF_LINK.items()}
+        self._links: dict[tuple[str, str], Link] = {}
         self._task = asyncio.create_task(self._follow(), name="worker-metrics")
 
     async def _follow(self) -> None:
@@ -76,6 +85,7 @@ class WorkerMetrics:
         self._decoding.set(decoding)
         for field, gauge in self._of_engine.items():
             gauge.set(getattr(stats, field))
+        self._export_links()
         if stats.transport != self._transport:
             self._set_transport(0)
             self._transport = stats.transport
@@ -83,6 +93,21 @@ class WorkerMetrics:
 
     def _set_transport(self, value: int) -> None:
         self._kv_transport.set(value, {"transport": self._transport, "required": self._required_transport})
+
+    def set_links(self, links: Sequence[Link]) -> None:
+        """Export these links, and no longer any other."""
+        before, self._links = self._links, {(link.prefill_replica, link.transport): link for link in links}
+        for prefill_replica, transport in before.keys() - self._links.keys():
+            for gauge in self._of_link.values():  # a gauge cannot be taken back, but no rule or graph heeds NaN
+                gauge.set(math.nan, {"prefill_replica": prefill_replica, "transport": transport})
+        self._export_links()
+
+    def _export_links(self) -> None:
+        for link in self._links.values():
+            values = {"usable": float(not link.problem), "bytes_per_s": link.bytes_per_s, "latency_s": link.latency_s}
+            for name, value in values.items():
+                tags = {"prefill_replica": link.prefill_replica, "transport": link.transport}
+                self._of_link[name].set(math.nan if value is None else value, tags)
 
     async def stop(self) -> None:
         self._task.cancel()

@@ -10,13 +10,48 @@ import msgspec
 
 from app.config import BatonConfig
 from app.errors import BatonError
-from app.messages import EngineStats, GenerateRequest, HopPhase, ReplicaLoad, TransferDescriptor
+from app.messages import (
+    EngineStats,
+    GenerateRequest,
+    HopPhase,
+    ReplicaLoad,
+    TransferDescriptor,
+    TransportEvidence,
+)
 from deployments.replica.worker import Worker
 
 logger = logging.getLogger("baton.prefill")
 
 HELD_KV_POLL_S = 0.1
 """How often a replica that is being removed checks whether decode has pulled its KV."""
+
+TURN_S = 120.0
+"""The longest time that one decode replica may probe while others wait; it may have died."""
+
+
+class ProbeTurns:
+    """Lets one decode replica at a time probe, so that what the engine says meanwhile is about that one."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._prober = ""
+        self.mark = 0
+        """Where in the engine's `transport_watch` the present turn began."""
+        self._expiry: asyncio.TimerHandle | None = None
+
+    async def begin(self, decode_replica: str) -> None:
+        await self._lock.acquire()
+        self._prober = decode_replica
+        self._expiry = asyncio.get_running_loop().call_later(TURN_S, self.end, decode_replica)
+
+    def end(self, decode_replica: str) -> bool:
+        """End a turn.  Returns whether it lasted until now."""
+        if self._prober != decode_replica or self._expiry is None:
+            return False
+        self._expiry.cancel()
+        self._prober, self._expiry = "", None
+        self._lock.release()
+        return True
 
 
 class PrefillWorker(Worker):
@@ -26,6 +61,7 @@ class PrefillWorker(Worker):
 
     async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
         self._running: dict[str, asyncio.Task[TransferDescriptor]] = {}
+        self._turns = ProbeTurns()
         await super().__init__(config, device)
 
     async def prefill(self, request: GenerateRequest, *, replica_id: str) -> TransferDescriptor:
@@ -40,6 +76,18 @@ class PrefillWorker(Worker):
         finally:
             del self._running[request.request_id]
             self._publisher.poll_soon()
+
+    async def begin_probe(self, decode_replica: str, *, replica_id: str) -> None:
+        """Wait until no other decode replica probes this one (links.py)."""
+        self.check_is_me(replica_id)
+        await self._turns.begin(decode_replica)
+        self._turns.mark = await self._engine.transport_watch.mark()
+
+    async def end_probe(self, decode_replica: str, *, replica_id: str) -> TransportEvidence | None:
+        """Let the next one probe.  Returns by which transport the engine says that it sent KV meanwhile, if it can."""
+        self.check_is_me(replica_id)
+        evidence = await self._engine.transport_watch.since(self._turns.mark)
+        return evidence if self._turns.end(decode_replica) else None
 
     def num_requests(self) -> tuple[int, int]:
         return len(self._running), 0

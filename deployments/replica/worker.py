@@ -38,6 +38,7 @@ class Worker:
         context = serve.get_replica_context()
         self._config = config
         self._model = config.models[0]
+        self._application = context.app_name
         self._replica_id = context.replica_id.unique_id
         self._node_ip = ray.util.get_node_ip_address()
         self._meter = LoadMeter()
@@ -50,6 +51,7 @@ class Worker:
         self._engine: Engine = self.create_engine(pool.engine, spec)
         try:
             self._info: EngineInfo = await self._engine.start()
+            await self._connect(spec)
         except BaseException:
             await self._engine.stop()
             raise
@@ -79,6 +81,9 @@ class Worker:
             transfer_lease_s=transfer.lease_s if transfer else 0,
             transfer_timeout_s=self._config.limits.prefill_timeout_s,
         )
+
+    async def _connect(self, spec: EngineSpec) -> None:
+        """Make this replica's connections to others.  The engine runs, but nobody knows of this replica yet."""
 
     async def _run(self, channel: FrontendChannel, call: Submit) -> None:
         """Run one sequence that came on a channel, to its end."""

@@ -142,13 +142,13 @@ def test_alerts_on_transports_know_the_lanes_that_ucx_has_for_rdma_and_nvlink(ru
         for matcher in selector.matchers.matchers
         if matcher.name == "transport" and matcher.value
     ]
-    assert len(by_regex) == 3
+    assert len(by_regex) == 2
     (regex,) = set(by_regex)
     fast = {*LANES_BY_REQUIREMENT["rdma"], *LANES_BY_REQUIREMENT["nvlink"]}
     for lane in fast:
-        assert re.fullmatch(regex, f"inter-node rma({lane}_mlx5/mlx5_0:1) am(tcp/eth0)"), lane
+        assert re.fullmatch(regex, f"inter-node {lane}_mlx5/mlx5_0:1 (zero-copy)"), lane
     for lane in {lane for lanes in LANES_BY_REQUIREMENT.values() for lane in lanes} - fast:
-        assert not re.fullmatch(regex, f"intra-node rma_am({lane}/lo) ka(tcp/lo)"), lane
+        assert not re.fullmatch(regex, f"intra-node {lane}/lo (zero-copy)"), lane
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
@@ -358,7 +358,9 @@ def test_a_replicas_metrics_are_what_its_engine_says(running: Scrape) -> None:
             if sample.labels.get("replica") == decode["replica_id"] and sample.name.startswith("ray_baton_")
         }
 
-    moved = wait_until(lambda: (now := exported()).get("kv_transfers_total") == NUM_REQUESTS and now, 40, "transfers")
+    num = NUM_REQUESTS + decode["num_probes"]
+    moved = wait_until(lambda: (now := exported()).get("kv_transfers_total") == num and now, 40, "transfers")
+    assert (decode["num_probes"], moved["link_usable"]) == (3, 1)
     assert moved["kv_transferred_bytes_total"] == decode["transferred_bytes"] > 0
     assert moved["kv_transfer_seconds_total"] == pytest.approx(decode["transfer_s"])
     assert (moved["kv_blocks"], moved["kv_transfer_failures_total"], moved["replica_sequences"]) == (512, 0, 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 from app.engines.base import EngineInfo
 from app.engines.prompt_queue import PromptQueue
+from app.engines.transport import NamedTransport, TransportWatch
 from app.messages import Emit, EngineStats, GenerateRequest, KvEvent, TokenDelta, TransferDescriptor
 from deployments.replica.decode import AggregatedWorker, DecodeWorker
 from deployments.replica.prefill import PrefillWorker
@@ -66,6 +67,7 @@ class EngineOfReplica:
 
     def __init__(self, handle: Any, replica_id: str) -> None:
         self.prompt_queue = PromptQueue()
+        self.transport_watch: TransportWatch = NamedTransport("")
         self._handle = handle
         self._replica = {"replica_id": replica_id}
 

@@ -19,6 +19,7 @@ from ray import serve
 from app.config import BatonConfig, parse
 from app.engines.base import Engine, EngineInfo, EngineSpec
 from app.engines.prompt_queue import PromptQueue
+from app.engines.transport import NamedTransport, TransportWatch
 from app.errors import EngineDead, EngineFailed
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import (
@@ -50,6 +51,10 @@ class Diary:
     def count(self, event: str, request_id: str = "") -> int:
         return len(list(self._folder.glob(f"{event}--{request_id or '*'}--*")))
 
+    def erase(self, event: str) -> None:
+        for path in self._folder.glob(f"{event}--*"):
+            path.unlink()
+
     def pids(self, event: str) -> set[int]:
         return {int(path.name.split("--")[2]) for path in self._folder.glob(f"{event}--*")}
 
@@ -77,6 +82,8 @@ class ScriptedEngine:
         self._diary = Diary(spec.engine_args["diary"])
         self._is_dead = False
         self.prompt_queue = PromptQueue()
+        self.transport_watch: TransportWatch = NamedTransport("scripted")
+        self._num_transfers = 0
         self._cached: set[tuple[int, ...]] = set()
         self._events: asyncio.Queue[list[KvEvent] | None] = asyncio.Queue()
 
@@ -95,8 +102,9 @@ class ScriptedEngine:
         while (events := await self._events.get()) is not None:
             yield events
 
-    def _cache(self, prompt: list[int]) -> None:
-        """Keep the prompt's full blocks."""
+    def _cache(self, request: GenerateRequest) -> None:
+        """Keep the full blocks of the request's prompt, but not those of a probe, so that tests begin with nothing."""
+        prompt = [] if _is_probe(request) else request.prompt_token_ids
         events: list[KvEvent] = []
         for end in range(BLOCK_SIZE, len(prompt) + 1, BLOCK_SIZE):
             block, parent = tuple(prompt[:end]), tuple(prompt[: end - BLOCK_SIZE])
@@ -114,7 +122,7 @@ class ScriptedEngine:
         try:
             if script.get("prefill") == "hang":
                 await asyncio.sleep(3600)
-            if script.get("prefill") == "fail":
+            if script.get("prefill") == "fail" or (_is_probe(request) and self._diary.count("links_broken")):
                 raise EngineFailed("told to")
             if script.get("prefill") == "die":
                 os._exit(1)
@@ -124,7 +132,7 @@ class ScriptedEngine:
             raise
         finally:
             leave_queue()
-        self._cache(request.prompt_token_ids)
+        self._cache(request)
         self._diary.write("prefill_done", request.request_id)
         return TransferDescriptor(
             engine="scripted",
@@ -161,7 +169,8 @@ class ScriptedEngine:
                 await self._go_wrong(request.request_id, script, position)
                 if not position:
                     leave_queue(is_computed=True)
-                    self._cache(source)
+                    self._num_transfers += descriptor is not None
+                    self._cache(request)
                 is_last = position == len(source) - 1
                 emit(
                     TokenDelta(
@@ -195,7 +204,7 @@ class ScriptedEngine:
 
     async def stats(self) -> EngineStats:
         await self.check_health()
-        return EngineStats()
+        return EngineStats(num_transfers=self._num_transfers)
 
     async def check_health(self) -> None:
         if self._is_dead:
@@ -205,6 +214,10 @@ class ScriptedEngine:
         self._diary.write("stopped")
         self._is_dead = True
         self._events.put_nowait(None)
+
+
+def _is_probe(request: GenerateRequest) -> bool:
+    return request.request_id.startswith("probe-")
 
 
 def _script(request: GenerateRequest) -> dict[str, Any]:
@@ -276,7 +289,7 @@ def scripted_application(
     **limits: Any,
 ) -> tuple[serve.Application, Diary]:
     """Run a Caller over the given numbers of replicas with scripted engines, and yield it with their common diary."""
-    from deployments.build import build_pool
+    from deployments.build import build_pools
 
     pool = {"resources": {"num_cpus": 0.1}, "health_check_period_s": 0.5}
     model: dict[str, Any] = {
@@ -299,6 +312,6 @@ def scripted_application(
         "prefill": ScriptedPrefill,
         "aggregated": ScriptedAggregated,
     }
-    pools = {role: build_pool(work, role, config, built, "cpu") for role, work in workers.items() if built.pool(role)}
+    pools = build_pools(workers, config, built, "cpu")
     caller = serve.deployment(Caller).options(name="caller", max_ongoing_requests=100)
     return caller.bind(config, pools), Diary(str(diary))

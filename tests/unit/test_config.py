@@ -160,8 +160,14 @@ def test_an_unknown_key_is_refused_by_its_path(path: str) -> None:
         ("transfer", REMOVED, None, "models.0.prefill is set"),
         ("transfer", None, None, "`transfer: {}` takes the defaults"),
         ("transfer", {"port_min": 20001, "port_max": 20000}, None, "port_min 20001 is above port_max 20000"),
-        ("transfer", {"required_transport": "rdma", "backends": ["LIBFABRIC"]}, None, r"backends: \[UCX\]"),
-        ("transfer", {"required_transport": "tcp", "backends": ["UCX", "GDS"]}, None, r"backends: \[UCX\]"),
+        (
+            "transfer",
+            {"required_transport": "nvlink", "backends": ["LIBFABRIC"]},
+            None,
+            r"backends: \[UCX\], or one of rdma",
+        ),
+        ("transfer", {"required_transport": "shm", "backends": ["LIBFABRIC"]}, None, "nothing that LIBFABRIC offers"),
+        ("transfer", {"required_transport": "tcp", "backends": ["UCX", "GDS"]}, None, r"\[UCX\] or \[LIBFABRIC\] only"),
         # names that do not fit into URLs and labels
         ("models.0.name", "my model", None, "got 'my model'"),
         ("models.0.name", "tiny\n", None, "URLs and metric labels"),

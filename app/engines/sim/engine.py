@@ -29,6 +29,7 @@ from app.engines.sim.profile import load_profile
 from app.engines.sim.scheduler import ScheduledSequence, Scheduler, SchedulerLimits, Step
 from app.engines.sim.tokens import ModelFacts, make_logprobs, read_model_facts
 from app.engines.sim.transfer import HandoffServer, TransferFailed, release, take
+from app.engines.transport import NamedTransport, TransportWatch
 from app.errors import BatonError, ConfigError, EngineDead, EngineFailed, InvalidRequest
 from app.messages import (
     Emit,
@@ -152,6 +153,7 @@ class SimEngine:
         self._runs: dict[ScheduledSequence, _Run] = {}
         self._wake = asyncio.Event()
         self.prompt_queue = PromptQueue()
+        self.transport_watch: TransportWatch = NamedTransport(TRANSPORT)
         self._prefix_cache: PrefixCache = "none"
         if self._args.enable_prefix_caching:
             self._prefix_cache = "published" if self._args.kv_events else "silent"

@@ -15,7 +15,7 @@ from app.channel.client import Channel, _merge
 from app.channel.protocol import Batch, Hello, Submit, to_frame
 from app.channel.server import ChannelServer, FrontendChannel
 from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost
-from app.messages import GenerateRequest, KvUpdate, ReplicaLoad, TokenDelta
+from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta
 from tests.unit.waiting import PATIENCE_S, until
 
 LAST = TokenDelta([3], finish_reason="stop")
@@ -63,6 +63,7 @@ class Told:
     def __init__(self) -> None:
         self.loads: list[ReplicaLoad] = []
         self.updates: list[KvUpdate] = []
+        self.links: list[list[Link]] = []
         self.blocks: set[int] = set()
 
     def on_load(self, replica: str, load: ReplicaLoad) -> None:
@@ -76,6 +77,10 @@ class Told:
             self.blocks.clear()
         self.blocks -= set(update.removed)
         self.blocks |= set(update.stored)
+
+    def on_links(self, replica: str, links: list[Link]) -> None:
+        assert replica == "d"
+        self.links.append(links)
 
 
 @asynccontextmanager
@@ -348,6 +353,23 @@ async def test_a_change_that_comes_before_the_snapshot_is_sent_is_in_it_once() -
     assert not channel._kv
     assert channel.take_now().kv == KvUpdate([1, 2], [], is_reset=True)
     assert channel.take_now().kv is None
+
+
+async def test_a_frontend_is_told_of_all_links_when_it_connects_and_when_they_change() -> None:
+    told = Told()
+    good, bad = Link("p0", "cuda_ipc/cuda", 1e11, 1e-4, 0.02), Link("p1", problem="KV moves by tcp/lo")
+    async with connected() as (replica, _):
+        replica.server.publish_links([good])
+        late = await Channel.connect("d", replica.address, told)
+        await until(lambda: told.links)
+        assert told.links == [[good]]
+        replica.server.publish_load(ReplicaLoad(1))
+        await until(lambda: told.loads)
+        assert len(told.links) == 1  # they travel only if they have changed
+        replica.server.publish_links([good, bad])
+        await until(lambda: len(told.links) == 2)
+        assert told.links[-1] == [good, bad]
+        late.close()
 
 
 async def test_changes_reach_all_frontends_in_order() -> None:

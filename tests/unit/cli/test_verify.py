@@ -137,6 +137,7 @@ class FakeBaton(ThreadingHTTPServer):
         self.num_local = 0
         """How many of the next prompts decode prefills itself although it should not."""
         self.num_transfers = 100
+        self.num_probes = 0
         self.completions: list[dict[str, Any]] = []
         self.fixed: dict[str, tuple[int, str]] = {}
         """Status and body of what some paths answer instead."""
@@ -162,8 +163,9 @@ class FakeBaton(ThreadingHTTPServer):
         if path == "/health":
             return {"models": [{"name": name, "pools": self.pools(name)} for name in self.modes]}
         if path == "/stats":
-            counted = {"num_transfers": self.num_transfers, "transferred_bytes": 0, "transport": "tcp"}
-            busy = {"num_transfers": len(self.completions), "transferred_bytes": 0, "transport": "shm"}
+            num = self.num_transfers + self.num_probes
+            counted = {"num_transfers": num, "num_probes": self.num_probes, "transferred_bytes": 0, "transport": "tcp"}
+            busy = {"num_transfers": len(self.completions), "num_probes": 0, "transferred_bytes": 0, "transport": "shm"}
             return {
                 "replicas": [
                     {"model": "tiny", "role": "prefill", **counted},
@@ -190,6 +192,7 @@ class FakeBaton(ThreadingHTTPServer):
         if mode in ("remote", "corrupted"):  # without either it would be Baton's own choice
             self.num_local -= 1
             self.num_transfers += self.num_local < 0
+            self.num_probes += 1  # new prefill replicas come all the time
         first = self.token_by_mode.get(mode, "token_id:7"), self.logprob_by_mode.get(mode, -1.0)
         rest = first if mode == "local" or self.after_transfer is None else self.after_transfer
         tokens, logprobs = zip(first, *[rest] * (body["max_tokens"] - 1), strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from app.engines.base import EngineSpec
 from app.engines.prompt_queue import PromptQueue
 from app.errors import EngineDead
-from app.messages import EngineStats
+from app.messages import EngineStats, Link
 from deployments.replica import metrics as worker_metrics
 from deployments.replica.metrics import WorkerMetrics
 from tests.unit.waiting import until
@@ -56,6 +57,7 @@ class Engine:
         self.error: Exception | None = None
         self.num_polls = 0
         self.polling: asyncio.Task[None]
+        self.metrics: WorkerMetrics
 
     async def stats(self) -> EngineStats:
         self.num_polls += 1
@@ -72,7 +74,7 @@ async def engine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
     Gauge.exported = {}
     engine: Any = Engine()
     metrics = WorkerMetrics(engine, lambda: (5, 3), "m", SPEC)
-    engine.polling = metrics._task
+    engine.metrics, engine.polling = metrics, metrics._task
     yield engine
     await metrics.stop()
 
@@ -90,6 +92,21 @@ async def test_what_the_engine_says_is_exported_again_and_again(engine: Engine) 
     assert exported("baton_kv_transfer_seconds_total") == 0.5
     assert (exported("baton_replica_sequences"), exported("baton_decoding_sequences")) == (5, 3)
     assert exported("baton_queued_prompt_tokens") == 300
+
+
+async def test_links_are_exported_until_they_are_gone(engine: Engine) -> None:
+    def usable(*tags: str) -> float | None:
+        return exported("baton_link_usable", *tags)
+
+    engine.metrics.set_links([Link("p0", "rc", 2e9, 0.001), Link("p1", problem="broken")])
+    assert (usable("p0", "rc"), usable("p1", "")) == (1, 0)
+    assert exported("baton_link_bytes_per_second", "p0", "rc") == 2e9
+    assert exported("baton_link_latency_seconds", "p0", "rc") == 0.001
+    assert math.isnan(exported("baton_link_latency_seconds", "p1", "") or 0)
+    engine.metrics.set_links([Link("p1", "rc")])
+    assert usable("p1", "rc") == 1
+    assert math.isnan(usable("p0", "rc") or 0)
+    assert math.isnan(usable("p1", "") or 0)
 
 
 async def test_a_replica_has_one_transport_at_a_time(engine: Engine) -> None:

@@ -22,6 +22,7 @@ from app.engines.base import EngineInfo, EngineSpec
 from app.engines.owned_args import OWNED_ARGS
 from app.engines.registry import create_engine
 from app.engines.sglang import CONNECT_TIMEOUT_S, SglangEngine, build_engine_args
+from app.engines.transport import NamedTransport
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
 from app.messages import UNKNOWN_RANK, EngineName, GenerateRequest, Logprobs, Role, TokenDelta, TransferDescriptor
 from tests.conftest import eventually
@@ -574,20 +575,6 @@ async def test_a_leg_that_ends_badly_leaves_nothing_and_is_counted(start: Start,
     assert (await engine.stats()).num_expired_handoffs == num_expired
 
 
-@pytest.mark.parametrize(("lanes", "is_refused"), [("tcp/lo", True), ("rc_mlx5/mlx5_0:1", False)])
-async def test_prefill_is_refused_where_kv_would_move_by_less_than_required(
-    start: Start, lanes: str, is_refused: bool
-) -> None:
-    engine, fake = start("prefill", required_transport="rdma")
-    engine._ucx_log._lanes.add(f"rma({lanes})")
-    if is_refused:
-        with pytest.raises(PrefillFailed, match="not the required rdma"):
-            await engine.prefill(request())
-        assert fake.asked == []
-    else:
-        await engine.prefill(request())
-
-
 @pytest.mark.parametrize("ending", ["end", "release"])
 async def test_a_prompt_is_queued_until_its_leg_has_ended(start: Start, ending: str) -> None:
     engine, fake = start("prefill")
@@ -637,14 +624,14 @@ async def test_a_prompt_whose_kv_comes_from_prefill_is_not_queued(start: Start, 
 
 async def test_decode_reports_the_prefill_whose_kv_it_got(start: Start, prefill_port: int) -> None:
     engine, _ = start()
-    engine._ucx_log._transport = "intra-node rma(tcp/lo)"
+    engine.transport_watch = NamedTransport("intra-node tcp/lo")
     first, last = await generate(engine, handoff=descriptor(prefill_port))
     assert last.report is None
     assert first.report is not None
     assert (first.report.kind, first.report.reason) == ("remote", "")
     assert (first.report.prefill_replica, first.report.decode_replica) == ("prefill-1", "decode-1")
     assert (first.report.cached_tokens, first.report.transferred_tokens) == (1, len(PROMPT))
-    assert first.report.transport == "intra-node rma(tcp/lo)"
+    assert first.report.transport == "intra-node tcp/lo"
     stats = await engine.stats()
     assert (stats.num_transfers, stats.transferred_bytes) == (1, 4 * len(PROMPT))
 
@@ -820,6 +807,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Starting], None]:
         monkeypatch.setattr("app.engines.sglang_surface.launch", package.launch)
         monkeypatch.setattr("app.engines.sglang_surface.version", lambda: "0.5.23")
         monkeypatch.setattr("app.engines.sglang_surface.check_environment", lambda _: None)
+        monkeypatch.setattr("app.engines.sglang_surface.has_cache_salt", lambda: True)
         monkeypatch.setattr("app.engines.plugins.cpu_waits.check_sglang", lambda: None)
 
     return install

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from app.config import RoutingConfig
 from app.errors import InvalidRequest, NoReplica, Overloaded
-from app.messages import KvUpdate, PrefillReport, ReplicaLoad, Role
+from app.messages import KvUpdate, Link, PrefillReport, ReplicaLoad, Role
 from app.routing.decision import Decision, RoutingHints
 from app.routing.pool_state import AVOID_S
 from app.routing.router import NO_HINTS, Router
@@ -57,6 +57,11 @@ class Fleet:
 
     def load(self, role: Any, replica: str, *load: int) -> None:
         self.router.pools[role].on_load(replica, ReplicaLoad(*load))
+
+    def link(self, decode: str, **problems: str) -> None:
+        """Have a decode replica tell of all its links, by prefill replica and with their problems."""
+        links = [Link(prefill, problem=problem) for prefill, problem in problems.items()]
+        self.router.pools["decode"].on_links(decode, links)
 
     def decide(self, num_tokens: int = 160, *, hints: RoutingHints = NO_HINTS, **fields: Any) -> Decision:
         return self.router.decide(request(num_tokens, **fields), hints)
@@ -284,6 +289,60 @@ def test_thresholds_count_what_decode_has_not_cached() -> None:
 
 def test_without_a_prefill_replica_it_is_local() -> None:
     assert where(Fleet(0, 1).decide()) == ("local", "no_prefill_replica")
+
+
+# Links
+
+
+def test_a_pair_without_a_usable_link_is_not_chosen() -> None:
+    fleet = Fleet(2, 2, **REMOTE)
+    fleet.link("d0", p0="", p1="KV moves by tcp/lo")
+    fleet.link("d1", p1="")
+    pairs = set()
+    for _ in range(50):
+        decision = fleet.decide()
+        assert decision.prefill is not None
+        pairs.add((decision.prefill.replica, decision.serving.replica))
+    assert pairs == {("p0", "d0"), ("p1", "d1")}
+
+
+def test_links_count_more_than_any_score() -> None:
+    fleet = Fleet(2, 2, **REMOTE)
+    fleet.cache("prefill", "p1", 160)
+    fleet.cache("decode", "d1", 160)
+    fleet.load("decode", "d0", 1, 0, 1000)  # it has no room for the KV: the engine makes the prompt wait
+    fleet.link("d0", p0="")
+    fleet.link("d1")
+    decision = fleet.decide()
+    assert decision.prefill is not None
+    assert (decision.prefill.replica, decision.serving.replica) == ("p0", "d0")
+
+
+def test_a_replica_that_has_told_nothing_of_links_gets_kv_from_all() -> None:
+    fleet = Fleet(1, 2, **REMOTE)
+    fleet.link("d0", p0="broken")
+    assert {fleet.decide().serving.replica for _ in range(20)} == {"d1"}
+
+
+def test_without_any_usable_link_it_is_local_and_the_reason_says_so() -> None:
+    fleet = Fleet(2, 1, **REMOTE)
+    fleet.link("d0", p0="broken")
+    assert where(fleet.decide()) == ("local", "no_usable_link")
+    assert where(fleet.decide(prefill_mode="remote")) == ("local", "no_usable_link")
+    assert not fleet.router.has_usable_link()
+    fleet.link("d0", p0="broken", p1="")
+    assert where(fleet.decide()) == ("remote", "configured")
+    assert fleet.router.has_usable_link()
+
+
+def test_without_any_usable_link_nothing_is_served_where_decode_cannot_prefill() -> None:
+    fleet = Fleet(1, 1, can_decode_prefill=False)
+    fleet.link("d0", p0="broken")
+    with pytest.raises(NoReplica, match="from which a decode replica can get KV"):
+        fleet.decide()
+    beside = Fleet(1, 1, 1, can_decode_prefill=False)
+    beside.link("d0", p0="broken")
+    assert where(beside.decide()) == ("local", "no_usable_link")
 
 
 # An engine whose decode replicas cannot prefill

@@ -1,0 +1,66 @@
+"""The prefill replicas as a decode replica calls them: the Ray half of links.py."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Set
+from functools import partial
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+from app.errors import BatonError, PrefillFailed
+from app.messages import GenerateRequest, TransferDescriptor, TransportEvidence
+from deployments.detached import spawn_detached
+from deployments.frontend.ready_replicas import ready_replicas_of
+from deployments.serve_hooks import deployment_id_of
+
+
+class RayPrefillPeers:
+    """The ready replicas of the prefill deployment, each called by its id."""
+
+    def __init__(self, handle: Any, decode_replica: str) -> None:
+        self._handle = handle.options()  # from now on Serve tells this process which replicas are ready
+        self._decode_replica = decode_replica
+        self._ready = ready_replicas_of(deployment_id_of(handle))
+        self._abandoning: set[asyncio.Task[None]] = set()
+
+    def follow(self, on_change: Callable[[], object]) -> None:
+        self._ready.on_change = partial(asyncio.get_running_loop().call_soon_threadsafe, on_change)
+
+    def ready(self) -> Set[str]:
+        return set(self._ready.ids())
+
+    async def begin_probe(self, replica: str) -> None:
+        await self._call("begin_probe", replica, self._decode_replica)
+
+    async def prefill(self, request: GenerateRequest, replica: str) -> TransferDescriptor:
+        descriptor: TransferDescriptor = await self._call("prefill", replica, request)
+        return descriptor
+
+    def abandon(self, request_id: str, replica: str) -> None:
+        task = spawn_detached(self._abandon(request_id, replica), name="abandon-probe")
+        self._abandoning.add(task)
+        task.add_done_callback(self._abandoning.discard)
+
+    async def _abandon(self, request_id: str, replica: str) -> None:
+        try:
+            await self._call("abandon", replica, request_id)
+        except BatonError:  # the replica is gone, and its prefills with it
+            return
+
+    async def end_probe(self, replica: str) -> TransportEvidence | None:
+        evidence: TransportEvidence | None = await self._call("end_probe", replica, self._decode_replica)
+        return evidence
+
+    async def _call(self, method: str, replica: str, *arguments: Any) -> Any:
+        """Raises what the method raised if it is a BatonError, and PrefillFailed for anything else."""
+        try:
+            return await getattr(self._handle, method).remote(*arguments, replica_id=replica)
+        except RayTaskError as error:  # its text is the traceback over there
+            if isinstance(error.cause, BatonError):
+                raise error.cause from error
+            raise PrefillFailed(f"{method}: {error.cause!r}") from error
+        except (RayError, RayServeException) as error:
+            raise PrefillFailed(f"{method}: {type(error).__name__}") from error
