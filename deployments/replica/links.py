@@ -182,7 +182,7 @@ class LinkKeeper:
             time.monotonic() - began,
             link,
         )
-        pause_s = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2**num_failures)
+        pause_s = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(num_failures, 16))
         return _Known(link, falls_short, num_failures + 1 if link.problem else 0, time.monotonic() + pause_s)
 
     async def _probe_link(self, replica: str) -> Link:
