@@ -161,7 +161,7 @@ class EngineContract:
         await pair.until_idle()
 
     async def test_aborting_a_prefill_frees_its_kv(self, pair: Pair) -> None:
-        request = pair.request(pair.num_tokens_of_slow, **pair.slow_prefill)
+        request = pair.request(pair.num_tokens_of_slow, **{"max_tokens": 8, **pair.slow_prefill})
         task = asyncio.create_task(pair.prefill.prefill(request))
         async with asyncio.timeout(SOON_S):
             while not pair.prefill.prompt_queue.queued_tokens:

@@ -72,6 +72,13 @@ class Baton:
         self.openai.close()
 
     @property
+    def tells_its_cache(self) -> bool:
+        """Whether decode publishes events of its prefix cache; SGLang before it knew `cache_salt` cannot."""
+        return any(
+            endpoint["prefix_cache"] == "published" for endpoint in self.endpoints() if endpoint["role"] == "decode"
+        )
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """The tiny model: 4 layers x (K and V) x 2 heads x 64 of its dtype; sim has its profile's."""
         return 131072 if self.engine == "sim" else 1024 * {"bfloat16": 2, "float32": 4}[self.dtype]

@@ -58,6 +58,8 @@ def test_what_is_cached_is_what_the_router_expects(baton: Baton) -> None:
 
 
 def test_a_conversation_is_routed_to_where_its_history_lies_and_moves_only_what_decode_lacks(baton: Baton) -> None:
+    if not baton.tells_its_cache:
+        pytest.skip("without events the router knows of prompts that it sent, and not of answers")
     history: list[int] = []
     for turn in range(3):
         prompt = history + new_prompt(200)
