@@ -67,12 +67,12 @@ PrefillKind = Literal["remote", "local"]
 """Where a prompt is prefilled: on a prefill replica, or where it is decoded."""
 
 HopPhase = Literal[
-    "prefill_call", "prefill", "handover", "admission", "connection", "transfer", "next_step", "step", "engine"
+    "prefill_call", "prefill", "delivery", "admission", "connection", "transfer", "next_step", "step", "engine"
 ]
 """The parts of a remote prefill, in their order, each timed from the end of the one before.
 
 *prefill_call*: Ray's call, until the prefill engine has the request.  *prefill*: waiting there and computing.
-*handover*: the descriptor's way to decode, by Ray's reference.  Here the first token goes out if prefill sampled it.
+*delivery*: the descriptor's way to decode, by Ray's reference.  Here the first token goes out if prefill sampled it.
 *admission*: until the decode engine begins to fetch.  *connection*: until the read is under way, which takes long only
 for the first one between two engines.  *transfer*: until the engine notices that it has the KV.  *next_step*: until its
 step with the sequence begins.  *step*: until the token of this step is out.  *engine* stands for all parts from

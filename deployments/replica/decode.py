@@ -223,7 +223,7 @@ def _complete(
         of_engine = report.phases
         if report.is_complete and not of_engine and descriptor.prefill_s is None:
             of_engine = {"engine": time.time() - began_at}
-        changed["phases"] = {**descriptor.phases, "handover": began_at - descriptor.ready_at, **of_engine}
+        changed["phases"] = {**descriptor.phases, "delivery": began_at - descriptor.ready_at, **of_engine}
         if descriptor.prefill_s is not None:
             changed |= {"prefill_s": descriptor.prefill_s, "prefill_cached_tokens": descriptor.cached_tokens}
     return msgspec.structs.replace(report, **changed)

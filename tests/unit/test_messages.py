@@ -33,7 +33,7 @@ reports = st.builds(
     counts,
     st.none() | counts,
     words,
-    phases=st.dictionaries(st.sampled_from(["prefill", "handover"]), st.floats(0, 100)),
+    phases=st.dictionaries(st.sampled_from(["prefill", "delivery"]), st.floats(0, 100)),
 )
 deltas = st.builds(
     TokenDelta,

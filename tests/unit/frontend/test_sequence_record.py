@@ -16,7 +16,7 @@ from app.routing.decision import Prediction
 from tests.unit.decisions import decision
 
 REMOTE = PrefillReport(
-    "remote", "", "prefill-1", "decode-1", 48, 52, "shm", phases={"prefill": 0.02, "handover": 0.0015}
+    "remote", "", "prefill-1", "decode-1", 48, 52, "shm", phases={"prefill": 0.02, "delivery": 0.0015}
 )
 LOCAL = PrefillReport("local", "prefill_failed", None, "decode-1", 16, 0, "")
 
@@ -77,7 +77,7 @@ def test_one_line_says_all_of_a_sequence_and_its_decision(model: str, caplog: py
         "cached_tokens": "48",
         "kv_tokens_moved": "52",
         "transport": "'shm'",
-        "phases_ms": "prefill:20.0,handover:1.5",
+        "phases_ms": "prefill:20.0,delivery:1.5",
         "decision": "remote",
         "decision_reason": "faster",
         "decided_prefill": "prefill-1",
