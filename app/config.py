@@ -273,10 +273,11 @@ class TransferConfig(Settings):
     backends: list[str] = Field(default=["UCX"], min_length=1)
     """NIXL plug-ins, in order of preference: UCX, LIBFABRIC, GDS, ..."""
     required_transport: Literal["any", "rdma", "nvlink", "shm", "tcp"] = "any"
-    """What KV must move by.  A probe moves between each decode and each prefill replica before KV of requests does.  A
-    pair whose probe took another way, or a way that nobody tells, is not used.  If no pair can be used, decode does not
-    become ready, and its message says what to do.  With UCX the way is read from its log; with LIBFABRIC, which offers
-    ``rdma`` and ``tcp``, all other providers are switched off."""
+    """What KV must move by.  Each decode replica probes each prefill replica before KV of requests moves between them.
+    A pair whose probe took another way, or a way that nobody tells, is not used.  If this is so of every pair when a
+    decode replica starts, it does not become ready, and its message says what to do; a probe that fails otherwise does
+    not keep it from starting.  With UCX the way is read from its log; with LIBFABRIC, which offers ``rdma`` and
+    ``tcp``, all other providers are switched off."""
     port_min: int = Field(default=20000, ge=1024, le=65535)
     port_max: int = Field(default=29999, ge=1024, le=65535)
     """`port_min` to `port_max` are the side-channel ports that the replicas on one node share."""

@@ -102,7 +102,7 @@ class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
     transferred_tokens: int | None
     """Prompt tokens whose KV was read from the prefill replica; None while it is on its way."""
     transport: str
-    """What carried them, as UCX names its lanes, e.g. ``rma(cuda_ipc/cuda)``; empty if nothing moved."""
+    """What carried them, e.g. ``intra-node cuda_ipc/cuda (zero-copy)``; empty if nothing moved or nobody tells."""
     prefill_s: float | None = None
     """`TransferDescriptor.prefill_s`, if the KV came from prefill."""
     prefill_cached_tokens: int | None = None

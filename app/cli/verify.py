@@ -55,7 +55,7 @@ WAIT_S = 60.0
 """How long a pool may take to become reachable, by default."""
 POLL_S = 0.25
 """The time between two questions whether a pool can be reached."""
-MISSING = {"no_prefill_replica": "prefill", "no_decode_replica": "decode"}
+MISSING = {"no_prefill_replica": "prefill", "no_usable_link": "prefill", "no_decode_replica": "decode"}
 """The pool that a frontend could not reach if it did not prefill remotely as asked, by the reason that it gives."""
 T = TypeVar("T")
 WORDS = "The quick brown fox jumps over 13 lazy dogs; while (x < 42) { return f(x, y) + 'value'; } # Größe, 東京, Ωmega"

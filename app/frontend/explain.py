@@ -63,7 +63,7 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
             "reason": report and report.reason,
             "cached_tokens": report and report.cached_tokens,
             "ttft_ms": _ms(record.progress.ttft_s),
-            "sampled_by": record.progress.sampled_by,
+            "waited_for_kv": record.progress.waited_for_kv,
             "phases": {phase: _ms(seconds) for phase, seconds in report.phases.items()} if report else {},
         },
         "decided_us": round(decision.decided_in_s * 1e6, 1),

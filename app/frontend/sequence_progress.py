@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Literal
 
 from app.messages import Emit, PrefillReport, TokenDelta
 
@@ -23,8 +22,9 @@ class SequenceProgress:
         """`emit` gets each delta after it has been recorded here."""
         self.arrived_at = self.last_token_at = clock()
         self.first_token_at: float | None = None
-        self.sampled_by: Literal["prefill", "decode"] | None = None
-        """Which side sampled the first token."""
+        self.waited_for_kv: bool | None = None
+        """Whether the first token of a remote prefill came only after the KV (with SGLang it always does).  None until
+        that token is there, and for a local prefill."""
         self.last_gap_s: float | None = None
         """The seconds between the last two deltas; None until there are two."""
         self.report: PrefillReport | None = None
@@ -66,8 +66,8 @@ class SequenceProgress:
             self.on_report(delta.report)
         if self.first_token_at is None:
             self.first_token_at = now
-            has_moved = self.report is None or self.report.kind == "local" or self.report.transferred_tokens
-            self.sampled_by = "decode" if has_moved else "prefill"
+            if self.report is not None and self.report.kind == "remote":
+                self.waited_for_kv = bool(self.report.transferred_tokens)
             self.on_first(now - self._attempt_began_at)
         else:
             self.last_gap_s = now - self.last_token_at

@@ -133,12 +133,17 @@ def _ms(seconds: float | None) -> str:
     return "none" if seconds is None else f"{seconds * 1e3:.1f}"
 
 
+def _or_pending(num_tokens: int | None) -> str:
+    """Describe a count that is None while the KV is on its way."""
+    return "pending" if num_tokens is None else str(num_tokens)
+
+
 def _describe_prefill(report: PrefillReport | None) -> str:
     if report is None:
         return "prefill=none"
     return (
         f"prefill={report.kind} reason={report.reason or 'none'} prefill_replica={report.prefill_replica or 'none'} "
         f"decode_replica={report.decode_replica} cached_tokens={report.cached_tokens} "
-        f"kv_tokens_moved={report.transferred_tokens} transport={report.transport!r} "
+        f"kv_tokens_moved={_or_pending(report.transferred_tokens)} transport={report.transport!r} "
         f"phases_ms={','.join(f'{phase}:{seconds * 1e3:.1f}' for phase, seconds in report.phases.items()) or 'none'}"
     )

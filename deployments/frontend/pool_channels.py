@@ -18,7 +18,7 @@ from app.errors import ReplicaLost
 from app.messages import ReplicaInfo
 from app.routing.pool_state import PoolState
 from deployments.detached import spawn_detached
-from deployments.frontend.ready_replicas import ready_replicas_of
+from deployments.ready_replicas import ready_replicas_of
 from deployments.serve_hooks import deployment_id_of
 
 logger = logging.getLogger("baton.pool_channels")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.errors import ReplicaLost
-from deployments.frontend.ready_replicas import ready_replicas_of
+from deployments.ready_replicas import ready_replicas_of
 from deployments.serve_hooks import ChosenReplicaRouter, RunningReplica
 
 

@@ -17,7 +17,7 @@ from app.frontend.orchestrator import Orchestrator
 from app.messages import Role
 from app.routing.router import Router
 from deployments.frontend.pools import RayDecodePool, RayPrefillPool
-from deployments.frontend.ready_replicas import ready_replicas_of
+from deployments.ready_replicas import ready_replicas_of
 from deployments.serve_hooks import deployment_id_of
 
 

@@ -13,7 +13,7 @@ from ray.serve.exceptions import RayServeException
 from app.errors import BatonError, PrefillFailed
 from app.messages import GenerateRequest, TransferDescriptor, TransportEvidence
 from deployments.detached import spawn_detached
-from deployments.frontend.ready_replicas import ready_replicas_of
+from deployments.ready_replicas import ready_replicas_of
 from deployments.serve_hooks import deployment_id_of
 
 

@@ -51,21 +51,23 @@ def test_kv_really_moves(baton: Baton) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "sampled_by"),
+    ("fields", "waits"),
     [
-        ({"temperature": 0}, "prefill"),
-        ({"temperature": 0.7, "top_p": 0.9, "logprobs": 2}, "prefill"),
-        ({"temperature": 0, "vllm_xargs": {"baton_prefill": "remote"}}, "prefill"),
-        ({"temperature": 0, "max_tokens": 1}, "prefill"),
-        ({"temperature": 0, "presence_penalty": 1.0}, "decode"),
-        ({"temperature": 1.0, "seed": 3}, "decode"),
+        ({"temperature": 0}, False),
+        ({"temperature": 0.7, "top_p": 0.9, "logprobs": 2}, False),
+        ({"temperature": 0, "vllm_xargs": {"baton_prefill": "remote"}}, False),
+        ({"temperature": 0, "max_tokens": 1}, False),
+        ({"temperature": 0, "presence_penalty": 1.0}, True),
+        ({"temperature": 1.0, "seed": 3}, True),
     ],
 )
-def test_prefill_samples_the_first_token_where_it_can(vllm: Baton, fields: dict[str, Any], sampled_by: str) -> None:
+def test_the_first_token_waits_for_the_kv_only_if_decode_has_to_sample_it(
+    vllm: Baton, fields: dict[str, Any], waits: bool
+) -> None:
     body = {"model": vllm.model, "prompt": make_prompt(64), "max_tokens": 4, **fields}
     answer = vllm.http.post("/v1/completions", json=body, headers={"x-baton-explain": "1"})
     actual = json.loads(answer.headers["x-baton-explain"])[0]["actual"]
-    assert (actual["kind"], actual["sampled_by"]) == ("remote", sampled_by)
+    assert (actual["kind"], actual["waited_for_kv"]) == ("remote", waits)
 
 
 @pytest.mark.parametrize("num_tokens", [31, 32, 33, 63, 64, 65, 95, 96, 97])

@@ -139,18 +139,22 @@ def sglang_models(platform: Platform) -> list[dict[str, Any]]:
     return [model, {**model, "name": SGLANG_AGGREGATED, "prefill": None}]
 
 
-def serving_models(
-    platform: Platform, url: str, models: list[dict[str, Any]], required_transport: str = "any"
-) -> Iterator[Baton]:
-    """Serve `models`, and yield the first of them."""
-    arguments = {
+def application_arguments(platform: Platform, models: list[dict[str, Any]], required_transport: str) -> dict[str, Any]:
+    """Return the arguments of an application of `models`."""
+    return {
         "models": models,
         "device": platform.device,
         "transfer": {"required_transport": required_transport},
         "frontend": {"resources": {"num_cpus": 0.4}},
     }
+
+
+def serving_models(
+    platform: Platform, url: str, models: list[dict[str, Any]], required_transport: str = "any"
+) -> Iterator[Baton]:
+    """Serve `models`, and yield the first of them."""
     first = models[0]
-    with serving(arguments, url):
+    with serving(application_arguments(platform, models, required_transport), url):
         for baton in running(url, first["name"], first["decode"].get("engine", "vllm"), platform.dtype):
             if platform.device == "cuda":
                 baton.tolerance = TOLERANCE

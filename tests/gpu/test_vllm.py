@@ -94,11 +94,10 @@ def test_kv_moves_between_gpus_by_cuda_ipc(vllm: Baton, platform: Platform) -> N
 
 def test_kv_moves_by_the_required_transport(vllm: Baton) -> None:
     """`--required-transport` says which; an application that requires another one is in test_transport.py."""
-    remote, refused = vllm.count_prefills("remote"), vllm.count_prefills("local", "transport_refused")
+    remote = vllm.count_prefills("remote")
     for _ in range(3):
         vllm.complete(make_prompt(640))
     assert vllm.count_prefills("remote") == remote + 3
-    assert vllm.count_prefills("local", "transport_refused") == refused
 
 
 def test_a_seed_gives_the_same_answer_again(vllm: Baton) -> None:

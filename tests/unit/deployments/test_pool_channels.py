@@ -18,7 +18,7 @@ from app.routing.pool_state import PoolState
 from app.routing.prefix_index import PrefixIndex
 from deployments.frontend import pool_channels
 from deployments.frontend.pool_channels import PoolChannels
-from deployments.frontend.ready_replicas import ReadyReplicas
+from deployments.ready_replicas import ReadyReplicas
 from tests.unit.waiting import until
 
 LAST = TokenDelta([1], finish_reason="stop")

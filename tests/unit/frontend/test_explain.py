@@ -62,7 +62,7 @@ def test_an_explanation_says_what_was_decided_and_by_what() -> None:
             "reason": None,
             "cached_tokens": None,
             "ttft_ms": None,
-            "sampled_by": None,
+            "waited_for_kv": None,
             "phases": {},
         },
         "decided_us": 120.0,
@@ -116,7 +116,7 @@ def test_all_is_said_where_it_fits() -> None:
     ("made", "is_left_out"),
     [
         ([record(decision(others={"decode": [candidate(n) for n in range(50)]}))], {"others"}),
-        ([record(decision(others={"decode": [candidate(1)]})) for _ in range(8)], {"others"}),
+        ([record(decision(others={"decode": [candidate(1)]})) for _ in range(7)], {"others"}),
         ([record(decision(prefill=candidate(1, 250), others={"decode": [candidate(1)]}))], {"others", "scores"}),
     ],
     ids=["many others", "many sequences", "many scores"],

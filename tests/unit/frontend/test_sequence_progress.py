@@ -54,7 +54,7 @@ def test_the_first_delta_says_where_the_kv_came_from() -> None:
         progress.take(TokenDelta([1], report=report(kind)))
         progress.take(TokenDelta([2]))
         assert (progress.has_first_token, progress.has_remote_kv) == (True, kind == "remote")
-        assert progress.sampled_by == ("prefill" if kind == "remote" else "decode")  # no KV has moved
+        assert progress.waited_for_kv is (False if kind == "remote" else None)
 
 
 def test_a_later_report_replaces_the_one_that_came_before_the_kv() -> None:
@@ -65,7 +65,7 @@ def test_a_later_report_replaces_the_one_that_came_before_the_kv() -> None:
     on_its_way = PrefillReport("remote", "", "p", "d", cached_tokens=0, transferred_tokens=None, transport="")
     progress.take(TokenDelta([1], report=on_its_way))
     assert (progress.has_first_token, progress.has_remote_kv) == (True, False)
-    assert progress.sampled_by == "prefill"
+    assert progress.waited_for_kv is False
     progress.take(TokenDelta([2], report=report("remote")))
     progress.take(TokenDelta([3]))
     assert (progress.report, progress.has_remote_kv) == (report("remote"), True)

@@ -1,7 +1,7 @@
 """The ready replicas of a pool, as this process knows them.
 
 Serve's long poll tells every handle of a deployment which replicas run; `PoolRequestRouter` writes that here, and
-the frontend chooses from it.  This is a module of its own because Serve copies a router's module by value.
+frontends and decode replicas read it.  This is a module of its own because Serve copies a router's module by value.
 """
 
 from __future__ import annotations
