@@ -190,7 +190,7 @@ async def in_time(progress: SequenceProgress, limits: LimitsConfig) -> AsyncGene
 
     def look() -> None:
         nonlocal timer
-        if progress.has_first_token:
+        if progress.has_first_token and not progress.waits_for_kv:
             due = progress.last_token_at + limits.itl_timeout_s
         else:
             due = progress.arrived_at + limits.ttft_timeout_s

@@ -43,6 +43,11 @@ class SequenceProgress:
         return self.first_token_at is not None
 
     @property
+    def waits_for_kv(self) -> bool:
+        """Whether only prefill's token is there.  Until decode has a slot and the KV, it goes on as before a first token."""
+        return self.report is not None and not self.report.is_complete
+
+    @property
     def has_remote_kv(self) -> bool:
         """Whether decode received the KV that prefill computed."""
         return self.report is not None and self.report.kind == "remote" and self.report.is_complete

@@ -580,6 +580,20 @@ async def test_the_first_token_may_take_longer_than_a_next_one() -> None:
     assert await served(orchestrator(None, Slow(["d"]), ttft_timeout_s=60, itl_timeout_s=0.02)) == [LAST]
 
 
+async def test_a_sequence_that_waits_for_its_kv_has_as_long_as_before_a_first_token() -> None:
+    class Slow(FakeDecode):
+        async def generate(self, *arguments: Any) -> None:
+            arguments[-1].take(SAMPLED_BY_PREFILL)
+            await asyncio.sleep(0.1)
+            arguments[-1].take(LAST)
+
+    server = orchestrator(FakePrefill("p"), Slow(["d"]), ttft_timeout_s=60, itl_timeout_s=0.02)
+    assert await served(server) == [SAMPLED_BY_PREFILL, LAST]
+    never = orchestrator(FakePrefill("p"), FakeDecode(["d"], [SAMPLED_BY_PREFILL, HANG]), ttft_timeout_s=0.05)
+    with pytest.raises(TimeoutError):
+        await served(never)
+
+
 async def test_a_failed_attempt_is_not_in_the_time_that_the_router_learns() -> None:
     now, learnt = 0.0, []
 
