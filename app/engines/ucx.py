@@ -148,7 +148,7 @@ class UcxLog:
     async def since(self, mark: int) -> TransportEvidence | None:
         """Judge a peer by what was printed since `mark`; see `TransportWatch.since`.
 
-        Without a new table, those of the peer's configuration count, or else all.  They must all satisfy what is
+        The new tables count and those of the peer's configurations, or else all.  They must all satisfy what is
         required: what cannot be told apart fails.
         """
         if self._operation is None:
@@ -171,11 +171,9 @@ class UcxLog:
 
     def _tables_since(self, mark: int) -> tuple[list[_Table], bool]:
         """Return the tables that a peer is judged by, and whether they were printed since `mark`."""
-        tables = [table for table in self._tables if table.line > mark]
-        if tables:
-            return tables, True
-        of_peer = {configuration for line, configuration in self._endpoints if line > mark}
-        return [table for table in self._tables if not of_peer or table.configuration in of_peer], False
+        new = {table.configuration for table in self._tables if table.line > mark}
+        of_peer = new | {configuration for line, configuration in self._endpoints if line > mark}
+        return [table for table in self._tables if not of_peer or table.configuration in of_peer], bool(new)
 
     async def _read_all(self) -> int | None:
         """Wait until all that was written has been read, and return its number of lines.  None if nobody reads."""

@@ -171,6 +171,7 @@ class VllmEngine:
         self._death: EngineDead | None = None
         self._scheduler_stats: SchedulerStats | None = None
         self._moved = ConnectorStats()
+        self._can_sample = not spec.engine_args.get("logits_processors")  # these may look at what was generated
 
     async def start(self) -> EngineInfo:
         os.environ.update(self._environment())
@@ -221,7 +222,8 @@ class VllmEngine:
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
         began = time.monotonic()
-        is_sampled = samples_first_token(request.sampling)
+        # The control run has to show in tokens that decode computes from the wrong KV.
+        is_sampled = request.prefill_mode != "corrupted" and self._can_sample and samples_first_token(request.sampling)
         sampling = {**request.sampling, "max_tokens": 1} if is_sampled else {"max_tokens": 1, "temperature": 0.0}
         outputs: list[Output] = []
         leave_queue = self.prompt_queue.enter(request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from app.messages import Emit, PrefillReport, TokenDelta
+from app.messages import Emit, PrefillKind, PrefillReport, TokenDelta
 
 
 class SequenceProgress:
@@ -22,6 +22,8 @@ class SequenceProgress:
         """`emit` gets each delta after it has been recorded here."""
         self.arrived_at = self.last_token_at = clock()
         self.first_token_at: float | None = None
+        self.first_token_kind: PrefillKind | None = None
+        """How the prompt was prefilled for the first token.  A later report may tell that decode had to prefill too."""
         self.waited_for_kv: bool | None = None
         """Whether the first token of a remote prefill came only after the KV (with SGLang it always does).  None until
         that token is there, and for a local prefill."""
@@ -44,7 +46,7 @@ class SequenceProgress:
 
     @property
     def waits_for_kv(self) -> bool:
-        """Whether only prefill's token is there.  Until decode has a slot and the KV, it goes on as before a first token."""
+        """Whether only prefill's token is there: decode still needs a slot and the KV, as before a first token."""
         return self.report is not None and not self.report.is_complete
 
     @property
@@ -71,6 +73,7 @@ class SequenceProgress:
             self.on_report(delta.report)
         if self.first_token_at is None:
             self.first_token_at = now
+            self.first_token_kind = self.report.kind if self.report is not None else None
             if self.report is not None and self.report.kind == "remote":
                 self.waited_for_kv = bool(self.report.transferred_tokens)
             self.on_first(now - self._attempt_began_at)

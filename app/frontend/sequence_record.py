@@ -94,7 +94,8 @@ class SequenceRecord:
         _labelled(metrics.PREFILLS, self._model, report.kind, report.reason).inc()
         _labelled(metrics.PROMPT_TOKENS, self._model).inc(self._prompt_tokens)
         _labelled(metrics.CACHED_TOKENS, self._model).inc(report.cached_tokens)
-        _labelled(metrics.TIME_TO_FIRST_TOKEN, self._model, report.kind).observe(ttft_s)
+        kind = self.progress.first_token_kind or report.kind
+        _labelled(metrics.TIME_TO_FIRST_TOKEN, self._model, kind).observe(ttft_s)
         if report.transferred_tokens:
             _labelled(metrics.TRANSFERRED_TOKENS, self._model, report.transport).inc(report.transferred_tokens)
         for phase, seconds in report.phases.items():
@@ -103,7 +104,7 @@ class SequenceRecord:
             return
         _labelled(metrics.EXPECTED_CACHED_TOKENS, self._model).inc(decision.expected_cached_tokens)
         # If a replica failed on the way, the time to first token says nothing about the prediction.
-        went_as_decided = self.num_attempts == 1 and report.kind == decision.kind
+        went_as_decided = self.num_attempts == 1 and kind == decision.kind
         if went_as_decided and decision.predicted_ttft_s:
             ratio = ttft_s / decision.predicted_ttft_s
             _labelled(metrics.TIME_TO_FIRST_TOKEN_RATIO, self._model, decision.kind).observe(ratio)

@@ -296,10 +296,13 @@ def measure_hop(client: Client, modes: Sequence[Mode], num_tokens: int, repeat: 
     for number in range(repeat + 1):
         for mode in modes if number % 2 == 0 else reversed(modes):
             answer = client.complete(client.new_prompt(num_tokens), mode)
-            if mode != "auto" and answer.kind not in (None, mode):
+            if mode != "auto" and answer.kind != mode:
                 raise MeasureError(f"a prompt of {num_tokens} tokens was prefilled {answer.kind} instead of {mode}")
             answers[mode].append(answer)
-    moved = client.moved_since(before, len(answers.get("remote", [])))
+    num_remote = len(answers.get("remote", []))
+    moved = client.moved_since(before, num_remote)
+    if moved.num_transfers < num_remote:
+        raise MeasureError(f"the KV of {moved.num_transfers} of {num_remote} prompts of {num_tokens} tokens moved")
     series: dict[str, Series] = {mode: Series(found[0], found[1:]) for mode, found in answers.items()}
     return Hop(num_tokens, series, moved, _measure_phases(client, num_tokens, repeat) if "remote" in modes else {})
 

@@ -130,7 +130,9 @@ def tables(report: GpuReport) -> list[Table]:
 
 def first_table(applications: Sequence[Application]) -> Table:
     """Return the TTFT of the first requests after the start."""
-    table = markdown_table(["target", "first", "second", "third"], "The first requests after the start: TTFT ms")
+    table = markdown_table(
+        ["target", "first", "second", "third"], "The first requests after the start and its probes: TTFT ms"
+    )
     for each in applications:
         if each.first_ttfts_ms:
             shown = [_ms(value) for value in each.first_ttfts_ms]

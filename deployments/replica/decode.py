@@ -93,16 +93,18 @@ class DecodeWorker(Worker):
         """Generate with the KV of `descriptor`, or without one because of `reason`."""
         phase = _first_phase(descriptor)
         began_at = time.time()
+        is_first = True
 
         def emit(delta: TokenDelta) -> None:
-            nonlocal phase
+            nonlocal phase, is_first
             if (report := delta.report) is not None:
                 transport = self._transport_from(report.prefill_replica)
                 completed = _complete(report, reason, descriptor, began_at, transport)
                 delta = msgspec.structs.replace(delta, report=completed)
-            if phase == "decoding":
+            if not is_first:
                 self._generated_tokens += len(delta.token_ids)
-            elif report is None or report.is_complete:
+            is_first = False
+            if phase != "decoding" and (report is None or report.is_complete):
                 if phase in ("waiting", "promised"):
                     self._meter.count(started=1)
                 self._phases[phase] -= 1

@@ -47,6 +47,8 @@ WAIT_IF_NEEDED_S = 600.0
 FIRST_RETRY_S = 2.0
 LONGEST_RETRY_S = 120.0
 """The pauses before a link that failed is probed again: each is twice the last one, up to this."""
+TURN_WAIT_S = 150.0
+"""How long a turn may be awaited.  A prefill replica that works gives up a little earlier (TURN_S in prefill.py)."""
 STATS_TIMEOUT_S = 2.0
 """How long after a sequence's end its transfer may be missing from the engine's stats."""
 STATS_POLL_S = 0.02
@@ -66,7 +68,10 @@ class PrefillPeers(Protocol):
         """Return the replicas that are ready."""
 
     async def begin_probe(self, replica: str) -> None:
-        """Wait until no other decode replica probes `replica`."""
+        """Wait until no other decode replica probes `replica`.  Raises PrefillFailed if that takes too long."""
+
+    def withdraw(self, replica: str) -> None:
+        """Give up a turn that has begun or is awaited; returns at once."""
 
     async def prefill(self, request: GenerateRequest, replica: str) -> TransferDescriptor:
         """Prefill a probe.  Raises a BatonError."""
@@ -100,6 +105,8 @@ class LinkKeeper:
         self._engine = engine
         self._peers = peers
         self._known: dict[str, _Known] = {}
+        self._usable_until: dict[str, float] = {}
+        """Replicas that have gone and whose links were usable; monotonic times."""
         self._long_tokens = SHORT_TOKENS
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -108,8 +115,14 @@ class LinkKeeper:
         return [known.link for known in self._known.values()]
 
     def is_usable(self, prefill_replica: str) -> bool:
+        """Whether KV may be taken from there.
+
+        It may for a while from a replica that has gone: it drains until decode has taken what it computed.
+        """
         known = self._known.get(prefill_replica)
-        return known is not None and not known.link.problem
+        if known is None:
+            return self._usable_until.get(prefill_replica, 0.0) > time.monotonic()
+        return not known.link.problem
 
     async def start(self, info: EngineInfo, *, can_prefill: bool) -> None:
         """Probe the prefill replicas that are there or come soon, and begin to follow the pool.
@@ -136,7 +149,7 @@ class LinkKeeper:
     async def _wait_for_change(self, timeout_s: float | None) -> None:
         """Wait until prefill replicas have come or gone, at most `timeout_s` seconds; not if there are unknown ones."""
         self._changed.clear()
-        if self._peers.ready() - self._known.keys():
+        if self._peers.ready() != self._known.keys():
             return
         try:
             async with asyncio.timeout(timeout_s):
@@ -157,8 +170,13 @@ class LinkKeeper:
     async def _probe_due(self) -> None:
         """Forget the replicas that have gone, and probe those that are new or failed a while ago, one by one."""
         for gone in self._known.keys() - self._peers.ready():
-            del self._known[gone]
+            if not self._known.pop(gone).link.problem:
+                self._usable_until[gone] = (
+                    time.monotonic() + self._spec.transfer_timeout_s + self._spec.transfer_lease_s
+                )
             self.on_change(self.links())
+        now = time.monotonic()
+        self._usable_until = {replica: until for replica, until in self._usable_until.items() if until > now}
         for replica in sorted(self._peers.ready()):
             known = self._known.get(replica)
             if known is None or (known.link.problem and known.retry_at <= time.monotonic()):
@@ -175,6 +193,9 @@ class LinkKeeper:
             link = Link(replica, problem="the probe failed: its engine is dead")
         except (BatonError, TimeoutError) as error:
             link = Link(replica, problem=f"the probe failed: {str(error) or type(error).__name__}")
+        except Exception as error:
+            logger.exception("a probe of %s failed", replica)  # the others must be probed nevertheless
+            link = Link(replica, problem=f"the probe failed: {error!r}")
         logger.log(
             logging.WARNING if link.problem else logging.INFO,
             "link decode_replica=%s probed_s=%.2f %s",
@@ -188,18 +209,19 @@ class LinkKeeper:
     async def _probe_link(self, replica: str) -> Link:
         """Probe one pair.  Raises a BatonError or TimeoutError if no KV came."""
         watch = self._engine.transport_watch
-        async with asyncio.timeout(self._spec.transfer_timeout_s):
-            await self._peers.begin_probe(replica)
-            mark = await watch.mark()
-            try:
+        try:
+            async with asyncio.timeout(TURN_WAIT_S):
+                await self._peers.begin_probe(replica)
+            async with asyncio.timeout(self._spec.transfer_timeout_s):
+                mark = await watch.mark()
                 await self._move(replica, SHORT_TOKENS)
                 short, probe_s = await self._move(replica, SHORT_TOKENS)
                 long, _ = await self._move(replica, self._long_tokens)
-            except BaseException:
-                await self._peers.end_probe(replica)
-                raise
-            told_there = await self._peers.end_probe(replica)
-            evidence = await watch.since(mark) or told_there
+                told_there = await self._peers.end_probe(replica)
+        except BaseException:
+            self._peers.withdraw(replica)
+            raise
+        evidence = await watch.since(mark) or told_there
         if evidence is None:
             is_free = self._spec.required_transport == "any"
             evidence = TransportEvidence("", "" if is_free else "no engine tells how KV moves")

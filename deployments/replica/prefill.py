@@ -9,7 +9,7 @@ import time
 import msgspec
 
 from app.config import BatonConfig
-from app.errors import BatonError
+from app.errors import BatonError, PrefillFailed
 from app.messages import (
     EngineStats,
     GenerateRequest,
@@ -35,17 +35,31 @@ class ProbeTurns:
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
         self._prober = ""
+        self._waiting: set[str] = set()
         self.mark = 0
         """Where in the engine's `transport_watch` the present turn began."""
         self._expiry: asyncio.TimerHandle | None = None
 
     async def begin(self, decode_replica: str) -> None:
-        await self._lock.acquire()
+        """Wait for a turn.  Raises PrefillFailed if there is none in time, or if `end` is called meanwhile."""
+        self._waiting.add(decode_replica)
+        try:
+            async with asyncio.timeout(1.1 * TURN_S):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise PrefillFailed("other decode replicas probe it all the time") from None
+        finally:
+            is_awaited = decode_replica in self._waiting
+            self._waiting.discard(decode_replica)
+        if not is_awaited:
+            self._lock.release()
+            raise PrefillFailed("the decode replica has withdrawn")
         self._prober = decode_replica
         self._expiry = asyncio.get_running_loop().call_later(TURN_S, self.end, decode_replica)
 
     def end(self, decode_replica: str) -> bool:
-        """End a turn.  Returns whether it lasted until now."""
+        """End a turn, or no longer wait for it.  Returns whether it lasted until now."""
+        self._waiting.discard(decode_replica)
         if self._prober != decode_replica or self._expiry is None:
             return False
         self._expiry.cancel()

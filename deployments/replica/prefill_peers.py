@@ -50,6 +50,17 @@ class RayPrefillPeers:
         except BatonError:  # the replica is gone, and its prefills with it
             return
 
+    def withdraw(self, replica: str) -> None:
+        task = spawn_detached(self._withdraw(replica), name="withdraw-probe")
+        self._abandoning.add(task)
+        task.add_done_callback(self._abandoning.discard)
+
+    async def _withdraw(self, replica: str) -> None:
+        try:
+            await self.end_probe(replica)
+        except BatonError:  # the replica is gone, and its turns with it
+            return
+
     async def end_probe(self, replica: str) -> TransportEvidence | None:
         evidence: TransportEvidence | None = await self._call("end_probe", replica, self._decode_replica)
         return evidence

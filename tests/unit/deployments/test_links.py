@@ -118,6 +118,10 @@ class Peers:
         self.probing.remove(replica)
         return self.told
 
+    def withdraw(self, replica: str) -> None:
+        if replica in self.probing:
+            self.probing.remove(replica)
+
     async def prefill(self, request: GenerateRequest, replica: str) -> TransferDescriptor:
         assert self.probing == [replica]
         self.salts.add(request.cache_salt)
@@ -356,7 +360,6 @@ async def test_decode_replicas_probe_one_prefill_replica_in_turns(monkeypatch: p
     second = asyncio.create_task(turns.begin("d1"))
     await asyncio.sleep(0)
     assert not second.done()
-    assert not turns.end("d1")
     assert turns.end("d0")
     await second
     assert not turns.end("d0")
@@ -371,3 +374,42 @@ async def test_a_turn_ends_if_whoever_has_it_dies(monkeypatch: pytest.MonkeyPatc
         await turns.begin("d1")
     assert not turns.end("d0")
     assert turns.end("d1")
+
+
+async def test_a_turn_that_nobody_waits_for_any_more_is_not_taken() -> None:
+    turns = ProbeTurns()
+    await turns.begin("d0")
+    second = asyncio.create_task(turns.begin("d1"))
+    await asyncio.sleep(0)
+    assert not turns.end("d1")
+    assert turns.end("d0")
+    with pytest.raises(PrefillFailed, match="withdrawn"):
+        await second
+    async with asyncio.timeout(5):
+        await turns.begin("d2")
+    assert turns.end("d2")
+
+
+async def test_stopping_ends_a_probe_that_is_under_way(decode: Decode) -> None:
+    await decode.start()
+    decode.peers.hung.add("p")
+    decode.peers.become("p")
+    await until(lambda: decode.peers.probing == ["p"])
+    async with asyncio.timeout(5):
+        await decode.keeper.stop()
+    assert (decode.peers.abandoned, decode.peers.probing) == (["p"], [])
+
+
+async def test_kv_of_a_replica_that_drains_is_still_taken(decode: Decode) -> None:
+    decode.peers.failing["q"] = PrefillFailed("broken")
+    await decode.start("p", "q")
+    decode.peers.become()
+    await until(lambda: decode.problems() == {})
+    assert decode.keeper.is_usable("p")
+    assert not decode.keeper.is_usable("q")
+
+
+async def test_a_probe_that_fails_in_an_unforeseen_way_leaves_the_others(decode: Decode) -> None:
+    decode.peers.failing["p"] = OSError("the log is full")
+    await decode.start("p", "q")
+    assert decode.problems() == {"p": "the probe failed: OSError('the log is full')", "q": ""}

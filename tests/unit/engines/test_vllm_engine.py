@@ -248,6 +248,19 @@ async def test_a_token_that_decode_would_not_have_sampled_is_dropped(
     assert descriptor.first_token is None
 
 
+@pytest.mark.parametrize(
+    ("mode", "arguments"), [("corrupted", {}), ("remote", {"logits_processors": ["some.Processor"]})]
+)
+async def test_decode_samples_where_prefills_token_would_be_another(
+    spec: EngineSpec, mode: Any, arguments: dict[str, Any]
+) -> None:
+    engine = Core(msgspec.structs.replace(spec, engine_args=arguments))
+    known_length(engine)
+    engine.outputs.put_nowait(output(remote_num_tokens=50))
+    engine.outputs.put_nowait(None)
+    assert (await engine.prefill(msgspec.structs.replace(REQUEST, prefill_mode=mode))).first_token is None
+
+
 def handoff(**fields: Any) -> TransferDescriptor:
     usual: dict[str, Any] = {
         "engine": "vllm",
