@@ -152,6 +152,14 @@ async def test_a_peer_of_a_known_configuration_is_judged_by_its_tables() -> None
     assert (await judge(log, write, endpoint(TCP))).problem == "KV moves by intra-node tcp/lo (zero-copy)"
 
 
+async def test_a_rank_of_a_known_configuration_counts_beside_one_of_a_new_one() -> None:
+    """With tensor parallelism a peer has several processes, and UCX prints a table for the new kind only."""
+    log, write = make("nvlink")
+    await judge(log, write, endpoint(TCP, new="cfg#1"), table(TCP, "cfg#1"))
+    mixed = await judge(log, write, endpoint(NVLINK, new="cfg#2"), table(NVLINK, "cfg#2"), endpoint(TCP))
+    assert "tcp/lo" in mixed.problem
+
+
 async def test_a_configuration_with_two_ways_does_not_say_which_one_a_peer_takes() -> None:
     """For example peers in another container, whose CUDA IPC handles cannot be opened."""
     log, write = make("nvlink")
