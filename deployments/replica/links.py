@@ -147,13 +147,12 @@ class LinkKeeper:
         self._task = asyncio.create_task(self._follow(), name="links")
 
     async def _wait_for_change(self, timeout_s: float | None) -> None:
-        """Wait until prefill replicas have come or gone, at most `timeout_s` seconds; not if there are unknown ones."""
-        self._changed.clear()
-        if self._peers.ready() != self._known.keys():
-            return
+        """Wait until there are other prefill replicas than those that are known, at most `timeout_s` seconds."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._changed.wait()
+                while self._peers.ready() == self._known.keys():
+                    self._changed.clear()  # Serve also tells of a pool that is still empty
+                    await self._changed.wait()
         except TimeoutError:
             return
 
@@ -243,6 +242,7 @@ class LinkKeeper:
             request_id=f"probe-{uuid.uuid4().hex}",
             prompt_token_ids=random.choices(range(1, 256), k=num_tokens),
             sampling={"temperature": 0.0, "max_tokens": 2, "ignore_eos": True},  # one would need no KV
+            expected_cached_tokens=num_tokens,  # it counts as no load, which would make the prefill pool grow
             cache_salt=uuid.uuid4().hex,  # nobody else's prompt meets these blocks, and they are evicted as any others
         )
         reports: list[PrefillReport] = []

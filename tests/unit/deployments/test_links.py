@@ -282,6 +282,8 @@ async def test_decode_waits_a_while_for_the_first_prefill_replica(
     decode.can_prefill = False
     starting = asyncio.create_task(decode.start())
     await asyncio.sleep(0.02)
+    decode.peers.become()  # as Serve tells that the pool is there
+    await asyncio.sleep(0.02)
     assert not starting.done()
     decode.peers.become("p")
     await starting
