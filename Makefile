@@ -46,7 +46,7 @@ run: setup  ## serve CONFIG; MODEL=<path or name> replaces its model
 check: lint  ## for every commit: lint, types and unit tests (2 to 4 minutes on 2 cores)
 	$(BIN)/pytest tests/unit
 
-test: lint setup-sglang packages  ## set up, lint, then all tests (17 to 28 minutes on 2 cores)
+test: lint setup-sglang packages  ## set up, lint, then all tests (17 to 31 minutes on 2 cores)
 	$(BIN)/pytest
 
 test-gpu: two-gpus $(if $(GPU_PYTHON),,setup)  ## the tests of real engines on GPUs, two or more; GPU_TESTS chooses some

@@ -77,7 +77,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the process in order, and kill what is left of it and its children: the next one needs the GPUs' memory."""
     tree = read_tree(process.pid)
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
     try:
         process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
