@@ -187,5 +187,10 @@ async def test_a_replica_that_dies_leaves_at_once_and_its_successor_begins_with_
     await app.wait_for(prefill=1)
     assert victim not in (await app.replicas())["prefill"]
     await wait_for(app, "prefill", cached_blocks=0)
+
+    async def is_linked() -> bool:
+        return bool((await app.handle.health.remote())["state"] == "ready")
+
+    await eventually(is_linked, 10, "a link to the successor")
     await app.run("refill", prompt=[60, 61, 62, 63])
     await wait_for(app, "prefill", cached_blocks=2)
