@@ -1,11 +1,14 @@
-"""Measures what a tree of processes costs: CPU time and memory, from /proc (Linux)."""
+"""Measures what a tree of processes costs, CPU time and memory, and ends it: from /proc (Linux)."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
+import subprocess
+import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -140,3 +143,23 @@ def end_all(tree: list[Process]) -> None:
                 os.kill(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+def end_in_order(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> None:
+    """Ask the processes to end, in this order, and then kill those that are left, children included.
+
+    They have `timeout_s` seconds together.
+    """
+    tree = read_tree(*(process.pid for process in processes))
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            tree += read_tree(process.pid)  # with what it has started since
+            process.kill()
+            process.wait()
+    end_all(tree)

@@ -211,11 +211,11 @@ def _row(measurements: list[Measurement], baseline: str, target: str, level: Lev
     theirs = {m.repetition: m for m in at_level if m.target == baseline}
     pairs = [(compared(m), compared(theirs[m.repetition])) for m in mine if m.repetition in theirs]
     ratios: dict[str, Any] = {
-        field: _median(_divide(a[field], b[field]) for a, b in pairs)
+        field: _median(divide(a[field], b[field]) for a, b in pairs)
         for field in Row.__struct_fields__
         if field.endswith("_ratio")
     }
-    per_cpu_s = [_divide(m.result.output_tokens / m.result.num_completed, m.cpu_s_per_request) for m in mine]
+    per_cpu_s = [divide(m.result.output_tokens / m.result.num_completed, m.cpu_s_per_request) for m in mine]
     return Row(
         target=target,
         concurrency=level.concurrency,
@@ -235,7 +235,8 @@ def _median(values: Iterable[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def _divide(a: float | None, b: float | None) -> float | None:
+def divide(a: float | None, b: float | None) -> float | None:
+    """Return the ratio; None if it cannot be told."""
     return a / b if a is not None and b else None
 
 
@@ -260,11 +261,11 @@ def load_table(rows: list[Row], baseline: str) -> Table:
     for row in rows:
         result = row.result
         table.add_row(
-            *(f"{row.level.value:g}", row.target, f"{result.requests_per_s:.2f}", _text(result.goodput_per_s, 2)),
+            *(f"{row.level.value:g}", row.target, f"{result.requests_per_s:.2f}", shown(result.goodput_per_s, 2)),
             *(f"{result.output_tokens_per_s:.0f}", f"{sum(result.failures.values())}"),
-            *(f"{result.tokens_per_chunk:.2f}", _text(row.cpu_s_per_request, 1, 1000)),
-            *(_text(row.output_tokens_per_cpu_s, 0), f"{result.client_cores:.2f}"),
-            *(_text(getattr(row, field), 2) for field in ratios.values()),
+            *(f"{result.tokens_per_chunk:.2f}", shown(row.cpu_s_per_request, 1, 1000)),
+            *(shown(row.output_tokens_per_cpu_s, 0), f"{result.client_cores:.2f}"),
+            *(shown(getattr(row, field), 2) for field in ratios.values()),
             str(row.num_repetitions),
         )
     return table
@@ -295,7 +296,7 @@ def tail_table(rows: list[Row], baseline: str) -> Table:
     table = markdown_table([_axis(rows), "target", *ratios], title=f"More ratios to {baseline}")
     for row in rows:
         if row.target != baseline:
-            cells = (_text(getattr(row, field), 2) for field in ratios.values())
+            cells = (shown(getattr(row, field), 2) for field in ratios.values())
             table.add_row(f"{row.level.value:g}", row.target, *cells)
     return table
 
@@ -305,7 +306,8 @@ def _axis(rows: list[Row]) -> str:
     return {"concurrency": "c", "rate": "req/s asked"}.get(axis, axis)
 
 
-def _text(value: float | None, digits: int, factor: float = 1.0) -> str:
+def shown(value: float | None, digits: int, factor: float = 1.0) -> str:
+    """Return a number as a cell of a table; a dash if there is none."""
     return "-" if value is None else f"{value * factor:.{digits}f}"
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from app.bench.processes import end_all, read_tree
+from app.bench.processes import end_in_order
 from app.errors import BatonError
 from deployments import haproxy
 from deployments.cluster import start_cluster, stop_cluster
@@ -66,25 +66,11 @@ def serving(document: dict[str, Any], log: Path, timeout_s: float) -> Iterator[f
         log.unlink()
     finally:
         config.unlink()
-        _stop(process)
+        end_in_order([process], STOP_TIMEOUT_S)  # wholly: the next application needs the GPUs' memory
 
 
 def _last_lines(log: Path) -> str:
     return " | ".join(log.read_text().splitlines()[-SHOWN_LINES:])
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the process in order, and kill what is left of it and its children: the next one needs the GPUs' memory."""
-    tree = read_tree(process.pid)
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        tree += read_tree(process.pid)
-        process.kill()
-        process.wait()
-    end_all(tree)
 
 
 def main(config: Path) -> None:

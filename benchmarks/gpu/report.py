@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.bench.gpus import Gpu
-from app.bench.report import Source, markdown_table
+from app.bench.report import Source, divide, markdown_table, shown
 from benchmarks.gpu.measure import Application
 from benchmarks.gpu.peer_copy import PeerCopy
 
@@ -174,7 +174,7 @@ def transfer_table(applications: Sequence[Application], copies: Sequence[PeerCop
             table.add_row(
                 *(application.name, str(hop.prompt_tokens), f"{each / 1e6:.1f}"),
                 _ms(moved.seconds / moved.num_transfers * 1e3 if rate else None),
-                *(_number(rate), _number(bound_rate), _number(_divide(rate, bound_rate))),
+                *(_number(rate), _number(bound_rate), _number(divide(rate, bound_rate))),
             )
     return table
 
@@ -211,7 +211,7 @@ def cache_table(applications: Sequence[Application]) -> Table:
     table = markdown_table(columns, "The same prompt again: TTFT ms")
     for application in applications:
         for each in application.cache:
-            ratio = _number(_divide(each.cold_ms, each.cached_ms))
+            ratio = _number(divide(each.cold_ms, each.cached_ms))
             cells = (_ms(each.cold_ms), _ms(each.cached_ms), ratio, str(each.cached_tokens))
             table.add_row(application.name, str(each.prompt_tokens), each.mode, *cells)
     return table
@@ -228,10 +228,10 @@ def ratio_table(applications: Sequence[Application]) -> Table:
         if base is each:
             continue
         theirs = {hop.prompt_tokens: hop for hop in base.hops}
-        itl = _divide(_itl(each), _itl(base))
+        itl = divide(_itl(each), _itl(base))
         for mode in dict.fromkeys(mode for hop in each.hops for mode in hop.series):
             ratios = {
-                hop.prompt_tokens: _divide(hop.series[mode].ttft_ms, theirs[hop.prompt_tokens].series[mode].ttft_ms)
+                hop.prompt_tokens: divide(hop.series[mode].ttft_ms, theirs[hop.prompt_tokens].series[mode].ttft_ms)
                 for hop in each.hops
                 if hop.prompt_tokens in theirs and mode in hop.series
             }
@@ -272,12 +272,8 @@ def _text(table: Table) -> str:
 
 
 def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+    return shown(value, 1)
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _divide(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
+    return shown(value, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from app.bench.client import describe, new_client
-from app.bench.processes import Process, end_all, read_tree
+from app.bench.processes import Process, end_in_order, read_tree
 from benchmarks.peers.targets import Command, NotMeasurable, Plan, last_line
 
 START_TIMEOUT_S = 300.0
@@ -60,19 +59,7 @@ class Servers:
 
     def stop(self) -> None:
         """Ask the processes to end, then kill those that are left, children included."""
-        tree = self.tree()
-        for _, process, _ in reversed(self._started):
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        for _, process, _ in self._started:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                tree += read_tree(process.pid)  # with what it has started since
-                process.kill()
-                process.wait()
-        end_all(tree)
+        end_in_order([process for _, process, _ in reversed(self._started)], STOP_TIMEOUT_S)
 
 
 @contextmanager
