@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from app.pace import Pace
+
 Role = Literal["prefill", "decode", "aggregated"]
 """What a pool's engines do.  *prefill* computes prompts for others.  *decode* generates from prompts computed
 elsewhere, and computes prompts too if there is no prefill pool or if the engine can.  *aggregated* serves whole
@@ -45,6 +47,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_parser_kwargs: dict[str, Any] | None = None
     sent_at: float | None = None
     """Unix time in seconds at which the frontend sent the request to prefill; None elsewhere."""
+
+    @property
+    def is_load(self) -> bool:
+        """Whether it counts as work; Baton's own measurements (app/engines/probe_request.py) do not."""
+        return self.expected_cached_tokens < len(self.prompt_token_ids)
 
 
 UNKNOWN_RANK = 0
@@ -258,6 +265,10 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_address: str = ""
     """host:port at which other engines ask this one for its KV layout."""
     prefix_cache: PrefixCache = "none"
+    max_sequences: int = 0
+    """The most sequences that decode at once; 0 if nobody tells."""
+    pace: Pace | None = None
+    """How fast its engine computes; None if that was not measured."""
 
 
 class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -271,6 +282,21 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     """KV blocks that requests hold."""
     decoding: int = 0
     """Those of `sequences` that have a token; each step of the engine gives them another one."""
+    queued_s: float = 0.0
+    """The sum of `Pace.compute_s` over the prompts of `queued_tokens`; 0 if the pace is not known."""
+    prefill_share: float = 0.0
+    """The share of the recent time in which prompts were computed here (app/recent_load.py)."""
+    slowness: float = 1.0
+    """How many times as long as by the pace steps took lately."""
+    window_s: float = 2.0
+    """How long sequences typically decode here; it is what "recent" and "lately" mean."""
+    growth_tokens: int = 0
+    """By how much longer those of `decoding` will be, in tokens together, on the mean over their time here."""
+    output_tokens: int = 0
+    """How many tokens sequences typically get here."""
+    kv_tokens: int = 0
+    """The tokens, prompts included, that sequences have here which decode or will.  Unlike in `used_blocks`, a prefix
+    that several share counts for each: a step reads it for each."""
 
 
 class KvUpdate(msgspec.Struct, frozen=True, array_like=True):

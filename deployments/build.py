@@ -17,6 +17,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
+from app.chunk_size import with_chunk_sizes
 from app.config import (
     BatonConfig,
     DeploymentConfig,
@@ -61,7 +62,7 @@ def build(args: dict[str, Any]) -> Application:
     check_autoscaling(config)
     device = check(config, _gpus_per_node())
     # Decided once for all replicas, by the CPU of the node on which Serve builds: nodes may differ, pools must not.
-    config = with_dtype(config, device)
+    config = with_chunk_sizes(with_dtype(config, device), device)
     logger.info("device=%s models=%s", device, ",".join(model.source for model in config.models))
     workers: dict[Role, type] = {"decode": DecodeWorker, "prefill": PrefillWorker, "aggregated": AggregatedWorker}
     pools = [build_pools(workers, config, model, device) for model in config.models]
@@ -180,6 +181,7 @@ def pool_autoscaling(model: ModelConfig, role: Role) -> dict[str, Any] | None:
         "itl_s": model.slo.itl_ms / 1000,
         "sequences": pool.autoscaling.get("target_ongoing_requests"),
         "is_for_prompts": role != "decode" or not model.is_disaggregated,
+        "is_for_decoding": role != "prefill",
     }
     policy = {"policy_function": POOL_POLICY, "policy_kwargs": {"model": model.name, "role": role, **targets}}
     return {"metrics_interval_s": REPORT_S, "policy": policy, **pool.autoscaling}

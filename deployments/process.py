@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 
 
 def adopt_serve_logging() -> None:
@@ -13,6 +16,22 @@ def adopt_serve_logging() -> None:
     baton.handlers = serve.handlers
     baton.setLevel(serve.level)
     baton.propagate = False
+
+
+@contextmanager
+def keep_serve_logging() -> Generator[None, None, None]:
+    """Keep Serve's log working through a block in which others set up logging for the whole process, as engines do.
+
+    ``logging.config.dictConfig`` closes all handlers.  A file opens again with its next line, but the buffer that Serve
+    puts before it has then lost its target: it would take every further line of this replica and write none.
+    """
+    buffers = [handler for handler in logging.getLogger("ray.serve").handlers if isinstance(handler, MemoryHandler)]
+    targets = [buffer.target for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, target in zip(buffers, targets, strict=True):
+            buffer.setTarget(target)
 
 
 def freeze_heap() -> None:

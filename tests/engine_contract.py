@@ -42,6 +42,7 @@ class Pair:
     slow_decode: dict[str, Any] = field(default_factory=dict)
     """Sampling parameters that make a leg slow if many tokens do not."""
     can_decode_prefill: bool = True
+    can_prefill_decode: bool = True
     keeps_kv: bool = True
     """Whether a prompt's KV exists before decode asks for it."""
 
@@ -52,6 +53,10 @@ class Pair:
     def begin(self, request: GenerateRequest, descriptor: TransferDescriptor | None) -> Running:
         """Start decoding `request`."""
         return Running(self.decode, request, descriptor)
+
+    def begin_on_prefill(self, request: GenerateRequest) -> Running:
+        """Start the whole of `request` on the prefill engine."""
+        return Running(self.prefill, request, None)
 
     async def are_idle(self) -> bool:
         """Return whether no engine holds KV, runs a request or counts a prompt as queued."""
@@ -132,6 +137,28 @@ class EngineContract:
         report = running.deltas[0].report
         assert report is not None
         assert (report.kind, report.prefill_replica, report.transferred_tokens) == ("local", None, 0)
+        await pair.until_idle()
+
+    async def test_prefill_runs_whole_sequences_where_it_can_and_keeps_nothing_of_them(self, pair: Pair) -> None:
+        if not pair.can_prefill_decode:
+            pytest.skip("this prefill engine cannot decode")
+        request = pair.request()
+        there, here = pair.begin_on_prefill(request), pair.begin(request, None)
+        await asyncio.gather(there.task, here.task)
+        check_deltas(there.deltas, 40)
+        tokens = [[token for delta in running.deltas for token in delta.token_ids] for running in (there, here)]
+        assert tokens[0] == tokens[1]
+        report = there.deltas[0].report
+        assert report is not None
+        assert (report.kind, report.transferred_tokens) == ("local", 0)
+        await pair.until_idle()
+
+    async def test_aborting_a_whole_sequence_on_prefill_frees_its_kv(self, pair: Pair) -> None:
+        if not pair.can_prefill_decode:
+            pytest.skip("this prefill engine cannot decode")
+        running = pair.begin_on_prefill(pair.request(max_tokens=500, **pair.slow_decode))
+        await running.until_first_delta()
+        await running.abort()
         await pair.until_idle()
 
     async def test_kv_that_nobody_fetches_is_freed_at_once_when_it_is_released(self, pair: Pair) -> None:

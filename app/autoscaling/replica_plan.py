@@ -25,8 +25,8 @@ MAX_KV_USE = 0.85
 """The largest share of the KV memory that is to be taken.  At 100 % an engine preempts sequences, whose KV is then
 computed a second time, and running sequences grow by a token each step."""
 MIN_BATCH = 8
-"""Fewer sequences than this on each replica do not make steps shorter: reading the weights takes 4.9 ms of the 5.0 ms
-that a step of 8 short sequences takes (app/engines/sim/profiles/h200-llama-8b.yaml)."""
+"""Fewer sequences than this on each replica do not make steps shorter: reading the weights takes 4.65 ms of the 4.8
+ms that a step of 8 short sequences takes (app/engines/sim/profiles/h200-llama-8b.yaml)."""
 FADE_S = 300.0
 """After this many seconds a replica is believed to be half as fast as it was seen to be.  A memory is needed because
 short prompts, and sequences without a slot, make it look slow, and more replicas than needed cost more than one that is
@@ -45,6 +45,8 @@ class Targets(msgspec.Struct, frozen=True, kw_only=True):
     is_for_prompts: bool
     """Whether the pool is there to compute prompts.  A decode pool beside a prefill pool computes prompts which
     frontends prefer not to send there.  It grows for them only if the TTFT suffers, as more prefill takes them away."""
+    is_for_decoding: bool = True
+    """Whether the pool is there to decode.  A prefill pool decodes only the sequences that found no room on decode."""
 
 
 class SeenCapacity(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +105,7 @@ def plan_pool(loads: Sequence[Load], capacity: SeenCapacity, targets: Targets, r
         ttft_demand(load, capacity, targets, replicas.running),
         busy_demand(load, capacity, targets, replicas.running),
         slot_demand(loads, capacity),
+        guest_demand(loads, targets),
         kv_demand(load, replicas.running),
         itl_demand(loads, targets),
         sequence_demand(load, targets),
@@ -131,6 +134,8 @@ def measure(loads: Sequence[Load], before: SeenCapacity, targets: Targets, passe
             tokens_per_s=max(load.computed_tokens / load.busy, known.tokens_per_s),
             prompt_tokens=load.computed_tokens / load.prompts,
         )
+    if not targets.is_for_decoding:  # what waits there are prompts, not sequences for a slot
+        return known
     seen = max((one.decoding for one in loads), default=0.0)  # not the mean: a new replica fills up only
     in_line = count_in_line(loads, known)
     is_full = in_line >= 1 and in_line > targets.ttft_s * (load.prompts + load.started)  # Little's law
@@ -188,6 +193,17 @@ def slot_demand(loads: Sequence[Load], capacity: SeenCapacity) -> Demand:
     return Demand(
         min((decoding + in_line) / capacity.slots, float(math.ceil(decoding + in_line))),
         f"{_count(decoding, 'sequence')} decode and {in_line:.0f} wait for a slot, a replica has {capacity.slots:.0f}",
+    )
+
+
+def guest_demand(loads: Sequence[Load], targets: Targets) -> Demand:
+    """Ask for the replicas of a prefill pool on which sequences decode, as long as they do."""
+    decoding = sum(load.decoding for load in loads)
+    if targets.is_for_decoding or not decoding:
+        return NOTHING
+    return Demand(
+        sum(min(1.0, load.decoding) for load in loads),
+        f"{_count(decoding, 'sequence')} that found no room on decode run here",
     )
 
 

@@ -16,6 +16,7 @@ from app.channel.protocol import (
     ERRORS,
     MAX_HELLO_BYTES,
     READ_BYTES,
+    Backlog,
     Batch,
     Cancel,
     Hello,
@@ -80,6 +81,7 @@ class Channel:
         self._writer = writer
         self._listener = listener
         self._is_retired = False
+        self._backlog = Backlog()
         self._numbers = itertools.count()
         self._sequences: dict[int, SubmittedSequence] = {}
         self._task = asyncio.create_task(self._receive(reader), name=f"channel-{replica_id}")
@@ -130,6 +132,12 @@ class Channel:
             self._writer.write(to_frame(Cancel(sequence.number)))
         if self._is_retired and not self._sequences:
             self.close()
+
+    def tell_backlog(self, backlog: Backlog) -> None:
+        """Tell the replica its share of what waits in this process, if that has changed."""
+        if backlog != self._backlog and not self.is_closed:
+            self._backlog = backlog
+            self._writer.write(to_frame(backlog))
 
     def retire(self) -> None:
         """Close as soon as no sequence runs.  From now on the listener is not called."""

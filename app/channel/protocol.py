@@ -10,8 +10,8 @@ Ray Serve's own calls cost more than the work they carry (docs/decisions/0002-ch
 what needs Ray: finding replicas, checking their health, and passing references to transfer descriptors.
 
 A frame is its length (4 bytes, little-endian) followed by msgpack.  The first frames are `Hello` from the frontend and
-`Welcome` from the replica.  After that the frontend sends `Submit` and `Cancel`, and the replica sends `Batch`.
-Prefill replicas get their prompts through Ray, so nothing is submitted on their connections.
+`Welcome` from the replica.  After that the frontend sends `Submit`, `Cancel` and `Backlog`, and the replica sends
+`Batch`.  Prefill replicas get the prompts whose KV is to move through Ray; submitted to them are whole sequences.
 """
 
 from __future__ import annotations
@@ -69,6 +69,18 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=True):
     number: int
 
 
+class Backlog(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A replica's share of what waits in the frontend's own line, where the replica cannot see it.
+
+    It replaces the last one, and is gone with the connection.  Autoscaling counts it as if it waited on the replica.
+    """
+
+    queued_tokens: int = 0
+    """Prompt tokens that wait to be computed in this pool."""
+    sequences: int = 0
+    """Sequences that wait for room to decode in this pool."""
+
+
 class Failure(msgspec.Struct, frozen=True, array_like=True):
     """The error that ended a sequence early: its name, which is in `ERRORS`, and its text."""
 
@@ -97,7 +109,7 @@ ERRORS: dict[str, type[BatonError]] = {
 _encode = msgspec.msgpack.Encoder().encode
 decode_hello = msgspec.msgpack.Decoder(Hello).decode
 decode_welcome = msgspec.msgpack.Decoder(Welcome).decode
-decode_call = msgspec.msgpack.Decoder(Submit | Cancel).decode
+decode_call = msgspec.msgpack.Decoder(Submit | Cancel | Backlog).decode
 decode_batch = msgspec.msgpack.Decoder(Batch).decode
 
 

@@ -16,7 +16,9 @@ from app.channel.protocol import (
     ERRORS,
     MAX_HELLO_BYTES,
     READ_BYTES,
+    Backlog,
     Batch,
+    Cancel,
     Failure,
     Submit,
     Welcome,
@@ -55,6 +57,8 @@ class FrontendChannel:
         `snapshot` tells the whole prefix cache, or None if the replica does not know.
         """
         self.id = channel_id
+        self.backlog = Backlog()
+        """What the frontend said last."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._deltas: dict[int, TokenDelta] = {}
         self._failures: list[tuple[int, Failure]] = []
@@ -186,6 +190,8 @@ class ChannelServer:
         self.on_open: Callable[[FrontendChannel], object] = lambda channel: None
         self.on_close: Callable[[FrontendChannel], object] = lambda channel: None
         """Called once each of the channel's sequences has been cancelled."""
+        self.on_backlog: Callable[[], object] = lambda: None
+        """Called when `backlog` may have changed."""
         self.snapshot: Callable[[], KvUpdate | None] = lambda: None
         """Returns the whole prefix cache, for a frontend that has just connected or fallen behind; None if it is not
         known."""
@@ -206,6 +212,11 @@ class ChannelServer:
 
     def num_sequences(self) -> int:
         return sum(len(channel) for channel in self.channels.values())
+
+    def backlog(self) -> Backlog:
+        """Return what waits for this replica in all frontends together."""
+        told = [channel.backlog for channel in self.channels.values()]
+        return Backlog(sum(one.queued_tokens for one in told), sum(one.sequences for one in told))
 
     def publish_load(self, load: ReplicaLoad) -> None:
         """Send the load to all frontends, including those that connect later."""
@@ -273,15 +284,22 @@ class ChannelServer:
             async for frames in read_frames(reader):
                 for frame in frames:
                     call = decode_call(frame)
-                    if isinstance(call, Submit):
-                        channel.start(call.number, self._run(channel, call))
-                    else:
-                        channel.cancel(call.number)
+                    self._take(channel, call)
         finally:
             sender.cancel()
             channel.close()
             del self.channels[channel.id], self._writers[channel]
+            self.on_backlog()
             asyncio.get_running_loop().call_soon(self.on_close, channel)
+
+    def _take(self, channel: FrontendChannel, call: Submit | Cancel | Backlog) -> None:
+        if isinstance(call, Submit):
+            channel.start(call.number, self._run(channel, call))
+        elif isinstance(call, Cancel):
+            channel.cancel(call.number)
+        else:
+            channel.backlog = call
+            self.on_backlog()
 
 
 async def _send(channel: FrontendChannel, writer: asyncio.StreamWriter) -> None:

@@ -45,6 +45,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size_tokens: int
     max_model_len: int
+    chunk_tokens: int = 2048
+    """The most prompt tokens that one step computes."""
+    max_sequences: int = 0
+    """The most sequences that one step computes; 0 if nobody tells."""
     prefix_cache: PrefixCache = "none"
     """With ``published``, `Engine.kv_events` yields what happens to it."""
 

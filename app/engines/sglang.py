@@ -151,6 +151,7 @@ class SglangEngine:
             num_blocks=surface.num_kv_tokens(engine) // self._page_size,
             block_size_tokens=self._page_size,
             max_model_len=manager.context_len,
+            chunk_tokens=_chunk_tokens(engine.server_args, manager.context_len),
             prefix_cache=prefix_cache(build_engine_args(self._spec)),
         )
 
@@ -400,6 +401,12 @@ class SglangEngine:
             await asyncio.to_thread(engine.shutdown)
         if self._kv_feed is not None:
             self._kv_feed.close()
+
+
+def _chunk_tokens(arguments: surface.ServerArgs, context_len: int) -> int:
+    """Return how many prompt tokens one step computes at most.  SGLang says -1 if prompts are not cut."""
+    chunk_tokens = arguments.chunked_prefill_size or 0
+    return chunk_tokens if chunk_tokens > 0 else context_len
 
 
 def _held_up(load: Load) -> int:

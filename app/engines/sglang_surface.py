@@ -108,6 +108,7 @@ class TokenizerManager(Protocol):
 
 class ServerArgs(Protocol):
     page_size: int | None
+    chunked_prefill_size: int | None
     kv_cache_dtype: str
 
 

@@ -187,6 +187,8 @@ class VllmEngine:
             num_blocks=config.cache_config.num_gpu_blocks,
             block_size_tokens=config.cache_config.block_size,
             max_model_len=config.model_config.max_model_len,
+            chunk_tokens=config.scheduler_config.max_num_batched_tokens,
+            max_sequences=config.scheduler_config.max_num_seqs,
             prefix_cache="published" if self._kv_feed is not None else "none",
         )
 

@@ -43,9 +43,15 @@ class ModelConfig(Protocol):
     max_model_len: int
 
 
+class SchedulerConfig(Protocol):
+    max_num_batched_tokens: int
+    max_num_seqs: int
+
+
 class VllmConfig(Protocol):
     cache_config: CacheConfig
     model_config: ModelConfig
+    scheduler_config: SchedulerConfig
     kv_events_config: Any
 
 

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
-import uuid
 from collections.abc import Callable, Set
 from typing import Protocol
 
 import msgspec
 
 from app.engines.base import Engine, EngineInfo, EngineSpec
+from app.engines.probe_request import probe_request
 from app.errors import BatonError, ConfigError, EngineDead, PrefillFailed
 from app.messages import (
     EngineStats,
@@ -238,13 +237,7 @@ class LinkKeeper:
 
         Returns by how much the engine's counts of transfers grew, and the seconds that it took.
         """
-        request = GenerateRequest(
-            request_id=f"probe-{uuid.uuid4().hex}",
-            prompt_token_ids=random.choices(range(1, 256), k=num_tokens),
-            sampling={"temperature": 0.0, "max_tokens": 2, "ignore_eos": True},  # one would need no KV
-            expected_cached_tokens=num_tokens,  # it counts as no load, which would make the prefill pool grow
-            cache_salt=uuid.uuid4().hex,  # nobody else's prompt meets these blocks, and they are evicted as any others
-        )
+        request = probe_request("probe", num_tokens, max_tokens=2)  # one would need no KV
         reports: list[PrefillReport] = []
 
         def take(delta: TokenDelta) -> None:

@@ -104,7 +104,8 @@ class PrefillWorker(Worker):
         return evidence if self._turns.end(decode_replica) else None
 
     def num_requests(self) -> tuple[int, int]:
-        return len(self._running), 0
+        sequences, decoding = super().num_requests()
+        return len(self._running) + sequences, decoding
 
     def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
         """Return the levels without what waits for decode: KV to be pulled, and prompts that only lack a slot there."""
@@ -114,7 +115,8 @@ class PrefillWorker(Worker):
             computable = max(0, stats.num_waiting + stats.num_running - stats.num_held_up)
             share = computable / (computable + stats.num_held_up)
             load = msgspec.structs.replace(load, queued_tokens=round(share * load.queued_tokens))
-        return {**super().levels(load, stats), "prefilling": len(self._running)}
+        levels = super().levels(load, stats)
+        return {**levels, "prefilling": levels["prefilling"] + len(self._running)}
 
     def _is_held_up(self, load: ReplicaLoad, stats: EngineStats) -> bool:
         """Whether nothing is being computed because there is no room for a typical waiting prompt."""

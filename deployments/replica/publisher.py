@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from app.channel.server import ChannelServer
@@ -20,6 +20,8 @@ POLL_S = 0.01
 """How often a busy engine is polled, besides the calls of `poll_soon`."""
 POLLS_PER_STATS = 10
 """How many polls there are for each call of the engine's `stats`, which costs more and counts the used blocks."""
+FADE_POLL_S = 0.5
+"""How often an idle replica looks at what is left of its recent load.  It asks its engine nothing for that."""
 
 
 class Publisher:
@@ -36,18 +38,13 @@ class Publisher:
         engine: Engine,
         info: EngineInfo,
         server: ChannelServer,
-        count: Callable[[], tuple[int, int]],
-        on_poll: Callable[[ReplicaLoad, EngineStats], object] = lambda load, stats: None,
+        observe: Callable[[EngineStats], ReplicaLoad],
     ) -> None:
-        """`count` returns how many requests the replica has not finished, and how many of them decode.
-
-        `on_poll` gets the load and the engine's last stats with each poll.
-        """
+        """`observe` is called with each poll.  It gets the engine's last stats, and returns the replica's load."""
         self._replica_id = replica_id
         self._engine = engine
         self._server = server
-        self._count = count
-        self._on_poll = on_poll
+        self._observe = observe
         self._stats = EngineStats()
         self._load = ReplicaLoad()
         self._is_busy = asyncio.Event()
@@ -69,13 +66,11 @@ class Publisher:
 
     def _poll(self, *, always: bool = False) -> None:
         self._will_poll = False
-        sequences, decoding = self._count()
-        load = ReplicaLoad(sequences, self._engine.prompt_queue.queued_tokens, self._stats.num_used_blocks, decoding)
-        self._on_poll(load, self._stats)
+        load = self._observe(self._stats)
         if always or load != self._load:
             self._load = load
             self._server.publish_load(load)
-        if load != ReplicaLoad():
+        if load.sequences or load.queued_tokens or load.used_blocks:
             self._is_busy.set()
 
     async def _watch_load(self) -> None:
@@ -85,7 +80,7 @@ class Publisher:
         until decode has pulled them.
         """
         while True:
-            await self._is_busy.wait()
+            await self._until_busy()
             self._is_busy.clear()
             for _ in range(POLLS_PER_STATS):
                 await asyncio.sleep(POLL_S)
@@ -96,6 +91,16 @@ class Publisher:
                 logger.warning("replica_id=%s tells its load no longer: %s", self._replica_id, error)
                 return
             self._poll(always=True)
+
+    async def _until_busy(self) -> None:
+        """Wait for work.  Until then publish now and then how what is told of the recent past fades, to its end."""
+        while not self._is_busy.is_set():
+            has_faded = not self._load.prefill_share and self._load.slowness == 1.0
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if has_faded else FADE_POLL_S):
+                    await self._is_busy.wait()
+            if not self._is_busy.is_set():
+                self._poll()
 
     async def _follow_cache(self, translator: EventTranslator) -> None:
         try:

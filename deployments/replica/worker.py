@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import time
 from typing import Any
 
 import msgspec
@@ -15,16 +17,23 @@ from app.channel.protocol import Submit
 from app.channel.server import ChannelServer, FrontendChannel
 from app.config import BatonConfig, PoolConfig
 from app.engines.base import Engine, EngineInfo, EngineSpec
+from app.engines.pace_measurement import measure_pace
 from app.engines.registry import create_engine
 from app.errors import InvalidRequest, ReplicaLost
 from app.messages import EngineStats, ReplicaInfo, ReplicaLoad, Role
 from app.models.source import local_path
+from app.pace import Pace
 from app.ports import reserve_port
-from deployments.process import adopt_serve_logging, freeze_heap
+from app.recent_load import RecentLoad
+from deployments.process import adopt_serve_logging, freeze_heap, keep_serve_logging
 from deployments.replica.metrics import WorkerMetrics
 from deployments.replica.publisher import Publisher
+from deployments.replica.sequences import Sequences
 
 logger = logging.getLogger("baton.worker")
+
+MEASUREMENT_TIMEOUT_S = 120.0
+"""The longest time that an engine's measurement may take, what it compiles at first use included."""
 
 
 class Worker:
@@ -50,15 +59,18 @@ class Worker:
         spec = self._spec(pool, device)
         self._engine: Engine = self.create_engine(pool.engine, spec)
         try:
-            self._info: EngineInfo = await self._engine.start()
+            with keep_serve_logging():
+                self._info: EngineInfo = await self._engine.start()
+            self._pace = self._engine.prompt_queue.pace = await self._measure_pace(spec)
             await self._connect(spec)
         except BaseException:
             await self._engine.stop()
             raise
-        self._server = ChannelServer(self._replica_id, self._run)
-        self._publisher = Publisher(
-            self._replica_id, self._engine, self._info, self._server, self.num_requests, self._observe
-        )
+        self._recent = RecentLoad(self._pace)
+        self._sequences = Sequences(self._engine, self._meter, self._recent)
+        self._server = ChannelServer(self._replica_id, self._serve)
+        self._publisher = Publisher(self._replica_id, self._engine, self._info, self._server, self._observe)
+        self._sequences.on_change = self._server.on_backlog = self._publisher.poll_soon
         self._metrics = WorkerMetrics(self._engine, self.num_requests, self._model.name, spec)
         self._channel_address = await self._server.start(self._node_ip)
         freeze_heap()
@@ -82,24 +94,88 @@ class Worker:
             transfer_timeout_s=self._config.limits.prefill_timeout_s,
         )
 
+    async def _measure_pace(self, spec: EngineSpec) -> Pace | None:
+        """Return how fast the engine computes; None if it runs no whole sequences, or if something goes wrong.
+
+        Raises EngineDead.
+        """
+        if not self._model.runs_whole_sequences(self.role):
+            return None
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(MEASUREMENT_TIMEOUT_S):
+                pace = await measure_pace(self._engine, self._info, spec.device)
+        except Exception:
+            await self._engine.check_health()
+            logger.warning("replica_id=%s nobody knows its pace", self._replica_id, exc_info=True)
+            return None
+        logger.info("replica_id=%s measured_s=%.2f %s", self._replica_id, time.monotonic() - began, pace)
+        return pace
+
     async def _connect(self, spec: EngineSpec) -> None:
         """Make this replica's connections to others.  The engine runs, but nobody knows of this replica yet."""
 
+    async def _serve(self, channel: FrontendChannel, call: Submit) -> None:
+        self._publisher.poll_soon()
+        try:
+            await self._run(channel, call)
+        finally:
+            self._publisher.poll_soon()
+
     async def _run(self, channel: FrontendChannel, call: Submit) -> None:
-        """Run one sequence that came on a channel, to its end."""
-        raise InvalidRequest(f"a {self.role} replica takes no sequences")
+        """Run one sequence that came on a channel, to its end.  Raises a BatonError."""
+        if call.has_handoff:
+            raise InvalidRequest(f"a {self.role} replica takes no KV from others")
+        await self._sequences.run(channel, call, None, call.local_reason)
 
     def num_requests(self) -> tuple[int, int]:
         """Return how many requests have not ended, including waiting ones, and how many of them decode."""
-        raise NotImplementedError
+        return self._server.num_sequences(), self._sequences.phases["decoding"]
 
-    def _observe(self, load: ReplicaLoad, stats: EngineStats) -> None:
+    def _observe(self, stats: EngineStats) -> ReplicaLoad:
+        """Return the present load, `stats` being the latest, and take note of it for autoscaling.
+
+        What is told of the recent past is rounded, so that it is not sent again for each of its small changes.
+        """
+        queue = self._engine.prompt_queue
+        sequences, decoding = self.num_requests()
+        self._recent.update(
+            is_prefilling=queue.queued_tokens > 0,
+            decoding=decoding,
+            kv_tokens=self._sequences.prompt_tokens + self._sequences.running_tokens,
+            num_tokens=self._sequences.generated_tokens,
+        )
+        load = ReplicaLoad(
+            sequences=sequences,
+            queued_tokens=queue.queued_tokens,
+            used_blocks=stats.num_used_blocks,
+            decoding=decoding,
+            queued_s=queue.queued_s,
+            prefill_share=round(self._recent.prefill_share, 2),
+            slowness=round(self._recent.slowness, 2),
+            window_s=round(self._recent.window_s, 1),
+            growth_tokens=self._recent.growth_tokens(decoding, self._sequences.running_tokens) // 4096 * 4096,
+            output_tokens=round(self._recent.output_tokens),
+            kv_tokens=self._sequences.prompt_tokens + self._sequences.running_tokens // 4096 * 4096,
+        )
         self._transfer_s = stats.transfer_s
         self._meter.set_levels(**self.levels(load, stats))
+        return load
 
     def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
-        """Return the present values of those fields of `Load` (app/autoscaling/load.py) that are not counts."""
-        return {"queued_tokens": load.queued_tokens, "busy": float(load.queued_tokens > 0)}
+        """Return the present values of those fields of `Load` (app/autoscaling/load.py) that are not counts.
+
+        This replica's share of what waits in the frontends counts as if it waited here.
+        """
+        phases, backlog = self._sequences.phases, self._server.backlog()
+        queued_tokens = load.queued_tokens + backlog.queued_tokens
+        return {
+            "queued_tokens": queued_tokens,
+            "busy": float(queued_tokens > 0),
+            "prefilling": phases["prefilling"],
+            "waiting": phases["waiting"] + backlog.sequences,
+            "decoding": phases["decoding"],
+        }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the numbers for deployments/autoscaling.py.  Serve calls this regularly."""
@@ -108,6 +184,7 @@ class Worker:
             "prompts": self._engine.prompt_queue.computed_prompts,
             "computed_tokens": self._engine.prompt_queue.computed_tokens,
             "transferring": self._transfer_s,
+            "generated_tokens": self._sequences.generated_tokens,
         }
 
     def record_replica_metadata(self) -> dict[str, Any]:
@@ -125,6 +202,8 @@ class Worker:
             max_model_len=self._info.max_model_len,
             kv_address=f"{self._node_ip}:{self._port.number}" if self._port else "",
             prefix_cache=self._info.prefix_cache,
+            max_sequences=self._info.max_sequences,
+            pace=self._pace,
         )
         return {"info": msgspec.to_builtins(info), "channel": self._channel_address}
 

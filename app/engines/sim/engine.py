@@ -185,6 +185,8 @@ class SimEngine:
             num_blocks=arguments.num_blocks,
             block_size_tokens=arguments.block_size,
             max_model_len=self._limits.max_model_len,
+            chunk_tokens=self._limits.max_num_batched_tokens,
+            max_sequences=self._limits.max_num_seqs,
             prefix_cache=self._prefix_cache,
         )
 
@@ -339,7 +341,7 @@ class SimEngine:
         """Run one sequence to its end or to its handoff.  Cancelling frees its blocks."""
         self._raise_if_dead()
         ended = asyncio.get_running_loop().create_future()
-        struck = self._faults.strike(fault, "engine_death", "hang")
+        struck = self._faults.strike(fault, "engine_death", "hang") if request.is_load else None
         leave_queue = self.prompt_queue.enter(request, fields.get("descriptor"))
         run = _Run(sequence, ended, leave_queue, fault=struck, **fields)
         self._runs[sequence] = run

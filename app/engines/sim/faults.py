@@ -26,7 +26,8 @@ class Fault(BaseModel):
     `slow_step`           the step lasts `factor` times as long         a step
     ====================  ============================================  ===========
 
-    The occasions of each kind are counted from the engine's start; the first has the number 1.
+    The occasions of each kind are counted from the engine's start; the first has the number 1.  Requests with which
+    Baton itself measures the engine are no occasions; their steps and pulls are.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

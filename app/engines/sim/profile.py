@@ -54,6 +54,20 @@ class TransferTimes(_Section):
     bytes_per_s: float = Field(gt=0)
 
 
+class LatencyTimes(_Section):
+    """What a prompt takes in seconds besides its steps, while others may run.
+
+    Only fleets in virtual time (benchmarks/routing) read these times: around an engine in real time they pass anyway.
+    """
+
+    engine_s: float = Field(default=0.0, ge=0)
+    """In the engine: on the way to its first step and from its last one."""
+    prefill_call_s: float = Field(default=0.0, ge=0)
+    """From the frontend to a prefill engine."""
+    delivery_s: float = Field(default=0.0, ge=0)
+    """From the end of a remote prefill to its first token, which travels with the descriptor."""
+
+
 class SimProfile(_Section):
     """The times of one engine."""
 
@@ -62,6 +76,7 @@ class SimProfile(_Section):
     prefill: PrefillTimes
     step: StepTimes
     transfer: TransferTimes
+    latency: LatencyTimes = LatencyTimes()
     kv_bytes_per_token: int = Field(gt=0)
     """2 (key and value) * layers * KV heads * head size * bytes of one number."""
 

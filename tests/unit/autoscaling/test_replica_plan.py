@@ -21,6 +21,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from app.autoscaling.load import FIELDS, Load, LoadMeter, mean_load
 from app.autoscaling.replica_plan import Plan, Replicas, SeenCapacity, Targets, measure, plan_frontend, plan_pool
+from app.channel.protocol import Backlog
 from app.engines.base import EngineInfo
 from app.errors import BatonError, EngineDead
 from app.messages import EngineStats, ReplicaLoad
@@ -28,7 +29,7 @@ from deployments import autoscaling
 from deployments.replica.decode import DecodeWorker
 from deployments.replica.prefill import PrefillWorker
 
-PREFILL = Targets(ttft_s=2.0, itl_s=0.05, is_for_prompts=True)
+PREFILL = Targets(ttft_s=2.0, itl_s=0.05, is_for_prompts=True, is_for_decoding=False)
 DECODE = Targets(ttft_s=2.0, itl_s=0.05, is_for_prompts=False)
 QUICK = SeenCapacity(tokens_per_s=12_800, prompt_tokens=1_280)
 IDLE = Load()
@@ -171,6 +172,17 @@ def test_slow_transfers_are_no_lack_of_slots() -> None:
     assert measure([load], QUICK, DECODE, 0.0).slots == 0
 
 
+def test_a_prefill_pool_keeps_the_replicas_on_which_sequences_decode_and_learns_no_slots_from_them() -> None:
+    loads = [decoding(3), decoding(1), Load()]
+    assert plan(*loads, targets=DECODE).replicas < 1
+    wish = plan(*loads, targets=PREFILL)
+    assert math.ceil(wish.replicas) == 3
+    assert wish.reason.startswith("4 sequences that found no room on decode run here")
+    assert plan(Load(), Load(), targets=PREFILL).replicas == 0
+    late = decoding(8, prefilling=20, prompts=4, busy=1, queued_tokens=400, computed_tokens=80)
+    assert measure([late], QUICK, PREFILL, 0.0).slots == 0
+
+
 INFO = EngineInfo(engine="sim", version="1", num_blocks=100, block_size_tokens=16, max_model_len=1600)
 
 
@@ -178,7 +190,9 @@ class Prefill(PrefillWorker):
     """Without an engine to stop."""
 
     def __init__(self, **fields: Any) -> None:
-        vars(self).update(fields, _info=INFO)
+        phases, backlog = fields.pop("phases", {}), fields.pop("backlog", Backlog())
+        server = Mock(backlog=lambda: backlog)
+        vars(self).update({"_server": server, **fields}, _info=INFO, _sequences=Mock(phases=Counter(phases)))
 
     def __del__(self) -> None: ...  # type: ignore[override]  # nothing to await, and nobody who would
 
@@ -204,12 +218,20 @@ def test_prompts_that_only_lack_the_blocks_of_unpulled_kv_are_no_load_of_prefill
 ) -> None:
     worker = Prefill(_running=dict.fromkeys("abc"))
     levels = worker.levels(ReplicaLoad(sequences=3, queued_tokens=900), stats)
-    assert levels == {"queued_tokens": queued, "busy": float(queued > 0), "prefilling": 3}
+    assert levels == {
+        "queued_tokens": queued, "busy": float(queued > 0), "prefilling": 3, "waiting": 0, "decoding": 0
+    }  # fmt: skip
+
+
+def test_a_sequence_that_a_prefill_replica_decodes_counts_there_as_on_a_decode_replica() -> None:
+    worker = Prefill(_running=dict.fromkeys("ab"), phases={"prefilling": 1, "decoding": 4})
+    levels = worker.levels(ReplicaLoad(sequences=7), EngineStats(num_running=5))
+    assert (levels["prefilling"], levels["waiting"], levels["decoding"]) == (3, 0, 4)
 
 
 def test_sequences_whose_prompt_is_computed_elsewhere_are_no_load_of_decode() -> None:
     """SGLang gives decode the descriptor, and KV of decode's own, before prefill has begun."""
-    worker = Decode(_phases=Counter({"promised": 6, "decoding": 1, "waiting": 1}))
+    worker = Decode(phases={"promised": 6, "decoding": 1, "waiting": 1})
     levels = worker.levels(ReplicaLoad(sequences=20, used_blocks=80, decoding=1), EngineStats())
     assert levels == {
         "queued_tokens": 0, "busy": 0, "prefilling": 0, "waiting": 1, "decoding": 1, "kv_use": pytest.approx(0.2)
@@ -219,7 +241,7 @@ def test_sequences_whose_prompt_is_computed_elsewhere_are_no_load_of_decode() ->
 def test_sequences_that_sglang_has_no_memory_for_wait_on_decode_and_are_no_load_of_prefill() -> None:
     """Most of this replica's KV is its own, so those that find none lack decode replicas, and prefill could do more."""
     held_up = EngineStats(num_held_up=150, num_waiting=150)
-    decode = Decode(_phases=Counter({"promised": 150, "decoding": 50}))
+    decode = Decode(phases={"promised": 150, "decoding": 50})
     levels = decode.levels(ReplicaLoad(sequences=200, used_blocks=96, decoding=50), held_up)
     assert (levels["waiting"], levels["kv_use"]) == (150, 0.96)
     prefill = Prefill(_running={})
@@ -228,10 +250,19 @@ def test_sequences_that_sglang_has_no_memory_for_wait_on_decode_and_are_no_load_
 
 def test_kv_that_is_only_promised_makes_nobody_wait_for_decode() -> None:
     """Prefill is behind: what fills decode's KV are sequences whose prompt is not computed yet."""
-    decode = Decode(_phases=Counter({"promised": 150, "decoding": 1}))
+    decode = Decode(phases={"promised": 150, "decoding": 1})
     levels = decode.levels(ReplicaLoad(sequences=151, used_blocks=96, decoding=1), EngineStats(num_held_up=50))
     assert levels["waiting"] < 1
     assert levels["kv_use"] < 0.02
+
+
+def test_what_waits_in_the_frontends_counts_as_if_it_waited_on_the_replica() -> None:
+    prefill = Prefill(_running={}, backlog=Backlog(queued_tokens=900))
+    levels = prefill.levels(ReplicaLoad(), EngineStats())
+    assert (levels["queued_tokens"], levels["busy"], levels["waiting"]) == (900, 1, 0)
+    decode = Decode(phases={"decoding": 50, "waiting": 2}, backlog=Backlog(sequences=30))
+    levels = decode.levels(ReplicaLoad(sequences=52, decoding=50), EngineStats())
+    assert (levels["queued_tokens"], levels["busy"], levels["waiting"]) == (0, 0, 32)
 
 
 class Draining:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from app.channel import server
 from app.channel.client import Channel, _merge
-from app.channel.protocol import Batch, Hello, Submit, to_frame
+from app.channel.protocol import Backlog, Batch, Hello, Submit, to_frame
 from app.channel.server import ChannelServer, FrontendChannel
 from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost
 from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta
@@ -570,3 +570,36 @@ async def test_no_sequence_fails_before_whoever_routes_knows_that_the_replica_is
         with pytest.raises(ReplicaLost):
             await task
         assert was_done == [False]
+
+
+async def test_what_waits_in_all_frontends_is_added_up_and_forgotten_with_the_connection() -> None:
+    async with connected() as (replica, one):
+        heard: list[Backlog] = []
+        replica.server.on_backlog = lambda: heard.append(replica.server.backlog())
+        two = await Channel.connect("d", replica.address, Told())
+        one.tell_backlog(Backlog(100, 1))
+        two.tell_backlog(Backlog(20, 3))
+        await until(lambda: replica.server.backlog() == Backlog(120, 4))
+        one.tell_backlog(Backlog(50, 0))
+        await until(lambda: replica.server.backlog() == Backlog(70, 3))
+        two.close()
+        await until(lambda: replica.server.backlog() == Backlog(50, 0))
+        assert heard[-1] == Backlog(50, 0)
+        one.tell_backlog(Backlog())
+        await until(lambda: replica.server.backlog() == Backlog())
+
+
+async def test_a_backlog_that_did_not_change_is_not_sent() -> None:
+    async with connected() as (replica, channel):
+        heard: list[Backlog] = []
+        replica.server.on_backlog = lambda: heard.append(replica.server.backlog())
+        for backlog in (Backlog(), Backlog(5, 1), Backlog(5, 1), Backlog(6, 1)):
+            channel.tell_backlog(backlog)
+        await until(lambda: heard[-1:] == [Backlog(6, 1)])
+        assert heard == [Backlog(5, 1), Backlog(6, 1)]
+
+
+async def test_a_closed_channel_tells_nothing() -> None:
+    async with connected() as (_, channel):
+        channel.close()
+        channel.tell_backlog(Backlog(5, 1))

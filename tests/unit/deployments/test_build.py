@@ -130,7 +130,10 @@ def test_each_pool_scales_by_its_models_slo() -> None:
     for role, is_for_prompts in {"prefill": True, "decode": False, "aggregated": True}.items():
         policy = autoscaling_of(args, f"{role}-third").policy
         assert policy.policy_function == building.POOL_POLICY
-        targets = {"ttft_s": 0.5, "itl_s": 0.02, "sequences": None, "is_for_prompts": is_for_prompts}
+        targets = {
+            "ttft_s": 0.5, "itl_s": 0.02, "sequences": None,
+            "is_for_prompts": is_for_prompts, "is_for_decoding": role != "prefill",
+        }  # fmt: skip
         assert policy.policy_kwargs == {"model": "third", "role": role, **targets}
 
 
@@ -208,7 +211,7 @@ def test_wrong_autoscaling_of_an_aggregated_pool_is_refused() -> None:
             {"frontend", "aggregated-third"},
         ),
         (lambda args: args["models"][2]["decode"].update(engine_args={"seed": 1}), {"frontend", "decode-third"}),
-        (lambda args: args["models"][2].update(routing={"max_queued_tokens": 5}), {"frontend"}),
+        (lambda args: args["models"][2].update(routing={"placement": {"policy": "remote"}}), {"frontend"}),
     ],
     ids=[
         "nothing",
@@ -277,3 +280,15 @@ def test_all_pools_of_a_model_are_given_one_dtype(monkeypatch: pytest.MonkeyPatc
     built = deployments({"models": [model], "transfer": {}, "device": "cpu"})
     given = [deployment.init_args[0].models[0].engine_args for deployment in built.values()]
     assert given == [{"dtype": "float32"}] * 4
+
+
+def test_pools_that_decode_on_gpus_are_given_chunks_that_fit_the_slo() -> None:
+    """Chosen here, as the replicas are not given the slo."""
+    pool = {"engine": "vllm"}
+    model = {"name": "m", "source": "baton:shape/llama-8b", "slo": {"itl_ms": 50}, "prefill": pool, "decode": pool}
+    built = deployments({"models": [model], "transfer": {}, "device": "cuda"})
+    given = {
+        role: built[f"{role}-m"].init_args[0].models[0].pool(role).engine_args.get("max_num_batched_tokens")
+        for role in ("prefill", "decode")
+    }
+    assert given == {"prefill": None, "decode": 2048}

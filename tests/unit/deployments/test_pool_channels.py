@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.channel.protocol import Submit
+from app.channel.protocol import Backlog, Submit
 from app.channel.server import ChannelServer, FrontendChannel
 from app.errors import ReplicaLost
 from app.messages import GenerateRequest, KvUpdate, ReplicaInfo, ReplicaLoad, TokenDelta
@@ -204,3 +204,22 @@ async def test_replicas_do_not_disturb_each_other(pool: Pool, replica: Replica) 
     await asyncio.sleep(0)
     assert pool.knows(replica)
     assert not pool.channels._connecting
+
+
+async def test_what_waits_for_the_pool_is_shared_out_whoever_comes_and_goes(pool: Pool, replica: Replica) -> None:
+    pool.channels.tell_backlog(101, 3)  # nobody is there to be told
+    other = Replica("other")
+    await other.start()
+
+    def told() -> list[Backlog]:
+        return [one.server.backlog() for one in (replica, other)]
+
+    pool.consist_of(replica)
+    await until(lambda: told() == [Backlog(101, 3), Backlog()])
+    pool.consist_of(replica, other)
+    await until(lambda: told() == [Backlog(51, 2), Backlog(50, 1)])
+    pool.channels.tell_backlog(2, 0)
+    await until(lambda: told() == [Backlog(1, 0), Backlog(1, 0)])
+    pool.consist_of(other)
+    await until(lambda: told() == [Backlog(), Backlog(2, 0)])
+    await other.server.stop()

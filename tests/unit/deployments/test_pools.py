@@ -17,7 +17,7 @@ from app.messages import GenerateRequest, TokenDelta
 from app.routing.pool_state import PoolState
 from app.routing.prefix_index import PrefixIndex
 from deployments.frontend import pools
-from deployments.frontend.pools import RayDecodePool, RayHandoff
+from deployments.frontend.pools import RayDecodePool, RayHandoff, RayPrefillPool
 from tests.unit.waiting import until
 
 DEADLINE_S = 5.0
@@ -32,9 +32,11 @@ class FakeChannel:
 
     def __init__(self) -> None:
         self.sequences: list[SubmittedSequence] = []
+        self.submitted: list[dict[str, Any]] = []
         self.finished: list[SubmittedSequence] = []
 
-    def submit(self, request: GenerateRequest, emit: Callable[[TokenDelta], None], **_: Any) -> SubmittedSequence:
+    def submit(self, request: GenerateRequest, emit: Callable[[TokenDelta], None], **said: Any) -> SubmittedSequence:
+        self.submitted.append(said)
         self.sequences.append(SubmittedSequence(len(self.sequences), emit))
         return self.sequences[-1]
 
@@ -136,3 +138,20 @@ async def test_attach_outlives_its_sequence(monkeypatch: pytest.MonkeyPatch, is_
     served.answer.set_result(None)
     await asyncio.wait(attaching)
     served.prefill_lost.set_result(None)  # nobody listens any more
+
+
+async def test_a_prefill_replica_gets_whole_sequences_on_its_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = FakeChannel()
+    monkeypatch.setattr(pools, "PoolChannels", lambda handle, view: SimpleNamespace(channel=lambda replica: channel))
+    handle = SimpleNamespace(options=lambda **_: None)
+    deltas: list[TokenDelta] = []
+    pool = RayPrefillPool(handle, PoolState(PrefixIndex()))
+    serving = pool.generate(REQUEST, None, "decode_full", "p", SequenceProgress(deltas.append))
+    task = asyncio.create_task(serving)
+    await until(lambda: channel.sequences)
+    (sequence,) = channel.sequences
+    sequence.emit(LAST)
+    sequence.ended.set_result(None)
+    await task
+    assert (deltas, channel.finished) == ([LAST], [sequence])
+    assert channel.submitted == [{"has_handoff": False, "local_reason": "decode_full"}]

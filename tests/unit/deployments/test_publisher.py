@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from app.channel.server import ChannelServer, FrontendChannel
@@ -61,6 +62,7 @@ class Replica:
     def __init__(self, *, prefix_cache: PrefixCache = "published") -> None:
         self.engine = Engine()
         self.num_requests = 0
+        self.prefill_share = 0.0
         self.server = ChannelServer("r", self._run)
         info = EngineInfo(
             engine="sim",
@@ -71,13 +73,23 @@ class Replica:
             prefix_cache=prefix_cache,
         )
         engine: Any = self.engine
-        self.publisher = Publisher("r", engine, info, self.server, lambda: (self.num_requests, 0))
+        self.publisher = Publisher("r", engine, info, self.server, self._observe)
         self.channel = FrontendChannel("l", None, self.server.snapshot)
         self.server.channels["l"] = self.channel
         self.loads: list[ReplicaLoad] = []
         self.updates: list[KvUpdate] = []
 
     async def _run(self, *_: Any) -> None: ...
+
+    def _observe(self, stats: EngineStats) -> ReplicaLoad:
+        queued_tokens = self.engine.prompt_queue.queued_tokens
+        if (
+            not self.num_requests
+        ):  # it takes more polls to fade than a busy replica makes until it notices that it idles
+            self.prefill_share = max(0.0, self.prefill_share - 1 / (4 * publishing.POLLS_PER_STATS))
+        return ReplicaLoad(
+            self.num_requests, queued_tokens, stats.num_used_blocks, prefill_share=self.prefill_share, window_s=3.0
+        )
 
     def heard(self) -> tuple[list[ReplicaLoad], list[KvUpdate]]:
         """All that the frontend was told so far."""
@@ -95,6 +107,11 @@ async def replica() -> AsyncIterator[Replica]:
     replica.channel.close()
 
 
+def load(*counts: int) -> ReplicaLoad:
+    """The load that the replica tells with these counts; its window is no sign of any work."""
+    return msgspec.structs.replace(ReplicaLoad(*counts), window_s=3.0)
+
+
 async def turn() -> None:
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -108,12 +125,12 @@ async def test_a_change_of_load_is_published_in_the_next_turn_of_the_loop(replic
         30,
     )  # what happens before the loop turns is in it
     await turn()
-    assert replica.heard()[0][-1] == ReplicaLoad(2, 30)
+    assert replica.heard()[0][-1] == load(2, 30)
     replica.num_requests = 3
     replica.publisher.poll_soon()
     replica.publisher.poll_soon()
     await turn()
-    assert replica.heard()[0][-1] == ReplicaLoad(3, 30)
+    assert replica.heard()[0][-1] == load(3, 30)
 
 
 async def test_a_load_that_did_not_change_is_published_again_with_each_poll_only(replica: Replica) -> None:
@@ -121,20 +138,20 @@ async def test_a_load_that_did_not_change_is_published_again_with_each_poll_only
     replica.num_requests = 1
     replica.publisher.poll_soon()
     await turn()
-    assert replica.heard()[0].pop() == ReplicaLoad(1)
+    assert replica.heard()[0].pop() == load(1)
     replica.publisher.poll_soon()
     await turn()
     assert not replica.heard()[0]
     await until(lambda: replica.engine.num_polls >= 2)
     await turn()
-    assert set(replica.heard()[0]) == {ReplicaLoad(1)}
+    assert set(replica.heard()[0]) == {load(1)}
 
 
 async def test_an_idle_replica_says_so_to_a_new_frontend_and_asks_its_engine_nothing(replica: Replica) -> None:
     replica.publisher.poll_soon()
     await asyncio.sleep(2 * publishing.POLL_S * publishing.POLLS_PER_STATS)
     assert replica.engine.num_polls == 0
-    assert replica.server._load == ReplicaLoad()
+    assert replica.server._load == load()
 
 
 async def test_a_busy_engine_is_watched_until_it_is_idle(replica: Replica) -> None:
@@ -142,12 +159,26 @@ async def test_a_busy_engine_is_watched_until_it_is_idle(replica: Replica) -> No
     replica.publisher.poll_soon()
     await turn()
     replica.engine.prompt_queue.queued_tokens, replica.engine.used_blocks = 0, 5  # the engine says nothing of it
-    await until(lambda: replica.server._load == ReplicaLoad(0, 0, 5))
+    await until(lambda: replica.server._load == load(0, 0, 5))
     replica.engine.used_blocks = 0
-    await until(lambda: replica.server._load == ReplicaLoad())
+    await until(lambda: replica.server._load == load())
     polls = replica.engine.num_polls
     await asyncio.sleep(4 * publishing.POLL_S * publishing.POLLS_PER_STATS)
     assert replica.engine.num_polls <= polls + 1
+
+
+async def test_what_is_left_of_the_recent_load_fades_for_the_frontends_of_an_idle_replica(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "FADE_POLL_S", 0.01)
+    replica.prefill_share = 1.0
+    replica.num_requests = 1
+    replica.publisher.poll_soon()
+    await until(lambda: replica.engine.num_polls)
+    replica.num_requests = 0
+    polls = replica.engine.num_polls
+    await until(lambda: replica.server._load == load())
+    assert replica.engine.num_polls <= polls + 2
 
 
 async def test_a_queue_that_the_engine_works_off_is_noticed_between_polls(
@@ -156,9 +187,9 @@ async def test_a_queue_that_the_engine_works_off_is_noticed_between_polls(
     monkeypatch.setattr(publishing, "POLLS_PER_STATS", 10_000)
     replica.engine.prompt_queue.queued_tokens = 10
     replica.publisher.poll_soon()
-    await until(lambda: replica.server._load == ReplicaLoad(0, 10))
+    await until(lambda: replica.server._load == load(0, 10))
     replica.engine.prompt_queue.queued_tokens = 4
-    await until(lambda: replica.server._load == ReplicaLoad(0, 4))
+    await until(lambda: replica.server._load == load(0, 4))
     assert replica.engine.num_polls == 0
 
 

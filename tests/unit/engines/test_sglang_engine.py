@@ -765,6 +765,7 @@ class Starting:
 
     def __init__(self, refuses: Exception | None = None) -> None:
         self.refuses = refuses
+        self.chunked_prefill_size: int | None = 1024
         self.arguments: dict[str, Any] = {}
         self.num_loops = 0
 
@@ -789,7 +790,9 @@ class Starting:
         )
         return SimpleNamespace(
             tokenizer_manager=manager,
-            server_args=SimpleNamespace(page_size=16, kv_cache_dtype="auto"),
+            server_args=SimpleNamespace(
+                page_size=16, kv_cache_dtype="auto", chunked_prefill_size=self.chunked_prefill_size
+            ),
             _scheduler_init_result=SimpleNamespace(scheduler_infos=[{"max_total_num_tokens": 1000}]),
             shutdown=lambda: None,
         )
@@ -824,6 +827,7 @@ async def test_it_starts_and_says_what_it_is(install: Callable[[Starting], None]
         num_blocks=62,
         block_size_tokens=16,
         max_model_len=4096,
+        chunk_tokens=1024,
         prefix_cache="published",
     )
     settings = json.loads(package.arguments.pop("kv_events_config"))
@@ -835,6 +839,18 @@ async def test_it_starts_and_says_what_it_is(install: Callable[[Starting], None]
     await engine.stop()
     assert not sockets.exists()
     assert [events async for events in engine.kv_events()] == []
+
+
+@pytest.mark.parametrize("size", [-1, None])
+async def test_prompts_that_sglang_does_not_cut_are_computed_in_one_step(
+    install: Callable[[Starting], None], size: int | None
+) -> None:
+    package = Starting()
+    package.chunked_prefill_size = size
+    install(package)
+    engine = SglangEngine(spec())
+    assert (await engine.start()).chunk_tokens == 4096
+    await engine.stop()
 
 
 @pytest.mark.parametrize(

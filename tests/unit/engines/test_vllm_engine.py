@@ -152,6 +152,7 @@ async def test_it_publishes_events_if_it_caches_prefixes(
     config = SimpleNamespace(
         cache_config=SimpleNamespace(enable_prefix_caching=caches_prefixes, num_gpu_blocks=7, block_size=16),
         model_config=SimpleNamespace(max_model_len=100),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
         kv_events_config=None,
     )
     started = []
@@ -168,6 +169,7 @@ async def test_it_publishes_events_if_it_caches_prefixes(
     engine = VllmEngine(spec)
     info = await engine.start()
     assert info.prefix_cache == ("published" if caches_prefixes else "none")
+    assert info.chunk_tokens == 64
     (settings,) = started
     if caches_prefixes:
         assert settings.enable_kv_cache_events

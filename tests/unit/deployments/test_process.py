@@ -1,0 +1,42 @@
+"""The log of a replica's process, when an engine in it sets up logging too."""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+from collections.abc import Iterator
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+import pytest
+
+from deployments.process import adopt_serve_logging, keep_serve_logging
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Path]:
+    """What Serve writes a replica's log to: a file behind a buffer of one line."""
+    path = tmp_path / "replica.log"
+    file = logging.FileHandler(path)
+    buffer = MemoryHandler(1, target=file)
+    loggers = [logging.getLogger("ray.serve"), logging.getLogger("baton")]
+    before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    loggers[0].handlers = [buffer]
+    loggers[0].setLevel(logging.INFO)
+    adopt_serve_logging()
+    yield path
+    buffer.close()
+    file.close()
+    for logger, handlers, level, propagate in before:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def test_what_a_replica_logs_is_written_after_its_engine_has_set_up_its_own_log(log: Path) -> None:
+    logger = logging.getLogger("baton.worker")
+    logger.info("before")
+    with keep_serve_logging():
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})  # as vLLM does
+        logger.info("meanwhile")
+    logger.info("after")
+    assert log.read_text().split() == ["before", "meanwhile", "after"]
