@@ -80,7 +80,8 @@ class PoolConfig(DeploymentConfig):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that one replica's engine is spread over."""
     engine_args: dict[str, Any] = {}
-    """Arguments of the engine (vLLM: AsyncEngineArgs), passed on untouched; they override those of the model."""
+    """Arguments of the engine (vLLM: AsyncEngineArgs), passed on untouched; they override those of the model, and the
+    chunk size that Baton derives from `slo.itl_ms` for GPUs that decode."""
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
     """How long a replica that is being removed may go on with its sequences, and a prefill replica wait until its KV
     has been pulled."""
@@ -130,12 +131,9 @@ class DecodeWeights(Settings):
 
 
 class PredictedPlacement(Settings):
-    """Prefill where the predicted time to the first token is shorter, interference with other sequences included."""
+    """Serve each request in the way that leaves most requests within the model's `slo`, by predicted times."""
 
     policy: Literal["predicted"] = "predicted"
-    itl_budget_ms: float = Field(default=50.0, ge=0)
-    """How long the sequences that run on a decode replica may wait for a prompt that is prefilled there.  Whatever
-    exceeds it is counted for each of them as if the request itself waited for it."""
 
 
 class ThresholdPlacement(Settings):
@@ -162,19 +160,19 @@ class RoutingConfig(Settings):
     )
     prefill_weights: PrefillWeights = PrefillWeights()
     decode_weights: DecodeWeights = DecodeWeights()
-    max_queued_tokens: int = Field(default=262_144, ge=1)
-    """Prompt tokens that may wait on one replica to be computed.  If all of prefill is at this bound, prompts are
-    prefilled locally; if all local replicas are at it too, requests get 429."""
 
 
 class SloConfig(Settings):
-    """The times within which sequences are to be served: autoscaling aims at them, and goodput counts by them."""
+    """The times within which sequences are to be served.  The router decides by them, autoscaling aims at them, and
+    goodput counts by them."""
 
     ttft_ms: float = Field(default=2000.0, gt=0)
     """Time to the first token.  Pools that compute prompts scale by it."""
     itl_ms: float = Field(default=50.0, gt=0)
     """Time between two tokens, as the mean over a sequence.  Pools that decode scale by it, by their KV memory and by
-    the sequences that wait for a slot."""
+    the sequences that wait for a slot.  If the model sets its `slo`, this also bounds the chunks in which GPUs that
+    decode compute prompts (app/chunk_size.py), unless `engine_args` has vLLM's `max_num_batched_tokens` or SGLang's
+    `chunked_prefill_size`."""
 
 
 class ModelConfig(Settings):
@@ -242,6 +240,20 @@ class ModelConfig(Settings):
         SGLang's cannot: its scheduler in ``disaggregation_mode="decode"`` has no forward pass over a prompt.
         """
         return self.engine != "sglang"
+
+    @property
+    def can_prefill_decode(self) -> bool:
+        """Whether an engine that prefills for a decode pool can run whole sequences too, when decode is full.
+
+        SGLang's cannot: its scheduler in ``disaggregation_mode="prefill"`` ends each request with its first token.
+        """
+        return self.engine != "sglang"
+
+    def runs_whole_sequences(self, role: Role) -> bool:
+        """Whether one engine of this pool can run a sequence from its prompt to its last token."""
+        if not self.transfers_kv(role):
+            return True
+        return self.can_prefill_decode if role == "prefill" else self.can_decode_prefill
 
     def deployment_name(self, role: Role) -> str:
         """Return the name of a pool's Serve deployment, which does not depend on other models."""
@@ -327,6 +339,9 @@ class LimitsConfig(Settings):
     """The longest time from a request's arrival to its first token, queueing included; after it the answer is 504."""
     itl_timeout_s: float = Field(default=60.0, gt=0)
     """The longest time between two tokens; after it the request fails."""
+    max_ttft_ms: float | None = Field(default=None, gt=0)
+    """A request that has to wait in the frontend, and whose first token is predicted to take longer than this, is
+    refused with 429 and told when to come again.  The default is ten times the model's ``slo.ttft_ms``."""
     prefill_timeout_s: float = Field(default=60.0, gt=0)
     """How long decode waits for a handoff before it prefills itself."""
     max_attempts: int = Field(default=3, ge=1)

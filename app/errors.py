@@ -80,9 +80,9 @@ class NoReplica(BatonError):
 
 
 class Overloaded(BatonError):
-    """Too many prompt tokens wait on every replica that could prefill (HTTP 429 with ``Retry-After``).
+    """No replica will have room in time (HTTP 429 with ``Retry-After``).
 
-    `retry_after_s` is roughly how long it takes until one of them is below the bound.
+    `retry_after_s` is by how much the first token would come later than ``limits.max_ttft_ms`` allows.
     """
 
     def __init__(self, retry_after_s: float) -> None:

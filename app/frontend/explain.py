@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from app.frontend.sequence_record import SequenceRecord
-from app.routing.decision import Candidate
+from app.routing.decision import Candidate, Way
 
 MAX_HEADER_BYTES = 4096
 """Proxies refuse larger headers: by default nginx has one page for all headers of a response (proxy_buffer_size)."""
@@ -41,8 +41,9 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
     """Say why one sequence is served where it is, and how that went so far; None if nothing was decided.
 
     ``expected`` is what the router predicted.  ``actual`` is what the clock and the engines say; its values are null
-    until they are known.  Times to first token and the phases of a remote prefill (`HopPhase`) are in ms.  ``expected``
-    has one time for remote and one for local prefill, and null for one that is not possible.
+    until they are known.  All times are in ms.  ``expected`` has one entry for each way that there was: the times that
+    it was predicted to bring, which are to keep ``slo``, and what it lacked, ``prefill`` or ``decode``, if there was no
+    room for it.
     """
     decision, report = record.decision, record.progress.report
     if decision is None:
@@ -54,9 +55,7 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
         decision.serving_role: _explain_candidate(decision.serving),
         "expected": {
             "cached_tokens": decision.expected_cached_tokens,
-            "remote_ttft_ms": _ms(decision.predicted.remote_s),
-            "local_ttft_ms": _ms(decision.predicted.local_s),
-            "interference_ms": _ms(decision.predicted.interference_s),
+            "ways": [_explain_way(way) for way in decision.ways],
         },
         "actual": {
             "kind": report and report.kind,
@@ -66,12 +65,26 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
             "waited_for_kv": record.progress.waited_for_kv,
             "phases": {phase: _ms(seconds) for phase, seconds in report.phases.items()} if report else {},
         },
+        "waited_ms": _ms(decision.waited_s),
+        "slo": {"ttft_ms": record.slo.ttft_ms, "itl_ms": record.slo.itl_ms},
         "decided_us": round(decision.decided_in_s * 1e6, 1),
         "attempts": record.num_attempts,
         "others": {
             role: [_explain_candidate(candidate) for candidate in candidates]
             for role, candidates in decision.others.items()
         },
+    }
+
+
+def _explain_way(way: Way) -> dict[str, Any]:
+    return {
+        "kind": way.kind,
+        "serves": way.serving_role,
+        "ttft_ms": _ms(way.ttft_s),
+        "queue_ms": _ms(way.queue_s),
+        "itl_ms": _ms(way.itl_s),
+        "interference_ms": _ms(way.interference_s),
+        "lacks": way.lacks or None,
     }
 
 

@@ -57,7 +57,7 @@ TIME_TO_FIRST_TOKEN = Histogram(
 # the prediction: twice as long and half as long are equally far from 1.
 TIME_TO_FIRST_TOKEN_RATIO = Histogram(
     "baton_time_to_first_token_ratio",
-    "Time to first token over the one that the router predicted, of prompts that went as decided.",
+    "Time to first token, without waiting in the frontend, over what was predicted, of prompts that went as decided.",
     ["model", "kind"],
     buckets=_RATIO_BUCKETS,
 )

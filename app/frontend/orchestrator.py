@@ -1,7 +1,9 @@
 """The order in which one sequence is served: decide, prefill, decode, fail over.
 
-1. Decide which replicas serve it and where its prompt is prefilled (app/routing/router.py).
+1. Wait, if need be, until replicas have room (app/routing/waiting_line.py), and decide which of them serve it and where
+   its prompt is prefilled (app/routing/router.py).
 2. If that is remotely, start the prefill.  A handoff comes back at once, before its content exists.
+   When it is nearly done, look again which replica is to decode.
 3. Give the request and the handoff to the decode replica, which waits for the descriptor, pulls the KV and streams.
    If the prefill fails, decode prefills locally: the request succeeds, and its report says why.  If the engine cannot
    do that (SGLang), or if the prefill replica itself is gone, step 1 is repeated without that replica.
@@ -31,8 +33,17 @@ from app.routing.decision import Candidate, Decision, RoutingHints
 from app.routing.in_flight import InFlight
 from app.routing.placement import corrupt_prompt
 from app.routing.router import NO_HINTS, Router
+from app.routing.waiting_line import WaitingLine
 
 logger = logging.getLogger("baton.orchestrator")
+
+MAX_TTFT_OF_SLO = 10
+"""The default of ``limits.max_ttft_ms``, in times of the model's ``slo.ttft_ms``."""
+LOOK_AGAIN_AT = 0.6
+"""The share of the predicted time of a remote prefill after which the decode replica is chosen again.  Predictions are
+off by a third at times, and decode has to be ready before the descriptor is."""
+LOOK_AGAIN_S = 0.05
+"""It is not chosen again for less than so many seconds, in which little changes."""
 
 
 class Handoff(Protocol):
@@ -40,6 +51,8 @@ class Handoff(Protocol):
 
     replica: str
     """The prefill replica."""
+    lost: asyncio.Future[None]
+    """Done when the prefill replica is gone."""
 
     def cancel(self) -> None:
         """Stop the prefill, however far it is.  Safe at any time; it does nothing if decode already has the KV."""
@@ -82,11 +95,20 @@ class Orchestrator:
         limits: LimitsConfig,
         *,
         aggregated: DecodePool | None = None,
+        on_prefill: DecodePool | None = None,
+        hands_over_early: bool = False,
     ) -> None:
+        """`on_prefill` are the prefill replicas as they serve whole sequences.
+
+        `hands_over_early` says that prefill needs to know where it is decoded before it computes (SGLang).
+        """
         self._router = router
         self._prefill = prefill
-        self._serving = {"decode": decode, "aggregated": aggregated}
+        self._serving = {"decode": decode, "aggregated": aggregated, "prefill": on_prefill}
         self._limits = limits
+        self._hands_over_early = hands_over_early
+        max_ttft_ms = limits.max_ttft_ms or MAX_TTFT_OF_SLO * router.slo.ttft_ms
+        self.line = WaitingLine(router, max_ttft_ms / 1e3, asyncio.get_running_loop().call_later)
 
     async def run(
         self,
@@ -105,24 +127,45 @@ class Orchestrator:
         lost: list[str] = []
         async with in_time(progress, self._limits):
             for attempt in range(self._limits.max_attempts):
-                decision = self._router.decide(request, hints, lost)
-                on_decision(decision)
-                progress.begin_attempt()
-                in_flight = self._router.begin(request, decision)
+                decision, in_flight = await self._turn(request, hints, lost, progress.arrived_at)
                 try:
-                    await self._attempt(request, decision, in_flight, progress, attempt)
+                    on_decision(decision)
+                    progress.begin_attempt()
+                    await self._attempt(request, hints, lost, decision, in_flight, progress, attempt)
                     return
                 except (PrefillFailed, ReplicaLost, EngineDead) as error:
-                    lost.append(self._blame(request, decision, error))
+                    lost.append(self._blame(request, decision, in_flight.serving.replica, error))
                     if progress.has_first_token:
-                        raise ReplicaLost(decision.serving.replica, str(error)) from error
+                        raise ReplicaLost(in_flight.serving.replica, str(error)) from error
                 finally:
                     in_flight.end()
+                    self.line.on_news()
         raise NoReplica("prefill" if decision.prefill and lost[-1] == decision.prefill.replica else "decode")
 
-    def _blame(self, request: GenerateRequest, decision: Decision, error: BatonError) -> str:
-        """Make the router avoid the replica that caused an attempt to fail.  Returns its id."""
-        role, replica = decision.serving_role, decision.serving.replica
+    async def _turn(
+        self, request: GenerateRequest, hints: RoutingHints, lost: list[str], arrived_at: float
+    ) -> tuple[Decision, InFlight]:
+        """Wait until replicas have room for the request.  Raises NoReplica, Overloaded or InvalidRequest."""
+        turn: asyncio.Future[tuple[Decision, InFlight]] = asyncio.get_running_loop().create_future()
+
+        def on_turn(decision: Decision, in_flight: InFlight) -> None:
+            turn.set_result((decision, in_flight))
+
+        ticket = self.line.join(request, hints, lost, arrived_at, on_turn, turn.set_exception)
+        if ticket is None:
+            return turn.result()
+        try:
+            await asyncio.wait([turn])
+        except asyncio.CancelledError:
+            self.line.leave(ticket)
+            if turn.done() and turn.exception() is None:
+                turn.result()[1].end()
+            raise
+        return turn.result()
+
+    def _blame(self, request: GenerateRequest, decision: Decision, serving: str, error: BatonError) -> str:
+        """Make the router avoid the replica that caused an attempt on `serving` to fail.  Returns its id."""
+        role, replica = decision.serving_role, serving
         if isinstance(error, PrefillFailed) and decision.prefill is not None:
             role, replica = "prefill", decision.prefill.replica
         self._router.pools[role].avoid(replica)
@@ -132,15 +175,20 @@ class Orchestrator:
     async def _attempt(
         self,
         request: GenerateRequest,
+        hints: RoutingHints,
+        lost: list[str],
         decision: Decision,
         in_flight: InFlight,
         progress: SequenceProgress,
         attempt: int,
     ) -> None:
         handoff, local_reason = await self._start_prefill(request, decision, attempt)
+        if handoff is not None and not self._hands_over_early:
+            await self._look_again(request, hints, lost, decision, in_flight, handoff)
 
         def on_first(attempt_ttft_s: float) -> None:
             in_flight.first_token(progress.report, attempt_ttft_s)
+            self.line.on_news()
 
         def on_report(report: PrefillReport) -> None:
             if handoff is not None and _has_failed(report):
@@ -149,13 +197,38 @@ class Orchestrator:
         progress.on_first, progress.on_report = on_first, on_report
         pool = self._serving[decision.serving_role]
         assert pool is not None
+        serving = in_flight.serving.replica
         if handoff is None:
             request = msgspec.structs.replace(request, expected_cached_tokens=decision.serving.cached_tokens)
         try:
-            await pool.generate(request, handoff, local_reason, decision.serving.replica, progress)
+            await pool.generate(request, handoff, local_reason, serving, progress)
         finally:
             if handoff is not None and not progress.has_remote_kv:
                 handoff.cancel()
+
+    async def _look_again(
+        self,
+        request: GenerateRequest,
+        hints: RoutingHints,
+        lost: list[str],
+        decision: Decision,
+        in_flight: InFlight,
+        handoff: Handoff,
+    ) -> None:
+        """Wait until the prefill is nearly done, and choose the decode replica again, as others may be better by then.
+
+        Raises PrefillFailed if the prefill replica is gone.
+        """
+        wait_s = LOOK_AGAIN_AT * decision.predicted_ttft_s
+        if wait_s < LOOK_AGAIN_S or len(self._router.pools["decode"].replicas) < 2:
+            return
+        try:
+            if (await asyncio.wait([handoff.lost], timeout=wait_s))[0]:
+                raise PrefillFailed("the prefill replica is gone")
+            in_flight.choose_again(lambda: self._router.receiver(request, hints, lost, decision))
+        except BaseException:
+            handoff.cancel()
+            raise
 
     async def _start_prefill(
         self, request: GenerateRequest, decision: Decision, attempt: int

@@ -44,7 +44,7 @@ class SequenceRecord:
         self._gaps = _labelled(metrics.INTER_TOKEN_LATENCY, model)
         self._request_id = request_id
         self._prompt_tokens = prompt_tokens
-        self._slo = slo
+        self.slo = slo
         self._has_session = has_session
         self._output_tokens = 0
 
@@ -85,10 +85,10 @@ class SequenceRecord:
 
     def _is_within_slo(self) -> bool:
         progress = self.progress
-        if progress.ttft_s is None or progress.ttft_s * 1e3 > self._slo.ttft_ms:
+        if progress.ttft_s is None or progress.ttft_s * 1e3 > self.slo.ttft_ms:
             return False
         decoding_s = progress.last_token_at - progress.arrived_at - progress.ttft_s
-        return decoding_s * 1e3 <= self._slo.itl_ms * (self._output_tokens - 1)
+        return decoding_s * 1e3 <= self.slo.itl_ms * (self._output_tokens - 1)
 
     def _count_prompt(self, report: PrefillReport, ttft_s: float) -> None:
         _labelled(metrics.PREFILLS, self._model, report.kind, report.reason).inc()
@@ -106,7 +106,7 @@ class SequenceRecord:
         # If a replica failed on the way, the time to first token says nothing about the prediction.
         went_as_decided = self.num_attempts == 1 and kind == decision.kind
         if went_as_decided and decision.predicted_ttft_s:
-            ratio = ttft_s / decision.predicted_ttft_s
+            ratio = (ttft_s - decision.waited_s) / decision.predicted_ttft_s
             _labelled(metrics.TIME_TO_FIRST_TOKEN_RATIO, self._model, decision.kind).observe(ratio)
 
     def _describe_decision(self) -> str:
@@ -119,7 +119,8 @@ class SequenceRecord:
             f"decision={decision.kind} decision_reason={decision.reason} decided_prefill={prefill} "
             f"decided_{decision.serving_role}={decision.serving.replica} "
             f"expected_cached_tokens={decision.expected_cached_tokens} "
-            f"predicted_ttft_ms={_ms(decision.predicted_ttft_s)} "
+            f"predicted_ttft_ms={_ms(decision.predicted_ttft_s)} predicted_itl_ms={_ms(decision.way.itl_s)} "
+            f"waited_ms={_ms(decision.waited_s)} "
             f"decided_us={decision.decided_in_s * 1e6:.0f} attempts={self.num_attempts}"
         )
 

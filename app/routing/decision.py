@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from app.messages import PrefillKind, Role
@@ -21,13 +23,44 @@ class Candidate(msgspec.Struct, frozen=True):
     """The weighted sum of the scores."""
 
 
-class Prediction(msgspec.Struct, frozen=True):
-    """Predicted seconds to the first token, one for each way; None if that way is not open or nothing was measured."""
+Lack = Literal["", "prefill", "decode"]
+"""What keeps a way from being taken now: no replica has room for the prompt, or none for the sequence."""
 
-    remote_s: float | None = None
-    local_s: float | None = None
+
+class Way(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to serve a sequence, with the best replicas for it, and what it is predicted to bring."""
+
+    kind: PrefillKind
+    serving: Candidate
+    """The replica that decodes, and prefills if `kind` is local."""
+    serving_role: Role
+    prefill: Candidate | None = None
+    queue_s: float
+    """Predicted seconds until the prompts that wait on the replica that prefills are computed."""
+    alone_s: float
+    """Predicted seconds to the first token without `queue_s`."""
+    itl_s: float
+    """Predicted mean seconds between this sequence's tokens."""
     interference_s: float = 0.0
-    """How long a local prefill would make the sequences that run there wait beyond their budget, added up over them."""
+    """How long a local prefill would make the sequences that run there wait beyond `slo.itl_ms`, added up over them."""
+    lacks: Lack = ""
+
+    @property
+    def ttft_s(self) -> float:
+        return self.queue_s + self.alone_s
+
+    @property
+    def cost_s(self) -> float:
+        """What it costs this sequence and others, in seconds of waiting."""
+        return self.ttft_s + self.interference_s
+
+
+class Wait(msgspec.Struct, frozen=True):
+    """No replica has room for the sequence now."""
+
+    alone_s: float
+    """The predicted seconds to its first token once a replica has room."""
+    lacks: Lack
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -35,22 +68,38 @@ class Decision(msgspec.Struct, frozen=True):
 
     `kind` and `reason` are labels of ``baton_decisions_total``.  A local prefill has one of the reasons ``aggregated``
     (there is no prefill pool), ``requested``, ``prompt_logprobs``, ``no_prefill_replica``, ``no_usable_link`` (decode
-    can get KV from no prefill replica), ``no_decode_replica`` (an aggregated replica serves), ``prefill_full``,
-    ``faster``, ``short`` and ``prefill_queue`` (by thresholds).  A remote one has ``requested``, ``only_way`` (nothing
-    else can prefill), ``configured``, ``unmeasured``, ``faster``, ``long`` (by thresholds) or ``local_full``.
+    can get KV from no prefill replica), ``no_decode_replica`` (another pool's replica serves), ``faster``,
+    ``decode_full`` (a prefill replica serves, as no decode replica has room), ``short`` and ``prefill_queue`` (by
+    thresholds).  A remote one has ``requested``, ``only_way`` (nothing else can prefill), ``configured``, ``faster`` or
+    ``long`` (by thresholds).
     """
 
-    kind: PrefillKind
+    way: Way
     reason: str
-    serving: Candidate
-    """The replica that decodes, and prefills if `kind` is local."""
-    serving_role: Role
-    prefill: Candidate | None
-    predicted: Prediction
+    ways: list[Way] = []
+    """All ways that were open, the chosen one included."""
     others: dict[Role, list[Candidate]] = {}
     """The next best candidates of each pool that was looked at, if an explanation was asked for."""
     decided_in_s: float = 0.0
     """How long the decision took."""
+    waited_s: float = 0.0
+    """How long the request waited in the frontend before it."""
+
+    @property
+    def kind(self) -> PrefillKind:
+        return self.way.kind
+
+    @property
+    def serving(self) -> Candidate:
+        return self.way.serving
+
+    @property
+    def serving_role(self) -> Role:
+        return self.way.serving_role
+
+    @property
+    def prefill(self) -> Candidate | None:
+        return self.way.prefill
 
     @property
     def expected_cached_tokens(self) -> int:
@@ -58,9 +107,9 @@ class Decision(msgspec.Struct, frozen=True):
         return max(self.serving.cached_tokens, self.prefill.cached_tokens if self.prefill else 0)
 
     @property
-    def predicted_ttft_s(self) -> float | None:
-        """The predicted seconds to the first token of the way that was chosen."""
-        return self.predicted.remote_s if self.kind == "remote" else self.predicted.local_s
+    def predicted_ttft_s(self) -> float:
+        """The predicted seconds to the first token, from the decision on."""
+        return self.way.ttft_s
 
 
 class RoutingHints(msgspec.Struct, frozen=True):

@@ -1,20 +1,33 @@
-"""Chooses whether a prompt is prefilled on the prefill pool or on the replica that decodes it."""
+"""Chooses the way in which a sequence is served: prefilled remotely, where it is decoded, or whole on prefill.
+
+The model's `slo` is the objective.  A sequence that comes too late is lost, and so are those whose tokens come too
+slowly because of it.  So a way is open only while the replicas that it takes have room (app/routing/capacity.py), and
+the choice is between a way that is open now and waiting for a better one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
-from app.config import PredictedPlacement, RemotePlacement, ThresholdPlacement
+from app.config import PredictedPlacement, RemotePlacement, SloConfig, ThresholdPlacement
 from app.messages import GenerateRequest, PrefillKind
-from app.routing.decision import Prediction
-from app.routing.scores import Scored
+from app.routing.decision import Way
 
-PlacementChoice = tuple[PrefillKind, str]
-"""Where the prompt is prefilled, and why, in the words of `Decision.reason`."""
+PlacementPolicy = PredictedPlacement | ThresholdPlacement | RemotePlacement
+
+EASY = 0.5
+"""A way that gives the first token within this share of the TTFT that was promised counts as easy.  Among easy ways the
+one that disturbs least is taken.  Later than that a sequence takes any way that is in time: what has been predicted
+exactly for the promised moment is late half of the time."""
+NEAR, NEAR_S = 0.9, 0.002
+"""Where a local prefill costs more than this share of a remote one, less NEAR_S seconds, the prompt is prefilled
+remotely: the ways are equally good for it, and decode stays free for others."""
 
 
-def demanded(request: GenerateRequest) -> PlacementChoice | None:
-    """Return where a request wants its prompt prefilled, or has to have it prefilled; None if that is free.
+def demanded(request: GenerateRequest) -> tuple[PrefillKind, str] | None:
+    """Return where a request wants its prompt prefilled, or has to have it prefilled, and why; None if that is free.
 
     ``prompt_logprobs`` come out of the forward pass over the prompt, which under disaggregation runs on the other
     engine, so such a request is served without it rather than refused.
@@ -28,28 +41,63 @@ def demanded(request: GenerateRequest) -> PlacementChoice | None:
     return None
 
 
-def place(
-    policy: PredictedPlacement | ThresholdPlacement | RemotePlacement,
-    num_tokens: int,
-    prefill: Scored,
-    local: Scored,
-    predicted: Prediction,
-) -> PlacementChoice:
-    """Choose between the two ways when both are open; `num_tokens` is the prompt's length."""
+class Prospect(msgspec.Struct, frozen=True):
+    """A request that is to be placed: how long it is and what it has been through."""
+
+    num_tokens: int
+    waited_s: float = 0.0
+    """Since its arrival."""
+    waiting_tokens: int = 0
+    """Prompt tokens of other requests that wait in this frontend."""
+
+
+def place(policy: PlacementPolicy, slo: SloConfig, prospect: Prospect, ways: Sequence[Way]) -> tuple[Way, str] | None:
+    """Choose one of `ways`, and say why in the words of `Decision.reason`; None if the request has to wait.
+
+    `ways` are a remote and a local one at least.
+    """
     match policy:
         case PredictedPlacement():
-            if predicted.remote_s is None or predicted.local_s is None:
-                return "remote", "unmeasured"
-            is_local = predicted.local_s + predicted.interference_s <= predicted.remote_s
-            return ("local" if is_local else "remote"), "faster"
+            way = choose_in_time(slo.ttft_ms / 1e3, prospect.waited_s, ways)
+            reason = "decode_full" if way is not None and way.serving_role == "prefill" else "faster"
         case ThresholdPlacement():
-            if num_tokens - local.cached_tokens <= policy.max_local_tokens:
-                return "local", "short"
-            if prefill.queued_tokens > policy.max_prefill_queue_tokens:
-                return "local", "prefill_queue"
-            return "remote", "long"
+            kind, reason = _by_thresholds(policy, prospect, ways)
+            way = next(way for way in ways if way.kind == kind)
         case RemotePlacement():
-            return "remote", "configured"
+            way, reason = next(way for way in ways if way.kind == "remote"), "configured"
+    return None if way is None or way.lacks else (way, reason)
+
+
+def choose_in_time(ttft_s: float, waited_s: float, ways: Sequence[Way]) -> Way | None:
+    """Choose the way with which a request that has waited for `waited_s` gets its first token in `ttft_s` seconds.
+
+    1. If ways are easy, the cheapest of them.  A remote one may lack room on prefill: then it is worth waiting for, as
+       its time includes that.  How long decode will lack room is not known.
+    2. Otherwise the quickest that is open.  If that is too late anyway, it hurts nobody else.
+
+    None if there is none, or if it is better to wait.
+    """
+    known = [way for way in ways if not way.lacks or (way.lacks == "prefill" and way.kind == "remote")]
+    easy = [way for way in known if waited_s + way.ttft_s <= EASY * ttft_s]
+    if easy:
+        return min(easy, key=_cost_s)
+    is_open = [way for way in ways if not way.lacks]
+    return min(is_open, key=lambda way: way.ttft_s, default=None)
+
+
+def _cost_s(way: Way) -> float:
+    return way.cost_s if way.kind == "remote" else way.cost_s / NEAR + NEAR_S
+
+
+def _by_thresholds(policy: ThresholdPlacement, prospect: Prospect, ways: Sequence[Way]) -> tuple[PrefillKind, str]:
+    remote = next(way for way in ways if way.kind == "remote")
+    local = next(way for way in ways if way.kind == "local")
+    assert remote.prefill is not None
+    if prospect.num_tokens - local.serving.cached_tokens <= policy.max_local_tokens:
+        return "local", "short"
+    if remote.prefill.queued_tokens + prospect.waiting_tokens > policy.max_prefill_queue_tokens:
+        return "local", "prefill_queue"
+    return "remote", "long"
 
 
 def corrupt_prompt(request: GenerateRequest) -> GenerateRequest:

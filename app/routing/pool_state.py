@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from heapq import nlargest
+from typing import Generic, TypeVar
 
 from app.kv_cache.block_hashes import block_hashes, root_hash
 from app.messages import GenerateRequest, KvUpdate, Link, ReplicaInfo, ReplicaLoad
+from app.pace import Pace
 from app.routing.affinity import SessionRing
 from app.routing.prefix_index import ApproximateCache, PrefixIndex
 
@@ -28,18 +30,30 @@ this many drawn at random.  The best of 8 drawn is among the least loaded quarte
 (1 - 0.75**8), and frontends that do not talk to each other do not all draw the same one."""
 
 
-class Gauge:
+START_PACE = Pace(
+    prefill_base_s=0.01,
+    prefill_s_per_token=4e-5,
+    step_base_s=0.0,
+)
+"""What is taken for the pace of a replica that tells none, until requests have shown how far it is off: 10 ms, and
+25,000 tokens/s, which an 8B model reaches on an H200 (docs/benchmarks/2026-11-21-h200.md)."""
+
+
+Number = TypeVar("Number", int, float)
+
+
+class Gauge(Generic[Number]):
     """A quantity: a replica reports the whole of it, and this frontend knows its own part."""
 
     __slots__ = ("_others", "own", "value")
 
-    def __init__(self) -> None:
-        self.own = 0
-        self.value = 0
+    def __init__(self, zero: Number) -> None:
+        self.own: Number = zero
+        self.value: Number = zero
         """The best guess of the whole.  It is stored, because it is read far more often than it changes."""
-        self._others = 0
+        self._others: Number = zero
 
-    def report(self, value: int) -> None:
+    def report(self, value: Number) -> None:
         self._others = value - self.own  # below 0 if the report misses those of ours that are on their way
         self._update()
 
@@ -47,7 +61,7 @@ class Gauge:
         self.value = max(self.own, self._others + self.own)
 
     @contextmanager
-    def counting(self, amount: int) -> Iterator[None]:
+    def counting(self, amount: Number) -> Iterator[None]:
         """Count `amount` as this frontend's own while the block runs."""
         self.own += amount
         self._update()
@@ -61,23 +75,59 @@ class Gauge:
 class ReplicaState:
     """One replica, as this frontend knows it."""
 
-    __slots__ = ("_assumed", "_sources", "avoid_until", "decoding", "info", "queued_tokens", "sequences", "used_blocks")
+    __slots__ = (
+        "_assumed",
+        "_sources",
+        "avoid_until",
+        "compute_s",
+        "decoding",
+        "info",
+        "kv_tokens",
+        "load",
+        "pace",
+        "queued_tokens",
+        "sequences",
+        "used_blocks",
+    )
 
     def __init__(self, info: ReplicaInfo) -> None:
         self.info = info
-        self.sequences = Gauge()
-        self.queued_tokens = Gauge()
-        self.used_blocks = Gauge()
-        self.decoding = Gauge()
+        self.pace = info.pace or START_PACE
+        self.sequences = Gauge[int](0)
+        self.queued_tokens = Gauge[int](0)
+        self.compute_s = Gauge[float](0.0)
+        """What the queued prompts take: see `ReplicaLoad.queued_s`."""
+        self.used_blocks = Gauge[int](0)
+        self.decoding = Gauge[int](0)
+        self.kv_tokens = Gauge[int](0)
+        self.load = ReplicaLoad()
+        """The latest report.  For what frontends count too, the gauges are more up to date."""
         self.avoid_until = 0.0
         self._sources: frozenset[str] | None = None
         self._assumed = ApproximateCache(info.num_blocks) if info.prefix_cache == "silent" else None
 
     def report(self, load: ReplicaLoad) -> None:
+        self.load = load
         self.sequences.report(load.sequences)
         self.queued_tokens.report(load.queued_tokens)
+        self.compute_s.report(load.queued_s if self.info.pace else START_PACE.compute_s(load.queued_tokens))
         self.used_blocks.report(load.used_blocks)
         self.decoding.report(load.decoding)
+        self.kv_tokens.report(load.kv_tokens)
+
+    @property
+    def queue_s(self) -> float:
+        """The seconds until all prompts that wait here are computed, by the pace."""
+        return self.pace.queue_s(self.queued_tokens.value, self.compute_s.value)
+
+    @property
+    def num_served(self) -> int:
+        """The sequences that decode here or will; on a prefill replica those that it serves whole."""
+        return self.decoding.value if self.info.role == "prefill" else self.sequences.value
+
+    def kv_use_after(self, num_tokens: int) -> float:
+        """The share of the KV memory that is taken once `num_tokens` tokens more are in it."""
+        return (self.used_blocks.value + self.num_blocks(num_tokens)) / self.info.num_blocks
 
     def report_links(self, links: Sequence[Link]) -> None:
         self._sources = frozenset(link.prefill_replica for link in links if not link.problem)
@@ -108,6 +158,8 @@ class PoolState:
         self._ids: list[str] = []
         self._ring = SessionRing()
         self._clock = clock
+        self.on_change: Callable[[], object] = lambda: None
+        """Called when a replica has come or has told something of itself."""
 
     @property
     def block_size(self) -> int | None:
@@ -120,6 +172,7 @@ class PoolState:
         self.replicas[info.replica_id] = ReplicaState(info)
         self._ids.append(info.replica_id)
         self._ring.add(info.replica_id)
+        self.on_change()
 
     def leave(self, replica: str) -> None:
         """Forget a replica; nothing happens if it is not known."""
@@ -132,6 +185,7 @@ class PoolState:
     def on_load(self, replica: str, load: ReplicaLoad) -> None:
         if (state := self.replicas.get(replica)) is not None:
             state.report(load)
+            self.on_change()
 
     def on_kv(self, replica: str, update: KvUpdate) -> None:
         if replica in self.replicas:
@@ -140,6 +194,7 @@ class PoolState:
     def on_links(self, replica: str, links: list[Link]) -> None:
         if (state := self.replicas.get(replica)) is not None:
             state.report_links(links)
+            self.on_change()
 
     def assume(self, replica: str, request: GenerateRequest) -> None:
         """Take note that `request` is sent to `replica`, which will have its prompt cached."""

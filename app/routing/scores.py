@@ -53,11 +53,6 @@ class Scored(msgspec.Struct):
         scores = dict(zip(DECODE_SCORES, self.scores, strict=False))
         return Candidate(self.replica, self.cached_tokens, self.queued_tokens, scores, self.total)
 
-    @property
-    def has_kv_room(self) -> bool:
-        """Whether a decode replica would have a KV block left."""
-        return self.scores[DECODE_SCORES.index("kv")] > 0
-
 
 def score(
     prompt: Prompt,

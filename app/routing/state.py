@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from app.config import RoutingConfig
+from app.config import RoutingConfig, SloConfig
 from app.messages import Role
+from app.routing.capacity import Capacity
 from app.routing.pool_state import PoolState
 from app.routing.prefix_index import PrefixIndex
 from app.routing.scores import weights_of
+from app.routing.times import TimePredictor
 from app.routing.topology import Topology
-from app.routing.ttft import TtftPredictor
 
 
 class RouterState:
@@ -20,16 +21,24 @@ class RouterState:
     def __init__(
         self,
         config: RoutingConfig,
+        slo: SloConfig,
         *,
         has_prefill: bool,
         has_aggregated: bool = False,
         can_decode_prefill: bool = True,
+        can_prefill_decode: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`can_decode_prefill` says whether an engine that decodes for a prefill pool can prefill as well."""
+        """`can_decode_prefill` says whether an engine that decodes for a prefill pool can prefill as well, and
+        `can_prefill_decode` whether one of a prefill pool can decode.
+        """
         self.config = config
+        self.slo = slo
+        self.clock = clock
         self.has_prefill = has_prefill
-        self.predictor = TtftPredictor(clock)
+        self.can_prefill_decode = has_prefill and can_prefill_decode
+        self.predictor = TimePredictor()
+        self.capacity = Capacity(slo.itl_ms / 1e3)
         self.topology = Topology()
         self.index = PrefixIndex()
         roles: dict[Role, bool] = {"prefill": has_prefill, "decode": True, "aggregated": has_aggregated}
@@ -41,6 +50,11 @@ class RouterState:
             "decode": decode_weights,
             "aggregated": decode_weights,
         }
+
+    def on_change(self, call: Callable[[], object]) -> None:
+        """Have `call` called when a replica has come or has told something of itself."""
+        for pool in self.pools.values():
+            pool.on_change = call
 
     def has_usable_link(self) -> bool:
         """Return whether any decode replica can get KV from any prefill replica."""

@@ -1,40 +1,23 @@
-"""Gathers what one decision is based on: who could serve, how good each would be, and how long both ways would take."""
+"""Gathers what one decision is based on: who could serve, how good each would be, and what each way would bring."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from heapq import nlargest
 from itertools import islice
 
-from app.config import PredictedPlacement
-from app.errors import InvalidRequest, NoReplica, Overloaded
+from app.errors import InvalidRequest, NoReplica
 from app.kv_cache.block_hashes import block_hashes, root_hash
 from app.messages import GenerateRequest, Role
-from app.routing.decision import Candidate, Prediction, RoutingHints
-from app.routing.placement import PlacementChoice, demanded, place
+from app.routing.capacity import has_queue_room
+from app.routing.decision import Candidate, Lack, RoutingHints, Way
+from app.routing.placement import demanded
 from app.routing.scores import Prompt, Scored, pick, score
 from app.routing.state import RouterState
-from app.routing.ttft import HandoverWork, PromptWork
+from app.routing.times import PromptTimes
 
 NUM_OTHERS = 3
 """Candidates of each pool that an explanation names besides the chosen one."""
-
-
-class Ranking:
-    """The replicas of one pool that could serve, and the best of them."""
-
-    def __init__(self, scored: list[Scored], num_tokens: int, max_queued_tokens: int) -> None:
-        self.scored = scored
-        self.best = pick(scored)
-
-        def has_room(s: Scored) -> bool:
-            # A replica on which nothing waits takes a prompt of any length.
-            return not s.queued_tokens or s.queued_tokens + num_tokens - s.cached_tokens <= max_queued_tokens
-
-        self.best_with_room = self.best
-        if self.best is not None and not has_room(self.best):
-            self.best_with_room = pick([s for s in scored if has_room(s)])
 
 
 class Survey:
@@ -50,83 +33,170 @@ class Survey:
         self._num_tokens = len(request.prompt_token_ids)
         self._cached: dict[int, dict[str, int]] = {}
         self._candidates: dict[Role, list[str]] = {}
-        self._rankings: dict[Role, Ranking] = {}
-        self._receivers: list[Scored] = []
-        """All decode candidates, also those without room for the prompt's KV."""
+        self._rankings: dict[Role, list[Scored]] = {}
         self._lacks_link = False
         """Whether there are prefill replicas, but no decode replica can get KV from any of them."""
         self.local_role = state.local_role()
 
-    def place(self, predicted: Prediction) -> PlacementChoice:
-        """Choose where to prefill.  Raises InvalidRequest and Overloaded."""
+    def only_way(self) -> tuple[Way, str] | None:
+        """Return the way that this request has to take, and why; None if there is a choice.
+
+        Raises NoReplica, and InvalidRequest for a local prefill that no replica is capable of.
+        """
         state, local_role, wish = self._state, self.local_role, demanded(self._request)
         if not state.has_prefill:
-            return "local", "aggregated"
+            return self.local(local_role or "decode"), "aggregated"
         if local_role is None:
             if wish == ("local", "requested"):
                 raise InvalidRequest("baton_prefill: this model's decode engine cannot prefill, so it cannot be local")
-            return "remote", "only_way"
+            return self.remote(), "only_way"
         if wish is not None and wish[0] == "local":
-            return wish
-        self.best(local_role)
-        if not self.ranking("prefill").scored:
-            return "local", "no_usable_link" if self._lacks_link else "no_prefill_replica"
-        if not self.ranking("decode").scored:
-            return "local", "no_decode_replica"
+            return self.local(local_role), wish[1]
+        if not self.ranking("prefill"):
+            return self.local(local_role), "no_usable_link" if self._lacks_link else "no_prefill_replica"
+        if not self.ranking("decode"):
+            if not self.ranking(local_role) and self._can_serve_on_prefill():
+                return self.on_prefill(), "no_decode_replica"
+            return self.local(local_role), "no_decode_replica"
         if wish is not None:
-            return wish
-        prefill, local = self.ranking("prefill").best_with_room, self.ranking(local_role).best_with_room
-        if prefill is None:
-            return "local", "prefill_full"
-        if local is None:
-            return "remote", "local_full"
-        return place(state.config.placement, self._num_tokens, prefill, local, predicted)
+            return self.remote(), wish[1]
+        return None if self.ranking(local_role) else (self.remote(), "only_way")
 
-    def best(self, role: Role) -> Scored:
-        """Return the best replica.  Raises NoReplica."""
-        if (best := self.ranking(role).best) is None:
+    def ways(self) -> list[Way]:
+        """Return a remote and a local way, and if decode has no room for either, one on a prefill replica."""
+        assert self.local_role is not None
+        ways = [self.remote(), self.local(self.local_role, is_optional=True)]
+        if all(way.lacks == "decode" for way in ways) and self._can_serve_on_prefill():
+            ways.append(self.on_prefill())
+        return ways
+
+    def _can_serve_on_prefill(self) -> bool:
+        return self._state.can_prefill_decode and bool(self.ranking("prefill"))
+
+    def remote(self) -> Way:
+        """Return the best remote way.  Raises NoReplica."""
+        prefill = self._best("prefill", self._can_take_prompt)
+        decode, lacks = self._receiver(prefill)
+        if not lacks and not self._can_take_prompt(prefill):
+            lacks = "prefill"
+        times = self._times(prefill)
+        predictor, num_moved = self._state.predictor, self._num_tokens - decode.cached_tokens
+        return Way(
+            kind="remote",
+            serving=decode.candidate(),
+            serving_role="decode",
+            prefill=prefill.candidate(),
+            queue_s=predictor.prefill.value * times.queue_s,
+            alone_s=predictor.prefill.value * times.prompt_s + predictor.handover_s(num_moved),
+            itl_s=self._state.capacity.itl_after_s(decode.state, self._num_tokens),
+            lacks=lacks,
+        )
+
+    def local(self, role: Role, *, is_optional: bool = False) -> Way:
+        """Return the best way to prefill where the sequence is decoded.  Raises NoReplica.
+
+        If `is_optional`, the prompt could be prefilled elsewhere, so the sequences there are not to suffer by it.
+        """
+
+        def can_prefill(s: Scored) -> bool:
+            return self._can_take_prompt(s) and (not is_optional or self._is_within_budget(s))
+
+        best = self._best(role, lambda s: self._has_decode_room(s) and can_prefill(s), self._has_decode_room)
+        lacks: Lack = ""
+        if not self._has_decode_room(best):
+            lacks = "decode"
+        elif not can_prefill(best):
+            lacks = "prefill"
+        return self._local_way(best, role, lacks)
+
+    def on_prefill(self) -> Way:
+        """Return the best way to serve the sequence whole on a prefill replica.  Raises NoReplica.
+
+        Those that serve sequences already come first, so that the others stay free for prompts.
+        """
+        can_serve = [s for s in self.ranking("prefill") if self._can_take_prompt(s) and self._can_serve_whole(s)]
+        best = max(can_serve, key=lambda s: (s.state.num_served, s.total), default=None)
+        return self._local_way(best or self._best("prefill"), "prefill", "" if best else "decode")
+
+    def _local_way(self, scored: Scored, role: Role, lacks: Lack) -> Way:
+        times, learnt, itl_s = self._times(scored), self._state.predictor.local.value, self._state.capacity.itl_s
+        alone_s = learnt * times.prompt_s
+        return Way(
+            kind="local",
+            serving=scored.candidate(),
+            serving_role=role,
+            queue_s=learnt * times.queue_s,
+            alone_s=alone_s,
+            itl_s=self._state.capacity.itl_after_s(scored.state, self._num_tokens, alone_s),
+            interference_s=scored.state.num_served * max(0.0, alone_s - itl_s),
+            lacks=lacks,
+        )
+
+    def _times(self, scored: Scored) -> PromptTimes:
+        state = scored.state
+        return PromptTimes(state.queue_s, state.pace.prompt_s(self._num_tokens, scored.cached_tokens))
+
+    def _can_take_prompt(self, scored: Scored) -> bool:
+        """Whether a replica will soon compute the prompt, and sequences that a prefill replica serves can bear it."""
+        if not has_queue_room(scored.state, self._num_tokens, scored.cached_tokens):
+            return False
+        return scored.state.info.role != "prefill" or self._is_within_budget(scored)
+
+    def _is_within_budget(self, scored: Scored) -> bool:
+        return self._has_budget(scored, joins=False)
+
+    def _has_budget(self, scored: Scored, *, joins: bool) -> bool:
+        uncached = self._num_tokens - scored.cached_tokens
+        prompt_s = self._state.predictor.local.value * self._times(scored).prompt_s
+        return self._state.capacity.has_prefill_budget(scored.state, uncached, prompt_s, joins=joins)
+
+    def _has_decode_room(self, scored: Scored) -> bool:
+        return self._state.capacity.has_decode_room(scored.state, self._num_tokens, scored.cached_tokens)
+
+    def _can_serve_whole(self, scored: Scored) -> bool:
+        """Whether a prefill replica can serve the sequence so that it keeps the time between tokens there."""
+        return self._has_decode_room(scored) and self._has_budget(scored, joins=True)
+
+    def _best(self, role: Role, *conditions: Callable[[Scored], bool]) -> Scored:
+        """Return the best replica of those that satisfy the first condition, else the next one, else of all.
+
+        Raises NoReplica.
+        """
+        ranking = self.ranking(role)
+        for condition in conditions:
+            if (best := pick([s for s in ranking if condition(s)])) is not None:
+                return best
+        if (best := pick(ranking)) is None:
             if role == "prefill" and self._lacks_link:
                 raise NoReplica(role, "has no replica from which a decode replica can get KV (see `baton status`)")
             raise NoReplica(role)
         return best
 
-    def receiver(self, prefill: Scored) -> Scored:
-        """Return the best decode replica that can get KV from `prefill`.  Raises NoReplica."""
-        if (best := self._receiver(prefill)) is None:
+    def _receiver(self, prefill: Scored) -> tuple[Scored, Lack]:
+        """Return the best decode replica that can get KV from `prefill`, and whether it lacks room.
+
+        Raises NoReplica.
+        """
+        linked = [s for s in self.ranking("decode") if s.state.can_get_kv_from(prefill.replica)]
+        if (best := pick([s for s in linked if self._has_decode_room(s)])) is not None:
+            return best, ""
+        if (best := pick(linked)) is None:
             raise NoReplica("decode")
-        return best
+        return best, "decode"
 
-    def _receiver(self, prefill: Scored) -> Scored | None:
-        best = self.ranking("decode").best
-        if best is None or best.state.can_get_kv_from(prefill.replica):
-            return best
-        for group in (self.ranking("decode").scored, self._receivers):
-            if linked := [s for s in group if s.state.can_get_kv_from(prefill.replica)]:
-                return pick(linked)
-        return None
+    def receiver_of(self, prefill_replica: str, preferred: str) -> Candidate | None:
+        """Return the best decode replica for KV that `prefill_replica` has nearly computed; None if none has room.
 
-    def demand(self, role: Role) -> Scored:
-        """Return the best replica that has room in its queue.  Raises NoReplica and Overloaded."""
-        self.best(role)
-        if (best := self.ranking(role).best_with_room) is None:
-            raise Overloaded(self._retry_after_s())
-        return best
+        `preferred` is taken if no other one is better.
+        """
+        linked = [s for s in self.ranking("decode") if s.state.can_get_kv_from(prefill_replica)]
+        with_room = [s for s in linked if self._has_decode_room(s)]
+        best = max(with_room, key=lambda s: (s.total, s.replica == preferred), default=None)
+        return best.candidate() if best is not None else None
 
-    def _retry_after_s(self) -> float:
-        """Return after how many seconds, at the measured speed, the least busy replica that prefills will have room."""
-        bound = self._state.config.max_queued_tokens
-        excesses = [
-            s.queued_tokens + self._num_tokens - s.cached_tokens - bound
-            for ranking in self._rankings.values()
-            for s in ranking.scored
-            if s.queued_tokens
-        ]
-        return self._state.predictor.queue_s(max(0, min(excesses)))
-
-    def ranking(self, role: Role) -> Ranking:
+    def ranking(self, role: Role) -> list[Scored]:
         if role not in self._rankings:
-            bound = self._state.config.max_queued_tokens
-            self._rankings[role] = Ranking(self._score(role), self._num_tokens, bound)
+            self._rankings[role] = self._score(role)
         return self._rankings[role]
 
     def _score(self, role: Role) -> list[Scored]:
@@ -138,13 +208,7 @@ class Survey:
         own = pool.own_replica(self._hints.session)
         replicas = self._find_candidates(role)
         prompt = Prompt(self._num_tokens, own, self._nearness(replicas) if role == "decode" else {})
-        scored = score(prompt, replicas, pool.replicas, cached, self._state.weights[role])
-        if role == "prefill":
-            return scored
-        if role == "decode":
-            self._receivers = scored
-        # If none has room for the prompt's KV, the engine makes it wait.
-        return [s for s in scored if s.has_kv_room] or scored
+        return score(prompt, replicas, pool.replicas, cached, self._state.weights[role])
 
     def _find_candidates(self, role: Role) -> list[str]:
         """Return the replicas of a pool to choose from; of prefill those from which a decode candidate can get KV."""
@@ -176,34 +240,16 @@ class Survey:
 
     def _nearness(self, replicas: Collection[str]) -> Mapping[str, float]:
         """Return how near the nodes of decode `replicas` are to the best prefill replica."""
-        if not self._state.has_prefill or (prefill := self.ranking("prefill").best) is None:
+        if not self._state.has_prefill or (prefill := pick(self.ranking("prefill"))) is None:
             return {}
         states = self._state.pools["decode"].replicas
         nodes = {states[replica].info.node_ip for replica in replicas}
         return self._state.topology.nearness(prefill.state.info.node_ip, nodes)
-
-    def predict(self) -> Prediction:
-        """Predict the times to the first token of the ways that are open."""
-        remote = local = None
-        if self._state.has_prefill:
-            prefill = self.ranking("prefill").best_with_room
-            decode = self._receiver(prefill) if prefill is not None else None
-            if prefill is not None and decode is not None:
-                work, moved = self._work(prefill), self._num_tokens - decode.cached_tokens
-                remote = work, HandoverWork.after(work, moved, decode.state.decoding.value, decode.queued_tokens)
-        if self.local_role is not None and (best := self.ranking(self.local_role).best_with_room) is not None:
-            local = self._work(best)
-        placement = self._state.config.placement
-        budget_s = placement.itl_budget_ms / 1e3 if isinstance(placement, PredictedPlacement) else math.inf
-        return self._state.predictor.predict(remote, local, budget_s)
-
-    def _work(self, scored: Scored) -> PromptWork:
-        return PromptWork(self._num_tokens, scored.cached_tokens, scored.queued_tokens, scored.state.decoding.value)
 
     def others(self, chosen: Collection[str]) -> dict[Role, list[Candidate]]:
         """Return the next best candidates of each pool that was looked at."""
         return {
             role: [s.candidate() for s in nlargest(NUM_OTHERS, rest, key=lambda s: s.total)]
             for role, ranking in self._rankings.items()
-            if (rest := [s for s in ranking.scored if s.replica not in chosen])
+            if (rest := [s for s in ranking if s.replica not in chosen])
         }

@@ -55,8 +55,11 @@ class Frontend(AsgiIngress):
 
     async def _stats(self) -> dict[str, Any]:
         answers = await asyncio.gather(*(model.stats() for model in self._models))
-        speeds = {model.name: model.router.predictor.speeds() for model in self._models}
-        return {"replicas": list(chain.from_iterable(answers)), "speeds": speeds}
+        return {
+            "replicas": list(chain.from_iterable(answers)),
+            "learnt": {model.name: model.router.predictor.ratios() for model in self._models},
+            "waiting": {model.name: model.describe_line() for model in self._models},
+        }
 
     async def __del__(self) -> None:
         """Close the metrics server.  Serve calls this when all requests of the replica have ended."""

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from app.channel.client import Channel
+from app.channel.protocol import Backlog
 from app.errors import ReplicaLost
 from app.messages import ReplicaInfo
 from app.routing.pool_state import PoolState
@@ -34,6 +35,7 @@ class PoolChannels:
         self._pool = pool
         self._channels: dict[str, Channel] = {}
         self._connecting: dict[str, asyncio.Task[None]] = {}
+        self._backlog = Backlog()
         self._loop = asyncio.get_running_loop()
         self._ready = ready_replicas_of(deployment_id_of(handle))
         self._ready.on_change = partial(self._loop.call_soon_threadsafe, self._follow_ready_replicas)
@@ -45,6 +47,24 @@ class PoolChannels:
         if channel is None:
             raise ReplicaLost(replica)
         return channel
+
+    def tell_backlog(self, queued_tokens: int, sequences: int) -> None:
+        """Tell the replicas what waits in this process for the pool, in equal shares.  Only changed shares are sent.
+
+        `queued_tokens` are prompt tokens that wait to be computed here, and `sequences` are sequences that wait for
+        room to decode here.
+        """
+        self._backlog = Backlog(queued_tokens, sequences)
+        self._share_backlog()
+
+    def _share_backlog(self) -> None:
+        for index, channel in enumerate(self._channels.values()):
+            channel.tell_backlog(
+                Backlog(
+                    _share(self._backlog.queued_tokens, len(self._channels), index),
+                    _share(self._backlog.sequences, len(self._channels), index),
+                )
+            )
 
     def _follow_ready_replicas(self) -> None:
         ready = self._ready.metadata()
@@ -76,6 +96,7 @@ class PoolChannels:
         self._channels[replica] = channel
         channel.on_close = partial(self._on_close, replica, metadata, channel)
         self._pool.join(msgspec.convert(metadata["info"], ReplicaInfo))
+        self._share_backlog()
 
     def _on_close(self, replica: str, metadata: dict[str, Any], channel: Channel) -> None:
         if self._channels.get(replica) is channel:
@@ -84,4 +105,12 @@ class PoolChannels:
 
     def _leave(self, replica: str) -> Channel:
         self._pool.leave(replica)
-        return self._channels.pop(replica)
+        channel = self._channels.pop(replica)
+        self._share_backlog()
+        return channel
+
+
+def _share(number: int, parts: int, index: int) -> int:
+    """Return part `index` of `number`, cut into `parts` whole numbers that differ by at most one."""
+    share, rest = divmod(number, parts)
+    return share + (index < rest)

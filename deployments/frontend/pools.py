@@ -42,14 +42,52 @@ class RayHandoff:
         self.cancel = abandon
 
 
-class RayPrefillPool:
-    """The prefill replicas."""
+class ChannelPool:
+    """Replicas that run the sequences which come on their channels."""
 
     def __init__(self, handle: Any, pool: PoolState) -> None:
+        self._channels = PoolChannels(handle, pool)
+
+    def tell_backlog(self, queued_tokens: int, sequences: int) -> None:
+        """As `PoolChannels.tell_backlog`."""
+        self._channels.tell_backlog(queued_tokens, sequences)
+
+    async def generate(
+        self,
+        request: GenerateRequest,
+        handoff: Handoff | None,
+        local_reason: str,
+        replica: str,
+        progress: SequenceProgress,
+    ) -> None:
+        channel = self._channels.channel(replica)
+        sequence = channel.submit(request, progress.take, has_handoff=handoff is not None, local_reason=local_reason)
+        try:
+            if isinstance(handoff, RayHandoff):
+                self._hand_over(handoff, channel, sequence, replica, progress)
+            await sequence.ended
+        finally:
+            channel.finish(sequence)
+
+    def _hand_over(
+        self,
+        handoff: RayHandoff,
+        channel: Channel,
+        sequence: SubmittedSequence,
+        replica: str,
+        progress: SequenceProgress,
+    ) -> None:
+        raise NotImplementedError("no KV is moved to these replicas")
+
+
+class RayPrefillPool(ChannelPool):
+    """The prefill replicas, which also run whole sequences if their engine can (`ModelConfig.can_prefill_decode`)."""
+
+    def __init__(self, handle: Any, pool: PoolState) -> None:
+        super().__init__(handle, pool)
         self._prefill = method_by_reference(handle, "prefill")
         self._abandon = method_by_reference(handle, "abandon")
         self._abandoning: set[asyncio.Task[None]] = set()
-        self._channels = PoolChannels(handle, pool)
 
     async def start(self, request: GenerateRequest, replica: str) -> RayHandoff:
         lost = self._channels.channel(replica).lost
@@ -85,30 +123,13 @@ class RayPrefillPool:
             logger.info("prefill_replica=%s cannot abandon: %r", replica, error)
 
 
-class RayDecodePool:
+class RayDecodePool(ChannelPool):
     """Replicas that decode: those of the decode pool, or of the aggregated one."""
 
     def __init__(self, handle: Any, pool: PoolState) -> None:
+        super().__init__(handle, pool)
         self._attach = method_by_reference(handle, "attach")
         self._attaching: set[asyncio.Task[None]] = set()
-        self._channels = PoolChannels(handle, pool)
-
-    async def generate(
-        self,
-        request: GenerateRequest,
-        handoff: Handoff | None,
-        local_reason: str,
-        replica: str,
-        progress: SequenceProgress,
-    ) -> None:
-        channel = self._channels.channel(replica)
-        sequence = channel.submit(request, progress.take, has_handoff=handoff is not None, local_reason=local_reason)
-        try:
-            if isinstance(handoff, RayHandoff):
-                self._hand_over(handoff, channel, sequence, replica, progress)
-            await sequence.ended
-        finally:
-            channel.finish(sequence)
 
     def _hand_over(
         self,

@@ -30,15 +30,27 @@ class ServedModel:
         self._handles = handles
         self.router = Router(
             model.routing,
+            model.slo,
             has_prefill="prefill" in handles,
             has_aggregated="aggregated" in handles,
             can_decode_prefill=model.can_decode_prefill,
+            can_prefill_decode=model.can_prefill_decode,
         )
         pools = self.router.pools
         decode = RayDecodePool(handles["decode"], pools["decode"])
         prefill = RayPrefillPool(handles["prefill"], pools["prefill"]) if "prefill" in handles else None
         aggregated = RayDecodePool(handles["aggregated"], pools["aggregated"]) if "aggregated" in handles else None
-        self.orchestrator = Orchestrator(self.router, prefill, decode, limits, aggregated=aggregated)
+        self.orchestrator = Orchestrator(
+            self.router,
+            prefill,
+            decode,
+            limits,
+            aggregated=aggregated,
+            on_prefill=prefill,
+            hands_over_early=not model.can_prefill_decode,
+        )
+        self._pools = {"decode": decode} | ({"prefill": prefill} if prefill is not None else {})
+        self.orchestrator.line.on_backlog = self._tell_backlog
         self._ready = {role: ready_replicas_of(deployment_id_of(handle)) for role, handle in handles.items()}
 
     def health(self) -> dict[str, Any]:
@@ -85,6 +97,19 @@ class ServedModel:
         except (BatonError, RayError, RayServeException) as error:
             return {**about, "error": type(error).__name__}
         return {**about, **msgspec.to_builtins(stats)}
+
+    def _tell_backlog(self) -> None:
+        """Tell the pool that the first in line waits for, so that autoscaling sees what waits here."""
+        line = self.orchestrator.line
+        short = "prefill" if line.lacks == "prefill" and "prefill" in self._pools else "decode"
+        backlog = (line.queued_tokens, 0) if line.lacks == "prefill" else (0, line.num_waiting)
+        for role, pool in self._pools.items():
+            pool.tell_backlog(*(backlog if role == short else (0, 0)))
+
+    def describe_line(self) -> dict[str, Any]:
+        """Return who waits in this frontend, and for what."""
+        line = self.orchestrator.line
+        return {"requests": line.num_waiting, "queued_tokens": line.queued_tokens, "lacks": line.lacks or None}
 
     def _describe_state(self, role: Role, replica: str) -> dict[str, int] | None:
         """What this frontend believes of a replica; None if it has no connection to it."""

@@ -168,7 +168,10 @@ class Baton:
 
 
 class Load:
-    """Requests, one after another on each of some threads, until told to stop."""
+    """Requests, one after another on each of some threads, until told to stop.
+
+    They ask for remote prefill: which way is quicker depends on the host, and tests of faults need KV that moves.
+    """
 
     def __init__(self, baton: Baton, num_threads: int = 4) -> None:
         self._baton = baton
@@ -182,7 +185,8 @@ class Load:
         while not self._stop.is_set():
             number += 1
             prompt = [300 + worker, 300 + number % 1000, *range(500, 900)]
-            answer = self._baton.complete(prompt, max_tokens=16, extra_body={"ignore_eos": True})
+            body = {"ignore_eos": True, "vllm_xargs": {"baton_prefill": "remote"}}
+            answer = self._baton.complete(prompt, max_tokens=16, extra_body=body)
             assert answer.usage.completion_tokens == 16
             self.num_done += 1
 
@@ -323,6 +327,7 @@ async def pair(real: Baton) -> Pair:
         make_prompt,
         num_tokens_of_slow=LONG_PROMPT_TOKENS,
         can_decode_prefill=is_vllm,
+        can_prefill_decode=is_vllm,
         keeps_kv=is_vllm,
     )
     await pair.until_idle()

@@ -89,6 +89,7 @@ def test_both_ways_are_predicted_once_they_were_measured(vllm: Baton) -> None:
     for mode in ("remote", "local") * 4:
         served(vllm, new_prompt(400), mode)
     explained, _ = served(vllm, new_prompt(400))
-    for way in ("remote_ttft_ms", "local_ttft_ms"):
-        assert 1 < explained["expected"][way] < 10_000
+    ways = explained["expected"]["ways"]
+    assert [way["kind"] for way in ways] == ["remote", "local"]
+    assert all(1 < way["ttft_ms"] < 10_000 for way in ways)
     assert explained["reason"] == "configured"

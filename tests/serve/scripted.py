@@ -217,7 +217,8 @@ class ScriptedEngine:
 
 
 def _is_probe(request: GenerateRequest) -> bool:
-    return request.request_id.startswith("probe-")
+    """Whether Baton itself sent the request, to measure a link or the engine."""
+    return not request.is_load
 
 
 def _script(request: GenerateRequest) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ray import serve
 
 from app.errors import InvalidRequest
 from app.kv_cache.block_hashes import block_hashes, root_hash
-from app.messages import GenerateRequest
+from app.messages import GenerateRequest, TokenDelta
 from app.routing.pool_state import PoolState
 from app.routing.prefix_index import PrefixIndex
 from deployments.frontend.pool_channels import PoolChannels
@@ -124,16 +124,23 @@ async def test_the_load_of_one_frontend_is_known_to_the_other(app: Application) 
         await is_loaded(0, 0, 0)
 
 
-async def test_a_prefill_replica_takes_no_sequences_on_its_channel(app: Application) -> None:
+async def test_a_prefill_replica_runs_whole_sequences_on_its_channel_but_takes_no_kv(app: Application) -> None:
     await app.wait_for(prefill=1)
-    request = GenerateRequest(request_id="stray", prompt_token_ids=[1], sampling={})
+    request = GenerateRequest(request_id="whole", prompt_token_ids=[1, 2], sampling={})
+    deltas: list[TokenDelta] = []
     async with connected("prefill") as channels:
         await eventually(lambda: asyncio.sleep(0, channels._channels), 10, "a connection")
         (channel,) = channels._channels.values()
-        sequence = channel.submit(request, lambda delta: None, has_handoff=False, local_reason="")
-        with pytest.raises(InvalidRequest, match="a prefill replica takes no sequences"):
-            await sequence.ended
+        sequence = channel.submit(request, deltas.append, has_handoff=False, local_reason="decode_full")
+        await sequence.ended
         channel.finish(sequence)
+        assert [token for delta in deltas for token in delta.token_ids] == [2, 3]
+        assert deltas[0].report is not None
+        assert (deltas[0].report.kind, deltas[0].report.reason) == ("local", "decode_full")
+        stray = channel.submit(request, deltas.append, has_handoff=True, local_reason="")
+        with pytest.raises(InvalidRequest, match="a prefill replica takes no KV"):
+            await stray.ended
+        channel.finish(stray)
         assert not channel.is_closed
 
 

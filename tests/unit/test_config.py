@@ -69,6 +69,23 @@ def test_an_aggregated_pool_beside_the_other_two_is_valid() -> None:
     assert model.deployment_name("aggregated") == "aggregated-tiny"
 
 
+@pytest.mark.parametrize(
+    ("engine", "whole"),
+    [
+        ("vllm", {"prefill", "decode", "aggregated"}),
+        ("sim", {"prefill", "decode", "aggregated"}),
+        ("sglang", {"aggregated"}),
+    ],
+)
+def test_which_pools_can_run_whole_sequences_depends_on_the_engine(engine: str, whole: set[str]) -> None:
+    pool = {"engine": engine}
+    model = parse({**MINIMAL, "models": [{**MODEL, "prefill": pool, "decode": pool, "aggregated": pool}]}).models[0]
+    assert {role for role in get_args(Role) if model.runs_whole_sequences(role)} == whole
+    assert model.can_prefill_decode is model.can_decode_prefill is ("decode" in whole)
+    alone = parse({"models": [{"name": "m", "source": "baton:tiny", "decode": pool}]}).models[0]
+    assert alone.runs_whole_sequences("decode")
+
+
 @pytest.mark.parametrize("policy", ["predicted", "thresholds", "remote"])
 def test_each_placement_policy_can_be_named_alone(policy: str) -> None:
     placement = {"policy": policy}
@@ -119,6 +136,7 @@ def test_an_unknown_key_is_refused_by_its_path(path: str) -> None:
         ("transfer.port_min", 80, None, "got 80"),
         ("transfer.port_max", 65536, None, "got 65536"),
         ("limits.ttft_timeout_s", 0, None, "greater than 0, got 0"),
+        ("limits.max_ttft_ms", 0, None, "greater than 0, got 0"),
         ("limits.max_attempts", 0, None, "got 0"),
         # wrong types
         ("models", "tiny", None, "list"),
@@ -146,7 +164,6 @@ def test_an_unknown_key_is_refused_by_its_path(path: str) -> None:
         ("models.0.aggregated", {"replicas": 0}, "models.0.aggregated.replicas", "got 0"),
         ("models", [{**ALONE, "aggregated": {}}], "models.0", "aggregated is for beside a prefill pool"),
         # routing
-        ("models.0.routing.max_queued_tokens", 0, None, "got 0"),
         ("models.0.routing.placement", {"policy": "always"}, None, "'predicted', 'thresholds', 'remote'"),
         (
             "models.0.routing.placement",

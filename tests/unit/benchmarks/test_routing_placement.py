@@ -29,7 +29,7 @@ def sample(
     mode: Mode, kind: Any, ttft_ms: float, *, interference_ms: float = 0.0, cached: tuple[int, int] = (0, 0)
 ) -> Sample:
     """Predicted are always 10 ms locally and 20 ms remotely."""
-    return Sample(mode, kind, ttft_ms, 10.0, 20.0, interference_ms, *cached)
+    return Sample(mode, kind, ttft_ms, 10.0 if kind == "local" else 20.0, interference_ms, *cached)
 
 
 class FakeBaton:
@@ -53,7 +53,7 @@ class FakeBaton:
         kind = self.choice if mode == "auto" else mode
         ttft_ms = num_tokens if kind == "local" else 50 + num_tokens / 2
         explained = {
-            "expected": {"cached_tokens": 0, "local_ttft_ms": None, "remote_ttft_ms": 70.0, "interference_ms": 0.0},
+            "expected": {"cached_tokens": 0, "ways": [{"kind": "remote", "ttft_ms": 70.0, "interference_ms": 0.0}]},
             "actual": {"kind": kind, "cached_tokens": 0, "ttft_ms": ttft_ms},
         }
         return httpx.Response(200, json={}, headers={"x-baton-explain": json.dumps([explained])})

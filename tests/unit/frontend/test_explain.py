@@ -7,18 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.config import SloConfig
 from app.frontend.explain import MAX_HEADER_BYTES, explain, explain_header
 from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
-from app.messages import PrefillReport, TokenDelta
-from app.routing.decision import Candidate, Decision, Prediction
-from tests.unit.decisions import DECODE, PREFILL, decision
+from app.messages import PrefillReport, Role, TokenDelta
+from app.routing.decision import Candidate, Decision
+from tests.unit.decisions import DECODE, PREFILL, decision, local_way, remote_way
 
 REPORT = PrefillReport("local", "prefill_failed", None, "decode-1", 16, 0, "")
 
 
 def record(*decisions: Decision) -> SequenceRecord:
-    made = SequenceRecord(SequenceProgress(lambda delta: None), "m", "r", 100)
+    made = SequenceRecord(SequenceProgress(lambda delta: None), "m", "r", 100, slo=SloConfig(ttft_ms=500, itl_ms=30))
     for each in decisions:
         made.on_decision(each)
     return made
@@ -39,7 +40,9 @@ def explained(*records: SequenceRecord) -> list[dict[str, Any]]:
 
 
 def test_an_explanation_says_what_was_decided_and_by_what() -> None:
-    assert explain(record(decision(others={"decode": [candidate(7)]}))) == {
+    ways = [remote_way(lacks="prefill"), local_way(interference_s=0.001)]
+    made = decision(ways=ways, others={"decode": [candidate(7)]}, waited_s=0.25)
+    assert explain(record(made)) == {
         "kind": "remote",
         "reason": "faster",
         "prefill": {
@@ -56,7 +59,29 @@ def test_an_explanation_says_what_was_decided_and_by_what() -> None:
             "scores": {"prefix": 0.25, "queue": 1.0},
             "total": 1.25,
         },
-        "expected": {"cached_tokens": 64, "remote_ttft_ms": 10.0, "local_ttft_ms": 25.0, "interference_ms": 1.0},
+        "expected": {
+            "cached_tokens": 64,
+            "ways": [
+                {
+                    "kind": "remote",
+                    "serves": "decode",
+                    "ttft_ms": 10.0,
+                    "queue_ms": 4.0,
+                    "itl_ms": 20.0,
+                    "interference_ms": 0.0,
+                    "lacks": "prefill",
+                },
+                {
+                    "kind": "local",
+                    "serves": "decode",
+                    "ttft_ms": 25.0,
+                    "queue_ms": 0.0,
+                    "itl_ms": 30.0,
+                    "interference_ms": 1.0,
+                    "lacks": None,
+                },
+            ],
+        },
         "actual": {
             "kind": None,
             "reason": None,
@@ -65,6 +90,8 @@ def test_an_explanation_says_what_was_decided_and_by_what() -> None:
             "waited_for_kv": None,
             "phases": {},
         },
+        "waited_ms": 250.0,
+        "slo": {"ttft_ms": 500, "itl_ms": 30},
         "decided_us": 120.0,
         "attempts": 1,
         "others": {
@@ -81,14 +108,14 @@ def test_an_explanation_says_what_was_decided_and_by_what() -> None:
     }
 
 
-def test_a_replica_goes_by_its_role_and_what_is_not_open_is_null() -> None:
-    alone = decision(kind="local", serving_role="aggregated", prefill=None, predicted=Prediction(local_s=0.025))
-    explanation = explain(record(alone))
+@pytest.mark.parametrize("role", ["aggregated", "prefill"])
+def test_a_replica_that_serves_goes_by_its_role(role: Role) -> None:
+    explanation = explain(record(decision(way=local_way(serving_role=role))))
     assert explanation is not None
-    assert explanation["aggregated"]["replica"] == "decode-1"
-    assert explanation["prefill"] is None
+    assert explanation[role]["replica"] == "decode-1"
     assert "decode" not in explanation
-    assert explanation["expected"]["remote_ttft_ms"] is None
+    if role != "prefill":
+        assert explanation["prefill"] is None
 
 
 def test_the_last_attempt_is_explained_and_what_came_of_it() -> None:
@@ -117,7 +144,10 @@ def test_all_is_said_where_it_fits() -> None:
     [
         ([record(decision(others={"decode": [candidate(n) for n in range(50)]}))], {"others"}),
         ([record(decision(others={"decode": [candidate(1)]})) for _ in range(7)], {"others"}),
-        ([record(decision(prefill=candidate(1, 250), others={"decode": [candidate(1)]}))], {"others", "scores"}),
+        (
+            [record(decision(way=remote_way(prefill=candidate(1, 250)), others={"decode": [candidate(1)]}))],
+            {"others", "scores"},
+        ),
     ],
     ids=["many others", "many sequences", "many scores"],
 )
@@ -139,10 +169,11 @@ def test_sequences_that_do_not_fit_are_counted() -> None:
 @pytest.mark.parametrize("num_sequences", [1, 2, 5])
 def test_a_header_is_full_before_anything_is_left_out(num_sequences: int) -> None:
     """Names grow byte by byte, so that one fills the header to the last."""
-    lengths = [
-        len(explain_header([record(decision(serving=Candidate("x" * length, 0, 0, {}, 0.0)))] * num_sequences))
-        for length in range(4000 // num_sequences)
-    ]
+
+    def served_by(name: str) -> SequenceRecord:
+        return record(decision(way=remote_way(serving=Candidate(name, 0, 0, {}, 0.0))))
+
+    lengths = [len(explain_header([served_by("x" * n)] * num_sequences)) for n in range(4000 // num_sequences)]
     assert max(lengths) <= MAX_HEADER_BYTES
     assert MAX_HEADER_BYTES - max(lengths) < num_sequences
 
@@ -155,7 +186,7 @@ def test_a_header_is_full_before_anything_is_left_out(num_sequences: int) -> Non
 )
 def test_a_header_never_grows_too_large(num_sequences: int, num_others: int, num_scores: int, name: str) -> None:
     strange = Candidate(name, 10**6, 10**9, {f"{index}": 1 / 3 for index in range(num_scores)}, 1e9)
-    made = decision(serving=strange, prefill=strange, others={"decode": [strange] * num_others})
+    made = decision(way=remote_way(serving=strange, prefill=strange), others={"decode": [strange] * num_others})
     said = explained(*[record(made) for _ in range(num_sequences)])
     omitted = said.pop()["omitted"] if said and "omitted" in said[-1] else 0
     assert len(said) + omitted == num_sequences

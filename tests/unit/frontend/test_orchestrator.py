@@ -8,14 +8,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from app.config import LimitsConfig, RemotePlacement, RoutingConfig
-from app.errors import EngineDead, EngineFailed, InvalidRequest, NoReplica, PrefillFailed, ReplicaLost
-from app.frontend.orchestrator import Handoff, Orchestrator
+from app.config import LimitsConfig, PredictedPlacement, RemotePlacement, RoutingConfig, SloConfig
+from app.errors import EngineDead, EngineFailed, InvalidRequest, NoReplica, Overloaded, PrefillFailed, ReplicaLost
+from app.frontend.orchestrator import LOOK_AGAIN_AT, LOOK_AGAIN_S, MAX_TTFT_OF_SLO, Handoff, Orchestrator
 from app.frontend.sequence_progress import SequenceProgress
-from app.messages import GenerateRequest, PrefillMode, PrefillReport, Role, TokenDelta
+from app.messages import GenerateRequest, PrefillMode, PrefillReport, ReplicaLoad, Role, TokenDelta
+from app.pace import Pace
+from app.routing.capacity import MIN_BATCH
 from app.routing.decision import Decision, RoutingHints
 from app.routing.router import Router
+from app.routing.times import PromptTimes
 from tests.unit.routing.samples import replica_info
+from tests.unit.waiting import until
 
 HANG = "hang"
 PROMPT = [1, 2, 3]
@@ -24,6 +28,8 @@ LAST = TokenDelta([11], finish_reason="stop")
 LOST = ReplicaLost("d", "killed")
 NO_KV = PrefillFailed("the prefill engine died")
 DEADLINE_S = 5.0
+REMOTELY = RemotePlacement(policy="remote")
+SLO = SloConfig()
 
 Script = list[TokenDelta | Exception | str]
 
@@ -44,6 +50,7 @@ REMOTE = first_delta("remote", "")
 class FakeHandoff:
     def __init__(self, replica: str) -> None:
         self.replica = replica
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.is_cancelled = False
 
     def cancel(self) -> None:
@@ -129,14 +136,22 @@ def orchestrator(
     decode: FakeDecode,
     *,
     aggregated: FakeDecode | None = None,
+    on_prefill: FakeDecode | None = None,
     can_decode_prefill: bool = True,
+    hands_over_early: bool = False,
+    placement: RemotePlacement | PredictedPlacement = REMOTELY,
+    slo: SloConfig = SLO,
+    info: dict[str, Any] | None = None,
     **limits: Any,
 ) -> Orchestrator:
+    """`info` are fields of all replicas' `ReplicaInfo`."""
     router = Router(
-        RoutingConfig(placement=RemotePlacement(policy="remote")),
+        RoutingConfig(placement=placement),
+        slo,
         has_prefill=prefill is not None,
         has_aggregated=aggregated is not None,
         can_decode_prefill=can_decode_prefill,
+        can_prefill_decode=on_prefill is not None,
     )
     pools: dict[Role, FakePrefill | FakeDecode | None] = {
         "prefill": prefill,
@@ -145,8 +160,16 @@ def orchestrator(
     }
     for role, pool in pools.items():
         for replica in pool.ready if pool else ():
-            router.pools[role].join(replica_info(replica, role))
-    return Orchestrator(router, prefill, decode, LimitsConfig(**limits), aggregated=aggregated)
+            router.pools[role].join(replica_info(replica, role, **(info or {})))
+    return Orchestrator(
+        router,
+        prefill,
+        decode,
+        LimitsConfig(**limits),
+        aggregated=aggregated,
+        on_prefill=on_prefill,
+        hands_over_early=hands_over_early,
+    )
 
 
 def loads(server: Orchestrator) -> dict[str, Counter[str]]:
@@ -461,6 +484,231 @@ async def test_a_lost_replica_of_the_aggregated_pool_is_replaced_by_the_other_tw
     assert await served(server) == [REMOTE, LAST]
 
 
+# Waiting for room
+
+
+async def crowded(decode: FakeDecode, **limits: Any) -> tuple[Orchestrator, asyncio.Task[Any]]:
+    """A server with room for one sequence, and a task that serves one which hangs."""
+    server = orchestrator(None, decode, info={"num_blocks": 1}, **limits)
+    running = asyncio.create_task(served(server))
+    await decode.is_hanging.wait()
+    return server, running
+
+
+async def waiting(server: Orchestrator) -> asyncio.Task[list[TokenDelta]]:
+    """A task for one more sequence, which waits in the line."""
+    before = server.line.num_waiting
+    task = asyncio.create_task(served(server))
+    await until(lambda: server.line.num_waiting > before)
+    return task
+
+
+async def ended(task: asyncio.Task[Any]) -> BaseException | None:
+    task.cancel()
+    await asyncio.wait([task])
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+NOBODY = {"decode": Counter[str]()}
+
+
+def line_of(server: Orchestrator) -> tuple[int, int]:
+    return server.line.num_waiting, server.line.queued_tokens
+
+
+async def test_a_request_waits_until_a_replica_has_room() -> None:
+    decode = FakeDecode(["d"], [HANG], [LAST])
+    server, running = await crowded(decode)
+    task = await waiting(server)
+    assert line_of(server) == (1, len(PROMPT))
+    assert len(decode.calls) == 1
+    await ended(running)
+    assert await task == [LAST]
+    assert line_of(server) == (0, 0)
+    assert loads(server) == NOBODY
+
+
+async def test_a_request_that_is_cancelled_while_it_waits_leaves_the_line() -> None:
+    decode = FakeDecode(["d"], [HANG], [LAST])
+    server, running = await crowded(decode)
+    first, second = await waiting(server), await waiting(server)
+    assert isinstance(await ended(first), asyncio.CancelledError)
+    assert line_of(server) == (1, len(PROMPT))
+    await ended(running)
+    assert await second == [LAST]
+    assert len(decode.calls) == 2
+    assert loads(server) == NOBODY
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+async def test_a_request_that_is_cancelled_as_its_turn_comes_takes_no_room(num_steps: int) -> None:
+    decode = FakeDecode(["d"], [HANG], [LAST])
+    server, running = await crowded(decode)
+    task = await waiting(server)
+    await ended(running)
+    server.line._look()
+    assert loads(server) == {"decode": Counter(d=1)}  # its turn has come, and it does not know yet
+    for _ in range(num_steps):
+        await asyncio.sleep(0)
+    assert isinstance(await ended(task), asyncio.CancelledError)
+    assert len(decode.calls) == 1
+    assert line_of(server) == (0, 0)
+    assert loads(server) == NOBODY
+
+
+async def test_the_time_to_the_first_token_runs_while_a_request_waits() -> None:
+    server, running = await crowded(FakeDecode(["d"], [HANG]), ttft_timeout_s=0.05)
+    with pytest.raises(TimeoutError):
+        await served(server)
+    assert line_of(server) == (0, 0)
+    await ended(running)
+
+
+async def test_what_goes_wrong_while_a_request_waits_is_its_error() -> None:
+    server, running = await crowded(FakeDecode(["d"], [HANG]))
+    task = await waiting(server)
+    server._router.pools["decode"].leave("d")
+    with pytest.raises(NoReplica, match="decode"):
+        await task
+    assert line_of(server) == (0, 0)
+    await ended(running)
+
+
+async def test_a_request_that_would_wait_too_long_is_refused() -> None:
+    server, running = await crowded(FakeDecode(["d"], [HANG]), max_ttft_ms=1e-3)
+    with pytest.raises(Overloaded):
+        await served(server)
+    assert line_of(server) == (0, 0)
+    await ended(running)
+
+
+async def test_how_long_a_request_may_wait_follows_from_the_slo_unless_it_is_set() -> None:
+    decode = FakeDecode(["d"], [LAST])
+    by_slo = orchestrator(None, decode, slo=SloConfig(ttft_ms=300))
+    assert by_slo.line._max_ttft_s == pytest.approx(MAX_TTFT_OF_SLO * 0.3)
+    assert orchestrator(None, decode, max_ttft_ms=700).line._max_ttft_s == pytest.approx(0.7)
+
+
+async def test_who_waits_is_told_of_first_tokens_and_of_ends() -> None:
+    decode = FakeDecode(["d0", "d1"], [LOST], [FIRST, LAST])
+    server, told = orchestrator(None, decode), list[int]()
+    server.line.on_news = lambda: told.append(len(decode.calls))  # type: ignore[method-assign]
+    await served(server)
+    assert told == [1, 2, 2]  # the failed attempt's end, then the first token and the end of the other
+
+
+# The choice of the decode replica when prefill is nearly done
+
+SLOW = Pace(prefill_base_s=2 * LOOK_AGAIN_S / LOOK_AGAIN_AT, prefill_s_per_token=1e-5, step_base_s=0.001)
+"""Prefill takes so long that the decode replica is chosen again after twice the shortest time for which it is."""
+
+
+async def prefilling(
+    prefill: FakePrefill, decode: FakeDecode, **options: Any
+) -> tuple[Orchestrator, asyncio.Task[list[TokenDelta]], str]:
+    """A server, a task whose prefill is being computed, and the decode replica that was chosen before."""
+    server = orchestrator(prefill, decode, info={"pace": SLOW}, **options)
+    task = asyncio.create_task(served(server))
+    await until(lambda: prefill.handoffs)
+    (before,) = loads(server)["decode"]
+    return server, task, before
+
+
+async def test_decode_is_chosen_again_when_prefill_is_nearly_done() -> None:
+    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], [HANG])
+    server, task, before = await prefilling(prefill, decode)
+    server._router.pools["decode"].on_load(before, ReplicaLoad(50))
+    assert decode.calls == []
+    await decode.is_hanging.wait()
+    (after,) = {"d0", "d1"} - {before}
+    assert decode.calls == [Call(request(), prefill.handoffs[0], "", after)]
+    assert loads(server)["decode"] == Counter({after: 1})
+    await ended(task)
+    assert loads(server) == {"prefill": Counter(), "decode": Counter()}
+
+
+async def test_decode_stays_the_same_if_nothing_has_changed() -> None:
+    for _ in range(3):
+        decode = FakeDecode(["d0", "d1"], [REMOTE, LAST])
+        server, task, before = await prefilling(FakePrefill("p"), decode)
+        await task
+        assert [call.replica for call in decode.calls] == [before]
+        assert loads(server) == {"prefill": Counter(), "decode": Counter()}
+
+
+async def test_the_replica_that_decode_moved_to_is_the_one_to_blame() -> None:
+    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], [LOST], [REMOTE, LAST])
+    server, task, before = await prefilling(prefill, decode)
+    server._router.pools["decode"].on_load(before, ReplicaLoad(50))
+    assert await task == [REMOTE, LAST]
+    (after,) = {"d0", "d1"} - {before}
+    assert [call.replica for call in decode.calls] == [after, before]
+    assert server._router.pools["decode"].replicas[after].avoid_until > 0
+
+
+async def test_a_prefill_replica_that_is_lost_meanwhile_is_replaced() -> None:
+    prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d0", "d1"], [REMOTE, LAST])
+    _, task, _ = await prefilling(prefill, decode)
+    prefill.handoffs[0].lost.set_result(None)
+    assert await task == [REMOTE, LAST]
+    assert sorted(prefill.picked) == ["p0", "p1"]
+    assert [call.handoff for call in decode.calls] == prefill.handoffs[1:]
+    assert [handoff.is_cancelled for handoff in prefill.handoffs] == [True, False]
+
+
+async def test_cancelling_meanwhile_cancels_the_prefill() -> None:
+    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], [LAST])
+    server, task, _ = await prefilling(prefill, decode)
+    assert isinstance(await ended(task), asyncio.CancelledError)
+    assert prefill.handoffs[0].is_cancelled
+    assert decode.calls == []
+    assert loads(server) == {"prefill": Counter(), "decode": Counter()}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "hands_over_early"), [(["d0", "d1"], True), (["d0"], False)], ids=["prefill needs it", "only one"]
+)
+async def test_decode_gets_the_request_at_once_if_prefill_needs_that_or_nothing_can_change(
+    replicas: list[str], hands_over_early: bool
+) -> None:
+    decode, clock = FakeDecode(replicas, [HANG]), asyncio.get_running_loop().time
+    began_at = clock()
+    _, task, _ = await prefilling(FakePrefill("p"), decode, hands_over_early=hands_over_early)
+    await decode.is_hanging.wait()
+    took_s = clock() - began_at
+    await ended(task)
+    assert took_s < LOOK_AGAIN_AT * SLOW.prompt_s(len(PROMPT))
+
+
+# Whole sequences on prefill replicas
+
+
+def with_full_decode(prefill: FakePrefill, decode: FakeDecode, on_prefill: FakeDecode) -> Orchestrator:
+    server = orchestrator(prefill, decode, on_prefill=on_prefill, placement=PredictedPlacement())
+    for replica, state in server._router.pools["decode"].replicas.items():
+        server._router.pools["decode"].on_load(replica, ReplicaLoad(MIN_BATCH, 0, state.info.num_blocks))
+    return server
+
+
+async def test_if_decode_is_full_a_prefill_replica_serves_the_whole_sequence() -> None:
+    prefill, decode, on_prefill = FakePrefill("p"), FakeDecode(["d"], [LAST]), FakeDecode([], [FIRST, LAST])
+    server = with_full_decode(prefill, decode, on_prefill)
+    assert await served(server) == [FIRST, LAST]
+    assert (prefill.picked, decode.calls) == ([], [])
+    assert on_prefill.calls == [Call(request(), None, "decode_full", "p")]
+    assert loads(server) == {"prefill": Counter(), "decode": Counter()}
+
+
+async def test_a_prefill_replica_that_loses_a_whole_sequence_is_replaced_by_another() -> None:
+    prefill, on_prefill = FakePrefill("p0", "p1"), FakeDecode([], [LOST], [LAST])
+    server = with_full_decode(prefill, FakeDecode(["d"], [LAST]), on_prefill)
+    assert await served(server) == [LAST]
+    first, second = (call.replica for call in on_prefill.calls)
+    assert {first, second} == {"p0", "p1"}
+    states = server._router.pools["prefill"].replicas
+    assert states[first].avoid_until > 0 == states[second].avoid_until
+
+
 # What is told of the decisions
 
 
@@ -604,7 +852,13 @@ async def test_a_failed_attempt_is_not_in_the_time_that_the_router_learns() -> N
             await super().generate(*arguments)
 
     server = orchestrator(None, Slow(["d0", "d1"], [LOST], [first_delta("local", ""), LAST]))
-    server._router.predictor.learn_local = lambda work, ttft_s: learnt.append(ttft_s)  # type: ignore[method-assign]
+    learn_local = server._router.predictor.learn_local
+
+    def record(expected: PromptTimes, ttft_s: float) -> None:
+        learnt.append(ttft_s)
+        learn_local(expected, ttft_s)
+
+    server._router.predictor.learn_local = record  # type: ignore[method-assign]
     await server.run(request(), progress := SequenceProgress(lambda delta: None, lambda: now))
     assert learnt == [0.25]
     assert progress.ttft_s == 10.25

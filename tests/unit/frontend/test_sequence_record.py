@@ -12,8 +12,7 @@ from app.config import SloConfig
 from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
 from app.messages import PrefillReport, TokenDelta
-from app.routing.decision import Prediction
-from tests.unit.decisions import decision
+from tests.unit.decisions import decision, local_way, remote_way
 
 REMOTE = PrefillReport(
     "remote", "", "prefill-1", "decode-1", 48, 52, "shm", phases={"prefill": 0.02, "delivery": 0.0015}
@@ -84,6 +83,8 @@ def test_one_line_says_all_of_a_sequence_and_its_decision(model: str, caplog: py
         "decided_decode": "decode-1",
         "expected_cached_tokens": "64",
         "predicted_ttft_ms": "10.0",
+        "predicted_itl_ms": "20.0",
+        "waited_ms": "0.0",
         "decided_us": "120",
         "attempts": "1",
         "session": "yes",
@@ -96,11 +97,15 @@ def test_a_sequence_that_got_nowhere_is_logged_too(model: str, caplog: pytest.Lo
     assert (said["end"], said["decision"], said["prefill"], said["session"]) == ("Overloaded", "none", "none", "no")
 
 
-def test_a_way_without_a_prediction_has_none(model: str, caplog: pytest.LogCaptureFixture) -> None:
-    served(model, LOCAL, decision(kind="local", prefill=None, serving_role="aggregated", predicted=Prediction(0.01)))
+def test_a_local_way_is_logged_without_a_prefill_replica(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    served(model, LOCAL, decision(way=local_way(serving_role="aggregated", alone_s=0.01), waited_s=0.25))
     said = fields(caplog)
-    assert (said["predicted_ttft_ms"], said["decided_prefill"]) == ("none", "none")
+    assert (said["predicted_ttft_ms"], said["waited_ms"], said["decided_prefill"]) == ("10.0", "250.0", "none")
     assert said["decided_aggregated"] == "decode-1"
+
+
+def test_where_nothing_is_predicted_there_is_nothing_to_compare(model: str) -> None:
+    served(model, LOCAL, decision(way=local_way(alone_s=0.0)))
     assert count("baton_time_to_first_token_ratio_count", model=model, kind="local") == 0
 
 
@@ -123,9 +128,19 @@ def test_every_attempts_decision_counts(model: str) -> None:
 
 
 def test_the_prediction_is_compared_with_what_it_took(model: str) -> None:
-    served(model, REMOTE, decision(predicted=Prediction(remote_s=1e9, local_s=1e-9)))
+    served(model, REMOTE, decision(way=remote_way(alone_s=1e9)))
     assert count("baton_time_to_first_token_ratio_count", model=model, kind="remote") == 1
     assert count("baton_time_to_first_token_ratio_sum", model=model, kind="remote") < 1e-6
+
+
+def test_what_a_request_waited_before_its_decision_is_no_error_of_the_prediction(model: str) -> None:
+    now = 0.0
+    record = begun(model, lambda: now)
+    record.on_decision(decision(way=remote_way(queue_s=0.25, alone_s=0.25), waited_s=3.0))
+    now = 4.0
+    record.progress.take(TokenDelta([1], report=REMOTE))
+    record.on_end("stop")
+    assert count("baton_time_to_first_token_ratio_sum", model=model, kind="remote") == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import AbstractContextManager
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from app.messages import KvUpdate, ReplicaLoad
 from app.routing.affinity import SessionRing
-from app.routing.pool_state import NUM_DRAWN, Gauge, PoolState
+from app.routing.pool_state import NUM_DRAWN, START_PACE, Gauge, PoolState, ReplicaState
 from app.routing.prefix_index import PrefixIndex
 from app.routing.topology import MAX_PAIRS, Topology
-from tests.unit.routing.samples import hashes, replica_info
+from tests.unit.routing.fleet import PACE
+from tests.unit.routing.samples import BLOCK_SIZE, hashes, replica_info
 
 
 def test_own_work_counts_at_once_and_others_after_one_report() -> None:
-    gauge = Gauge()
+    gauge = Gauge[int](0)
     with gauge.counting(3):
         assert gauge.value == 3
         gauge.report(10)  # 3 of them our own
@@ -32,7 +34,7 @@ def test_own_work_counts_at_once_and_others_after_one_report() -> None:
 
 @given(st.lists(st.one_of(st.integers(1, 50), st.just("end"), st.just("report")), max_size=60))
 def test_with_one_frontend_a_report_changes_nothing_once_the_replica_has_caught_up(steps: list[int | str]) -> None:
-    gauge, total = Gauge(), 0
+    gauge, total = Gauge[int](0), 0
     running: list[tuple[AbstractContextManager[None], int]] = []
     for step in steps:
         if step == "report":
@@ -125,3 +127,47 @@ def test_what_is_known_of_pairs_is_bounded() -> None:
         topology.learn("a", str(number), 2.0)
     assert topology.nearness("a", ["0", str(MAX_PAIRS)]) == {"0": 0.5, str(MAX_PAIRS): 0.5}
     assert len(topology._slowness) == MAX_PAIRS
+
+
+def test_what_waits_takes_full_steps_and_the_time_that_the_replica_says() -> None:
+    state = ReplicaState(replica_info("a", pace=PACE))
+    state.report(ReplicaLoad(2, PACE.chunk_tokens + 1, queued_s=0.5))
+    assert state.queue_s == pytest.approx(2 * PACE.prefill_base_s + 0.5)
+    with state.queued_tokens.counting(100), state.compute_s.counting(0.25):
+        assert state.queue_s == pytest.approx(2 * PACE.prefill_base_s + 0.75)
+    state.report(ReplicaLoad())
+    assert state.queue_s == 0
+
+
+def test_a_replica_without_a_pace_is_taken_to_have_a_usual_one() -> None:
+    state = ReplicaState(replica_info("a"))
+    state.report(ReplicaLoad(2, 5000))
+    assert state.queue_s == pytest.approx(START_PACE.prompt_s(5000))
+
+
+def test_of_a_prefill_replica_only_those_count_as_served_that_decode_there() -> None:
+    load = ReplicaLoad(9, decoding=2)
+    for role, num_served in (("prefill", 2), ("decode", 9), ("aggregated", 9)):
+        state = ReplicaState(replica_info("a", role))
+        state.report(load)
+        assert state.num_served == num_served
+
+
+def test_the_kv_memory_is_used_in_whole_blocks() -> None:
+    state = ReplicaState(replica_info("a", num_blocks=100))
+    state.report(ReplicaLoad(1, 0, 50))
+    assert state.kv_use_after(0) == 0.5
+    assert state.kv_use_after(BLOCK_SIZE) == 0.51
+    assert state.kv_use_after(BLOCK_SIZE + 1) == 0.52
+
+
+def test_whoever_waits_for_news_is_told_of_new_replicas_loads_and_links() -> None:
+    pool, told = PoolState(PrefixIndex()), list[str]()
+    pool.on_change = lambda: told.append("news")
+    pool.join(replica_info("a"))
+    pool.on_load("a", ReplicaLoad(1))
+    pool.on_links("a", [])
+    assert len(told) == 3
+    pool.on_load("gone", ReplicaLoad(1))
+    pool.on_links("gone", [])
+    assert len(told) == 3

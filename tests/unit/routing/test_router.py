@@ -8,84 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.config import RoutingConfig
-from app.errors import InvalidRequest, NoReplica, Overloaded
-from app.messages import KvUpdate, Link, PrefillReport, ReplicaLoad, Role
-from app.routing.decision import Decision, RoutingHints
+from app.errors import InvalidRequest, NoReplica
+from app.messages import PrefillReport
+from app.routing.capacity import MIN_BATCH
+from app.routing.decision import RoutingHints, Wait
+from app.routing.learnt_ratio import PATIENCE, WINDOW
 from app.routing.pool_state import AVOID_S
-from app.routing.router import NO_HINTS, Router
-from tests.unit.routing.samples import hashes, replica_info, request
+from app.routing.times import BASE_S
+from tests.unit.routing.fleet import PACE, REMOTE, Fleet, where
+from tests.unit.routing.samples import replica_info, request
 
-REMOTE: dict[str, Any] = {"placement": {"policy": "remote"}}
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Fleet:
-    """A router and its pools, in a time that only tests move."""
-
-    def __init__(
-        self, num_prefill: int = 0, num_decode: int = 1, num_aggregated: int | None = None, **options: Any
-    ) -> None:
-        """`num_prefill` 0 is a pool without a replica, None no pool; the same for `num_aggregated`."""
-        self.clock = Clock()
-        can = options.pop("can_decode_prefill", True)
-        has_prefill = options.pop("has_prefill", True)
-        info = options.pop("info", {})
-        self.router = Router(
-            RoutingConfig.model_validate(options),
-            has_prefill=has_prefill,
-            has_aggregated=num_aggregated is not None,
-            can_decode_prefill=can,
-            clock=self.clock,
-        )
-        counts: dict[Role, int] = {"prefill": num_prefill, "decode": num_decode}
-        for role, count in counts.items():
-            for number in range(count):
-                self.router.pools[role].join(replica_info(f"{role[0]}{number}", role, **info))
-        for number in range(num_aggregated or 0):
-            self.router.pools["aggregated"].join(replica_info(f"a{number}", "aggregated"))
-
-    def cache(self, role: Any, replica: str, num_tokens: int, start: int = 0, salt: str | None = None) -> None:
-        self.router.pools[role].on_kv(replica, KvUpdate(hashes(num_tokens, start, salt), []))
-
-    def load(self, role: Any, replica: str, *load: int) -> None:
-        self.router.pools[role].on_load(replica, ReplicaLoad(*load))
-
-    def link(self, decode: str, **problems: str) -> None:
-        """Have a decode replica tell of all its links, by prefill replica and with their problems."""
-        links = [Link(prefill, problem=problem) for prefill, problem in problems.items()]
-        self.router.pools["decode"].on_links(decode, links)
-
-    def decide(self, num_tokens: int = 160, *, hints: RoutingHints = NO_HINTS, **fields: Any) -> Decision:
-        return self.router.decide(request(num_tokens, **fields), hints)
-
-    def serve(self, decision: Decision, num_tokens: int, seconds: float, *, prefill_s: float | None = None) -> None:
-        """A request that was decided so, whose first token took `seconds`."""
-        in_flight = self.router.begin(request(num_tokens), decision)
-        self.clock.now += seconds
-        moved = num_tokens if decision.kind == "remote" else 0
-        cached = 0 if prefill_s is not None else None
-        report = PrefillReport(decision.kind, "", None, "d0", 0, moved, "", prefill_s, prefill_cached_tokens=cached)
-        in_flight.first_token(report, seconds)
-        in_flight.end()
-
-    def measure(self, *, prefill_s: float = 1e-4, handover_s: float = 0.01, local_s: float = 1e-4) -> None:
-        """Teach it seconds per token of both ways, and of what a handover takes."""
-        for num_tokens in (100, 400, 1600, 6400) * 4:
-            remote = self.decide(num_tokens, prefill_mode="remote")
-            self.serve(remote, num_tokens, num_tokens * prefill_s + handover_s, prefill_s=num_tokens * prefill_s)
-            self.serve(self.decide(num_tokens, prefill_mode="local"), num_tokens, num_tokens * local_s)
-
-
-def where(decision: Decision) -> tuple[str, str]:
-    return decision.kind, decision.reason
+TIMED: dict[str, Any] = {"info": {"pace": PACE}}
 
 
 # Who serves
@@ -141,7 +74,7 @@ def test_a_decode_replica_without_room_for_the_kv_is_passed_over() -> None:
     fleet.load("decode", "d0", 5, 0, 995)
     assert fleet.decide(160).serving.replica == "d1"
     fleet.load("decode", "d1", 5, 0, 995)
-    assert fleet.decide(160).serving.replica in ("d0", "d1")  # where all are full it waits in one of them
+    assert fleet.lacks(160) == "decode"
 
 
 def test_the_nearer_decode_replica_is_preferred_and_measured_transfers_say_which_is_near() -> None:
@@ -170,15 +103,15 @@ def test_a_replica_that_failed_is_avoided_for_a_while() -> None:
     fleet = Fleet(2, 2, **REMOTE)
     fleet.router.pools["decode"].avoid("d0")
     assert {fleet.decide(start=1000 * n).serving.replica for n in range(10)} == {"d1"}
-    fleet.clock.now += AVOID_S
+    fleet.clock.advance(AVOID_S)
     assert {fleet.decide(start=1000 * n).serving.replica for n in range(20)} == {"d0", "d1"}
 
 
 def test_lost_replicas_are_never_chosen_again() -> None:
     fleet = Fleet(2, 2, **REMOTE)
-    assert fleet.router.decide(request(), lost=["d0"]).serving.replica == "d1"
+    assert {fleet.decide(lost=["d0"]).serving.replica for _ in range(10)} == {"d1"}
     with pytest.raises(NoReplica, match="decode"):
-        fleet.router.decide(request(), lost=["d0", "d1"])
+        fleet.decide(lost=["d0", "d1"], prefill_mode="local")
 
 
 @given(
@@ -218,51 +151,64 @@ def test_without_a_prefill_pool_it_is_local() -> None:
     ],
 )
 def test_a_request_may_demand_it(fields: dict[str, Any], expected: tuple[str, str]) -> None:
-    fleet = Fleet(1, 1)
-    fleet.measure()
-    assert where(fleet.decide(**fields)) == expected
-
-
-def test_the_first_prompts_go_to_prefill_until_that_is_measured() -> None:
-    fleet = Fleet(1, 1)
-    decision = fleet.decide()
-    assert where(decision) == ("remote", "unmeasured")
-    assert decision.predicted_ttft_s is None
+    assert where(Fleet(1, 1).decide(**fields)) == expected
 
 
 def test_it_goes_where_the_first_token_is_predicted_sooner() -> None:
-    fleet = Fleet(1, 1)
-    fleet.measure(handover_s=0.05)
-    assert where(fleet.decide(100)) == ("local", "faster")
-    assert where(fleet.decide(6400)) == ("local", "faster")  # the same speed, and nothing to hand over
+    fleet = Fleet(1, 1, **TIMED)
+    assert where(fleet.decide(100)) == ("local", "faster")  # the same speed, and nothing to hand over
     fleet.cache("prefill", "p0", 6400)
     decision = fleet.decide(6400)
     assert where(decision) == ("remote", "faster")  # 6,384 tokens need not be computed there
-    assert decision.predicted.remote_s == pytest.approx(0.05, rel=0.3)
-    assert decision.predicted.local_s == pytest.approx(0.64, rel=0.3)
+    assert decision.predicted_ttft_s == pytest.approx(PACE.prompt_s(6400, 6384) + BASE_S)
     fleet.cache("decode", "d0", 6400)
     assert where(fleet.decide(6400)) == ("local", "faster")
 
 
+def test_a_long_prompt_leaves_decode_free_where_both_ways_are_nearly_as_quick() -> None:
+    assert where(Fleet(1, 1, **TIMED).decide(6400)) == ("remote", "faster")
+
+
 def test_a_queue_before_prefill_makes_local_prefill_the_sooner() -> None:
-    fleet = Fleet(1, 1)
-    fleet.measure(handover_s=0.001, local_s=1.5e-4)
+    fleet = Fleet(1, 1, **TIMED)
     assert where(fleet.decide(1000)) == ("remote", "faster")
-    fleet.load("prefill", "p0", 3, 5000, 0)
+    for num_queued in (500, 100_000):
+        fleet.load("prefill", "p0", 3, num_queued)
+        assert where(fleet.decide(1000)) == ("local", "faster")
+
+
+def test_what_was_learnt_of_a_way_decides_between_ways_that_are_equal_by_the_pace() -> None:
+    fleet = Fleet(1, 1, **TIMED)
+    for number in range(WINDOW):
+        remote = fleet.decide(1000, start=10_000 * number, prefill_mode="remote")
+        fleet.serve(remote, 1000, 3 * PACE.prompt_s(1000) + BASE_S, prefill_s=3 * PACE.prompt_s(1000))
     assert where(fleet.decide(1000)) == ("local", "faster")
+    local = fleet.decide(1000, prefill_mode="local")
+    for _ in range(WINDOW):
+        fleet.serve(local, 1000, 5 * PACE.prompt_s(1000))
+    assert where(fleet.decide(1000)) == ("remote", "faster")
 
 
 def test_what_running_sequences_would_lose_counts() -> None:
-    fleet = Fleet(1, 1, placement={"policy": "predicted", "itl_budget_ms": 20})
-    fleet.measure(handover_s=0.05)
-    assert where(fleet.decide(1000)) == ("local", "faster")  # 0.1 s against 0.15 s
-    fleet.load("decode", "d0", 4, 0, 0, 0)
-    assert where(fleet.decide(1000)) == ("local", "faster")  # they wait themselves
-    fleet.load("decode", "d0", 4, 0, 0, 4)
-    decision = fleet.decide(1000)
+    fleet = Fleet(1, 1, **TIMED)
+    fleet.load("prefill", "p0", 1, 500)
+    assert where(fleet.decide(1000)) == ("local", "faster")
+    fleet.load("decode", "d0", 4, 0, 0)
+    decision = fleet.decide(1000, hints=RoutingHints(explain=True))
     assert where(decision) == ("remote", "faster")
-    assert decision.predicted.interference_s == pytest.approx(4 * (0.1 - 0.02), rel=0.3)
-    assert where(fleet.decide(100)) == ("local", "faster")  # 10 ms are within the budget
+    (local,) = [way for way in decision.ways if way.kind == "local"]
+    assert local.interference_s == pytest.approx(4 * (PACE.prompt_s(1000) - fleet.router.capacity.itl_s))
+    assert where(fleet.decide(100)) == ("local", "faster")  # 20 ms are within the promised 50 ms
+    assert fleet.decide(100).way.interference_s == 0
+
+
+def test_all_ways_are_told_if_an_explanation_was_asked_for() -> None:
+    fleet = Fleet(1, 1, **TIMED)
+    decision = fleet.decide(hints=RoutingHints(explain=True), waited_s=0.25)
+    assert [way.kind for way in decision.ways] == ["remote", "local"]
+    assert decision.way in decision.ways
+    assert decision.waited_s == 0.25
+    assert fleet.decide().ways == []
 
 
 @pytest.mark.parametrize(
@@ -310,7 +256,7 @@ def test_links_count_more_than_any_score() -> None:
     fleet = Fleet(2, 2, **REMOTE)
     fleet.cache("prefill", "p1", 160)
     fleet.cache("decode", "d1", 160)
-    fleet.load("decode", "d0", 1, 0, 1000)  # it has no room for the KV: the engine makes the prompt wait
+    fleet.load("decode", "d0", 50, 0, 900)
     fleet.link("d0", p0="")
     fleet.link("d1")
     decision = fleet.decide()
@@ -360,15 +306,14 @@ def test_remote_is_then_the_only_way() -> None:
 
 
 def test_an_aggregated_pool_beside_makes_it_a_choice() -> None:
-    fleet = Fleet(1, 1, 2, can_decode_prefill=False)
-    fleet.measure(handover_s=0.05)
+    fleet = Fleet(1, 1, 2, can_decode_prefill=False, **TIMED)
     decision = fleet.decide(100)
     assert (*where(decision), decision.serving_role) == ("local", "faster", "aggregated")
     assert decision.serving.replica in ("a0", "a1")
     fleet.cache("aggregated", "a1", 6400)
     assert fleet.decide(6400).serving.replica == "a1"
     fleet.cache("prefill", "p0", 6400)
-    fleet.load("aggregated", "a1", 1, 9000, 0)
+    fleet.load("aggregated", "a1", 1, 9000)
     assert where(fleet.decide(6400)) == ("remote", "faster")
 
 
@@ -378,52 +323,145 @@ def test_the_aggregated_pool_serves_what_the_others_cannot() -> None:
     assert where(Fleet(1, 1, 0, can_decode_prefill=False).decide()) == ("remote", "only_way")
 
 
-# Admission
+def test_a_request_that_lost_all_of_the_aggregated_pool_is_prefilled_remotely() -> None:
+    for can_prefill_decode in (False, True):
+        fleet = Fleet(1, 1, 1, can_decode_prefill=False, can_prefill_decode=can_prefill_decode)
+        assert where(fleet.decide(lost=["a0"])) == ("remote", "only_way")
+        assert where(fleet.decide(lost=["a0"], prefill_mode="remote")) == ("remote", "requested")
+        with pytest.raises(NoReplica, match="aggregated"):
+            fleet.decide(lost=["a0"], prefill_mode="local")
 
 
-def test_prompts_are_deflected_when_prefill_is_full_and_refused_when_all_is() -> None:
-    fleet = Fleet(2, 1, max_queued_tokens=1000, **REMOTE)
-    fleet.measure(prefill_s=1e-3, local_s=1e-3)
-    for replica in ("p0", "p1"):
-        fleet.load("prefill", replica, 1, 900, 0)
-    assert where(fleet.decide(100)) == ("remote", "configured")
-    assert where(fleet.decide(101)) == ("local", "prefill_full")
-    fleet.load("decode", "d0", 1, 950, 0)
-    with pytest.raises(Overloaded) as caught:
-        fleet.decide(250)
-    assert caught.value.retry_after_s == pytest.approx(0.15, rel=0.3)  # until 150 tokens of p0's queue are done
-    fleet.load("prefill", "p1", 1, 0, 0)
-    assert where(fleet.decide(250)) == ("remote", "local_full")
+# Room
 
 
-def test_a_full_replica_is_passed_over_however_much_it_has_cached() -> None:
-    fleet = Fleet(2, 1, max_queued_tokens=1000, **REMOTE)
-    fleet.cache("prefill", "p0", 320)
-    fleet.load("prefill", "p0", 1, 995, 0)
-    fleet.load("prefill", "p1", 1, 600, 0)
-    decision = fleet.decide(330)
+def busy(fleet: Fleet, *prefill: str) -> None:
+    """Have prefill replicas tell of more work than any prompt may wait for there."""
+    for replica in prefill:
+        fleet.load("prefill", replica, 9, 1_000_000)
+
+
+def full(fleet: Fleet, role: Any, *replicas: str) -> None:
+    """Have replicas tell that there is no KV memory left."""
+    for replica in replicas:
+        fleet.load(role, replica, MIN_BATCH, 0, 1000)
+
+
+def test_a_prompt_waits_for_a_prefill_replica_that_will_soon_be_free() -> None:
+    fleet = Fleet(2, 1, **REMOTE, **TIMED)
+    busy(fleet, "p0", "p1")
+    assert fleet.lacks() == "prefill"
+    fleet.load("prefill", "p1", 1, 1000)
+    decision = fleet.decide()
     assert decision.prefill is not None
     assert decision.prefill.replica == "p1"
 
 
-def test_an_idle_replica_takes_a_prompt_longer_than_the_bound() -> None:
-    fleet = Fleet(1, 1, max_queued_tokens=100, **REMOTE)
-    assert where(fleet.decide(5000)) == ("remote", "configured")
+def test_a_busy_replica_is_passed_over_unless_what_it_has_cached_saves_more_than_the_wait() -> None:
+    fleet = Fleet(2, 1, **REMOTE, **TIMED)
+    fleet.cache("prefill", "p0", 6400)
+    fleet.load("prefill", "p0", 1, 4000)
+    cached, other = fleet.decide(6400).prefill, fleet.decide(6400, start=100_000).prefill
+    assert cached is not None
+    assert other is not None
+    assert (cached.replica, other.replica) == ("p0", "p1")
+    busy(fleet, "p0")
+    passed_over = fleet.decide(6400).prefill
+    assert passed_over is not None
+    assert passed_over.replica == "p1"
 
 
-def test_a_demanded_way_that_is_full_is_refused_and_not_changed() -> None:
-    fleet = Fleet(1, 1, max_queued_tokens=1000)
-    fleet.load("prefill", "p0", 1, 1000, 0)
-    with pytest.raises(Overloaded):
-        fleet.decide(prefill_mode="remote")
-    assert where(fleet.decide()) == ("local", "prefill_full")
+def test_an_idle_replica_takes_a_prompt_of_any_length() -> None:
+    assert where(Fleet(1, 1, **REMOTE, **TIMED).decide(50_000)) == ("remote", "configured")
+    assert where(Fleet(0, 1, has_prefill=False, **TIMED).decide(50_000)) == ("local", "aggregated")
 
 
-def test_an_aggregated_model_refuses_when_it_is_full() -> None:
-    fleet = Fleet(0, 1, has_prefill=False, max_queued_tokens=1000)
-    fleet.load("decode", "d0", 9, 1000, 0)
-    with pytest.raises(Overloaded):
-        fleet.decide()
+def test_a_demanded_way_without_room_is_waited_for_and_not_changed() -> None:
+    fleet = Fleet(1, 1, **TIMED)
+    busy(fleet, "p0")
+    assert fleet.lacks(prefill_mode="remote") == "prefill"
+    assert where(fleet.decide()) == ("local", "faster")
+    fleet.load("decode", "d0", 3, 1_000_000)
+    assert fleet.lacks(prefill_mode="local") == "prefill"
+
+
+def test_where_only_one_kind_of_pool_serves_requests_wait_for_it() -> None:
+    fleet = Fleet(0, 1, has_prefill=False, **TIMED)
+    full(fleet, "decode", "d0")
+    assert fleet.lacks() == "decode"
+    fleet.load("decode", "d0", 1, 1_000_000)
+    assert fleet.lacks() == "prefill"
+
+
+def test_what_a_waiting_request_is_predicted_to_take_is_its_quickest_way() -> None:
+    fleet = Fleet(1, 1, can_prefill_decode=False, **TIMED)
+    full(fleet, "decode", "d0")
+    wait = fleet.choose(100)
+    assert isinstance(wait, Wait)
+    assert wait.alone_s == pytest.approx(PACE.prompt_s(100))
+
+
+def test_sequences_that_decode_are_not_disturbed_beyond_their_promise_if_prefill_can_do_it() -> None:
+    fleet = Fleet(1, 1, **TIMED)
+    assert where(fleet.decide(100)) == ("local", "faster")
+    # All of the time is spoken for: by steps and by prompts.
+    fleet.load("decode", "d0", 4, prefill_share=1 - PACE.step_s(4, 0) / fleet.router.capacity.itl_s)
+    assert where(fleet.decide(100)) == ("remote", "faster")  # at once
+    assert where(fleet.decide(100, prefill_mode="local")) == ("local", "requested")
+
+
+# A prefill replica that serves whole sequences
+
+
+def test_if_decode_is_full_a_prefill_replica_serves_the_sequence() -> None:
+    fleet = Fleet(2, 2, **TIMED)
+    full(fleet, "decode", "d0", "d1")
+    decision = fleet.decide()
+    assert (*where(decision), decision.serving_role, decision.prefill) == ("local", "decode_full", "prefill", None)
+    assert decision.serving.replica in ("p0", "p1")
+    fleet.load("decode", "d1", 1, 0, 10)
+    assert fleet.decide().serving_role == "decode"
+
+
+def test_one_that_serves_sequences_already_takes_the_next_one() -> None:
+    fleet = Fleet(4, 1, **TIMED)
+    full(fleet, "decode", "d0")
+    fleet.load("prefill", "p2", 3, 0, 30, decoding=3)
+    assert {fleet.decide(start=1000 * number).serving.replica for number in range(20)} == {"p2"}
+    fleet.load("prefill", "p2", MIN_BATCH, 0, 1000, decoding=MIN_BATCH)
+    assert "p2" not in {fleet.decide(start=1000 * number).serving.replica for number in range(20)}
+
+
+def test_it_does_not_where_its_engine_cannot_or_if_nothing_else_is_asked_for_than_decode() -> None:
+    unable = Fleet(1, 1, can_prefill_decode=False, **TIMED)
+    full(unable, "decode", "d0")
+    assert unable.lacks() == "decode"
+    able = Fleet(1, 1, **TIMED)
+    full(able, "decode", "d0")
+    for mode in ("local", "remote"):
+        assert able.lacks(prefill_mode=mode) == "decode"
+
+
+def test_without_a_decode_replica_prefill_serves_what_it_has_room_for() -> None:
+    fleet = Fleet(1, 0, **TIMED)
+    decision = fleet.decide()
+    assert (*where(decision), decision.serving_role) == ("local", "no_decode_replica", "prefill")
+    full(fleet, "prefill", "p0")
+    fleet.load("prefill", "p0", MIN_BATCH, 0, 1000, decoding=MIN_BATCH)
+    assert fleet.lacks() == "decode"
+    with pytest.raises(NoReplica, match="decode"):
+        Fleet(1, 0, can_prefill_decode=False).decide()
+    with pytest.raises(NoReplica, match="decode"):
+        Fleet(0, 0).decide()
+
+
+def test_prompts_for_decode_go_past_a_prefill_replica_whose_sequences_could_not_bear_them() -> None:
+    fleet = Fleet(2, 1, **REMOTE, **TIMED)
+    fleet.load("prefill", "p0", 4, decoding=4, prefill_share=0.9)
+    chosen = [fleet.decide(1000, start=10_000 * number).prefill for number in range(20)]
+    assert {prefill.replica for prefill in chosen if prefill} == {"p1"}
+    fleet.load("prefill", "p1", 4, decoding=4, prefill_share=0.9)
+    assert fleet.lacks(1000) == "prefill"
 
 
 # While it runs
@@ -473,23 +511,96 @@ def test_where_replicas_publish_nothing_of_their_cache_it_is_assumed_from_what_t
     assert fleet.decide(160).serving.cached_tokens == 0
 
 
-def test_a_prefill_that_fell_back_on_decode_teaches_nothing() -> None:
-    fleet = Fleet(1, 1)
+def test_a_sequence_that_a_prefill_replica_serves_counts_as_decoding_there_from_its_start() -> None:
+    fleet = Fleet(1, 0, **TIMED)
+    state = fleet.router.pools["prefill"].replicas["p0"]
+    gauges = [state.sequences, state.queued_tokens, state.used_blocks, state.decoding]
+    in_flight = fleet.router.begin(request(160), fleet.decide(160))
+    assert [gauge.value for gauge in gauges] == [1, 160, 10, 1]
+    assert state.compute_s.value == pytest.approx(PACE.compute_s(160))
+    in_flight.first_token(PrefillReport("local", "", None, "p0", 0, 0, ""), 0.1)
+    assert [gauge.value for gauge in gauges] == [1, 0, 10, 1]
+    in_flight.end()
+    assert [gauge.value for gauge in gauges] == [0, 0, 0, 0]
+
+
+def test_a_sequence_that_moves_counts_on_its_new_replica_only() -> None:
+    fleet = Fleet(1, 2, **REMOTE)
+    states = fleet.router.pools["decode"].replicas
+    in_flight = fleet.router.begin(request(160), fleet.decide(160))
+    (other,) = states.keys() - {in_flight.serving.replica}
+    (receiver,) = [
+        c
+        for c in fleet.decide(160, hints=RoutingHints(explain=True)).others["decode"] + [fleet.decide(160).serving]
+        if c.replica == other
+    ][:1]
+    before = in_flight.serving.replica
+    in_flight.move(receiver)
+    assert in_flight.serving.replica == other
+    assert [(states[r].sequences.value, states[r].used_blocks.value) for r in (before, other)] == [(0, 0), (1, 10)]
+    in_flight.first_token(None, 0.1)
+    assert [states[r].decoding.value for r in (before, other)] == [0, 1]
+    in_flight.end()
+    assert [(states[r].sequences.value, states[r].decoding.value) for r in (before, other)] == [(0, 0), (0, 0)]
+
+
+def test_the_receiver_of_a_prefill_is_the_best_by_then_and_the_first_choice_where_none_has_room() -> None:
+    fleet = Fleet(1, 3, **REMOTE)
+    fleet.load("decode", "d1", 3)
+    fleet.load("decode", "d2", 3)
     decision = fleet.decide()
-    in_flight = fleet.router.begin(request(), decision)
+    assert decision.serving.replica == "d0"
+    full(fleet, "decode", "d0")
+    fleet.link("d1")  # nothing gets there
+    assert fleet.router.receiver(request(), RoutingHints(), (), decision).replica == "d2"
+    assert fleet.router.receiver(request(), RoutingHints(), ["d2"], decision).replica == "d0"
+    full(fleet, "decode", "d2")
+    assert fleet.router.receiver(request(), RoutingHints(), (), decision).replica == "d0"
+
+
+def test_a_prefill_that_fell_back_on_decode_teaches_nothing() -> None:
+    fleet = Fleet(1, 1, **TIMED)
+    before = fleet.router.predictor.ratios()
+    in_flight = fleet.router.begin(request(), fleet.decide(prefill_mode="remote"))
     in_flight.first_token(PrefillReport("local", "prefill_failed", None, "d0", 0, 0, ""), 1.0)
-    assert where(fleet.decide()) == ("remote", "unmeasured")
+    in_flight.end()
+    assert fleet.router.predictor.ratios() == before
 
 
-def test_a_first_token_that_did_not_wait_for_the_kv_counts_as_moved_at_no_cost() -> None:
-    fleet = Fleet(1, 1, **REMOTE)
+def test_what_waited_before_a_prompt_is_no_slowness_of_its_replica() -> None:
+    fleet = Fleet(1, 1, **TIMED)
+    fleet.load("prefill", "p0", 1, 2000)
+    decision = fleet.decide(1000, prefill_mode="remote")
+    state = fleet.router.pools["prefill"].replicas["p0"]
+    prefill_s = state.queue_s + PACE.prompt_s(1000)
+    assert decision.predicted_ttft_s == pytest.approx(prefill_s + BASE_S)
+    fleet.serve(decision, 1000, prefill_s + 2 * BASE_S, prefill_s=prefill_s)
+    assert fleet.router.predictor.ratios() == {"prefill": pytest.approx(1), "handover": pytest.approx(2), "local": 1}
+
+
+def test_a_first_token_that_did_not_wait_for_the_kv_takes_no_longer_for_a_long_prompt() -> None:
+    fleet = Fleet(1, 1, **REMOTE, **TIMED)
     for number, length in enumerate((64, 8192) * 12):
         decision = fleet.decide(length, start=100_000 * number)
-        report = PrefillReport("remote", "", "p0", "d0", 0, None, "", 0.01, prefill_cached_tokens=0)
+        prefill_s = PACE.prompt_s(length)
+        report = PrefillReport("remote", "", "p0", "d0", 0, None, "", prefill_s, prefill_cached_tokens=0)
         in_flight = fleet.router.begin(request(length, 100_000 * number), decision)
-        in_flight.first_token(report, 0.015)
+        in_flight.first_token(report, prefill_s + 0.005)
         in_flight.end()
-    assert fleet.decide(8192, start=9).predicted.remote_s == pytest.approx(0.015, rel=0.3)
+    assert fleet.decide(8192, start=9).predicted_ttft_s == pytest.approx(PACE.prompt_s(8192) + 0.005)
+
+
+def test_a_way_that_was_slow_is_tried_again_by_the_requests_that_avoided_it() -> None:
+    fleet = Fleet(1, 1, **TIMED)
+    fleet.cache("prefill", "p0", 6400)
+    for _ in range(WINDOW):
+        fleet.serve(fleet.decide(6400, prefill_mode="remote"), 6400, 30.0, prefill_s=20.0)
+    kinds = []
+    for _ in range(PATIENCE + 2):
+        decision = fleet.decide(6400, start=0)
+        kinds.append(decision.kind)
+        fleet.serve(decision, 6400, decision.predicted_ttft_s)
+    assert "remote" in kinds
 
 
 def test_an_explanation_names_the_next_best_of_each_pool() -> None:
