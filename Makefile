@@ -24,8 +24,8 @@ RESOLVE := bash scripts/uv.sh pip compile --quiet pyproject.toml --python-versio
 	--no-emit-find-links --custom-compile-command "make lock"
 RESOLVE_IMAGE := $(RESOLVE) --python-platform x86_64-manylinux_2_36 --generate-hashes
 
-.PHONY: help setup setup-sglang packages run check test test-gpu two-gpus lint format bench bench-gpu bench-peers \
-	bench-routing bench-scaling lock clean
+.PHONY: help setup setup-sglang packages run check test test-gpu two-gpus lint format bench bench-goodput bench-gpu \
+	bench-peers bench-routing bench-scaling lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -83,6 +83,9 @@ bench-routing: setup  ## the router: a fleet on TRACE (Mooncake's format), what 
 	$(BIN)/python -m benchmarks.routing fleet --trace $(TRACE) --json routing-fleet.json
 	$(BIN)/python -m benchmarks.routing decisions --json routing-decisions.json
 	MODEL=baton:small bash scripts/with_baton.sh $(CONFIG) $(BIN)/python -m benchmarks.routing placement --json routing-placement.json
+
+bench-goodput: setup  ## the router's goodput against fixed ways, in virtual time; TRACES is a folder with Mooncake's traces
+	$(BIN)/python -m benchmarks.routing goodput $(if $(TRACES),--traces $(TRACES)) --json goodput.json --picture goodput.svg
 
 bench-scaling: setup  ## waves on pools of sim engines that scale apart, and a picture of it
 	bash scripts/with_baton.sh cluster/local/sim-scaling.yaml $(BIN)/python -m benchmarks.scaling --json scaling.json --picture scaling.svg

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,14 +17,18 @@ from app.bench.prefix_cache import find_vocabulary
 from app.bench.report import this_run
 from app.bench.workload import Request, at_speed, fitting, read_trace
 from app.cli.entry import run_app
-from app.config import PredictedPlacement, RemotePlacement, RoutingConfig
+from app.config import PredictedPlacement, RemotePlacement, RoutingConfig, SloConfig
 from app.engines.sim.profile import load_profile
 from app.errors import ConfigError
+from benchmarks.routing import goodput_picture
 from benchmarks.routing.decision_time import measure_decisions
-from benchmarks.routing.fleet import MAX_MODEL_LEN, Fleet, FleetSpec, Timeline, spread_out
+from benchmarks.routing.fleet import Fleet, spread_out
+from benchmarks.routing.goodput import compare
+from benchmarks.routing.goodput_report import GoodputReport, describe_goodput_fleet, print_goodput
 from benchmarks.routing.oracle import oracle_hit_rate
 from benchmarks.routing.placement import ANSWER_TIMEOUT_S, measure_placement
 from benchmarks.routing.policies import Baton, Policy, PowerOfTwo, RoundRobin
+from benchmarks.routing.replica import MAX_MODEL_LEN, FleetSpec
 from benchmarks.routing.report import (
     BASELINE,
     DecisionReport,
@@ -38,6 +43,8 @@ from benchmarks.routing.report import (
     wide_console,
     write_json,
 )
+from benchmarks.routing.scenarios import SCENARIOS, Trace
+from benchmarks.routing.timeline import Timeline
 
 TRACE_URL = "https://github.com/kvcache-ai/Mooncake/tree/main/FAST25-release/traces"
 SPEEDS = [2.0, 3.0, 4.0]
@@ -50,6 +57,7 @@ tokens per replica."""
 FLEET_SIZES = [8, 64, 512, 4096]
 PROMPT_LENGTHS = [1_000, 8_000, 128_000]
 MATCHING = [0, 1, 8]
+QUICK = 1 / 3
 
 bench_routing = typer.Typer(no_args_is_help=True, help="Measure the router: its choices and what one costs.")
 Json = Annotated[Path | None, typer.Option(help="Write all numbers to this file.")]
@@ -117,8 +125,7 @@ def _compare(
         progress.print(f"speed {speed:g}: {name} ...", highlight=False)
         timeline = Timeline()
         random.seed(seed)  # the router draws from the module `random`, so that frontends differ
-        policy = _make_policy(name, spec, timeline, seed)
-        result = Fleet(spec, policy, timeline).run(requests)
+        result = Fleet(spec, partial(_make_policy, name, spec, timeline, seed), timeline).run(requests)
         rows.append(fleet_row(speed, name, result, oracles, rows[0] if rows else None))
     return rows
 
@@ -134,7 +141,7 @@ def _make_policy(name: str, spec: FleetSpec, timeline: Timeline, seed: int) -> P
         return PowerOfTwo(*pools, seed)
     is_remote = name == "baton, remote"
     placement = RemotePlacement(policy="remote") if is_remote else PredictedPlacement()
-    return Baton(RoutingConfig(placement=placement), lambda: timeline.now)
+    return Baton(RoutingConfig(placement=placement), SloConfig(), timeline)
 
 
 def _describe_workload(trace: Path, requests: list[Request], num_left_out: int) -> str:
@@ -155,6 +162,40 @@ def _describe_fleet(spec: FleetSpec, profile: str) -> str:
         f"with {spec.num_blocks} blocks of {spec.block_size} ({num_tokens} tokens) and {spec.max_num_batched_tokens} "
         f"tokens per step; loads and KV events are {spec.message_s * 1e3:g} ms old"
     )
+
+
+@bench_routing.command()
+def goodput(
+    only: Annotated[str, typer.Option(help="Only scenarios whose names contain this.")] = "",
+    traces: Annotated[Path | None, typer.Option(help=f"A folder with Mooncake's traces, of {TRACE_URL}")] = None,
+    quick: Annotated[bool, typer.Option(help="A third of each load's time, to see whether all runs.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Run so many at a time.")] = 1,
+    profile: Annotated[str, typer.Option(help="Timing profile of the sim engine: a name or a file.")] = "h200-llama-8b",
+    seed: Seed = 0,
+    json: Json = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it there: .svg, .png or .pdf.")] = None,
+) -> None:
+    """Compare the default's goodput with that of fixed ways; fails if it is below 0.97 of the best of them anywhere."""
+    check_files(json, picture)
+    scenarios = [
+        scenario.shortened(QUICK) if quick else scenario
+        for scenario in SCENARIOS
+        if only.lower() in scenario.name.lower() and (traces is not None or not isinstance(scenario.load, Trace))
+    ]
+    if not scenarios:
+        raise ConfigError("--only", f"no scenario's name contains {only!r}")
+    source = this_run("python", "-m", "benchmarks.routing")
+    report = GoodputReport(source=source, fleet=describe_goodput_fleet(profile), seed=seed)
+    progress = Console(stderr=True)
+    for row in compare(scenarios, load_profile(profile), seed, traces, processes):
+        progress.print(f"{row.scenario}: {row.share_of_best:.2f} of {row.best_fixed}", highlight=False)
+        report.rows.append(row)
+    print_goodput(report, wide_console())
+    write_json(report, json)
+    if picture is not None:
+        goodput_picture.draw(report, picture)
+    if report.lost:
+        raise typer.Exit(1)
 
 
 @bench_routing.command()

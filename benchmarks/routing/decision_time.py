@@ -10,9 +10,10 @@ from statistics import median, quantiles
 
 import msgspec
 
-from app.config import RoutingConfig
+from app.config import RoutingConfig, SloConfig
 from app.kv_cache.block_hashes import block_hashes
 from app.messages import GenerateRequest, KvUpdate, PrefillReport, ReplicaInfo, ReplicaLoad, Role
+from app.routing.decision import Decision
 from app.routing.router import Router
 
 ROLES: tuple[Role, ...] = ("prefill", "decode")
@@ -65,13 +66,13 @@ def loaded_router(num_replicas: int, num_blocks: int, random: Random) -> tuple[R
 
     The caches of each pool's replicas hold `num_blocks` blocks together, no two of them the same.
     """
-    router = Router(RoutingConfig(), has_prefill=True)
+    router = Router(RoutingConfig(), SloConfig(), has_prefill=True)
     names: dict[Role, list[str]] = {role: [f"{role}-{index}" for index in range(num_replicas)] for role in ROLES}
     for role in ROLES:
         pool = router.pools[role]
         for index, name in enumerate(names[role]):
             pool.join(_info(role, name, index))
-            pool.on_load(name, ReplicaLoad(random.randrange(16), random.randrange(8192), random.randrange(8192)))
+            pool.on_load(name, ReplicaLoad(random.randrange(16), random.randrange(1024), random.randrange(8192)))
             stored = [random.getrandbits(63) for _ in range(num_blocks // num_replicas)]
             pool.on_kv(name, KvUpdate(stored=stored, removed=[]))
     for _ in range(NUM_WARM_UP):
@@ -130,6 +131,7 @@ def _serve(router: Router, prompt: list[int]) -> float:
     begin = time.perf_counter()
     decision = router.decide(request)
     seconds = time.perf_counter() - begin
+    assert isinstance(decision, Decision)  # the load leaves room
     in_flight = router.begin(request, decision)
     report = PrefillReport(
         kind=decision.kind,

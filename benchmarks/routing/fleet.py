@@ -1,197 +1,52 @@
 """A fleet of sim engines in virtual time: no sockets, no event loop, the same numbers for the same seed.
 
-1. A request arrives, and the policy places it in no time.
-2. The prefill replica's scheduler computes the prompt and keeps its blocks.
+1. A request arrives at one of the frontends, and its policy places it in no time, or keeps it until there is room.
+2. After the time of a call, the prefill replica's scheduler computes the prompt and keeps its blocks.  It samples the
+   first token, which goes out after the time of the descriptor's way to decode (docs/decisions/0021-first-token.md).
 3. The decode replica pulls what it has not cached.  The profile gives the time for that, whatever else moves at the
-   same time.  Then prefill's blocks are freed, and decode's scheduler gives out the tokens.
-4. A prompt that is prefilled locally goes to decode at once.
-5. After each engine step, and whenever a request comes or goes, a replica publishes its load and the changes of its
-   prefix cache.  Both reach the router `message_s` later, as in production by way of `EventTranslator`.
+   same time.  Then prefill's blocks are freed, and decode's scheduler gives out the other tokens.
+4. A prompt that is prefilled locally goes to the replica that decodes at once.
+5. A replica publishes its load and the changes of its prefix cache as in production (benchmarks/routing/replica.py).
 
-So the production router runs here, on the sim engine's scheduler and caches.  Network and frontend are left out:
-requests and tokens travel in no time.  The answers in later prompts are left out too: a trace gives the blocks of a
-turn's whole prompt, but not which of them the turn before has generated, so decode cannot reuse these.
+So the production router runs here, on the sim engine's scheduler and caches.  Network and frontend are left out but for
+the times in 2, and for those that a prompt spends in an engine besides its steps.  The answers in later prompts are
+left out too: a trace gives the blocks of a turn's whole prompt, but not which of them the turn before has generated, so
+decode cannot reuse these.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping
-from heapq import heappop, heappush
+from collections.abc import Callable, Sequence
 from itertools import chain, groupby, pairwise
-from typing import Any
+from typing import Literal
 
 import msgspec
 
 from app.bench.workload import MOONCAKE_BLOCK_TOKENS, Request
-from app.engines.sim.profile import SimProfile
-from app.engines.sim.scheduler import ScheduledSequence, Scheduler, SchedulerLimits, Step
-from app.errors import Overloaded
-from app.kv_cache.event_translator import EventTranslator
-from app.messages import GenerateRequest, PrefillReport, ReplicaInfo, ReplicaLoad, Role
-from app.routing.pool_state import PoolState
+from app.messages import GenerateRequest, PrefillReport, Role, local_prefill
 from benchmarks.routing.policies import FleetAssignment, Policy
+from benchmarks.routing.replica import FleetSequence, FleetSpec, Replica, Run
+from benchmarks.routing.timeline import Timeline
 
-MAX_MODEL_LEN = 131_072
+ROLES: tuple[Role, ...] = ("prefill", "decode")
+FIRST_TOKEN = 0
+"""What the sim engines of a fleet sample, whose vocabulary is this one token."""
 
-
-class FleetSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How many engines there are, and the settings of each."""
-
-    profile: SimProfile
-    num_prefill: int = 8
-    num_decode: int = 8
-    num_blocks: int
-    """The KV blocks of each replica."""
-    block_size: int
-    max_model_len: int = MAX_MODEL_LEN
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    """vLLM's default, and that of the runs that the profile h200-llama-8b was fitted to."""
-    message_s: float = 0.001
-    """How long load and cache updates take to the router: one way through a channel."""
-
-    def names(self, role: Role) -> list[str]:
-        """Return the ids of a pool's replicas."""
-        return [f"{role}-{index}" for index in range(self.num_prefill if role == "prefill" else self.num_decode)]
+Way = Literal["remote", "on decode", "on prefill"]
+"""Prefilled on one replica and decoded on another, or served whole on a replica of one of the two pools."""
 
 
-class Timeline:
-    """Virtual time in seconds.  Calls run in the order of their moments, then in the order in which they were made."""
+class Outcome(msgspec.Struct, frozen=True, gc=False):
+    """What became of one request."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._due: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._num_calls = 0
-
-    def at(self, moment: float, call: Callable[..., None], *arguments: Any) -> None:
-        self._num_calls += 1
-        heappush(self._due, (moment, self._num_calls, call, arguments))
-
-    def after(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
-        self.at(self.now + seconds, call, *arguments)
-
-    def run(self) -> None:
-        """Run until nothing is due."""
-        due = self._due
-        while due:
-            self.now, _, call, arguments = heappop(due)
-            call(*arguments)
-
-
-class Replica:
-    """One engine.  It steps as long as there is something to compute."""
-
-    def __init__(
-        self,
-        role: Role,
-        name: str,
-        spec: FleetSpec,
-        timeline: Timeline,
-        begin_pull: Callable[[ScheduledSequence], None],
-        hand_out: Callable[[list[ScheduledSequence]], None],
-        pool: PoolState | None,
-    ) -> None:
-        """`pool` is the pool state that the replica publishes to; with None it publishes nothing."""
-        self.name = name
-        self.scheduler = Scheduler(
-            SchedulerLimits(
-                num_blocks=spec.num_blocks,
-                block_size=spec.block_size,
-                max_model_len=spec.max_model_len,
-                max_num_seqs=spec.max_num_seqs,
-                max_num_batched_tokens=spec.max_num_batched_tokens,
-            ),
-            spec.profile,
-            vocabulary=range(1),
-            seed=0,
-        )
-        self.num_sequences = 0
-        self.queued_tokens = 0
-        self.busy_s = 0.0
-        self._timeline = timeline
-        self._begin_pull = begin_pull
-        self._hand_out = hand_out
-        self._is_stepping = False
-        self._pool = pool
-        self._message_s = spec.message_s
-        self._told = ReplicaLoad()
-        self._translator = EventTranslator(num_blocks=spec.num_blocks, block_size=spec.block_size)
-        if pool is not None:
-            self.scheduler.pool.take_events()  # from here on they are recorded
-            pool.join(self._info(role, spec))
-
-    def _info(self, role: Role, spec: FleetSpec) -> ReplicaInfo:
-        return ReplicaInfo(
-            replica_id=self.name,
-            role=role,
-            model="sim",
-            engine="sim",
-            engine_version="",
-            node_ip=f"node-of-{self.name}",
-            pid=0,
-            num_blocks=spec.num_blocks,
-            block_size_tokens=spec.block_size,
-            max_model_len=spec.max_model_len,
-            prefix_cache="published",
-        )
-
-    def add(self, sequence: ScheduledSequence) -> None:
-        self.scheduler.add(sequence)
-        self.wake()
-
-    def cancel(self, sequence: ScheduledSequence) -> None:
-        self.scheduler.cancel(sequence)
-        self.wake()  # others may wait for its blocks
-
-    def wake(self) -> None:
-        """Publish the load, and start a step if none is running and there is something to compute."""
-        self.tell()
-        if not self._is_stepping:
-            self._step()
-
-    def _step(self) -> None:
-        step = self.scheduler.step()
-        self._is_stepping = step is not None
-        if step is None:
-            return
-        for sequence in step.pulls:
-            self._begin_pull(sequence)
-        self.busy_s += step.duration_s
-        self._timeline.after(step.duration_s, self._end_step, step)
-
-    def _end_step(self, step: Step) -> None:
-        self._hand_out(step.outputs)
-        self.tell()
-        self._step()
-
-    def tell(self) -> None:
-        """Publish the load and the changes of the prefix cache, if there are any."""
-        pool = self._pool
-        if pool is None:
-            return
-        if (self.num_sequences, self.queued_tokens) != (self._told.sequences, self._told.queued_tokens):
-            self._told = ReplicaLoad(
-                self.num_sequences, self.queued_tokens, self.scheduler.num_used_blocks, self.scheduler.num_running
-            )
-            self._timeline.after(self._message_s, pool.on_load, self.name, self._told)
-        if events := self.scheduler.pool.take_events():
-            self._timeline.after(self._message_s, pool.on_kv, self.name, self._translator.apply(events))
-
-
-class Run(msgspec.Struct, eq=False):
-    """One request under way."""
-
-    request: GenerateRequest
-    placement: FleetAssignment
-    output_tokens: int
     arrived_at: float
-    prefill: ScheduledSequence | None = None
-    """The sequence on prefill; None once its blocks were freed."""
-    prefill_cached_tokens: int = 0
-    handed_off_at: float = 0.0
-    last_token_at: float | None = None
+    way: Way | None
+    """None if it was refused."""
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    """(last token - first token) / (tokens - 1); 0 for a single token."""
 
 
 class FleetResult(msgspec.Struct, kw_only=True):
@@ -200,6 +55,8 @@ class FleetResult(msgspec.Struct, kw_only=True):
     ttft_s: array[float]
     itl_s: array[float]
     """The gap before each token except a request's first."""
+    outcomes: list[Outcome] = []
+    """In the order in which the requests ended."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens that were cached on the engine that computed the prompt."""
@@ -212,28 +69,26 @@ class FleetResult(msgspec.Struct, kw_only=True):
     predicted_to_actual: array[float]
     """The predicted TTFT over the real one, if the policy predicts it."""
     end_s: float = 0.0
+    """When the last request ended."""
     prefill_utilisation: float = 0.0
     """The share of the time until the last request's end in which a replica computes: the mean over the pool."""
     decode_utilisation: float = 0.0
 
 
 class Fleet:
-    """The replicas and the requests under way."""
+    """The frontends, the replicas and the requests under way."""
 
-    def __init__(self, spec: FleetSpec, policy: Policy, timeline: Timeline) -> None:
+    def __init__(self, spec: FleetSpec, make_policy: Callable[[], Policy], timeline: Timeline) -> None:
+        """Each frontend gets a policy of its own."""
         self._spec = spec
-        self._policy = policy
         self._timeline = timeline
-        self._runs: dict[ScheduledSequence, Run] = {}
-        self.replicas: dict[str, Replica] = {}
-        pools: tuple[tuple[Role, Callable[[list[ScheduledSequence]], None]], ...] = (
-            ("prefill", self._hand_off),
-            ("decode", self._give_out),
-        )
-        states: Mapping[Role, PoolState] = policy.pools
-        for role, hand_out in pools:
-            for name in spec.names(role):
-                self.replicas[name] = Replica(role, name, spec, timeline, self._begin_pull, hand_out, states.get(role))
+        self._frontends = [make_policy() for _ in range(spec.num_frontends)]
+        self._used_pairs: set[tuple[str, str]] = set()
+        self.replicas = {
+            name: Replica(role, name, spec, timeline, self._begin_pull, self._take_outputs, self._frontends)
+            for role in ROLES
+            for name in spec.names(role)
+        }
         self.result = FleetResult(
             ttft_s=array("d"), itl_s=array("d"), reasons=Counter(), predicted_to_actual=array("d")
         )
@@ -244,14 +99,13 @@ class Fleet:
         for number, request in enumerate(requests):
             timeline.at(request.at_s, self._arrive, number, request)
         timeline.run()
-        result.end_s = timeline.now
         result.prefill_utilisation = self._utilisation("prefill")
         result.decode_utilisation = self._utilisation("decode")
         return result
 
     def _utilisation(self, role: Role) -> float:
         names = self._spec.names(role)
-        return sum(self.replicas[name].busy_s for name in names) / len(names) / self._timeline.now
+        return sum(self.replicas[name].busy_s for name in names) / max(1, len(names)) / max(1e-9, self.result.end_s)
 
     def _arrive(self, number: int, request: Request) -> None:
         generate = GenerateRequest(
@@ -259,119 +113,159 @@ class Fleet:
             prompt_token_ids=prompt_tokens(request),
             sampling={"max_tokens": request.output_tokens},
         )
-        try:
-            placement = self._policy.place(generate)
-        except Overloaded:
+        arrived_at = self._timeline.now
+
+        def start(assignment: FleetAssignment) -> None:
+            self._start(Run(generate.prompt_token_ids, request.output_tokens, arrived_at, assignment))
+
+        def refuse() -> None:
             self.result.num_refused += 1
+            self.result.outcomes.append(Outcome(arrived_at, None))
+
+        self._frontends[number % len(self._frontends)].arrive(generate, start, refuse)
+
+    def _start(self, run: Run) -> None:
+        assignment = run.assignment
+        self.result.reasons[assignment.reason] += 1
+        if assignment.prefill is None:
+            self._choose_replica(run, assignment.decode)
+            replica = self.replicas[run.replica]
+            self._compute_prompt(run, replica, FleetSequence(run, run.prompt, max_tokens=run.output_tokens))
             return
-        self.result.reasons[placement.reason] += 1
-        run = Run(generate, placement, request.output_tokens, self._timeline.now)
-        decode = self.replicas[placement.decode]
-        decode.num_sequences += 1
-        if placement.prefill is None:
-            self._compute_prompt(run, decode, self._decode_sequence(run, is_pulled=False))
-            return
-        decode.tell()
-        run.prefill = ScheduledSequence(generate.prompt_token_ids, max_tokens=1, is_handoff=True)
-        self.replicas[placement.prefill].num_sequences += 1
-        self._compute_prompt(run, self.replicas[placement.prefill], run.prefill)
+        if assignment.choose_decode is None:
+            self._choose_replica(run, assignment.decode)
+            self.replicas[run.replica].tell()
+        self._timeline.after(self._spec.profile.latency.prefill_call_s, self._prefill, run, assignment.prefill)
 
-    def _decode_sequence(self, run: Run, *, is_pulled: bool) -> ScheduledSequence:
-        return ScheduledSequence(run.request.prompt_token_ids, max_tokens=run.output_tokens, is_pulled=is_pulled)
+    def _choose_replica(self, run: Run, name: str) -> None:
+        """Count a sequence on the replica that decodes it."""
+        run.replica = name
+        self.replicas[name].expect(run)
 
-    def _compute_prompt(self, run: Run, replica: Replica, sequence: ScheduledSequence) -> None:
-        self._runs[sequence] = run
-        replica.queued_tokens += queued_tokens(run)
-        replica.add(sequence)
+    def _prefill(self, run: Run, name: str) -> None:
+        replica = self.replicas[name]
+        run.prefill = FleetSequence(run, run.prompt, max_tokens=1, is_handoff=True)
+        run.prefill_began_at = self._timeline.now
+        replica.num_sequences += 1
+        self._compute_prompt(run, replica, run.prefill)
 
-    def _hand_off(self, sequences: list[ScheduledSequence]) -> None:
-        """Let decode pull the prompts that prefill has computed."""
+    def _compute_prompt(self, run: Run, replica: Replica, sequence: FleetSequence) -> None:
+        replica.enter_prompt(run)
+        replica.tell()
+        self._timeline.after(self._spec.profile.latency.engine_s, replica.add, sequence)
+
+    def _take_outputs(self, replica: Replica, sequences: Sequence[FleetSequence]) -> None:
+        """Take what a step of `replica` has computed: prompts for others, and tokens."""
+        now, gaps = self._timeline.now, self.result.itl_s
+        num_given = 0
         for sequence in sequences:
-            run = self._runs[sequence]
-            assert run.placement.prefill is not None
-            prefill = self.replicas[run.placement.prefill]
-            prefill.num_sequences -= 1
-            prefill.queued_tokens -= queued_tokens(run)
-            run.prefill_cached_tokens = sequence.cached_tokens
-            run.handed_off_at = self._timeline.now
-            decoding = self._decode_sequence(run, is_pulled=True)
-            self._runs[decoding] = run
-            self.replicas[run.placement.decode].add(decoding)
+            run = sequence.run
+            if sequence.is_handoff:
+                self._hand_off(replica, run, sequence)
+                continue
+            if run.first_token_at is None:
+                replica.leave_prompt(run)
+                self._first_token(run, sequence.cached_tokens)
+            else:
+                gaps.append(now - run.last_token_at)
+            run.last_token_at = now
+            if run.decoding_since is None:
+                replica.begin_decoding(run, len(sequence.tokens))
+                self._release(run)  # for the case that decode had all of it cached and pulled nothing
+            else:
+                num_given += 1
+            if sequence.finish_reason is not None:
+                self._end(run, len(sequence.tokens))
+        replica.count_tokens(num_given)
 
-    def _begin_pull(self, sequence: ScheduledSequence) -> None:
-        num_blocks = -(-sequence.transferred_tokens // self._spec.block_size)
-        profile = self._spec.profile
-        num_bytes = num_blocks * self._spec.block_size * profile.kv_bytes_per_token
-        self._timeline.after(profile.transfer_s(num_bytes), self._end_pull, sequence)
+    def _hand_off(self, replica: Replica, run: Run, sequence: FleetSequence) -> None:
+        """Send a prompt's descriptor, with the first token, to the replica that decodes."""
+        replica.num_sequences -= 1
+        replica.leave_prompt(run)
+        run.prefill_cached_tokens = sequence.cached_tokens
+        run.prefill_ended_at = self._timeline.now
+        if run.assignment.choose_decode is not None:
+            self._choose_replica(run, run.assignment.choose_decode())
+            self.replicas[run.replica].tell()
+        self._timeline.after(self._spec.profile.latency.delivery_s, self._deliver, run)
 
-    def _end_pull(self, sequence: ScheduledSequence) -> None:
-        run = self._runs[sequence]
-        replica = self.replicas[run.placement.decode]
+    def _deliver(self, run: Run) -> None:
+        """Give out prefill's first token, and let decode compute the others."""
+        self._first_token(run, run.prefill_cached_tokens)
+        if run.output_tokens == 1:
+            self._release(run)
+            self._end(run, len(run.prompt))
+            return
+        tokens = [*run.prompt, FIRST_TOKEN]
+        self.replicas[run.replica].add(FleetSequence(run, tokens, max_tokens=run.output_tokens - 1, is_pulled=True))
+
+    def _begin_pull(self, sequence: FleetSequence) -> None:
+        run, spec = sequence.run, self._spec
+        num_tokens = sequence.transferred_tokens - 1  # prefill has no KV of the first token
+        self.result.transferred_tokens += num_tokens
+        num_bytes = -(-num_tokens // spec.block_size) * spec.block_size * spec.profile.kv_bytes_per_token
+        seconds = spec.profile.transfer_s(num_bytes)
+        pair = run.assignment.prefill or "", run.replica
+        if pair not in self._used_pairs:
+            self._used_pairs.add(pair)
+            seconds += spec.first_use_s
+        self._timeline.after(seconds, self._end_pull, sequence)
+
+    def _end_pull(self, sequence: FleetSequence) -> None:
+        replica = self.replicas[sequence.run.replica]
         replica.scheduler.end_transfer(sequence, sequence.digest)
         replica.wake()
-        self._release(run)
+        self._release(sequence.run)
 
     def _release(self, run: Run) -> None:
         """Free prefill's blocks, which are no longer needed."""
         if run.prefill is not None:
-            assert run.placement.prefill is not None
-            del self._runs[run.prefill]
-            self.replicas[run.placement.prefill].cancel(run.prefill)
+            assert run.assignment.prefill is not None
+            self.replicas[run.assignment.prefill].cancel(run.prefill)
             run.prefill = None
 
-    def _give_out(self, sequences: list[ScheduledSequence]) -> None:
-        """Record the tokens that decode has computed."""
-        now, runs, gaps = self._timeline.now, self._runs, self.result.itl_s
-        for sequence in sequences:
-            run = runs[sequence]
-            if run.last_token_at is None:
-                self._first_token(run, sequence)
-            else:
-                gaps.append(now - run.last_token_at)
-            run.last_token_at = now
-            if sequence.finish_reason is not None:
-                self._end(run, sequence)
-
-    def _first_token(self, run: Run, sequence: ScheduledSequence) -> None:
-        placement, result, ttft_s = run.placement, self.result, self._timeline.now - run.arrived_at
-        is_local = placement.prefill is None
-        if is_local:
-            self.replicas[placement.decode].queued_tokens -= queued_tokens(run)
-        self._release(run)  # for the case that decode had all of it cached and pulled nothing
+    def _first_token(self, run: Run, cached_tokens: int) -> None:
+        """Record the first token; `cached_tokens` were cached where the prompt was computed."""
+        assignment, result = run.assignment, self.result
+        run.first_token_at = run.last_token_at = self._timeline.now
+        ttft_s = run.first_token_at - run.arrived_at
         result.ttft_s.append(ttft_s)
-        result.num_local += is_local
-        result.prompt_tokens += sequence.prompt_tokens
-        result.cached_tokens += sequence.cached_tokens if is_local else run.prefill_cached_tokens
-        result.transferred_tokens += sequence.transferred_tokens
-        if placement.predicted_ttft_s is not None:
-            result.predicted_to_actual.append(placement.predicted_ttft_s / ttft_s)
-        placement.first_token(self._report(run, sequence))
+        result.num_local += assignment.prefill is None
+        result.prompt_tokens += len(run.prompt)
+        result.cached_tokens += cached_tokens
+        if assignment.predicted_ttft_s is not None:
+            result.predicted_to_actual.append(assignment.predicted_ttft_s / ttft_s)
+        assignment.first_token(_report(run, cached_tokens))
 
-    def _report(self, run: Run, sequence: ScheduledSequence) -> PrefillReport:
-        """Return the report that the sim engine and its worker would give."""
-        prefill = run.placement.prefill
-        return PrefillReport(
-            kind="remote" if sequence.transferred_tokens else "local",
-            reason="already_cached" if prefill and not sequence.transferred_tokens else "",
-            prefill_replica=prefill if sequence.transferred_tokens else None,
-            decode_replica=run.placement.decode,
-            cached_tokens=max(run.prefill_cached_tokens, sequence.cached_tokens),
-            transferred_tokens=sequence.transferred_tokens,
-            transport="sim" if sequence.transferred_tokens else "",
-            prefill_s=run.handed_off_at - run.arrived_at if prefill else None,
-            prefill_cached_tokens=run.prefill_cached_tokens if prefill else None,
-        )
-
-    def _end(self, run: Run, sequence: ScheduledSequence) -> None:
-        del self._runs[sequence]
-        self.replicas[run.placement.decode].num_sequences -= 1
+    def _end(self, run: Run, num_tokens: int) -> None:
+        """Stop counting a run that has ended with `num_tokens` tokens on the replica that decodes."""
+        assignment, replica = run.assignment, self.replicas[run.replica]
+        assert run.first_token_at is not None
+        replica.end_sequence(run, num_tokens)
+        replica.tell()
         self.result.num_ended += 1
-        run.placement.end()
+        self.result.end_s = self._timeline.now
+        way: Way = "remote" if assignment.prefill else "on prefill" if replica.role == "prefill" else "on decode"
+        tpot_s = (run.last_token_at - run.first_token_at) / max(1, run.output_tokens - 1)
+        self.result.outcomes.append(Outcome(run.arrived_at, way, run.first_token_at - run.arrived_at, tpot_s))
+        assignment.end()
 
 
-def queued_tokens(run: Run) -> int:
-    """Return how many tokens a run adds to the queue of the replica that computes its prompt."""
-    return max(0, len(run.request.prompt_token_ids) - run.placement.expected_cached_tokens)
+def _report(run: Run, cached_tokens: int) -> PrefillReport:
+    """Return the report that comes with the first token."""
+    if run.assignment.prefill is None:
+        return local_prefill(run.replica, cached_tokens)
+    return PrefillReport(
+        kind="remote",
+        reason="",
+        prefill_replica=run.assignment.prefill,
+        decode_replica=run.replica,
+        cached_tokens=cached_tokens,
+        transferred_tokens=None,
+        transport="sim",
+        prefill_s=run.prefill_ended_at - run.prefill_began_at,
+        prefill_cached_tokens=cached_tokens,
+    )
 
 
 def spread_out(requests: list[Request]) -> list[Request]:

@@ -86,16 +86,12 @@ class Sample(msgspec.Struct, frozen=True):
     kind: Literal["local", "remote"]
     """How it was really prefilled."""
     ttft_ms: float
-    predicted_local_ms: float | None
-    predicted_remote_ms: float | None
+    predicted_ms: float | None
+    """The predicted TTFT of a prefill of this kind."""
     interference_ms: float
     """What a local prefill would cost the others, as predicted."""
     cached_tokens: int
     expected_cached_tokens: int
-
-    @property
-    def predicted_ms(self) -> float | None:
-        return self.predicted_local_ms if self.kind == "local" else self.predicted_remote_ms
 
 
 class CaseResult(msgspec.Struct, frozen=True):
@@ -206,13 +202,13 @@ class ExplainedClient:
 
 def _to_sample(mode: Mode, explained: dict[str, Any]) -> Sample:
     expected, actual = explained["expected"], explained["actual"]
+    ways = {way["kind"]: way for way in reversed(expected["ways"])}  # a whole one on prefill comes last
     return Sample(
         mode=mode,
         kind=actual["kind"],
         ttft_ms=actual["ttft_ms"],
-        predicted_local_ms=expected["local_ttft_ms"],
-        predicted_remote_ms=expected["remote_ttft_ms"],
-        interference_ms=expected["interference_ms"],
+        predicted_ms=ways[actual["kind"]]["ttft_ms"] if actual["kind"] in ways else None,
+        interference_ms=ways["local"]["interference_ms"] if "local" in ways else 0.0,
         cached_tokens=actual["cached_tokens"],
         expected_cached_tokens=expected["cached_tokens"],
     )

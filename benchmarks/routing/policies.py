@@ -10,34 +10,49 @@ from typing import Protocol
 
 import msgspec
 
-from app.config import RoutingConfig
-from app.messages import GenerateRequest, PrefillReport, Role
+from app.config import RoutingConfig, SloConfig
+from app.errors import Overloaded
+from app.frontend.orchestrator import MAX_TTFT_OF_SLO
+from app.messages import GenerateRequest, PrefillMode, PrefillReport, Role
+from app.routing.decision import Decision
+from app.routing.in_flight import InFlight
 from app.routing.pool_state import PoolState
-from app.routing.router import Router
+from app.routing.router import NO_HINTS, Router
+from app.routing.waiting_line import WaitingLine
+from benchmarks.routing.timeline import Timeline
 
 
 class FleetAssignment(msgspec.Struct, frozen=True):
     """Where one request goes, and the functions to call as it progresses."""
 
     prefill: str | None
-    """None if decode prefills."""
+    """None if the prompt is computed where the request is decoded."""
     decode: str
+    """The replica that decodes: one of the decode pool or, if `prefill` is None, of any pool."""
     first_token: Callable[[PrefillReport], None]
     end: Callable[[], None]
     reason: str = ""
     expected_cached_tokens: int = 0
     """The cached tokens that the router expects on the replica that computes the prompt."""
     predicted_ttft_s: float | None = None
+    choose_decode: Callable[[], str] | None = None
+    """If there is one, it is called when prefill has ended, and returns what replaces `decode`."""
+
+
+Start = Callable[[FleetAssignment], None]
+"""Sends a request to the replicas of an assignment."""
+Refuse = Callable[[], None]
+"""Answers a request with 429."""
 
 
 class Policy(Protocol):
-    """Chooses the replicas of requests."""
+    """Chooses the replicas of requests: what one frontend does."""
 
     pools: Mapping[Role, PoolState]
     """Replicas report their load and caches to these; empty if the policy knows only what it placed."""
 
-    def place(self, request: GenerateRequest) -> FleetAssignment:
-        """Choose the replicas of `request`.  Raises Overloaded."""
+    def arrive(self, request: GenerateRequest, start: Start, refuse: Refuse) -> None:
+        """Choose the replicas of `request` and call `start`, now or when there is room, or else `refuse`."""
 
 
 class RoundRobin:
@@ -50,10 +65,10 @@ class RoundRobin:
         self._decode = decode
         self._turns = count()
 
-    def place(self, request: GenerateRequest) -> FleetAssignment:
+    def arrive(self, request: GenerateRequest, start: Start, refuse: Refuse) -> None:
         turn = next(self._turns)
         prefill, decode = (pool[turn % len(pool)] for pool in (self._prefill, self._decode))
-        return FleetAssignment(prefill, decode, first_token=lambda report: None, end=lambda: None)
+        start(FleetAssignment(prefill, decode, first_token=lambda report: None, end=lambda: None))
 
 
 class PowerOfTwo:
@@ -71,14 +86,16 @@ class PowerOfTwo:
         self._random = Random(seed)
         self._queues: Counter[str] = Counter()
 
-    def place(self, request: GenerateRequest) -> FleetAssignment:
+    def arrive(self, request: GenerateRequest, start: Start, refuse: Refuse) -> None:
         prefill, decode = self._choose(self._prefill), self._choose(self._decode)
         self._queues.update((prefill, decode))
-        return FleetAssignment(
-            prefill,
-            decode,
-            first_token=lambda report: self._queues.subtract((prefill,)),
-            end=lambda: self._queues.subtract((decode,)),
+        start(
+            FleetAssignment(
+                prefill,
+                decode,
+                first_token=lambda report: self._queues.subtract((prefill,)),
+                end=lambda: self._queues.subtract((decode,)),
+            )
         )
 
     def _choose(self, pool: Sequence[str]) -> str:
@@ -86,23 +103,62 @@ class PowerOfTwo:
 
 
 class Baton:
-    """The production router."""
+    """The production router, and the line of those for which it finds no room."""
 
-    def __init__(self, config: RoutingConfig, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._router = Router(config, has_prefill=True, can_decode_prefill=True, has_aggregated=False, clock=clock)
+    def __init__(
+        self,
+        config: RoutingConfig,
+        slo: SloConfig,
+        timeline: Timeline,
+        *,
+        has_prefill: bool = True,
+        prefill_mode: PrefillMode = "auto",
+        max_ttft_s: float | None = None,
+    ) -> None:
+        """Without `has_prefill` the decode pool serves alone.  All requests ask for `prefill_mode`.
+
+        `max_ttft_s` is ``limits.max_ttft_ms``.
+        """
+        self._timeline = timeline
+        self._prefill_mode = prefill_mode
+        self._router = Router(config, slo, has_prefill=has_prefill, clock=lambda: timeline.now)
         self.pools: Mapping[Role, PoolState] = self._router.pools
+        longest_s = MAX_TTFT_OF_SLO * slo.ttft_ms / 1e3 if max_ttft_s is None else max_ttft_s
+        self._line = WaitingLine(self._router, longest_s, timeline.after)
 
-    def place(self, request: GenerateRequest) -> FleetAssignment:
-        decision = self._router.decide(request)
-        begun_at, in_flight = self._clock(), self._router.begin(request, decision)
-        prefill = decision.prefill if decision.kind == "remote" else None
+    def arrive(self, request: GenerateRequest, start: Start, refuse: Refuse) -> None:
+        request = msgspec.structs.replace(request, prefill_mode=self._prefill_mode)
+
+        def on_turn(decision: Decision, in_flight: InFlight) -> None:
+            start(self._assign(request, decision, in_flight))
+
+        try:
+            self._line.join(request, NO_HINTS, (), self._timeline.now, on_turn, lambda error: refuse())
+        except Overloaded:
+            refuse()
+
+    def _assign(self, request: GenerateRequest, decision: Decision, in_flight: InFlight) -> FleetAssignment:
+        begun_at, prefill = self._timeline.now, decision.prefill
+
+        def first_token(report: PrefillReport) -> None:
+            in_flight.first_token(report, self._timeline.now - begun_at)
+            self._line.on_news()
+
+        def end() -> None:
+            in_flight.end()
+            self._line.on_news()
+
+        def choose_decode() -> str:
+            in_flight.move(self._router.receiver(request, NO_HINTS, (), decision))
+            return in_flight.serving.replica
+
         return FleetAssignment(
             prefill=prefill.replica if prefill else None,
             decode=decision.serving.replica,
-            first_token=lambda report: in_flight.first_token(report, self._clock() - begun_at),
-            end=in_flight.end,
+            first_token=first_token,
+            end=end,
             reason=f"{decision.kind} {decision.reason}",
             expected_cached_tokens=(prefill or decision.serving).cached_tokens,
-            predicted_ttft_s=decision.predicted_ttft_s,
+            predicted_ttft_s=decision.predicted_ttft_s + decision.waited_s,
+            choose_decode=choose_decode if prefill else None,
         )

@@ -122,7 +122,7 @@ def fleet_row(speed: float, policy: str, result: FleetResult, oracles: Oracles, 
 
 def print_fleet(report: FleetReport, console: Console) -> None:
     """Print two tables, and whether the aims were reached."""
-    _print_source(report.source, [report.workload, report.fleet, f"seed {report.seed}"], console)
+    print_source(report.source, [report.workload, report.fleet, f"seed {report.seed}"], console)
     latencies = [
         "TTFT mean ms",
         "ratio",
@@ -208,7 +208,7 @@ class DecisionReport(msgspec.Struct, kw_only=True):
 def print_decisions(report: DecisionReport, console: Console) -> None:
     """Print one table, and whether the aim was reached."""
     what = f"{report.num_blocks:,} blocks in each pool's index, {report.repeat} decisions a line, seed {report.seed}"
-    _print_source(report.source, [what], console)
+    print_source(report.source, [what], console)
     columns = ["replicas per pool", "prompt tokens", "have it cached", "median us", "p99 us", "hashing alone us"]
     table = markdown_table(columns, "Time of one decision of Router.decide, hashing included")
     for row in report.rows:
@@ -256,7 +256,7 @@ class PlacementReport(msgspec.Struct, kw_only=True):
 
 def print_placement(report: PlacementReport, console: Console) -> None:
     """Print one table, the errors of the predictions, and whether the aim was reached."""
-    _print_source(report.source, [report.server], console)
+    print_source(report.source, [report.server], console)
     columns = ["local TTFT ms", "remote TTFT ms", "interference ms", "better", "chosen so", "chosen TTFT ms"]
     table = markdown_table(["case", *columns], "Local or remote prefill: medians; interference is predicted")
     for result in report.results:
@@ -288,7 +288,7 @@ def _placement_aims(results: list[CaseResult]) -> list[str]:
     ]
 
 
-def _print_source(source: Source, lines: list[str], console: Console) -> None:
+def print_source(source: Source, lines: list[str], console: Console) -> None:
     machine = source.machine
     where = f"{machine.num_cores} cores of {machine.cpu}, {machine.memory_gib:.0f} GiB, {machine.kernel}"
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
@@ -296,7 +296,7 @@ def _print_source(source: Source, lines: list[str], console: Console) -> None:
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def write_json(report: FleetReport | DecisionReport | PlacementReport, path: Path | None) -> None:
+def write_json(report: msgspec.Struct, path: Path | None) -> None:
     if path is not None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
 
