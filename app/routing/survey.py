@@ -77,7 +77,7 @@ class Survey:
         """Return the best remote way.  Raises NoReplica."""
         prefill = self._best("prefill", self._can_take_prompt)
         decode, lacks = self._receiver(prefill)
-        if not lacks and not self._can_take_prompt(prefill):
+        if not self._can_take_prompt(prefill):  # what decode has taken then waits for prefill too
             lacks = "prefill"
         times = self._times(prefill)
         predictor, num_moved = self._state.predictor, self._num_tokens - decode.cached_tokens
