@@ -249,6 +249,14 @@ class ModelConfig(Settings):
         """
         return self.engine != "sglang"
 
+    @property
+    def hands_over_early(self) -> bool:
+        """Whether prefill has to know where a sequence will be decoded before it computes the prompt, as SGLang's does.
+
+        Its two engines agree on the transfer first.
+        """
+        return self.engine == "sglang"
+
     def runs_whole_sequences(self, role: Role) -> bool:
         """Whether one engine of this pool can run a sequence from its prompt to its last token."""
         if not self.transfers_kv(role):

@@ -142,10 +142,7 @@ class Survey:
             return False
         return scored.state.info.role != "prefill" or self._is_within_budget(scored)
 
-    def _is_within_budget(self, scored: Scored) -> bool:
-        return self._has_budget(scored, joins=False)
-
-    def _has_budget(self, scored: Scored, *, joins: bool) -> bool:
+    def _is_within_budget(self, scored: Scored, *, joins: bool = False) -> bool:
         uncached = self._num_tokens - scored.cached_tokens
         prompt_s = self._state.predictor.local.value * self._times(scored).prompt_s
         return self._state.capacity.has_prefill_budget(scored.state, uncached, prompt_s, joins=joins)
@@ -155,7 +152,7 @@ class Survey:
 
     def _can_serve_whole(self, scored: Scored) -> bool:
         """Whether a prefill replica can serve the sequence so that it keeps the time between tokens there."""
-        return self._has_decode_room(scored) and self._has_budget(scored, joins=True)
+        return self._has_decode_room(scored) and self._is_within_budget(scored, joins=True)
 
     def _best(self, role: Role, *conditions: Callable[[Scored], bool]) -> Scored:
         """Return the best replica of those that satisfy the first condition, else the next one, else of all.
@@ -172,12 +169,16 @@ class Survey:
             raise NoReplica(role)
         return best
 
+    def _receivers(self, prefill_replica: str) -> list[Scored]:
+        """Return the decode replicas that can get KV from there."""
+        return [s for s in self.ranking("decode") if s.state.can_get_kv_from(prefill_replica)]
+
     def _receiver(self, prefill: Scored) -> tuple[Scored, Lack]:
         """Return the best decode replica that can get KV from `prefill`, and whether it lacks room.
 
         Raises NoReplica.
         """
-        linked = [s for s in self.ranking("decode") if s.state.can_get_kv_from(prefill.replica)]
+        linked = self._receivers(prefill.replica)
         if (best := pick([s for s in linked if self._has_decode_room(s)])) is not None:
             return best, ""
         if (best := pick(linked)) is None:
@@ -189,8 +190,7 @@ class Survey:
 
         `preferred` is taken if no other one is better.
         """
-        linked = [s for s in self.ranking("decode") if s.state.can_get_kv_from(prefill_replica)]
-        with_room = [s for s in linked if self._has_decode_room(s)]
+        with_room = [s for s in self._receivers(prefill_replica) if self._has_decode_room(s)]
         best = max(with_room, key=lambda s: (s.total, s.replica == preferred), default=None)
         return best.candidate() if best is not None else None
 

@@ -47,7 +47,7 @@ class ServedModel:
             limits,
             aggregated=aggregated,
             on_prefill=prefill,
-            hands_over_early=not model.can_prefill_decode,
+            hands_over_early=model.hands_over_early,
         )
         self._pools = {"decode": decode} | ({"prefill": prefill} if prefill is not None else {})
         self.orchestrator.line.on_backlog = self._tell_backlog
