@@ -149,7 +149,7 @@ class Baton:
             self._line.on_news()
 
         def choose_decode() -> str:
-            in_flight.move(self._router.receiver(request, NO_HINTS, (), decision))
+            in_flight.choose_again(lambda: self._router.receiver(request, NO_HINTS, (), decision))
             return in_flight.serving.replica
 
         return FleetAssignment(
