@@ -55,8 +55,6 @@ class Survey:
         if not self.ranking("prefill"):
             return self.local(local_role), "no_usable_link" if self._lacks_link else "no_prefill_replica"
         if not self.ranking("decode"):
-            if not self.ranking(local_role) and self._can_serve_on_prefill():
-                return self.on_prefill(), "no_decode_replica"
             return self.local(local_role), "no_decode_replica"
         if wish is not None:
             return self.remote(), wish[1]
@@ -66,12 +64,9 @@ class Survey:
         """Return a remote and a local way, and if decode has no room for either, one on a prefill replica."""
         assert self.local_role is not None
         ways = [self.remote(), self.local(self.local_role, is_optional=True)]
-        if all(way.lacks == "decode" for way in ways) and self._can_serve_on_prefill():
+        if self._state.can_prefill_decode and all(way.lacks == "decode" for way in ways):
             ways.append(self.on_prefill())
         return ways
-
-    def _can_serve_on_prefill(self) -> bool:
-        return self._state.can_prefill_decode and bool(self.ranking("prefill"))
 
     def remote(self) -> Way:
         """Return the best remote way.  Raises NoReplica."""

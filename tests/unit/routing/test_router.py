@@ -442,17 +442,18 @@ def test_it_does_not_where_its_engine_cannot_or_if_nothing_else_is_asked_for_tha
         assert able.lacks(prefill_mode=mode) == "decode"
 
 
-def test_without_a_decode_replica_prefill_serves_what_it_has_room_for() -> None:
-    fleet = Fleet(1, 0, **TIMED)
-    decision = fleet.decide()
-    assert (*where(decision), decision.serving_role) == ("local", "no_decode_replica", "prefill")
+def test_without_a_decode_replica_nothing_is_served_as_health_says() -> None:
+    for num_prefill in (0, 1):
+        with pytest.raises(NoReplica, match="decode"):
+            Fleet(num_prefill, 0, **TIMED).decide()
+
+
+def test_a_prefill_replica_that_has_no_room_either_lets_it_wait() -> None:
+    fleet = Fleet(1, 1, **TIMED)
+    full(fleet, "decode", "d0")
     full(fleet, "prefill", "p0")
     fleet.load("prefill", "p0", MIN_BATCH, 0, 1000, decoding=MIN_BATCH)
     assert fleet.lacks() == "decode"
-    with pytest.raises(NoReplica, match="decode"):
-        Fleet(1, 0, can_prefill_decode=False).decide()
-    with pytest.raises(NoReplica, match="decode"):
-        Fleet(0, 0).decide()
 
 
 def test_prompts_for_decode_go_past_a_prefill_replica_whose_sequences_could_not_bear_them() -> None:
@@ -512,7 +513,8 @@ def test_where_replicas_publish_nothing_of_their_cache_it_is_assumed_from_what_t
 
 
 def test_a_sequence_that_a_prefill_replica_serves_counts_as_decoding_there_from_its_start() -> None:
-    fleet = Fleet(1, 0, **TIMED)
+    fleet = Fleet(1, 1, **TIMED)
+    full(fleet, "decode", "d0")
     state = fleet.router.pools["prefill"].replicas["p0"]
     gauges = [state.sequences, state.queued_tokens, state.used_blocks, state.decoding]
     in_flight = fleet.router.begin(request(160), fleet.decide(160))
