@@ -35,7 +35,9 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 def with_chunk_sizes(config: BatonConfig, device: str) -> BatonConfig:
     """Return `config` with chunk sizes for the pools that decode and compute prompts, where a model has an ``slo``.
 
-    The estimate is for GPUs.  Pools that set a size themselves, and models of unknown size, stay as they are.
+    The estimate is for GPUs.  Pools that set a size themselves, and models of unknown size, stay as they are.  So do
+    models without a prefill pool: all of their prompts are computed where they are decoded, and larger chunks cost less
+    time in all than they make anybody wait.
     """
     if device != "cuda":
         return config
@@ -44,7 +46,8 @@ def with_chunk_sizes(config: BatonConfig, device: str) -> BatonConfig:
 
 def _with_chunk_sizes(model: ModelConfig) -> ModelConfig:
     name = ARGUMENT.get(model.engine)
-    parameters = count_parameters(model.source) if name and "slo" in model.model_fields_set else None
+    applies = name is not None and model.is_disaggregated and "slo" in model.model_fields_set
+    parameters = count_parameters(model.source) if applies else None
     if name is None or parameters is None:
         return model
     pools: dict[str, PoolConfig] = {}

@@ -170,9 +170,9 @@ class SloConfig(Settings):
     """Time to the first token.  Pools that compute prompts scale by it."""
     itl_ms: float = Field(default=50.0, gt=0)
     """Time between two tokens, as the mean over a sequence.  Pools that decode scale by it, by their KV memory and by
-    the sequences that wait for a slot.  If the model sets its `slo`, this also bounds the chunks in which GPUs that
-    decode compute prompts (app/chunk_size.py), unless `engine_args` has vLLM's `max_num_batched_tokens` or SGLang's
-    `chunked_prefill_size`."""
+    the sequences that wait for a slot.  If a model with a prefill pool sets its `slo`, this also bounds the chunks in
+    which GPUs that decode compute prompts (app/chunk_size.py), unless `engine_args` has vLLM's `max_num_batched_tokens`
+    or SGLang's `chunked_prefill_size`."""
 
 
 class ModelConfig(Settings):

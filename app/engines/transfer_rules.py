@@ -216,6 +216,12 @@ def _check_block_size(field: str, pair: _Pair) -> None:
     ``TransferTopology.block_size_ratio`` (kv_connector/utils.py) and ``_validate_remote_agent_handshake``.
     """
     prefill, decode = pair.values("block_size")
+    if prefill is None and decode is not None:
+        raise ConfigError(
+            f"{field}.decode.engine_args.block_size",
+            "decode's blocks have to be whole numbers of prefill's, whose size is not set: set it in the model's "
+            "engine_args, for both",
+        )
     if not (isinstance(prefill, int) and isinstance(decode, int) and prefill > 0 and decode != prefill):
         return
     name, shown = (

@@ -84,6 +84,14 @@ how many were generated before it.  With any other, and with a seed for random s
 it has generated: penalties, structured output, min_tokens and the like."""
 
 
+TRANSFER_BLOCK_TOKENS = 128
+"""The tokens of a KV block where KV moves between GPUs, unless `engine_args` says so.
+
+In a full cache a prompt's blocks are scattered, and each is read by itself.  With vLLM's 16 tokens the reads of one
+prompt keep decode's loop busy for 10 to 50 ms: at 10 prompts of 4,096 tokens a second its tokens came every 8.6 ms, and
+with 128 every 6.0 (docs/benchmarks/2026-11-28-goodput.md).  All of vLLM's kernels for plain attention take it."""
+
+
 def samples_first_token(sampling: dict[str, Any]) -> bool:
     """Whether prefill samples the first token of an answer as decode would have."""
     names = set(sampling)
@@ -111,7 +119,7 @@ def build_engine_args(spec: EngineSpec) -> Any:
             },
         )
     try:
-        return AsyncEngineArgs(
+        made = AsyncEngineArgs(
             model=spec.model_path,
             tensor_parallel_size=spec.tensor_parallel_size,
             kv_transfer_config=transfer,
@@ -119,6 +127,15 @@ def build_engine_args(spec: EngineSpec) -> Any:
         )
     except TypeError as error:
         raise ConfigError("engine_args", f"vLLM refuses them: {error}") from error
+    moves_between_gpus = spec.is_disaggregated and spec.device == "cuda"
+    if moves_between_gpus and made.block_size is None and _has_plain_attention(made.create_model_config()):
+        made.block_size = TRANSFER_BLOCK_TOKENS
+    return made
+
+
+def _has_plain_attention(model_config: Any) -> bool:
+    """Whether any size of block will do: latent attention has kernels of one size, and hybrids align theirs."""
+    return not (model_config.use_mla or model_config.is_hybrid)
 
 
 def to_sampling_params(sampling: dict[str, Any], kv_transfer_params: dict[str, Any] | None) -> Any:

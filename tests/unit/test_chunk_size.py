@@ -61,8 +61,9 @@ def test_an_engine_that_computes_no_prompts_gets_none() -> None:
         (config("sim", slo={"itl_ms": 50}), "cuda"),
         (config(slo={"itl_ms": 50}, source="owner/nameless"), "cuda"),
         (config(slo={"itl_ms": 50}, engine_args={"enable_chunked_prefill": False}), "cuda"),
+        (config(slo={"itl_ms": 50}, prefill=None, aggregated=None), "cuda"),
     ],
-    ids=["no slo", "a CPU", "no real engine", "unknown size", "no chunks"],
+    ids=["no slo", "a CPU", "no real engine", "unknown size", "no chunks", "no prefill pool"],
 )
 def test_where_the_engines_default_stays(given: BatonConfig, device: str) -> None:
     assert with_chunk_sizes(given, device) == given

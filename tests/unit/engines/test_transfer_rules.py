@@ -175,6 +175,7 @@ MTP = {"method": "mtp", "num_speculative_tokens": 1}
         ),
         (SGLANG, pool(page_size=64), pool(page_size=1), "engine_args.page_size", "laid out alike"),
         (VLLM, pool(block_size=32), pool(block_size=16), "decode.engine_args.block_size", "multiple of 32"),
+        (VLLM, pool(), pool(block_size=32), "decode.engine_args.block_size", "set it in the model's engine_args"),
         (VLLM, pool(4, block_size=16), pool(2, block_size=32), "decode.engine_args.block_size", "must be the same"),
         (VLLM, layout("NHD"), pool(), "prefill.environment.VLLM_KV_CACHE_LAYOUT", "LBNHC and decode's LBHNC"),
         (VLLM, layout("NHD", 2), layout("NHD", 4), "decode.environment.VLLM_KV_CACHE_LAYOUT", "cannot be split"),

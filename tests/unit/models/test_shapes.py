@@ -144,6 +144,40 @@ print(json.dumps({source: facts(source) for source in SHAPES}))
     assert run(sys.executable, code, home) == EXPECTED
 
 
+def test_blocks_are_large_where_kv_moves_between_gpus_unless_the_attention_needs_its_own(home: Path) -> None:
+    latent = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        **{"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 1},
+        **{
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCAB_SIZE,
+            "max_position_embeddings": 512,
+        },
+        **{"kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    }
+    (home / "latent").mkdir(parents=True)
+    (home / "latent" / "config.json").write_text(json.dumps(latent))
+    code = """
+import json, os
+from app.engines.base import EngineSpec
+from app.engines.vllm import build_engine_args
+from app.models.source import local_path
+
+def block_size(source, device="cuda", is_disaggregated=True, **engine_args):
+    spec = EngineSpec(role="decode", is_disaggregated=is_disaggregated, replica_id="", model_path=source, device=device,
+                      tensor_parallel_size=1, engine_args={"skip_tokenizer_init": True, **engine_args})
+    return build_engine_args(spec).block_size
+
+llama, latent = local_path("baton:shape/llama-8b"), os.environ["BATON_HOME"] + "/latent"
+print(json.dumps({"large": [block_size(llama)],
+                  "own": [block_size(llama, block_size=32), block_size(llama, "cpu"),
+                          block_size(llama, is_disaggregated=False), block_size(latent)]}))
+"""
+    assert run(sys.executable, code, home) == {"large": [128], "own": [32, None, None, None]}
+
+
 @pytest.mark.skipif(not SGLANG_PYTHON.exists(), reason="there is no environment with SGLang: make setup-sglang")
 def test_sglang_accepts_each_shape_with_its_whole_context(home: Path) -> None:
     code = """
