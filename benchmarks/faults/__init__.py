@@ -1,0 +1,1 @@
+"""Faults under load: what clients of a running application see of each kind."""

@@ -1,0 +1,125 @@
+"""The processes of an application on this machine, and whether all of it is there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Literal
+
+import httpx
+import psutil
+
+from app.bench.client import new_async_client
+from app.errors import BatonError
+
+Target = Literal[
+    "prefill replica", "decode replica", "prefill engine", "decode engine", "frontend", "HAProxy", "controller"
+]
+"""What a fault befalls.  An *engine* is the processes that a replica of vLLM or SGLang has started."""
+
+TITLES: dict[Target, str] = {
+    "frontend": "ray::ServeReplica:baton:frontend",
+    "controller": "ray::ServeController",
+    "HAProxy": "haproxy -",
+}
+"""What the command line of a process contains, for what /health does not list."""
+ANSWER_TIMEOUT_S = 10.0
+POLL_S = 0.2
+
+
+class NotWhole(BatonError):
+    """The application did not come back to what it was."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+
+
+class Fleet:
+    """One model's replicas and what is around them."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self.url = url
+        self.model = model
+        self._client = new_async_client(url, ANSWER_TIMEOUT_S)
+        self._raylet = 0
+        self.pools: dict[str, int] = {}
+        """The number of ready replicas of each pool, as it was at the beginning."""
+        self._num_frontends = 0
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def learn(self) -> None:
+        """Take note of what there is now: the application must be whole.  Raises NotWhole."""
+        health = await self._health()
+        if health is None or health["status"] != "healthy":
+            raise NotWhole("the application is not healthy before the first fault")
+        self.pools = {role: pool["ready"] for role, pool in self._of_model(health)["pools"].items()}
+        pid = next(endpoint["pid"] for endpoint in health["endpoints"])
+        self._raylet = next(parent.pid for parent in psutil.Process(pid).parents() if parent.name() == "raylet")
+        self._num_frontends = len(self._titled(TITLES["frontend"]))
+
+    async def processes(self, target: Target) -> list[list[psutil.Process]]:
+        """Return the processes that a fault of `target` may befall, those of one victim together."""
+        if target in TITLES:
+            return [[process] for process in self._titled(TITLES[target])]
+        role, what = target.split()
+        health = await self._health()
+        pids = [] if health is None else [e["pid"] for e in health["endpoints"] if e["role"] == role]
+        replicas = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        if what == "replica":
+            return [[replica] for replica in replicas]
+        return [found for replica in replicas if (found := replica.children(recursive=True))]
+
+    def _titled(self, title: str) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process(self._raylet).children(recursive=True):
+            try:
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    async def _health(self) -> dict[str, Any] | None:
+        """Return the answer of /health; None if there is none now."""
+        try:
+            health: dict[str, Any] = (await self._client.get("/health")).json()
+        except (httpx.HTTPError, ValueError):
+            return None
+        return health if "models" in health else None
+
+    def _of_model(self, health: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = next(model for model in health["models"] if model["name"] == self.model)
+        return found
+
+    async def is_whole(self) -> bool:
+        """Whether all replicas that there were are ready and can be reached again."""
+        health = await self._health()
+        if health is None or health["status"] != "healthy":
+            return False
+        wanted = {role: {"ready": num, "reachable": num} for role, num in self.pools.items()}
+        is_full: bool = self._of_model(health)["pools"] == wanted
+        return is_full and len(self._titled(TITLES["frontend"])) == self._num_frontends
+
+    async def until_whole(self, timeout_s: float) -> float:
+        """Wait until `is_whole` three times in a row, as each answer may come from another frontend.
+
+        Returns the seconds until the first of the three.  Raises NotWhole.
+        """
+        began, since, num = time.monotonic(), 0.0, 0
+        while num < 3:
+            num, since = (num + 1, since or time.monotonic()) if await self.is_whole() else (0, 0.0)
+            if time.monotonic() > began + timeout_s:
+                raise NotWhole(f"after {timeout_s:.0f} s not all replicas are back: {await self._health()}")
+            await asyncio.sleep(POLL_S)
+        return since - began
+
+    async def held_blocks(self) -> int | None:
+        """Return the KV blocks that requests hold in all replicas together; None if a replica does not tell."""
+        try:
+            replicas = (await self._client.get("/stats")).json()["replicas"]
+        except (httpx.HTTPError, ValueError):
+            return None
+        held = [replica.get("num_used_blocks") for replica in replicas if replica["model"] == self.model]
+        return sum(held) if None not in held else None

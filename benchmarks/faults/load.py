@@ -1,0 +1,236 @@
+"""A constant load whose right answers are known, so that every answer under faults can be compared.
+
+Each stream asks for one greedy completion after another, of a few prompts that all share.  Each request has a cache
+salt of its own: its KV is computed and moved anew, and the answer stays the same.  What the answer should be is asked
+for before the first fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from random import Random
+from typing import Any, Literal
+
+import httpx
+import msgspec
+
+from app.bench.client import EventParser, new_async_client
+from app.errors import BatonError
+
+HANG_S = 100.0
+"""An answer of which nothing comes for so long hangs.  It has to be longer than the application's own limits."""
+PAUSE_S = 0.2
+"""How long a stream waits after an answer that failed, as a client would."""
+VOCABULARY = range(300, 2000)
+PROMPT_TOKENS, OUTPUT_TOKENS = (40, 700), (8, 48)
+"""The shortest and the longest."""
+FAIR_STATUS = frozenset({429, 502, 503, 504})
+"""The statuses with which a request may fail for what is not its fault: clients try again by themselves."""
+
+End = Literal["right", "refused", "ended", "cut", "hung", "wrong"]
+"""How an answer ended.
+
+*right*: whole, and the same as without faults.  *refused*: an error status before the first token, of FAIR_STATUS.
+*ended*: an error event after some tokens, which were the right ones.  *cut*: the connection broke, or the stream ended
+without saying why; the tokens were the right ones.  *hung*: nothing came for HANG_S.  *wrong*: other tokens, or a
+status that blames the client or tells nothing."""
+
+
+class Question(msgspec.Struct, frozen=True):
+    """One of the prompts, and how many tokens are asked for."""
+
+    prompt: list[int]
+    max_tokens: int
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What one request got.  Times are in seconds of the monotonic clock."""
+
+    question: int
+    began_at: float
+    ended_at: float
+    status: int = 0
+    """The HTTP status; 0 if none came."""
+    text: str = ""
+    is_whole: bool = False
+    """Whether the stream said that it was finished."""
+    error: str = ""
+    """The error event, or what broke the connection."""
+    has_error_event: bool = False
+    has_timed_out: bool = False
+    longest_gap_s: float = 0.0
+    """The longest time without an event, from the request on."""
+
+
+def draw_questions(num: int, seed: int) -> list[Question]:
+    random = Random(seed)
+    return [
+        Question(random.choices(VOCABULARY, k=random.randint(*PROMPT_TOKENS)), random.randint(*OUTPUT_TOKENS))
+        for _ in range(num)
+    ]
+
+
+def judge(answer: Answer, right: str) -> End:
+    """Say how an answer ended whose text should be `right`."""
+    if answer.has_timed_out:
+        return "hung"
+    if not right.startswith(answer.text):
+        return "wrong"
+    if answer.is_whole:
+        return "right" if answer.text == right else "wrong"
+    if answer.status not in (0, 200):
+        return "refused" if answer.status in FAIR_STATUS else "wrong"
+    return "ended" if answer.has_error_event else "cut"
+
+
+class Load:
+    """Streams of requests, from `start` to `stop`; `pause` and `resume` in between."""
+
+    def __init__(self, url: str, model: str, questions: Sequence[Question], num_streams: int) -> None:
+        self.questions = questions
+        self.right: list[str] = []
+        """The right text of each question; `ask_undisturbed` fills it."""
+        self.answers: list[Answer] = []
+        self._url = url
+        self._model = model
+        self._num_streams = num_streams
+        self._may_send = asyncio.Event()
+        self._streams: list[asyncio.Task[None]] = []
+        self._num_open = 0
+
+    async def ask_undisturbed(self) -> None:
+        """Ask each question twice, under this load's concurrency.
+
+        Raises UnsteadyAnswer if two answers differ, as then nothing can be compared.
+        """
+        gate = asyncio.Semaphore(self._num_streams)
+
+        async def ask(number: int) -> Answer:
+            async with gate:
+                return await self._ask(client, number)
+
+        async with new_async_client(self._url, HANG_S) as client:
+            numbers = [*range(len(self.questions))] * 2
+            answers = await asyncio.gather(*map(ask, numbers))
+        self.right = [answer.text for answer in answers[: len(self.questions)]]
+        for answer in answers:
+            if judge(answer, self.right[answer.question]) != "right":
+                raise UnsteadyAnswer(answer.question, answer.error or f"status {answer.status}, or another text")
+
+    def start(self) -> None:
+        self._may_send.set()
+        self._streams = [asyncio.create_task(self._send(n), name=f"load-{n}") for n in range(self._num_streams)]
+
+    async def pause(self) -> None:
+        """Send nothing more, and return when all answers have ended."""
+        self._may_send.clear()
+        while self._num_open:  # noqa: ASYNC110  several streams, and none may wait for the last
+            await asyncio.sleep(PAUSE_S)
+
+    def resume(self) -> None:
+        self._may_send.set()
+
+    async def stop(self) -> None:
+        """End in order.  Raises what ended a stream, if anything did."""
+        await self.pause()
+        for stream in self._streams:
+            stream.cancel()
+        await asyncio.wait(self._streams)
+        for stream in self._streams:
+            if not stream.cancelled():
+                stream.result()
+
+    async def _send(self, stream: int) -> None:
+        random = Random(stream)
+        async with new_async_client(self._url, HANG_S) as client:
+            while True:
+                await self._may_send.wait()
+                self._num_open += 1
+                try:
+                    answer = await self._ask(client, random.randrange(len(self.questions)))
+                finally:
+                    self._num_open -= 1
+                self.answers.append(answer)
+                if not answer.is_whole:
+                    await asyncio.sleep(PAUSE_S)
+
+    async def _ask(self, client: httpx.AsyncClient, number: int) -> Answer:
+        question = self.questions[number]
+        body = {
+            "model": self._model,
+            "prompt": question.prompt,
+            "max_tokens": question.max_tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "cache_salt": uuid.uuid4().hex,
+        }
+        reading = _Reading()
+        began_at = time.monotonic()
+        found: dict[str, Any] = {}
+        try:
+            async with client.stream("POST", "/v1/completions", json=body) as response:
+                found["status"] = response.status_code
+                if response.status_code == httpx.codes.OK:
+                    await reading.read(response)
+                else:
+                    found["error"] = (await response.aread()).decode(errors="replace")
+        except httpx.TimeoutException as problem:
+            found |= {"has_timed_out": True, "error": repr(problem)}
+        except httpx.HTTPError as problem:
+            found["error"] = repr(problem)
+        return Answer(number, began_at, time.monotonic(), **{**reading.fields(), **found})
+
+
+class _Reading:
+    """A stream as it is read."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._is_whole = self._has_error_event = False
+        self._error = ""
+        self._longest_gap_s = 0.0
+
+    async def read(self, response: httpx.Response) -> None:
+        parser, last = EventParser(), time.monotonic()
+        async for chunk in response.aiter_bytes():
+            now = time.monotonic()
+            self._longest_gap_s, last = max(self._longest_gap_s, now - last), now
+            for data in parser.feed(chunk):
+                self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        if not data.startswith(b"{"):  # [DONE]
+            return
+        event = json.loads(data)
+        if "error" in event:
+            self._has_error_event, self._error = True, data.decode()
+            return
+        for choice in event["choices"]:
+            self._text += choice["text"]
+            self._is_whole = self._is_whole or choice["finish_reason"] is not None
+
+    def fields(self) -> dict[str, Any]:
+        return {
+            "text": self._text,
+            "is_whole": self._is_whole,
+            "has_error_event": self._has_error_event,
+            "error": self._error,
+            "longest_gap_s": self._longest_gap_s,
+        }
+
+
+class UnsteadyAnswer(BatonError):
+    """Without any fault two answers to one question differ, or one failed."""
+
+    def __init__(self, question: int, problem: str) -> None:
+        super().__init__(question, problem)
+        self.question = question
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"question {self.question} has no steady answer without faults: {self.problem}"
