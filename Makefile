@@ -2,6 +2,8 @@ CONFIG ?= serve_config.yaml
 BIN := .venv/bin
 PEERS ?= .baton/peers
 TRACE ?= conversation_trace.jsonl
+FAULTS ?= 300
+ENGINE_FAULTS ?= 40
 
 # For test-gpu and bench-gpu.  GPU_PYTHON is an interpreter that already has Baton's requirements, vLLM for CUDA and, for
 # the tests, pytest; without it .venv is made and used.
@@ -19,12 +21,14 @@ checkout = $(if $(GPU_PYTHON),$(GPU_PYTHON) scripts/dist_info.py .baton/site && 
 gpu_options = --vllm-args '$(VLLM_ARGS)' --sglang-args '$(SGLANG_ARGS)' --sglang-python '$(SGLANG_PYTHON)' \
 	--required-transport $(TRANSPORT)
 
+faults = $(BIN)/python -m benchmarks.faults
+
 # What the locks are made with; UPGRADE=1 takes the newest versions.
 RESOLVE := bash scripts/uv.sh pip compile --quiet pyproject.toml --python-version 3.11 --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command "make lock"
 RESOLVE_IMAGE := $(RESOLVE) --python-platform x86_64-manylinux_2_36 --generate-hashes
 
-.PHONY: help setup setup-sglang packages run check test test-gpu two-gpus lint format bench bench-goodput bench-gpu \
+.PHONY: help setup setup-sglang packages run check test test-faults test-gpu two-gpus lint format bench bench-goodput bench-gpu \
 	bench-peers bench-routing bench-scaling lock clean
 
 help:  ## list the targets
@@ -48,6 +52,11 @@ check: lint  ## for every commit: lint, types and unit tests (2 to 4 minutes on 
 
 test: lint setup-sglang packages  ## set up, lint, then all tests (17 to 31 minutes on 2 cores)
 	$(BIN)/pytest
+
+test-faults: setup setup-sglang  ## FAULTS faults under load on simulated engines, then some on vLLM and SGLang (hours); port 8000
+	bash scripts/with_baton.sh cluster/local/sim-faults.yaml $(faults) --faults $(FAULTS) --json faults-sim.json
+	bash scripts/with_baton.sh cluster/local/vllm-faults.yaml $(faults) --faults $(ENGINE_FAULTS) --streams 4 --json faults-vllm.json
+	bash scripts/with_baton.sh cluster/local/sglang-faults.yaml $(faults) --faults $(ENGINE_FAULTS) --streams 4 --json faults-sglang.json
 
 test-gpu: two-gpus $(if $(GPU_PYTHON),,setup)  ## the tests of real engines on GPUs, two or more; GPU_TESTS chooses some
 	$(checkout) $(gpu_python) -m pytest $(GPU_TESTS) --rootdir . -p no:cacheprovider -W default $(gpu_options)

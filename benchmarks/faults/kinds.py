@@ -74,7 +74,11 @@ class ClientFault(msgspec.Struct, frozen=True):
     """Gets the URL and the model.  Raises BadAnswer."""
 
     async def strike(self, fleet: Fleet, random: Random) -> None:
-        await self.misbehave(fleet.url, fleet.model)
+        """Raises BadAnswer."""
+        try:
+            await self.misbehave(fleet.url, fleet.model)
+        except httpx.HTTPError as problem:
+            raise BadAnswer(f"no answer: {problem!r}") from problem
 
 
 class BadAnswer(Exception):
