@@ -23,6 +23,9 @@ RAY_FLAGS = {
     # When frontends come or go, a new HAProxy takes over.  The old one has this long to end its streams; the default is
     # 120 s.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
+    # How long a client may send nothing of a body that it has announced, or take nothing of its answer; the default is
+    # an hour.  It may wait for an answer for longer.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "300",
     # Replicas report their load (deployments/autoscaling.py); by default Serve also counts the calls of handles.
     "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",  # the default, ten loops a second, always takes 2 % of a core

@@ -140,6 +140,7 @@ def test_the_namespace_is_said_by_kustomize_alone(tmp_path: Path) -> None:
 def test_the_environment_is_that_of_baton_run() -> None:
     (environment,) = of_kind(profile(PROFILES[0]), "ConfigMap")
     own = {
+        "BATON_HAPROXY_PROBE_PORT",
         "HF_HOME",
         "HOME",
         "RAY_SERVE_HAPROXY_BINARY_PATH",
@@ -233,6 +234,15 @@ def test_a_model_that_loads_for_20_minutes_is_not_killed(name: str) -> None:
         (container,) = pod["spec"]["containers"]
         assert container["livenessProbe"]["httpGet"]["port"] == 52365
         assert "startupProbe" not in container
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_readiness_is_asked_where_clients_cannot_take_all_connections(name: str) -> None:
+    (environment,) = of_kind(profile(name), "ConfigMap")
+    for group in pods(profile(name)).keys() - {"head", "redis"}:
+        (container,) = pods(profile(name))[group]["spec"]["containers"]
+        probe = container["readinessProbe"]["httpGet"]
+        assert probe == {"path": "/-/healthz", "port": int(environment["data"]["BATON_HAPROXY_PROBE_PORT"])}
 
 
 @pytest.mark.parametrize("name", APART)

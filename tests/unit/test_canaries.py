@@ -100,10 +100,33 @@ def test_the_public_status_says_less_than_the_details(lacks: str) -> None:
 
 
 def test_serves_haproxy_splices_request_bodies() -> None:
-    """Else: deployments/haproxy.py, ``baton-haproxy`` in pyproject.toml and RAY_SERVE_HAPROXY_BINARY_PATH."""
+    """Else: ``-dS`` in deployments/haproxy.py."""
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
     assert "option splice-request" in HAPROXY_CONFIG_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "stats socket {{ config.socket_path }} mode 666 level admin",
+        "frontend prometheus\n    bind :{{ config.metrics_port }}",
+        "listen stats\n  bind *:{{ config.stats_port }}",
+    ],
+)
+def test_serves_haproxy_is_open_to_others(line: str) -> None:
+    """Else: that part of `safer` in deployments/haproxy.py; with all parts gone, also ``baton-haproxy`` in
+    pyproject.toml and RAY_SERVE_HAPROXY_BINARY_PATH."""
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    assert line in HAPROXY_CONFIG_TEMPLATE
+
+
+def test_serve_sets_no_time_for_a_requests_headers() -> None:
+    """Else: HEADERS_S in deployments/haproxy.py."""
+    from ray.serve._private.haproxy import HAProxyConfig
+
+    assert HAProxyConfig().timeout_http_request_s is None
 
 
 def test_replicas_report_their_load_too_seldom_by_themselves() -> None:

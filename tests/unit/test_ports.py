@@ -96,3 +96,65 @@ def test_a_port_of_another_process_is_taken_until_that_process_is_killed(
         assert reserve(first, last) == first + 1
         other.kill()
     assert reserve(first, last) == first
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where `reserve` keeps its files."""
+    return tmp_path / f"baton-ports-{os.getuid()}"
+
+
+@pytest.fixture
+def precious(tmp_path: Path) -> Path:
+    """A file of this user to which somebody else plants links."""
+    file = tmp_path / "precious"
+    file.write_text("not to be lost")
+    return file
+
+
+def test_a_link_in_place_of_a_lock_is_not_followed(
+    reserve: Reserve, three_ports: tuple[int, int], folder: Path, precious: Path
+) -> None:
+    first, last = three_ports
+    folder.mkdir(mode=0o700)
+    (folder / str(first)).symlink_to(precious)
+    (folder / str(first + 1)).symlink_to(folder.parent / "made-by-following")
+    assert reserve(first, last) == last
+    assert precious.read_text() == "not to be lost"
+    assert not (folder.parent / "made-by-following").exists()
+
+
+def test_what_a_hard_link_leads_to_keeps_its_content(
+    reserve: Reserve, three_ports: tuple[int, int], folder: Path, precious: Path
+) -> None:
+    folder.mkdir(mode=0o700)
+    (folder / str(three_ports[0])).hardlink_to(precious)
+    reserve(*three_ports)
+    assert precious.read_text() == "not to be lost"
+
+
+def test_a_link_in_place_of_the_folder_is_refused(
+    reserve: Reserve, three_ports: tuple[int, int], folder: Path, tmp_path: Path
+) -> None:
+    (elsewhere := tmp_path / "elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(elsewhere)
+    with pytest.raises(RuntimeError, match="is to be a folder of this user"):
+        reserve(*three_ports)
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_folder_in_which_others_can_write_is_refused(
+    reserve: Reserve, three_ports: tuple[int, int], folder: Path
+) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(RuntimeError, match="with mode 777, and only user"):
+        reserve(*three_ports)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused(reserve: Reserve, three_ports: tuple[int, int], folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 65534, 65534)
+    with pytest.raises(RuntimeError, match="user 65534 made it"):
+        reserve(*three_ports)
