@@ -111,7 +111,8 @@ class Attempt:
         self._line = line
         self._number = job.num_attempts
         self._handoff: Handoff | None = None
-        self._was_submitted = False
+        self._was_sound = False
+        """Whether the serving replica was there and not known to be bad when it got the sequence."""
         job.num_attempts += 1
         job.progress.begin_attempt()
 
@@ -136,7 +137,8 @@ class Attempt:
         assert pool is not None
         if handoff is None:
             request = msgspec.structs.replace(request, expected_cached_tokens=decision.serving.cached_tokens)
-        self._was_submitted = self.serving in self._router.pools[decision.serving_role].replicas
+        is_there = self.serving in self._router.pools[decision.serving_role].replicas
+        self._was_sound = is_there and not self._ejections.is_ejected(self.serving)
         try:
             await pool.generate(request, handoff, local_reason, self.serving, progress)
         finally:
@@ -217,8 +219,8 @@ class Attempt:
             self._blame_prefill_or_pair(STRONG)
 
     def was_on_engine(self, error: BatonError) -> bool:
-        """Whether the engine that failed by `error` had the sequence, so that it may have died of it."""
-        return self._handoff is not None if isinstance(error, PrefillFailed) else self._was_submitted
+        """Whether the engine that failed by `error` got the sequence while it was sound, so that it may have died of it."""
+        return self._handoff is not None if isinstance(error, PrefillFailed) else self._was_sound
 
     def deaths(self, error: BatonError) -> set[str]:
         """Return the replicas whose engines may have died of the sequence.
@@ -230,7 +232,7 @@ class Attempt:
         died = set()
         if self._handoff is not None and self._handoff.lost.done():
             died.add(self._handoff.replica)
-        if self._was_submitted and isinstance(error, ReplicaLost | EngineDead):
+        if self._was_sound and isinstance(error, ReplicaLost | EngineDead):
             died.add(self.serving)
         return died
 
