@@ -219,7 +219,7 @@ class Attempt:
             self._blame_prefill_or_pair(STRONG)
 
     def was_on_engine(self, error: BatonError) -> bool:
-        """Whether the engine that failed by `error` got the sequence while it was sound, so that it may have died of it."""
+        """Whether an engine that was sound got the sequence and then failed by `error`: it may have died of it."""
         return self._handoff is not None if isinstance(error, PrefillFailed) else self._was_sound
 
     def deaths(self, error: BatonError) -> set[str]:

@@ -15,6 +15,7 @@ from app.frontend.orchestrator import Handoff, Orchestrator
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, KvUpdate, PrefillReport, TokenDelta
 from tests.unit.frontend.test_orchestrator import DEADLINE_S, FakeDecode, FakePrefill, orchestrator, served
+from tests.unit.routing.fleet import Timers
 from tests.unit.routing.samples import hashes, prompt
 
 NUM_REQUESTS = 20
@@ -49,7 +50,7 @@ class Decode(FakeDecode):
             raise PrefillFailed("KVTransferError")
         self.served_by[replica] += 1
         kind: Any = "local" if handoff is None else "remote"
-        report = PrefillReport(kind, local_reason, handoff and handoff.replica, replica, 0, len(PROMPT), "")
+        report = PrefillReport(kind, local_reason, handoff.replica if handoff else None, replica, 0, len(PROMPT), "")
         progress.take(TokenDelta([1], finish_reason="stop", report=report))
 
 
@@ -146,17 +147,17 @@ async def test_a_decode_replica_that_times_out_is_avoided() -> None:
 async def test_clients_that_give_up_speak_against_a_replica_only_if_they_waited_long(
     waited_s: float, num_needed: int | None
 ) -> None:
-    now, decode = 0.0, FakeDecode(["d0", "d1"], ["hang"])
+    clock, decode = Timers(), FakeDecode(["d0", "d1"], ["hang"])
     server = orchestrator(None, decode)
     hold_prompt(server, "decode", "d0")
     for number in range(6):
         assert server._router.ejections.is_ejected("d0") is (num_needed is not None and number >= num_needed)
         decode.is_hanging.clear()
         request = GenerateRequest(request_id="r", prompt_token_ids=PROMPT, sampling={})
-        task = asyncio.create_task(server.run(request, SequenceProgress(lambda delta: None, lambda: now)))
+        task = asyncio.create_task(server.run(request, SequenceProgress(lambda delta: None, clock)))
         async with asyncio.timeout(DEADLINE_S):
             await decode.is_hanging.wait()
-        now += waited_s
+        clock.advance(waited_s)
         task.cancel()
         await asyncio.wait([task])
 
@@ -183,7 +184,7 @@ async def test_a_request_that_kills_engines_kills_two_and_is_then_refused_for_go
 
 async def test_a_refusal_says_why_and_for_how_long() -> None:
     server = orchestrator(None, Decode(["d0", "d1", "d2"]))
-    with pytest.raises(errors.Quarantined, match="2 engines died.*refused for 600 s"):
+    with pytest.raises(errors.Quarantined, match=r"2 engines died.*refused for 600 s"):
         await served(server, prompt=POISON)
 
 

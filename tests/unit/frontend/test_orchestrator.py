@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from app.config import LimitsConfig, PredictedPlacement, RemotePlacement, RoutingConfig, SloConfig
 from app.errors import (
+    DeadlineExceeded,
     EngineDead,
     EngineFailed,
     InvalidRequest,
@@ -938,3 +939,63 @@ async def test_tokens_that_come_in_time_never_end_a_sequence_however_long_it_tak
 
     received = await served(orchestrator(None, Slow(["d"]), ttft_timeout_s=0.1, itl_timeout_s=0.1))
     assert received == [FIRST] * 10
+
+
+# The deadline of a request
+
+
+async def until_deadline(server: Orchestrator, seconds: float, into: list[TokenDelta] | None = None) -> None:
+    progress = SequenceProgress((into if into is not None else []).append)
+    async with asyncio.timeout(DEADLINE_S):
+        await server.run(request(), progress, deadline=progress.arrived_at + seconds)
+
+
+async def test_the_deadline_ends_a_sequence_in_decode_although_its_tokens_come_in_time() -> None:
+    class Slow(FakeDecode):
+        async def generate(self, *arguments: Any) -> None:
+            self.num_open += 1
+            try:
+                while True:
+                    await asyncio.sleep(0.005)
+                    arguments[-1].take(FIRST)
+            finally:
+                self.num_open -= 1
+
+    decode, received = Slow(["d"]), list[TokenDelta]()
+    server = orchestrator(None, decode, itl_timeout_s=0.02)
+    with pytest.raises(DeadlineExceeded):
+        await until_deadline(server, 0.1, received)
+    assert received
+    assert decode.num_open == 0
+    assert loads(server) == NOBODY
+
+
+async def test_the_deadline_ends_a_prefill() -> None:
+    prefill = FakePrefill("p", hangs=True)
+    server = orchestrator(prefill, FakeDecode(["d"], [LAST]))
+    with pytest.raises(DeadlineExceeded):
+        await until_deadline(server, 0.01)
+    assert prefill.is_cancelled
+
+
+async def test_the_deadline_ends_the_waiting_in_the_line() -> None:
+    server, running = await crowded(FakeDecode(["d"], [HANG]))
+    with pytest.raises(DeadlineExceeded):
+        await until_deadline(server, 0.01)
+    assert line_of(server) == (0, 0)
+    await ended(running)
+
+
+async def test_a_deadline_that_has_passed_starts_no_prefill_of_a_sequence() -> None:
+    prefill = FakePrefill("p", hangs=True)
+    with pytest.raises(DeadlineExceeded):
+        await until_deadline(orchestrator(prefill, FakeDecode(["d"], [LAST])), -1.0)
+
+
+async def test_a_deadline_says_nothing_against_the_replicas_and_a_late_token_does() -> None:
+    for deadline_s, is_ejected in ((0.01, False), (1e6, True)):
+        server = orchestrator(None, FakeDecode(["d0", "d1"], [HANG]), ttft_timeout_s=0.02)
+        for _ in range(2):
+            with pytest.raises((DeadlineExceeded, TimeoutError)):
+                await until_deadline(server, deadline_s)
+        assert [server._router.ejections.is_ejected(replica) for replica in ("d0", "d1")] == [is_ejected] * 2
