@@ -222,23 +222,23 @@ class Attempt:
         """Whether an engine that was sound got the sequence and then failed by `error`: it may have died of it."""
         return self._handoff is not None if isinstance(error, PrefillFailed) else self._was_sound
 
-    def deaths(self, error: BatonError) -> set[str]:
-        """Return the replicas whose engines may have died of the sequence.
+    def death(self, error: BatonError) -> str | None:
+        """Return a replica whose engine may have died of the sequence, or None.
 
-        They had it when they were lost, and it had no token or was in decode's first step.
+        It had the sequence when it was lost, and that had no token or was in decode's first step.  Two replicas that
+        are lost at once are one death: their node may have failed.
         """
         if self._progress.has_first_token and not self._progress.waits_for_kv:
-            return set()
-        died = set()
-        if self._handoff is not None and self._handoff.lost.done():
-            died.add(self._handoff.replica)
+            return None
         if self._was_sound and isinstance(error, ReplicaLost | EngineDead):
-            died.add(self.serving)
-        return died
+            return self.serving
+        return self._handoff.replica if self._handoff is not None and self._handoff.lost.done() else None
 
     def give_up(self, error: BaseException, *, token_is_overdue: bool) -> None:
         """Tell the router of an attempt that ends the sequence, and for which no replica need be at fault."""
         if token_is_overdue:
+            if not self._had_most_of_the_time():
+                return
             evidence = STRONG
         elif isinstance(error, EngineFailed) or (isinstance(error, asyncio.CancelledError) and self._token_is_late()):
             evidence = WEAK
@@ -248,6 +248,11 @@ class Attempt:
             self._ejections.failed(self.serving, evidence, self._in_flight.began_at)
         else:
             self._blame_prefill_or_pair(evidence)
+
+    def _had_most_of_the_time(self) -> bool:
+        """Whether a token that is overdue was awaited here for longer than in the line and in earlier attempts."""
+        progress = self._progress
+        return progress.now() - progress.attempt_began_at >= progress.attempt_began_at - progress.arrived_at
 
     def _token_is_late(self) -> bool:
         progress = self._progress

@@ -124,9 +124,10 @@ class Orchestrator:
 
     def _check_retry(self, job: Job, attempt: Attempt, error: BatonError) -> None:
         """Raise an error for the client unless the sequence, whose attempt failed by `error`, is to be tried again."""
-        self._quarantine.on_death(job.request, attempt.deaths(error))
         was_on_engine = attempt.was_on_engine(error)
-        if isinstance(error, PrefillFailed) and attempt.prefill is not None and was_on_engine:
+        if (died := attempt.death(error)) is not None:
+            self._quarantine.on_death(job.request, died)
+        elif isinstance(error, PrefillFailed) and attempt.prefill is not None and was_on_engine:
             self._quarantine.on_failure(job.request, attempt.prefill)
         self._quarantine.check(job.request)
         if job.progress.has_first_token:

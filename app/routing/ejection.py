@@ -13,11 +13,14 @@ only of its own attempts.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Generic, TypeVar
+
+logger = logging.getLogger("baton.ejection")
 
 FIRST_EJECTION_S = 5.0
 LONGEST_EJECTION_S = 60.0
@@ -43,9 +46,11 @@ Pair = tuple[str, str]
 class Circuit:
     """What lets requests to one replica or over one pair, or does not."""
 
-    __slots__ = ("_num_ejections", "changed_at", "ejected_at", "evidence", "is_ejected", "is_tried", "until")
+    __slots__ = ("_name", "_num_ejections", "changed_at", "ejected_at", "evidence", "is_ejected", "is_tried", "until")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        """`name` is for the log."""
+        self._name = name
         self.evidence = 0
         self.is_ejected = False
         self.is_tried = False
@@ -80,10 +85,14 @@ class Circuit:
         seconds = min(LONGEST_EJECTION_S, FIRST_EJECTION_S * 2.0**self._num_ejections)
         self._num_ejections += 1
         self.is_ejected, self.ejected_at, self.until, self.changed_at = True, now, now + seconds, now
+        logger.warning("%s is left out for %.0f s", self._name, seconds)
 
     def succeed(self, began_at: float) -> None:
-        if began_at >= self.ejected_at:
-            self.is_ejected, self.evidence = False, 0
+        if began_at < self.ejected_at:
+            return
+        if self.is_ejected:
+            logger.warning("%s is used again", self._name)
+        self.is_ejected, self.evidence = False, 0
 
 
 class Circuits(Generic[Key]):
@@ -123,7 +132,7 @@ class Circuits(Generic[Key]):
             or next(iter(self._circuits.values())).changed_at < self._clock() - REMEMBER_S
         ):
             self._circuits.popitem(last=False)
-        circuit = self._circuits.setdefault(key, Circuit())
+        circuit = self._circuits.setdefault(key, Circuit(_name(key)))
         self._circuits.move_to_end(key)
         return circuit
 
@@ -139,6 +148,10 @@ class Circuits(Generic[Key]):
             yield
         finally:
             circuit.is_tried = False
+
+
+def _name(key: Hashable) -> str:
+    return f"the pair prefill={key[0]} decode={key[1]}" if isinstance(key, tuple) else f"replica {key}"
 
 
 class Ejections:

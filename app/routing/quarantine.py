@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import msgspec
 
@@ -59,10 +59,9 @@ class Quarantine:
         if (remaining_s := suspect.at + REMEMBER_S - self._clock()) > 0:
             raise Quarantined(len(suspect.died), round(remaining_s))
 
-    def on_death(self, request: GenerateRequest, replicas: Collection[str]) -> None:
-        """Take note of engines that died while the request was on them and had no token."""
-        if replicas:
-            self._suspect(request).died.update(replicas)
+    def on_death(self, request: GenerateRequest, replica: str) -> None:
+        """Take note of an engine that died while the request was on it and had no token."""
+        self._suspect(request).died.add(replica)
 
     def on_failure(self, request: GenerateRequest, replica: str) -> None:
         """Take note of a replica that failed the request before its first token, for a reason that is not known."""

@@ -143,6 +143,20 @@ async def test_a_decode_replica_that_times_out_is_avoided() -> None:
     assert tried == ["d0"]
 
 
+async def test_a_replica_that_got_a_request_when_its_time_was_nearly_over_is_not_blamed() -> None:
+    clock, decode = Timers(), FakeDecode(["d0", "d1"], ["hang"])
+    server = orchestrator(None, decode, ttft_timeout_s=0.1)
+    progress = SequenceProgress(lambda delta: None, clock)
+    clock.advance(0.08)  # in the line
+    request = GenerateRequest(request_id="r", prompt_token_ids=PROMPT, sampling={})
+    task = asyncio.create_task(server.run(request, progress))
+    await decode.is_hanging.wait()
+    clock.advance(0.03)
+    await asyncio.wait([task], timeout=DEADLINE_S)
+    assert isinstance(task.exception(), TimeoutError)
+    assert not any(server._router.ejections.is_ejected(replica) for replica in decode.ready)
+
+
 @pytest.mark.parametrize(("waited_s", "num_needed"), [(1.0, None), (60.0, 3)], ids=["soon", "late"])
 async def test_clients_that_give_up_speak_against_a_replica_only_if_they_waited_long(
     waited_s: float, num_needed: int | None
@@ -227,6 +241,22 @@ async def test_a_replica_that_dies_under_many_sequences_makes_none_of_them_poiso
     assert [type(result) for result in results] == [list] * 16
     for each in prompts:
         await served(server, prompt=each)
+
+
+async def test_a_prefill_and_a_decode_replica_that_are_lost_together_are_one_death() -> None:
+    class NodeFails(Decode):
+        async def generate(self, request: GenerateRequest, handoff: Any, *rest: Any) -> None:
+            if not self.calls:
+                self.calls.append(handoff)
+                handoff.lost.set_result(None)
+                raise ReplicaLost(rest[1])
+            await super().generate(request, handoff, *rest)
+
+    prefill, decode = FakePrefill("p0", "p1"), NodeFails(["d0", "d1"])
+    server = sglang(prefill, decode)
+    await served(server, prompt=PROMPT)
+    assert set(prefill.picked) == {"p0", "p1"}
+    assert server._router.ejections.is_ejected(prefill.picked[0])
 
 
 async def test_engines_that_were_known_to_be_dead_did_not_die_of_a_prompt() -> None:
