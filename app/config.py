@@ -347,13 +347,18 @@ class LimitsConfig(Settings):
     """The longest time from a request's arrival to its first token, queueing included; after it the answer is 504."""
     itl_timeout_s: float = Field(default=60.0, gt=0)
     """The longest time between two tokens; after it the request fails."""
+    max_request_s: float = Field(default=3600.0, gt=0)
+    """The longest time from a request's arrival to its end, whatever it does; a client may ask for less by the header
+    ``x-baton-timeout-s``.  Before the first token the answer is 504, after it the stream ends with an error event.  In
+    an hour come 72,000 tokens, at 50 ms each."""
     max_ttft_ms: float | None = Field(default=None, gt=0)
     """A request that has to wait in the frontend, and whose first token is predicted to take longer than this, is
     refused with 429 and told when to come again.  The default is ten times the model's ``slo.ttft_ms``."""
     prefill_timeout_s: float = Field(default=60.0, gt=0)
     """How long decode waits for a handoff before it prefills itself."""
     max_attempts: int = Field(default=3, ge=1)
-    """How often a request may be tried before its first token, the first time included."""
+    """How often a request may be tried before its first token, the first time included.  Once an attempt has failed on
+    an engine, rather than on the way there, one more is the last one, as the request may have ended that engine."""
 
 
 class BatonConfig(Settings):

@@ -34,6 +34,31 @@ class InvalidRequest(BatonError):
         self.message = message
 
 
+class Quarantined(BatonError):
+    """Engines died of this request, so it is refused for `seconds` (HTTP 400, after which no client tries again)."""
+
+    def __init__(self, num_engines: int, seconds: int) -> None:
+        super().__init__(num_engines, seconds)
+        self.num_engines = num_engines
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_engines} engines died while they computed this prompt with these sampling parameters. To "
+            f"protect the others, it is refused for {self.seconds} s; do not send it again."
+        )
+
+
+class DeadlineExceeded(BatonError):
+    """A request did not end in the time that it had in all, of `limits.max_request_s` or its own (HTTP 504)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __str__(self) -> str:
+        return "the request did not end within the time that it had in all"
+
+
 class EngineDead(BatonError):
     """The engine's processes are gone; Serve replaces the replica after its health check fails."""
 

@@ -19,7 +19,16 @@ import numpy as np
 import torch
 
 from app.config import ModelConfig
-from app.errors import BatonError, EngineDead, InvalidRequest, NoReplica, Overloaded, ReplicaLost
+from app.errors import (
+    BatonError,
+    DeadlineExceeded,
+    EngineDead,
+    InvalidRequest,
+    NoReplica,
+    Overloaded,
+    Quarantined,
+    ReplicaLost,
+)
 from app.frontend.orchestrator import Orchestrator
 from app.frontend.request_context import RequestContext, current_request
 from app.frontend.sequence_progress import SequenceProgress
@@ -206,7 +215,9 @@ class PooledEngineClient(EngineClient):
             context.sequences.append(record)
         try:
             generate_request = _to_generate_request(request, prefill_mode)
-            await self._orchestrator.run(generate_request, progress, hints=hints, on_decision=record.on_decision)
+            await self._orchestrator.run(
+                generate_request, progress, hints=hints, on_decision=record.on_decision, deadline=context.deadline
+            )
         except (BatonError, TimeoutError) as error:
             end = type(error).__name__
             if isinstance(error, Overloaded):
@@ -441,12 +452,17 @@ def _to_vllm_error(error: BatonError | TimeoutError) -> VLLMError:
     """
     if isinstance(error, InvalidRequest):
         return VLLMValidationError(error.message)
+    if isinstance(error, Quarantined):
+        return VLLMValidationError(str(error))
     if isinstance(error, NoReplica):
         return RetryableRequestError("No replica is ready to serve this request; please retry.")
     if isinstance(error, Overloaded):
         return _TooBusy("Too many prompts wait to be computed; please retry later.", HTTPStatus.TOO_MANY_REQUESTS)
     if isinstance(error, ReplicaLost | EngineDead):
         return RetryableRequestError("The replica that generated this answer was lost; please retry.")
+    if isinstance(error, DeadlineExceeded):
+        message = "The request did not end in the time that `x-baton-timeout-s` or `limits.max_request_s` gives it."
+        return GracefulHTTPError(message, HTTPStatus.GATEWAY_TIMEOUT)
     if isinstance(error, TimeoutError):
         return GracefulHTTPError("The model took too long to answer.", HTTPStatus.GATEWAY_TIMEOUT)
     return GenerationError("The engine failed to serve this request.")

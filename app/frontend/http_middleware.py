@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
@@ -15,6 +17,9 @@ from app.frontend.request_context import RequestContext, begin_request, current_
 
 EXPLAIN_HEADER = b"x-baton-explain"
 """A request with the value ``1`` gets this header in its response; any other value is ignored."""
+TIMEOUT_HEADER = b"x-baton-timeout-s"
+"""The seconds from a request's arrival to the end of its answer after which its client has no use for it."""
+_SECONDS = re.compile(rb"[0-9]+(\.[0-9]+)?")
 
 
 def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
@@ -102,6 +107,31 @@ def _headers(context: RequestContext, status: int) -> Iterator[tuple[bytes, byte
         yield EXPLAIN_HEADER, explain_header(context.sequences).encode("ascii")
     if context.retry_after_s is not None and status == HTTPStatus.TOO_MANY_REQUESTS:
         yield b"retry-after", str(context.retry_after_s).encode("ascii")
+
+
+class Deadline:
+    """Notes when a request must have ended: `max_request_s` after its arrival, or sooner if its client wants that.
+
+    Whoever serves it keeps to that (engine_client.py).  The header is answered 400 if it is no number of seconds.  What
+    other clients send by themselves, such as ``x-stainless-read-timeout`` of OpenAI's, is no deadline: it bounds the
+    time between two pieces of an answer, and such a client goes away by itself.
+    """
+
+    def __init__(self, app: ASGIApp, max_request_s: float) -> None:
+        self._app = app
+        self._max_request_s = max_request_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            asked = dict(scope["headers"]).get(TIMEOUT_HEADER)
+            if asked is not None and (not _SECONDS.fullmatch(asked) or float(asked) == 0):
+                name = TIMEOUT_HEADER.decode()
+                error = error_body(f"{name} must be a number of seconds above 0.", "BadRequestError", 400, name)
+                await JSONResponse(_shaped(error["error"], scope), status_code=400)(scope, receive, send)
+                return
+            seconds = self._max_request_s if asked is None else min(self._max_request_s, float(asked))
+            current_request().deadline = time.monotonic() + seconds
+        await self._app(scope, receive, send)
 
 
 class ErrorBeforeStream:

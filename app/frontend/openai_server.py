@@ -1,8 +1,9 @@
 """vLLM's own OpenAI and Anthropic server over the pools, with Baton's additions.
 
 Each model has its own server application, as vLLM's server serves only one.  Baton adds: the choice between them,
-/health and /stats over the pools, /v1/models over all models, a limit on the body's size, an HTTP error status where a
-stream would otherwise begin with 200 and an error event, and headers that explain the routing or say when to try again.
+/health and /stats over the pools, /v1/models over all models, limits on the body's size and on the time that a request
+takes, an HTTP error status where a stream would otherwise begin with 200 and an error event, and headers that explain
+the routing or say when to try again.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from starlette.types import ASGIApp
 from app.config import BatonConfig, ModelConfig
 from app.engine_defaults import cpu_defaults
 from app.errors import ConfigError
-from app.frontend.http_middleware import BodyLimit, ErrorBeforeStream, RoutingHeaders
+from app.frontend.http_middleware import BodyLimit, Deadline, ErrorBeforeStream, RoutingHeaders
 from app.frontend.model_dispatch import ModelDispatch
 from app.frontend.orchestrator import Orchestrator
 from app.models.source import local_path
+from app.routing.retry_budget import RetryBudget
 
 WITHOUT_MEANING = (
     "/scale_elastic_ep",
@@ -99,6 +101,9 @@ async def build_server(
     """Make the ASGI application of all models.  `orchestrators` has one for each of `config.models`."""
     from app.frontend import vllm_surface
 
+    retry_budget = RetryBudget()
+    for orchestrator in orchestrators:
+        orchestrator.retry_budget = retry_budget
     vllm_surface.allow_several_greedy_sequences()
     vllm_surface.let_cancellation_through()
     vllm_surface.take_the_user_for_the_session()
@@ -113,7 +118,8 @@ async def build_server(
         app.router.routes[:0] = _baton_routes(list(apps.values()), health, stats)
     served: ASGIApp = ModelDispatch(dict(apps)) if len(apps) > 1 else apps[config.models[0].name]
     # These wrap the applications from outside, because vLLM has already closed its own list of middlewares.
-    return BodyLimit(RoutingHeaders(ErrorBeforeStream(served)), config.limits.max_body_bytes)
+    in_time = Deadline(ErrorBeforeStream(served), config.limits.max_request_s)
+    return BodyLimit(RoutingHeaders(in_time), config.limits.max_body_bytes)
 
 
 async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator) -> FastAPI:

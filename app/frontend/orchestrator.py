@@ -10,6 +10,9 @@
 4. If the decode replica dies before the first token, another one takes its place, with a new prefill.  The handoff
    cannot be used twice: the first replica may have pulled the KV, which frees it on the prefill replica.
    After the first token the sequence fails, as tokens that were sent cannot be taken back.
+5. What failed is left out for a while (app/routing/ejection.py).  A request that may have ended an engine is tried once
+   more, and is refused when it has ended two (app/routing/quarantine.py).  All retries together are bounded
+   (app/routing/retry_budget.py).
 
 Cancelling `Orchestrator.run` at any moment cancels everything that runs for the sequence.
 """
@@ -18,20 +21,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
-from typing import Protocol
-
-import msgspec
+import math
+from collections.abc import Callable, Collection
 
 from app.config import LimitsConfig
 from app.errors import BatonError, EngineDead, NoReplica, PrefillFailed, ReplicaLost
+from app.frontend.attempt import LOOK_AGAIN_AT as LOOK_AGAIN_AT
+from app.frontend.attempt import LOOK_AGAIN_S as LOOK_AGAIN_S
+from app.frontend.attempt import Attempt, DecodePool, Job, Pools, PrefillPool
+from app.frontend.attempt import Handoff as Handoff
 from app.frontend.sequence_progress import SequenceProgress
-from app.messages import GenerateRequest, PrefillReport
-from app.routing.decision import Candidate, Decision, RoutingHints
+from app.frontend.time_limits import Overdue, in_time
+from app.messages import GenerateRequest
+from app.routing.decision import Decision, RoutingHints
 from app.routing.in_flight import InFlight
-from app.routing.placement import corrupt_prompt
+from app.routing.quarantine import Quarantine
+from app.routing.retry_budget import RetryBudget
 from app.routing.router import NO_HINTS, Router
 from app.routing.waiting_line import WaitingLine
 
@@ -39,49 +44,8 @@ logger = logging.getLogger("baton.orchestrator")
 
 MAX_TTFT_OF_SLO = 10
 """The default of ``limits.max_ttft_ms``, in times of the model's ``slo.ttft_ms``."""
-LOOK_AGAIN_AT = 0.6
-"""The share of the predicted time of a remote prefill after which the decode replica is chosen again.  Predictions are
-off by a third at times, and decode has to be ready before the descriptor is."""
-LOOK_AGAIN_S = 0.05
-"""It is not chosen again for less than so many seconds, in which little changes."""
-
-
-class Handoff(Protocol):
-    """A prefill that has been started.  Only the decode replica reads its descriptor."""
-
-    replica: str
-    """The prefill replica."""
-    lost: asyncio.Future[None]
-    """Done when the prefill replica is gone."""
-
-    def cancel(self) -> None:
-        """Stop the prefill, however far it is.  Safe at any time; it does nothing if decode already has the KV."""
-
-
-class PrefillPool(Protocol):
-    """The prefill replicas as the orchestrator calls them."""
-
-    async def start(self, request: GenerateRequest, replica: str) -> Handoff:
-        """Start the prefill on `replica`.  Raises ReplicaLost if the replica is gone."""
-
-
-class DecodePool(Protocol):
-    """The replicas of a decode or aggregated pool, as the orchestrator calls them."""
-
-    async def generate(
-        self,
-        request: GenerateRequest,
-        handoff: Handoff | None,
-        local_reason: str,
-        replica: str,
-        progress: SequenceProgress,
-    ) -> None:
-        """Run the sequence on `replica` to its end, and give every delta to `progress`.
-
-        Without a handoff, `local_reason` says why there is none.
-
-        Raises ReplicaLost, EngineDead, EngineFailed or InvalidRequest, and PrefillFailed before the first delta.
-        """
+MAX_FAILED_ON_ENGINES = 2
+"""How often a request may fail on an engine; the first time it is tried again."""
 
 
 class Orchestrator:
@@ -103,10 +67,14 @@ class Orchestrator:
         `hands_over_early` says that prefill needs to know where it is decoded before it computes (SGLang).
         """
         self._router = router
-        self._prefill = prefill
-        self._serving = {"decode": decode, "aggregated": aggregated, "prefill": on_prefill}
+        self._pools = Pools(
+            router, prefill, {"decode": decode, "aggregated": aggregated, "prefill": on_prefill}, hands_over_early
+        )
         self._limits = limits
-        self._hands_over_early = hands_over_early
+        self._quarantine = Quarantine(router.clock)
+        router.on_leave(self._quarantine.on_gone)
+        self.retry_budget = RetryBudget(router.clock)
+        """All orchestrators of a frontend share one (app/frontend/openai_server.py)."""
         max_ttft_ms = limits.max_ttft_ms or MAX_TTFT_OF_SLO * router.slo.ttft_ms
         self.line = WaitingLine(router, max_ttft_ms / 1e3, asyncio.get_running_loop().call_later)
 
@@ -117,41 +85,80 @@ class Orchestrator:
         *,
         hints: RoutingHints = NO_HINTS,
         on_decision: Callable[[Decision], object] = lambda decision: None,
+        deadline: float = math.inf,
     ) -> None:
         """Serve the sequence.  `progress` gets its deltas, and `on_decision` the decision of each attempt.
 
         Before the first delta, raises NoReplica or Overloaded if no replica could serve the sequence; after it,
-        ReplicaLost.  Raises TimeoutError if a token took longer than the limits allow, and whatever
+        ReplicaLost.  Raises Quarantined if engines died of it, TimeoutError if a token took longer than the limits
+        allow, DeadlineExceeded at `deadline`, in seconds of the clock of `progress`, and whatever
         `DecodePool.generate` raises.
         """
-        lost: list[str] = []
-        async with in_time(progress, self._limits):
-            for attempt in range(self._limits.max_attempts):
-                decision, in_flight = await self._turn(request, hints, lost, progress.arrived_at)
-                try:
-                    on_decision(decision)
-                    progress.begin_attempt()
-                    await self._attempt(request, hints, lost, decision, in_flight, progress, attempt)
-                    return
-                except (PrefillFailed, ReplicaLost, EngineDead) as error:
-                    lost.append(self._blame(request, decision, in_flight.serving.replica, error))
-                    if progress.has_first_token:
-                        raise ReplicaLost(in_flight.serving.replica, str(error)) from error
-                finally:
-                    in_flight.end()
-                    self.line.on_news()
-        raise NoReplica("prefill" if decision.prefill and lost[-1] == decision.prefill.replica else "decode")
+        self._quarantine.check(request)
+        self.retry_budget.count_request()
+        job = Job(request, hints, progress)
+        async with in_time(progress, self._limits, deadline) as overdue:
+            while not await self._try(job, on_decision, overdue):
+                pass
 
-    async def _turn(
-        self, request: GenerateRequest, hints: RoutingHints, lost: list[str], arrived_at: float
-    ) -> tuple[Decision, InFlight]:
-        """Wait until replicas have room for the request.  Raises NoReplica, Overloaded or InvalidRequest."""
+    async def _try(self, job: Job, on_decision: Callable[[Decision], object], overdue: Overdue) -> bool:
+        """Make one attempt.  Returns whether it has served the sequence; if not, another one may."""
+        decision, in_flight = await self._turn(job)
+        try:
+            on_decision(decision)
+            attempt = Attempt(self._pools, job, decision, in_flight, self.line)
+            try:
+                await attempt.serve()
+            except (PrefillFailed, ReplicaLost, EngineDead) as error:
+                attempt.fail(error)
+                self._check_retry(job, attempt, error)
+                return False
+            except BaseException as error:
+                attempt.give_up(error, token_is_overdue=overdue.what == "token")
+                raise
+            self._quarantine.on_success(job.request)
+            return True
+        finally:
+            in_flight.end()
+            self.line.on_news()
+
+    def _check_retry(self, job: Job, attempt: Attempt, error: BatonError) -> None:
+        """Raise an error for the client unless the sequence, whose attempt failed by `error`, is to be tried again."""
+        was_on_engine = attempt.was_on_engine(error)
+        if (died := attempt.death(error)) is not None:
+            self._quarantine.on_death(job.request, died)
+        elif isinstance(error, PrefillFailed) and attempt.prefill is not None and was_on_engine:
+            self._quarantine.on_failure(job.request, attempt.prefill)
+        self._quarantine.check(job.request)
+        if job.progress.has_first_token:
+            raise ReplicaLost(attempt.serving, str(error)) from error
+        job.num_failed_on_engines += was_on_engine
+        pool = "prefill" if isinstance(error, PrefillFailed) and attempt.prefill is not None else "decode"
+        if job.num_attempts == self._limits.max_attempts or job.num_failed_on_engines == MAX_FAILED_ON_ENGINES:
+            raise NoReplica(pool) from error
+        if not self.retry_budget.take():
+            logger.warning("request_id=%s is not tried again: the retry budget is spent", job.request.request_id)
+            raise NoReplica(pool, "failed this request, and too many were tried again lately") from error
+
+    async def _turn(self, job: Job) -> tuple[Decision, InFlight]:
+        """Wait until replicas have room for the request: if possible others than those that may have failed it.
+
+        Raises NoReplica, Overloaded or InvalidRequest.
+        """
+        if job.suspects:
+            try:
+                return await self._turn_without(job, job.lost | job.suspects)
+            except NoReplica:
+                pass  # a suspect one is better than none
+        return await self._turn_without(job, job.lost)
+
+    async def _turn_without(self, job: Job, lost: Collection[str]) -> tuple[Decision, InFlight]:
         turn: asyncio.Future[tuple[Decision, InFlight]] = asyncio.get_running_loop().create_future()
 
         def on_turn(decision: Decision, in_flight: InFlight) -> None:
             turn.set_result((decision, in_flight))
 
-        ticket = self.line.join(request, hints, lost, arrived_at, on_turn, turn.set_exception)
+        ticket = self.line.join(job.request, job.hints, lost, job.progress.arrived_at, on_turn, turn.set_exception)
         if ticket is None:
             return turn.result()
         try:
@@ -162,138 +169,3 @@ class Orchestrator:
                 turn.result()[1].end()
             raise
         return turn.result()
-
-    def _blame(self, request: GenerateRequest, decision: Decision, serving: str, error: BatonError) -> str:
-        """Make the router avoid the replica that caused an attempt on `serving` to fail.  Returns its id."""
-        role, replica = decision.serving_role, serving
-        if isinstance(error, PrefillFailed) and decision.prefill is not None:
-            role, replica = "prefill", decision.prefill.replica
-        self._router.pools[role].avoid(replica)
-        logger.warning("request_id=%s %s_replica=%s failed: %s", request.request_id, role, replica, error)
-        return replica
-
-    async def _attempt(
-        self,
-        request: GenerateRequest,
-        hints: RoutingHints,
-        lost: list[str],
-        decision: Decision,
-        in_flight: InFlight,
-        progress: SequenceProgress,
-        attempt: int,
-    ) -> None:
-        handoff, local_reason = await self._start_prefill(request, decision, attempt)
-        if handoff is not None and not self._hands_over_early:
-            await self._look_again(request, hints, lost, decision, in_flight, handoff)
-
-        def on_first(attempt_ttft_s: float) -> None:
-            in_flight.first_token(progress.report, attempt_ttft_s)
-            self.line.on_news()
-
-        def on_report(report: PrefillReport) -> None:
-            if handoff is not None and _has_failed(report):
-                self._router.pools["prefill"].avoid(handoff.replica)
-
-        progress.on_first, progress.on_report = on_first, on_report
-        pool = self._serving[decision.serving_role]
-        assert pool is not None
-        serving = in_flight.serving.replica
-        if handoff is None:
-            request = msgspec.structs.replace(request, expected_cached_tokens=decision.serving.cached_tokens)
-        try:
-            await pool.generate(request, handoff, local_reason, serving, progress)
-        finally:
-            if handoff is not None and not progress.has_remote_kv:
-                handoff.cancel()
-
-    async def _look_again(
-        self,
-        request: GenerateRequest,
-        hints: RoutingHints,
-        lost: list[str],
-        decision: Decision,
-        in_flight: InFlight,
-        handoff: Handoff,
-    ) -> None:
-        """Wait until the prefill is nearly done, and choose the decode replica again, as others may be better by then.
-
-        Raises PrefillFailed if the prefill replica is gone.
-        """
-        wait_s = LOOK_AGAIN_AT * decision.predicted_ttft_s
-        if wait_s < LOOK_AGAIN_S or len(self._router.pools["decode"].replicas) < 2:
-            return
-        try:
-            if (await asyncio.wait([handoff.lost], timeout=wait_s))[0]:
-                raise PrefillFailed("the prefill replica is gone")
-            in_flight.choose_again(lambda: self._router.receiver(request, hints, lost, decision))
-        except BaseException:
-            handoff.cancel()
-            raise
-
-    async def _start_prefill(
-        self, request: GenerateRequest, decision: Decision, attempt: int
-    ) -> tuple[Handoff | None, str]:
-        """Start the prefill if the decision is to prefill remotely.
-
-        Returns the handoff that decode has to wait for, or None and the reason why decode prefills locally.  Raises
-        PrefillFailed if the prefill replica is gone and the serving replica cannot prefill instead.
-        """
-        if decision.prefill is None:
-            return None, decision.reason
-        assert self._prefill is not None
-        replica = decision.prefill.replica
-        try:
-            return await self._prefill.start(_to_prefill(request, decision.prefill, attempt), replica), ""
-        except ReplicaLost as error:
-            if self._router.local_role() != decision.serving_role:
-                raise PrefillFailed(str(error)) from error
-            self._router.pools["prefill"].avoid(replica)
-            return None, "no_prefill_replica"
-
-
-@asynccontextmanager
-async def in_time(progress: SequenceProgress, limits: LimitsConfig) -> AsyncGenerator[None, None]:
-    """Cancel the block and raise TimeoutError from it once a delta is overdue.
-
-    Deltas cost nothing here: a timer checks now and then whether one is overdue.  It does so at least every
-    `itl_timeout_s`, so that it is in time for the second delta too, whenever the first one comes.
-    """
-    loop = asyncio.get_running_loop()
-    timer: asyncio.Handle
-
-    def look() -> None:
-        nonlocal timer
-        if progress.has_first_token and not progress.waits_for_kv:
-            due = progress.last_token_at + limits.itl_timeout_s
-        else:
-            due = progress.arrived_at + limits.ttft_timeout_s
-        if (remaining_s := due - progress.now()) > 0:
-            timer = loop.call_later(min(remaining_s, limits.itl_timeout_s), look)
-        else:
-            timeout.reschedule(loop.time())
-
-    async with asyncio.timeout(None) as timeout:
-        timer = loop.call_soon(look)
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-
-def _to_prefill(request: GenerateRequest, prefill: Candidate, attempt: int) -> GenerateRequest:
-    """Make the request for the prefill replica.
-
-    It has an id of its own, because an earlier attempt may not have ended yet on that replica.
-    """
-    prefilled = corrupt_prompt(request) if request.prefill_mode == "corrupted" else request
-    return msgspec.structs.replace(
-        prefilled,
-        request_id=f"{request.request_id}-{attempt}" if attempt else request.request_id,
-        expected_cached_tokens=prefill.cached_tokens,
-        sent_at=time.time(),
-    )
-
-
-def _has_failed(report: PrefillReport) -> bool:
-    """Whether decode had to prefill although it had a handoff.  A prompt that it had cached counts as no failure."""
-    return report.kind == "local" and report.reason != "already_cached"

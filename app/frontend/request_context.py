@@ -21,6 +21,8 @@ class RequestContext:
 
     def __init__(self, *, wants_explanation: bool = False) -> None:
         self.wants_explanation = wants_explanation
+        self.deadline = math.inf
+        """When the request must have ended, in seconds of `time.monotonic`, whatever it has started by then."""
         self.sequences: list[SequenceRecord] = []
         """The request's sequences in the order of their start; empty unless an explanation is wanted."""
         self.has_output = False

@@ -37,7 +37,7 @@ class SequenceProgress:
         """Called with each report, before `on_first`."""
         self._emit = emit
         self._clock = clock
-        self._attempt_began_at = self.arrived_at
+        self.attempt_began_at = self.arrived_at
 
     @property
     def has_first_token(self) -> bool:
@@ -63,7 +63,7 @@ class SequenceProgress:
 
     def begin_attempt(self) -> None:
         """Note the start of an attempt: replicas have been chosen, for the first time or again."""
-        self._attempt_began_at = self._clock()
+        self.attempt_began_at = self._clock()
 
     def take(self, delta: TokenDelta) -> None:
         """Record a delta and pass it on."""
@@ -76,7 +76,7 @@ class SequenceProgress:
             self.first_token_kind = self.report.kind if self.report is not None else None
             if self.report is not None and self.report.kind == "remote":
                 self.waited_for_kv = bool(self.report.transferred_tokens)
-            self.on_first(now - self._attempt_began_at)
+            self.on_first(now - self.attempt_began_at)
         else:
             self.last_gap_s = now - self.last_token_at
         self.last_token_at = now

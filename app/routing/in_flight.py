@@ -19,6 +19,7 @@ class InFlight:
         self._request = request
         self._decision = decision
         self._num_tokens = len(request.prompt_token_ids)
+        self.began_at = state.clock()
         # A replica may have gone since the decision; whoever calls it finds out.
         pools = state.pools
         self._prefill = pools["prefill"].replicas.get(decision.prefill.replica) if decision.prefill else None
@@ -46,6 +47,8 @@ class InFlight:
         self._until_end.close()
         pool = self._state.pools[self._decision.serving_role]
         self.serving = serving
+        prefill = self._decision.prefill.replica if self._decision.prefill else None
+        self._until_end.enter_context(self._state.ejections.trying(prefill, serving.replica))
         self._serving = pool.replicas.get(serving.replica)
         pool.assume(serving.replica, self._request)
         if (state := self._serving) is None:

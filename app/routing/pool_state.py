@@ -17,10 +17,8 @@ from app.kv_cache.block_hashes import block_hashes, root_hash
 from app.messages import GenerateRequest, KvUpdate, Link, ReplicaInfo, ReplicaLoad
 from app.pace import Pace
 from app.routing.affinity import SessionRing
+from app.routing.ejection import Ejections
 from app.routing.prefix_index import ApproximateCache, PrefixIndex
-
-AVOID_S = 10.0
-"""How long a replica that failed is passed over; Serve needs three failed health checks to replace it."""
 
 SMALL_POOL = 16
 """A pool of at most this many replicas is looked at as a whole."""
@@ -78,7 +76,6 @@ class ReplicaState:
     __slots__ = (
         "_assumed",
         "_sources",
-        "avoid_until",
         "compute_s",
         "decoding",
         "info",
@@ -102,7 +99,6 @@ class ReplicaState:
         self.kv_tokens = Gauge[int](0)
         self.load = ReplicaLoad()
         """The latest report.  For what frontends count too, the gauges are more up to date."""
-        self.avoid_until = 0.0
         self._sources: frozenset[str] | None = None
         self._assumed = ApproximateCache(info.num_blocks) if info.prefix_cache == "silent" else None
 
@@ -151,15 +147,20 @@ class ReplicaState:
 class PoolState:
     """The replicas of one pool that can be reached."""
 
-    def __init__(self, index: PrefixIndex, clock: Callable[[], float] = time.monotonic) -> None:
-        """Pools may share `index`: one walk over a prompt's blocks then finds all replicas that hold it."""
+    def __init__(self, index: PrefixIndex, ejections: Ejections | None = None) -> None:
+        """Pools may share `index`: one walk over a prompt's blocks then finds all replicas that hold it.
+
+        Pools of one model share `ejections`, which has pairs too.
+        """
         self.replicas: dict[str, ReplicaState] = {}
         self.index = index
+        self._ejections = ejections or Ejections(time.monotonic)
         self._ids: list[str] = []
         self._ring = SessionRing()
-        self._clock = clock
         self.on_change: Callable[[], object] = lambda: None
         """Called when a replica has come or has told something of itself."""
+        self.on_leave: Callable[[str], object] = lambda replica: None
+        """Called with a replica that is gone."""
 
     @property
     def block_size(self) -> int | None:
@@ -181,6 +182,7 @@ class PoolState:
         self._ids.remove(replica)
         self._ring.remove(replica)
         self.index.forget(replica)
+        self.on_leave(replica)
 
     def on_load(self, replica: str, load: ReplicaLoad) -> None:
         if (state := self.replicas.get(replica)) is not None:
@@ -201,11 +203,6 @@ class PoolState:
         if (state := self.replicas.get(replica)) is not None and (update := state.assume(request)) is not None:
             self.index.update(replica, update)
 
-    def avoid(self, replica: str) -> None:
-        """Pass over `replica` for AVOID_S seconds."""
-        if (state := self.replicas.get(replica)) is not None:
-            state.avoid_until = self._clock() + AVOID_S
-
     def own_replica(self, session: str | None) -> str | None:
         """Return the replica that a session's requests prefer."""
         return self._ring.own(session) if session else None
@@ -214,7 +211,7 @@ class PoolState:
         """Return the replicas that are worth a look: all of a small pool, otherwise as NUM_DRAWN says.
 
         `cached` has the cached tokens of the prompt by replica, of any pool; `own` is the session's own replica, if it
-        has one.  Replicas that failed lately are left out unless there is no other: a suspect one is better than none.
+        has one.  Ejected replicas are left out unless there is no other: a suspect one is better than none.
         """
         if len(self._ids) <= SMALL_POOL:
             found: Iterable[str] = self._ids
@@ -222,6 +219,12 @@ class PoolState:
             holders = self.replicas.keys() & cached.keys()
             best = holders if len(holders) <= NUM_DRAWN else nlargest(NUM_DRAWN, holders, key=cached.__getitem__)
             found = {*best, *random.sample(self._ids, NUM_DRAWN), *([own] if own else [])}
-        now, replicas = self._clock(), self.replicas
-        willing = [r for r in found if r not in lost and replicas[r].avoid_until <= now]
-        return willing or [r for r in self._ids if r not in lost]
+        left = [r for r in found if r not in lost]
+        if not (willing := self._not_ejected(left)):
+            left = [r for r in self._ids if r not in lost]
+            willing = self._not_ejected(left)
+        return willing or left
+
+    def _not_ejected(self, replicas: Iterable[str]) -> list[str]:
+        is_ejected = self._ejections.is_ejected
+        return [replica for replica in replicas if not is_ejected(replica)]

@@ -1,7 +1,7 @@
 """Decides which replicas serve a sequence and where its prompt is prefilled, without Ray and without I/O.
 
 1. Hash the prompt's blocks and look up how much of the prompt each replica has cached (app/routing/prefix_index.py).
-2. In each pool that could take part, leave out replicas that cannot (gone, lately failed, without a usable link) and
+2. In each pool that could take part, leave out replicas that cannot (gone, ejected, without a usable link) and
    score the rest (app/routing/scores.py).
 3. Predict for each way to serve it (app/routing/survey.py) when its tokens would come (app/routing/times.py), and
    whether the replicas have room within the model's `slo` (app/routing/capacity.py).

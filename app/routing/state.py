@@ -8,6 +8,7 @@ from collections.abc import Callable
 from app.config import RoutingConfig, SloConfig
 from app.messages import Role
 from app.routing.capacity import Capacity
+from app.routing.ejection import Ejections
 from app.routing.pool_state import PoolState
 from app.routing.prefix_index import PrefixIndex
 from app.routing.scores import weights_of
@@ -41,8 +42,9 @@ class RouterState:
         self.capacity = Capacity(slo.itl_ms / 1e3)
         self.topology = Topology()
         self.index = PrefixIndex()
+        self.ejections = Ejections(clock)
         roles: dict[Role, bool] = {"prefill": has_prefill, "decode": True, "aggregated": has_aggregated}
-        self.pools = {role: PoolState(self.index, clock) for role, is_there in roles.items() if is_there}
+        self.pools = {role: PoolState(self.index, self.ejections) for role, is_there in roles.items() if is_there}
         self._can_decode_prefill = can_decode_prefill or not has_prefill
         decode_weights = weights_of(config.decode_weights)
         self.weights: dict[Role, tuple[float, ...]] = {
@@ -55,6 +57,11 @@ class RouterState:
         """Have `call` called when a replica has come or has told something of itself."""
         for pool in self.pools.values():
             pool.on_change = call
+
+    def on_leave(self, call: Callable[[str], object]) -> None:
+        """Have `call` called with a replica that is gone."""
+        for pool in self.pools.values():
+            pool.on_leave = call
 
     def has_usable_link(self) -> bool:
         """Return whether any decode replica can get KV from any prefill replica."""

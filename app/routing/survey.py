@@ -165,8 +165,10 @@ class Survey:
         return best
 
     def _receivers(self, prefill_replica: str) -> list[Scored]:
-        """Return the decode replicas that can get KV from there."""
-        return [s for s in self.ranking("decode") if s.state.can_get_kv_from(prefill_replica)]
+        """Return the decode replicas that can get KV from there, by pairs that are not ejected if there is any."""
+        linked = [s for s in self.ranking("decode") if s.state.can_get_kv_from(prefill_replica)]
+        is_ejected = self._state.ejections.is_pair_ejected
+        return [s for s in linked if not is_ejected(prefill_replica, s.replica)] or linked
 
     def _receiver(self, prefill: Scored) -> tuple[Scored, Lack]:
         """Return the best decode replica that can get KV from `prefill`, and whether it lacks room.
@@ -218,11 +220,18 @@ class Survey:
         return self._candidates[role]
 
     def _linked(self, prefill: list[str]) -> list[str]:
-        states = self._state.pools["decode"].replicas
-        decode = [states[replica] for replica in self._find_candidates("decode")]
-        linked = [replica for replica in prefill if any(state.can_get_kv_from(replica) for state in decode)]
+        """Return those from which a decode candidate can get KV, by pairs that are not ejected if there is any."""
+        states, is_ejected = self._state.pools["decode"].replicas, self._state.ejections.is_pair_ejected
+        decode = self._find_candidates("decode")
+        linked = [replica for replica in prefill if any(states[d].can_get_kv_from(replica) for d in decode)]
         self._lacks_link = bool(prefill and decode and not linked)
-        return linked if decode else prefill
+        if not decode:
+            return prefill
+        return [
+            replica
+            for replica in linked
+            if any(states[d].can_get_kv_from(replica) and not is_ejected(replica, d) for d in decode)
+        ] or linked
 
     def _cached_tokens(self, block_size: int) -> dict[str, int]:
         """Return the prompt's cached tokens by replica.  The last token is always computed, for the first new one."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.frontend.http_middleware import BodyLimit, ErrorBeforeStream, RoutingHeaders, error_body
+from app.frontend.http_middleware import BodyLimit, Deadline, ErrorBeforeStream, RoutingHeaders, error_body
 from app.frontend.request_context import begin_request, current_request
 from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
@@ -118,8 +119,9 @@ async def test_what_is_not_http_passes(kind: str) -> None:
 
     await BodyLimit(app, 0)({"type": kind}, unused, unused)
     await RoutingHeaders(app)({"type": kind}, unused, unused)
+    await Deadline(app, 1.0)({"type": kind}, unused, unused)
     await ErrorBeforeStream(app)({"type": kind}, unused, unused)
-    assert [scope for scope, *_ in passed] == [{"type": kind}] * 3
+    assert [scope for scope, *_ in passed] == [{"type": kind}] * 4
     assert passed[0][1:] == passed[1][1:] == (unused, unused)
 
 
@@ -402,3 +404,30 @@ async def test_a_request_context_ends_with_its_request() -> None:
         assert outer.retry_after_s is None
     assert current_request() is not outer
     assert current_request() is not current_request()
+
+
+# Deadline
+
+
+async def remaining_s(request: Request) -> Response:
+    return JSONResponse(current_request().deadline - time.monotonic())
+
+
+TIMED = RoutingHeaders(Deadline(Starlette(routes=[Route("/", remaining_s)]), 100.0))
+
+
+@pytest.mark.parametrize(("asked", "seconds"), [(None, 100), ("50", 50), ("7.5", 7.5), ("1000", 100), ("9" * 400, 100)])
+async def test_the_smaller_of_both_limits_counts(asked: str | None, seconds: float) -> None:
+    response = await fetch(TIMED, headers={} if asked is None else {"x-baton-timeout-s": asked})
+    assert response.status_code == 200
+    assert seconds - 5 < response.json() <= seconds
+
+
+@pytest.mark.parametrize(
+    "asked", ["", "0", "0.0", "-1", "+1", "nan", "inf", "1e3", "1_0", "10s", " ", "\u0663".encode()]
+)
+async def test_a_limit_that_is_no_number_of_seconds_is_refused(asked: str | bytes) -> None:
+    response = await fetch(TIMED, headers={"x-baton-timeout-s": asked})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "x-baton-timeout-s"
+    assert "x-baton-timeout-s must be a number of seconds" in response.json()["error"]["message"]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +10,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app.config import LimitsConfig, PredictedPlacement, RemotePlacement, RoutingConfig, SloConfig
-from app.errors import EngineDead, EngineFailed, InvalidRequest, NoReplica, Overloaded, PrefillFailed, ReplicaLost
+from app.errors import (
+    DeadlineExceeded,
+    EngineDead,
+    EngineFailed,
+    InvalidRequest,
+    NoReplica,
+    Overloaded,
+    PrefillFailed,
+    Quarantined,
+    ReplicaLost,
+)
 from app.frontend.orchestrator import LOOK_AGAIN_AT, LOOK_AGAIN_S, MAX_TTFT_OF_SLO, Handoff, Orchestrator
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, PrefillMode, PrefillReport, ReplicaLoad, Role, TokenDelta
@@ -34,8 +45,8 @@ SLO = SloConfig()
 Script = list[TokenDelta | Exception | str]
 
 
-def request(prefill_mode: PrefillMode = "auto") -> GenerateRequest:
-    return GenerateRequest(request_id="r", prompt_token_ids=PROMPT, sampling={}, prefill_mode=prefill_mode)
+def request(prefill_mode: PrefillMode = "auto", prompt: Sequence[int] = PROMPT) -> GenerateRequest:
+    return GenerateRequest(request_id="r", prompt_token_ids=list(prompt), sampling={}, prefill_mode=prefill_mode)
 
 
 def first_delta(kind: Any, reason: str) -> TokenDelta:
@@ -186,11 +197,14 @@ def depending_on_prefill(prefill: FakePrefill, decode: FakeDecode, **limits: Any
 
 
 async def served(
-    orchestrator: Orchestrator, prefill_mode: PrefillMode = "auto", into: list[TokenDelta] | None = None
+    orchestrator: Orchestrator,
+    prefill_mode: PrefillMode = "auto",
+    into: list[TokenDelta] | None = None,
+    prompt: Sequence[int] = PROMPT,
 ) -> list[TokenDelta]:
     received = [] if into is None else into
     async with asyncio.timeout(DEADLINE_S):
-        await orchestrator.run(request(prefill_mode), SequenceProgress(received.append))
+        await orchestrator.run(request(prefill_mode, prompt), SequenceProgress(received.append))
     return received
 
 
@@ -267,7 +281,10 @@ async def test_a_prefill_replica_is_not_blamed_when_decode_had_the_prompt_cached
     server = orchestrator(prefill, FakeDecode(["d"], [first_delta("local", "already_cached"), LAST]))
     for _ in range(4):
         await served(server)
-    assert not any(replica.avoid_until for replica in server._router.pools["prefill"].replicas.values())
+    ejections = server._router.ejections
+    assert not any(
+        ejections.is_ejected(replica) or ejections.is_pair_ejected(replica, "d") for replica in prefill.ready
+    )
 
 
 async def test_a_corrupted_request_prefills_another_prompt_than_it_decodes() -> None:
@@ -320,11 +337,11 @@ async def test_an_error_of_the_request_itself_is_not_tried_again(error: Exceptio
     assert len(decode.calls) == 1
 
 
-async def test_no_replica_is_left_once_each_was_tried() -> None:
-    decode = FakeDecode(["d0", "d1"], [LOST])
+async def test_no_replica_is_left_once_the_only_one_was_tried() -> None:
+    decode = FakeDecode(["d"], [LOST])
     with pytest.raises(NoReplica, match="decode"):
         await served(orchestrator(FakePrefill("p"), decode))
-    assert sorted(call.replica for call in decode.calls) == ["d0", "d1"]
+    assert [call.replica for call in decode.calls] == ["d"]
 
 
 async def test_without_a_decode_replica_no_prefill_is_started() -> None:
@@ -335,10 +352,25 @@ async def test_without_a_decode_replica_no_prefill_is_started() -> None:
 
 
 @pytest.mark.parametrize("max_attempts", [1, 2, 3])
-async def test_no_more_replicas_are_tried_than_allowed(max_attempts: int) -> None:
+async def test_after_an_engine_has_died_at_most_one_more_is_tried(max_attempts: int) -> None:
     decode = FakeDecode([f"d{number}" for number in range(5)], [LOST])
-    with pytest.raises(NoReplica):
+    with pytest.raises(NoReplica if max_attempts == 1 else Quarantined):
         await served(orchestrator(FakePrefill("p"), decode, max_attempts=max_attempts))
+    assert len(decode.calls) == min(max_attempts, 2)
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2, 3])
+async def test_no_more_replicas_are_tried_than_allowed_if_none_of_them_got_the_request(max_attempts: int) -> None:
+    class Start(FakePrefill):
+        async def start(self, request: GenerateRequest, replica: str) -> FakeHandoff:
+            (chosen,) = loads(server)["decode"]
+            server._router.pools["decode"].leave(chosen)
+            return await super().start(request, replica)
+
+    decode = FakeDecode([f"d{number}" for number in range(5)], [LOST])
+    server = orchestrator(Start("p"), decode, max_attempts=max_attempts)
+    with pytest.raises(NoReplica):
+        await served(server)
     assert len(decode.calls) == max_attempts
 
 
@@ -380,12 +412,13 @@ async def test_a_prefill_replica_that_is_lost_as_it_starts_is_replaced() -> None
     assert len(decode.calls) == 1
 
 
-async def test_a_prefill_replica_that_gave_no_kv_is_avoided_by_the_next_requests_too() -> None:
+async def test_a_pair_over_which_no_kv_came_is_avoided_by_the_next_requests_and_its_ends_are_not() -> None:
     prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d"], [NO_KV], [REMOTE, LAST])
     server = depending_on_prefill(prefill, decode)
     for _ in range(10):
         await served(server)
     assert set(prefill.picked[1:]) == {"p0", "p1"} - {prefill.picked[0]}
+    assert not any(server._router.ejections.is_ejected(replica) for replica in ("p0", "p1", "d"))
 
 
 async def test_the_only_prefill_replica_is_tried_again() -> None:
@@ -399,14 +432,16 @@ async def test_no_more_prefills_are_tried_than_allowed(fails: Exception | None, 
     prefill = FakePrefill(*(f"p{number}" for number in range(5)), fails=fails)
     with pytest.raises(NoReplica, match="prefill"):
         await served(depending_on_prefill(prefill, FakeDecode(["d"], [NO_KV]), max_attempts=max_attempts))
-    assert len(prefill.picked) == len(set(prefill.picked)) == max_attempts
+    # Without KV nobody knows yet whether the prefill engine died of the request.
+    expected = max_attempts if fails else min(max_attempts, 2)
+    assert len(prefill.picked) == len(set(prefill.picked)) == expected
 
 
 @pytest.mark.parametrize("error", [NO_KV, LOST, EngineDead()], ids=["no KV", "decode lost", "decode engine dead"])
 async def test_each_prefill_of_a_sequence_has_a_request_id_of_its_own(error: Exception) -> None:
-    prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d0", "d1", "d2"], [error], [error], [REMOTE, LAST])
-    await served(depending_on_prefill(prefill, decode, max_attempts=3))
-    assert len(set(prefill.request_ids)) == 3
+    prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d0", "d1", "d2"], [error], [REMOTE, LAST])
+    await served(depending_on_prefill(prefill, decode))
+    assert len(set(prefill.request_ids)) == 2
     assert all(request_id.startswith("r") for request_id in prefill.request_ids)  # the log can be searched for it
     assert {call.request.request_id for call in decode.calls} == {"r"}
 
@@ -643,7 +678,7 @@ async def test_the_replica_that_decode_moved_to_is_the_one_to_blame() -> None:
     assert await task == [REMOTE, LAST]
     (after,) = {"d0", "d1"} - {before}
     assert [call.replica for call in decode.calls] == [after, before]
-    assert server._router.pools["decode"].replicas[after].avoid_until > 0
+    assert server._router.ejections.is_ejected(after)
 
 
 async def test_a_prefill_replica_that_is_lost_meanwhile_is_replaced() -> None:
@@ -705,8 +740,8 @@ async def test_a_prefill_replica_that_loses_a_whole_sequence_is_replaced_by_anot
     assert await served(server) == [LAST]
     first, second = (call.replica for call in on_prefill.calls)
     assert {first, second} == {"p0", "p1"}
-    states = server._router.pools["prefill"].replicas
-    assert states[first].avoid_until > 0 == states[second].avoid_until
+    assert server._router.ejections.is_ejected(first)
+    assert not server._router.ejections.is_ejected(second)
 
 
 # What is told of the decisions
@@ -883,7 +918,7 @@ async def test_a_prefill_that_does_not_start_counts_against_the_time_to_the_firs
 async def test_every_ending_takes_its_load_off_the_replicas(script: Script) -> None:
     decode = FakeDecode(["d0", "d1"], script)
     server = orchestrator(FakePrefill("p"), decode, ttft_timeout_s=0.02, itl_timeout_s=0.02)
-    await asyncio.gather(*(served(server) for _ in range(4)), return_exceptions=True)
+    await asyncio.gather(*(served(server, prompt=[n]) for n in range(4)), return_exceptions=True)
     assert len(decode.calls) >= 4
     assert loads(server) == {"prefill": Counter(), "decode": Counter()}
 
@@ -904,3 +939,63 @@ async def test_tokens_that_come_in_time_never_end_a_sequence_however_long_it_tak
 
     received = await served(orchestrator(None, Slow(["d"]), ttft_timeout_s=0.1, itl_timeout_s=0.1))
     assert received == [FIRST] * 10
+
+
+# The deadline of a request
+
+
+async def until_deadline(server: Orchestrator, seconds: float, into: list[TokenDelta] | None = None) -> None:
+    progress = SequenceProgress((into if into is not None else []).append)
+    async with asyncio.timeout(DEADLINE_S):
+        await server.run(request(), progress, deadline=progress.arrived_at + seconds)
+
+
+async def test_the_deadline_ends_a_sequence_in_decode_although_its_tokens_come_in_time() -> None:
+    class Slow(FakeDecode):
+        async def generate(self, *arguments: Any) -> None:
+            self.num_open += 1
+            try:
+                while True:
+                    await asyncio.sleep(0.005)
+                    arguments[-1].take(FIRST)
+            finally:
+                self.num_open -= 1
+
+    decode, received = Slow(["d"]), list[TokenDelta]()
+    server = orchestrator(None, decode, itl_timeout_s=0.02)
+    with pytest.raises(DeadlineExceeded):
+        await until_deadline(server, 0.1, received)
+    assert received
+    assert decode.num_open == 0
+    assert loads(server) == NOBODY
+
+
+async def test_the_deadline_ends_a_prefill() -> None:
+    prefill = FakePrefill("p", hangs=True)
+    server = orchestrator(prefill, FakeDecode(["d"], [LAST]))
+    with pytest.raises(DeadlineExceeded):
+        await until_deadline(server, 0.01)
+    assert prefill.is_cancelled
+
+
+async def test_the_deadline_ends_the_waiting_in_the_line() -> None:
+    server, running = await crowded(FakeDecode(["d"], [HANG]))
+    with pytest.raises(DeadlineExceeded):
+        await until_deadline(server, 0.01)
+    assert line_of(server) == (0, 0)
+    await ended(running)
+
+
+async def test_a_deadline_that_has_passed_starts_no_prefill_of_a_sequence() -> None:
+    prefill = FakePrefill("p", hangs=True)
+    with pytest.raises(DeadlineExceeded):
+        await until_deadline(orchestrator(prefill, FakeDecode(["d"], [LAST])), -1.0)
+
+
+async def test_a_deadline_says_nothing_against_the_replicas_and_a_late_token_does() -> None:
+    for deadline_s, is_ejected in ((0.01, False), (1e6, True)):
+        server = orchestrator(None, FakeDecode(["d0", "d1"], [HANG]), ttft_timeout_s=0.02)
+        for _ in range(2):
+            with pytest.raises((DeadlineExceeded, TimeoutError)):
+                await until_deadline(server, deadline_s)
+        assert [server._router.ejections.is_ejected(replica) for replica in ("d0", "d1")] == [is_ejected] * 2

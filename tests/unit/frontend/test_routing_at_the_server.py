@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp
 
 from app.config import parse
 from app.engines.vllm import samples_first_token
-from app.errors import InvalidRequest, NoReplica, Overloaded
+from app.errors import DeadlineExceeded, InvalidRequest, NoReplica, Overloaded, Quarantined
 from app.frontend.http_middleware import error_body
 from app.frontend.orchestrator import Orchestrator
 from app.frontend.sequence_progress import SequenceProgress
@@ -61,6 +62,8 @@ class FakeOrchestrator:
         """Whether it fails after the first token."""
         self.num_decisions = 1
         self.hints: list[RoutingHints] = []
+        self.deadlines: list[float] = []
+        """The seconds until each sequence must have ended."""
         self.requests: list[GenerateRequest] = []
 
     async def run(
@@ -70,8 +73,10 @@ class FakeOrchestrator:
         *,
         hints: RoutingHints,
         on_decision: Callable[[Decision], object],
+        deadline: float,
     ) -> None:
         self.hints.append(hints)
+        self.deadlines.append(deadline - time.monotonic())
         self.requests.append(request)
         if self.fails and not self.is_late:
             raise self.fails
@@ -262,8 +267,15 @@ async def test_of_several_sequences_the_longest_wait_is_told(
 @pytest.mark.parametrize("path", APIS)
 @pytest.mark.parametrize(
     ("failure", "status"),
-    [(NoReplica("decode"), 503), (InvalidRequest("bad"), 400), (TimeoutError(), 504), (RuntimeError("inside"), 500)],
-    ids=["503", "400", "504", "500"],
+    [
+        (NoReplica("decode"), 503),
+        (InvalidRequest("bad"), 400),
+        (Quarantined(2, 600), 400),
+        (TimeoutError(), 504),
+        (DeadlineExceeded(), 504),
+        (RuntimeError("inside"), 500),
+    ],
+    ids=["503", "400", "quarantined", "504", "deadline", "500"],
 )
 async def test_any_failure_before_the_first_token_has_its_status(
     ask: Ask, orchestrator: FakeOrchestrator, path: str, stream: bool, failure: Exception, status: int
@@ -310,14 +322,17 @@ async def test_a_first_output_that_vllm_fails_to_render_has_its_status(
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize(
+    ("failure", "said"), [(NoReplica("decode"), "please retry"), (DeadlineExceeded(), "limits.max_request_s")]
+)
 async def test_a_failure_after_the_first_token_leaves_the_stream_its_status(
-    ask: Ask, orchestrator: FakeOrchestrator, path: str
+    ask: Ask, orchestrator: FakeOrchestrator, path: str, failure: Exception, said: str
 ) -> None:
-    orchestrator.fails, orchestrator.is_late = NoReplica("decode"), True
+    orchestrator.fails, orchestrator.is_late = failure, True
     response = await ask(path, stream=True)
     assert response.status_code == 200
     # vLLM's converter to Anthropic's events does not understand the error's and says so.
-    assert ("event: error" if path == "/v1/messages" else "please retry") in response.text
+    assert ("event: error" if path == "/v1/messages" else said) in response.text
 
 
 @STREAM
@@ -360,3 +375,37 @@ async def test_a_responses_stream_begins_with_its_first_event(ask: Ask) -> None:
     response = await ask("/v1/responses", stream=True)
     assert response.text.startswith("event: response.created\n")
     assert response.text.count("event: response.created\n") == response.text.count("event: response.completed\n") == 1
+
+
+# Deadlines
+
+
+@STREAM
+@pytest.mark.parametrize("path", APIS)
+async def test_a_client_may_shorten_the_time_that_its_request_has_in_all(
+    ask: Ask, orchestrator: FakeOrchestrator, path: str, stream: bool
+) -> None:
+    assert (await ask(path, {"x-baton-timeout-s": "12.5"}, stream=stream)).status_code == 200
+    assert (await ask(path, {"x-baton-timeout-s": "100000"}, stream=stream)).status_code == 200
+    assert (await ask(path, stream=stream)).status_code == 200
+    short, long, usual = orchestrator.deadlines
+    assert 2.5 < short < 12.5
+    assert 3590 < long < 3600
+    assert 3590 < usual < 3600
+
+
+@pytest.mark.parametrize("path", APIS)
+async def test_a_deadline_that_is_no_time_is_a_400_that_names_the_header(
+    ask: Ask, orchestrator: FakeOrchestrator, path: str
+) -> None:
+    response = await ask(path, {"x-baton-timeout-s": "soon"})
+    assert response.status_code == 400
+    assert "x-baton-timeout-s" in said_error(path, response)["message"]
+    assert orchestrator.requests == []
+
+
+async def test_who_killed_engines_is_not_told_to_try_again(ask: Ask, orchestrator: FakeOrchestrator) -> None:
+    orchestrator.fails = Quarantined(2, 600)
+    message = said_error("/v1/completions", await ask("/v1/completions"))["message"]
+    assert "2 engines died" in message
+    assert "retry" not in message

@@ -12,8 +12,9 @@ from app.errors import InvalidRequest, NoReplica
 from app.messages import PrefillReport
 from app.routing.capacity import MIN_BATCH
 from app.routing.decision import RoutingHints, Wait
+from app.routing.ejection import FIRST_EJECTION_S, STRONG
 from app.routing.learnt_ratio import PATIENCE, WINDOW
-from app.routing.pool_state import AVOID_S
+from app.routing.router import NO_HINTS
 from app.routing.times import BASE_S
 from tests.unit.routing.fleet import PACE, REMOTE, Fleet, where
 from tests.unit.routing.samples import replica_info, request
@@ -101,10 +102,48 @@ def test_a_session_stays_with_its_replicas_unless_they_are_busy() -> None:
 
 def test_a_replica_that_failed_is_avoided_for_a_while() -> None:
     fleet = Fleet(2, 2, **REMOTE)
-    fleet.router.pools["decode"].avoid("d0")
+    fleet.router.ejections.failed("d0", STRONG, fleet.clock())
     assert {fleet.decide(start=1000 * n).serving.replica for n in range(10)} == {"d1"}
-    fleet.clock.advance(AVOID_S)
+    fleet.clock.advance(FIRST_EJECTION_S)
     assert {fleet.decide(start=1000 * n).serving.replica for n in range(20)} == {"d0", "d1"}
+
+
+def test_a_pair_over_which_no_kv_came_is_avoided_whatever_its_ends_have_cached() -> None:
+    fleet = Fleet(2, 2, **REMOTE)
+    for role, replica in (("prefill", "p0"), ("decode", "d0")):
+        fleet.cache(role, replica, 160)
+    pair = fleet.decide()
+    assert (pair.prefill and pair.prefill.replica, pair.serving.replica) == ("p0", "d0")
+    fleet.router.ejections.pair_failed("p0", "d0", STRONG, fleet.clock())
+    for _ in range(10):
+        decision = fleet.decide()
+        assert decision.prefill is not None
+        assert (decision.prefill.replica, decision.serving.replica) != ("p0", "d0")
+        receiver = fleet.router.receiver(request(), NO_HINTS, (), pair)
+        assert receiver.replica == "d1"
+
+
+def test_a_pair_that_is_ejected_is_better_than_none() -> None:
+    fleet = Fleet(1, 1, can_decode_prefill=False)
+    fleet.router.ejections.pair_failed("p0", "d0", STRONG, fleet.clock())
+    assert fleet.decide().serving.replica == "d0"
+
+
+def test_one_request_at_a_time_tries_what_is_half_open() -> None:
+    fleet = Fleet(0, 2, has_prefill=False)
+    fleet.cache("decode", "d0", 160)
+    fleet.router.ejections.failed("d0", STRONG, fleet.clock())
+    fleet.clock.advance(FIRST_EJECTION_S)
+    probe = fleet.decide()
+    assert probe.serving.replica == "d0"
+    in_flight = fleet.router.begin(request(), probe)
+    assert fleet.decide().serving.replica == "d1"
+    in_flight.end()
+    assert fleet.decide().serving.replica == "d0"
+    in_flight = fleet.router.begin(request(), probe)
+    fleet.router.ejections.succeeded("d0", in_flight.began_at)
+    assert {fleet.decide().serving.replica for _ in range(10)} == {"d0"}
+    in_flight.end()
 
 
 def test_lost_replicas_are_never_chosen_again() -> None:

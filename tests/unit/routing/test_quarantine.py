@@ -1,0 +1,97 @@
+"""Prompts under which engines died: how many deaths are evidence, for how long, and what clears a prompt."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.errors import Quarantined
+from app.routing import quarantine
+from app.routing.quarantine import GONE_WITHIN_S, REMEMBER_S, Quarantine
+from tests.unit.routing.fleet import Timers
+from tests.unit.routing.samples import request
+
+
+@pytest.fixture
+def clock() -> Timers:
+    return Timers()
+
+
+@pytest.fixture
+def known(clock: Timers) -> Quarantine:
+    return Quarantine(clock)
+
+
+def is_refused(known: Quarantine, **fields: object) -> bool:
+    try:
+        known.check(request(**fields))  # type: ignore[arg-type]
+    except Quarantined:
+        return True
+    return False
+
+
+def test_the_deaths_of_two_engines_quarantine_a_prompt_and_no_other(known: Quarantine) -> None:
+    known.on_death(request(request_id="a"), "d0")
+    known.on_death(request(request_id="b"), "d0")
+    assert not is_refused(known)
+    known.on_death(request(request_id="c"), "d1")
+    assert is_refused(known, request_id="d")
+    assert not is_refused(known, start=1)
+    assert not is_refused(known, sampling={"temperature": 0.5})
+
+
+def test_a_prompt_is_refused_for_some_minutes_since_the_last_death(known: Quarantine, clock: Timers) -> None:
+    known.on_death(request(), "d0")
+    clock.advance(REMEMBER_S / 2)
+    known.on_death(request(), "d1")
+    clock.advance(REMEMBER_S - 1)
+    with pytest.raises(Quarantined) as caught:
+        known.check(request())
+    assert caught.value.seconds == 1
+    clock.advance(1)
+    assert not is_refused(known)
+
+
+def test_a_death_of_long_ago_does_not_count(known: Quarantine, clock: Timers) -> None:
+    known.on_death(request(), "d0")
+    clock.advance(REMEMBER_S + 1)
+    known.on_death(request(), "d1")
+    assert not is_refused(known)
+
+
+def test_success_clears_a_prompt(known: Quarantine) -> None:
+    known.on_death(request(), "d0")
+    known.on_success(request())
+    known.on_death(request(), "d1")
+    assert not is_refused(known)
+
+
+def test_a_replica_that_failed_a_prompt_and_is_soon_gone_has_died_of_it(known: Quarantine, clock: Timers) -> None:
+    known.on_failure(request(), "p0")
+    known.on_failure(request(), "p1")
+    known.on_failure(request(start=1), "p1")
+    known.on_gone("p2")
+    clock.advance(GONE_WITHIN_S - 1)
+    known.on_gone("p0")
+    assert not is_refused(known)
+    known.on_gone("p1")
+    assert is_refused(known)
+    assert not is_refused(known, start=1)
+
+
+def test_a_replica_that_is_gone_much_later_has_not(known: Quarantine, clock: Timers) -> None:
+    known.on_failure(request(), "p0")
+    known.on_failure(request(), "p1")
+    clock.advance(GONE_WITHIN_S + 1)
+    known.on_gone("p0")
+    known.on_gone("p1")
+    assert not is_refused(known)
+
+
+def test_what_is_remembered_is_bounded(known: Quarantine, clock: Timers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quarantine, "MAX_SUSPECTS", 10)
+    for number in range(100):
+        known.on_death(request(start=number), "d0")
+    assert len(known._suspects) == 10
+    clock.advance(REMEMBER_S + 1)
+    known.on_death(request(), "d0")
+    assert len(known._suspects) == 1
