@@ -60,7 +60,7 @@ class DeadlineExceeded(BatonError):
 
 
 class EngineDead(BatonError):
-    """The engine's processes are gone; Serve replaces the replica after its health check fails."""
+    """The engine's processes are gone or hang; Serve replaces the replica after its health check fails."""
 
     def __init__(self, detail: str = "the engine process died") -> None:
         super().__init__(detail)

@@ -91,7 +91,10 @@ class Engine(Protocol):
         """
 
     async def stats(self) -> EngineStats:
-        """Return the present load."""
+        """Return the present load.  It takes seconds at most, even if the engine hangs.
+
+        Raises EngineDead, or EngineFailed if the engine does not tell.
+        """
 
     def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
         """Yield what happens to the prefix cache, in order, from the engine's start on.  There is one consumer.
@@ -102,7 +105,10 @@ class Engine(Protocol):
         """
 
     async def check_health(self) -> None:
-        """Raise EngineDead unless the engine's processes run."""
+        """Raise EngineDead unless the engine's processes run and make steps.  It asks nobody who may not answer."""
 
     async def stop(self) -> None:
-        """End the engine's processes.  It may be called twice, and after a failed start."""
+        """End the engine's processes, even if they are stopped (SIGSTOP).
+
+        It may be called twice, and after a failed start.
+        """

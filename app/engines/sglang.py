@@ -25,16 +25,19 @@ import os
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Collection, Sequence
+from contextlib import aclosing, asynccontextmanager
 from http import HTTPStatus
 from typing import Any
 
+from app.background import BackgroundTasks
 from app.engines import sglang_surface as surface
 from app.engines.base import EngineInfo, EngineSpec
 from app.engines.kv_events import KvEventFeed, follow
 from app.engines.plugins import cpu_waits
 from app.engines.plugins.owner_watch import owner_environment
+from app.engines.processes import EngineProcesses
+from app.engines.progress import ProgressWatch
 from app.engines.prompt_queue import Leave, PromptQueue
 from app.engines.sglang_sampling import Translation, translate
 from app.engines.sglang_surface import Candidates, FinishReason, Load, MetaInfo, Output, TokenLogprob
@@ -67,6 +70,10 @@ from that engine."""
 
 CONNECT_TIMEOUT_S = 3.0
 """How long a prefill engine may take to accept a connection."""
+
+LOAD_TIMEOUT_S = 2.0
+"""How long it may take to read the load: the scheduler holds a lock on it for microseconds, unless it is stopped
+meanwhile."""
 
 
 def build_engine_args(spec: EngineSpec) -> dict[str, Any]:
@@ -113,7 +120,8 @@ def prefix_cache(arguments: dict[str, Any]) -> PrefixCache:
 class SglangEngine:
     """One SGLang engine and the requests that run on it.
 
-    If one of its processes dies, SGLang ends this process too (SIGQUIT), and Serve replaces the replica.
+    If one of its processes dies, SGLang ends this process too (SIGQUIT), and Serve replaces the replica.  If it hangs,
+    its requests fail first.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -130,6 +138,13 @@ class SglangEngine:
         self._prefills: dict[str, asyncio.Task[None]] = {}
         self.prompt_queue = PromptQueue()
         self._kv_feed: KvEventFeed | None = None
+        self._tasks = BackgroundTasks(f"replica_id={spec.replica_id}", self._die)
+        self._processes = EngineProcesses()
+        self._progress = ProgressWatch(self._ask, self._processes, lambda: bool(self._under_way))
+        self._under_way: set[asyncio.Timeout] = set()
+        """One for each request that SGLang works on; it expires if the engine dies."""
+        self._death: EngineDead | None = None
+        self._reading: asyncio.Future[Sequence[Load]] | None = None
         self._num_transfers = 0
         self._num_failed_transfers = 0
         self._num_expired_handoffs = 0
@@ -145,6 +160,8 @@ class SglangEngine:
         self._vocab_size = manager.model_config.vocab_size
         self._eos_token_id = getattr(manager.tokenizer, "eos_token_id", None)  # no tokenizer with skip_tokenizer_init
         self._kv_bytes_per_token = surface.kv_bytes_per_token(engine)
+        self._processes.look()
+        self._tasks.keep("sglang-progress", self._progress.run)
         return EngineInfo(
             engine="sglang",
             version=surface.version(),
@@ -302,14 +319,38 @@ class SglangEngine:
         return arguments
 
     async def _outputs(self, arguments: dict[str, Any]) -> AsyncGenerator[Output, None]:
-        """Yield SGLang's outputs of one request.  Closing this early aborts the request.  Raises InvalidRequest."""
+        """Yield SGLang's outputs of one request.  Closing this early aborts the request.
+
+        Raises InvalidRequest or EngineDead.
+        """
         try:
-            outputs = await surface.generate(self._live_engine(), arguments)
-            async with aclosing(outputs):
-                async for output in outputs:
-                    yield output
+            async with self._until_it_dies():
+                outputs = await surface.generate(self._live_engine(), arguments)
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        self._progress.on_step()
+                        yield output
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
+
+    @asynccontextmanager
+    async def _until_it_dies(self) -> AsyncGenerator[None, None]:
+        """Raise EngineDead in the block if the engine dies meanwhile: SGLang would let the request wait for ever."""
+        death = asyncio.timeout(None)
+        self._under_way.add(death)
+        try:
+            async with death:
+                yield
+        except TimeoutError:
+            if not death.expired() or self._death is None:
+                raise
+            raise self._death from None
+        finally:
+            self._under_way.discard(death)
+
+    async def _ask(self) -> None:
+        """Return when the scheduler has answered, which it does between two batches."""
+        await self._live_engine().tokenizer_manager.get_internal_state()
 
     async def _check_reachable(self, descriptor: TransferDescriptor) -> None:
         """Raise PrefillFailed if the prefill engine does not listen.  SGLang itself would try for many seconds."""
@@ -362,7 +403,7 @@ class SglangEngine:
 
     async def stats(self) -> EngineStats:
         await self.check_health()
-        loads = self._live_engine().tokenizer_manager.load_snapshot_reader.read_all()
+        loads = await self._read_loads()
         used_tokens = sum(load.num_used_tokens for load in loads)
         return EngineStats(
             num_running=sum(load.num_running_reqs for load in loads)
@@ -378,6 +419,16 @@ class SglangEngine:
             transport=self.transport_watch.transport,
         )
 
+    async def _read_loads(self) -> Sequence[Load]:
+        """Return the load of each rank.  Raises EngineFailed if a scheduler does not let go of it."""
+        if self._reading is None or self._reading.done():
+            reader = self._live_engine().tokenizer_manager.load_snapshot_reader
+            self._reading = asyncio.ensure_future(asyncio.to_thread(reader.read_all))
+        await asyncio.wait([self._reading], timeout=LOAD_TIMEOUT_S)
+        if not self._reading.done():
+            raise EngineFailed(f"SGLang did not tell its load within {LOAD_TIMEOUT_S} s")
+        return self._reading.result()
+
     def kv_events(self) -> AsyncGenerator[list[KvEvent], None]:
         return follow(self._kv_feed)
 
@@ -388,17 +439,28 @@ class SglangEngine:
             raise EngineDead
 
     def _live_engine(self) -> surface.Engine:
-        """Return the engine.  Raises EngineDead before it was started and after it was stopped."""
-        if self._engine is None:
-            raise EngineDead("the engine does not run")
+        """Return the engine.  Raises EngineDead before it was started, when it hangs, and after it was stopped."""
+        if self._engine is None or self._death is not None:
+            raise self._death or EngineDead("the engine does not run")
         return self._engine
 
+    def _die(self, death: EngineDead) -> None:
+        """Fail what runs, and end the processes, which may be stopped.
+
+        SGLang's own watch ends this process then.  Until its next look the requests can tell why they failed.
+        """
+        self._death = death
+        for request in self._under_way:
+            request.reschedule(asyncio.get_running_loop().time())
+        self._processes.kill()
+
     async def stop(self) -> None:
+        await self._tasks.stop()
         for task in list(self._prefills.values()):
             task.cancel()
         if self._engine is not None:
             engine, self._engine = self._engine, None
-            await asyncio.to_thread(engine.shutdown)
+            await asyncio.to_thread(engine.shutdown)  # kills all of its processes
         if self._kv_feed is not None:
             self._kv_feed.close()
 

@@ -105,6 +105,8 @@ class TokenizerManager(Protocol):
 
     def auto_create_handle_loop(self) -> None: ...
 
+    async def get_internal_state(self) -> Sequence[dict[str, Any]]: ...
+
 
 class ServerArgs(Protocol):
     page_size: int | None

@@ -23,14 +23,18 @@ from typing import Any
 
 import msgspec
 
+from app.background import BackgroundTasks
 from app.engine_defaults import cpu_defaults
 from app.engines.base import EngineInfo, EngineSpec
 from app.engines.kv_events import KvEventFeed, follow
 from app.engines.plugins import cpu_waits, nixl_pull
 from app.engines.plugins.owner_watch import owner_environment
+from app.engines.processes import EngineProcesses
+from app.engines.progress import ProgressWatch
 from app.engines.prompt_queue import PromptQueue
 from app.engines.transport import watch_transport
 from app.engines.vllm_surface import (
+    A_QUESTION,
     ASK_FOR_HANDOFF,
     ENDED_BY_AN_ERROR,
     SCHEDULED,
@@ -184,7 +188,9 @@ class VllmEngine:
         self._running: dict[str, _Running] = {}
         self.prompt_queue = PromptQueue()
         self._kv_feed: KvEventFeed | None = None
-        self._pump_task: asyncio.Task[None] | None = None
+        self._tasks = BackgroundTasks(f"replica_id={spec.replica_id}", self._die)
+        self._processes = EngineProcesses()
+        self._progress = ProgressWatch(self._ask, self._processes)
         self._death: EngineDead | None = None
         self._scheduler_stats: SchedulerStats | None = None
         self._moved = ConnectorStats()
@@ -194,7 +200,9 @@ class VllmEngine:
         os.environ.update(self._environment())
         # Loading takes from seconds to many minutes.  It runs in a thread, as the loop must go on answering Serve.
         self._core, self._input_processor = await asyncio.to_thread(self._start_core)
-        self._pump_task = asyncio.create_task(self._pump(), name="vllm-pump")
+        self._processes.look()
+        self._tasks.need("vllm-pump", self._pump)
+        self._tasks.keep("vllm-progress", self._progress.run)
         import vllm
 
         config = self._live_core().vllm_config
@@ -377,12 +385,13 @@ class VllmEngine:
                 await core.abort_requests_async([core_id])
 
     async def _pump(self) -> None:
-        """Hand out the outputs of each engine step until the engine core dies."""
+        """Hand out the outputs of each engine step until the engine core dies.  Raises EngineDead then."""
         EngineDeadError = dead_error()
         core = self._live_core()
         try:
             while True:
                 step = await core.get_output_async()
+                self._progress.on_step()
                 if step.scheduler_stats is not None:
                     self._record(step.scheduler_stats)
                 for output in step.outputs:
@@ -390,7 +399,14 @@ class VllmEngine:
                     if running := self._running.get(output.request_id):
                         _hand_out(output, running)
         except EngineDeadError:
-            self._end(EngineDead())
+            raise EngineDead from None
+
+    async def _ask(self) -> None:
+        """Return when the engine core has answered, which it does between two steps."""
+        try:
+            await self._live_core().call_utility_async(A_QUESTION)
+        except dead_error():
+            raise EngineDead from None
 
     def _record(self, stats: SchedulerStats) -> None:
         self._scheduler_stats = stats
@@ -430,6 +446,7 @@ class VllmEngine:
         return follow(self._kv_feed)
 
     async def check_health(self) -> None:
+        """Raise EngineDead if the core has ended, hangs, or nobody hands its outputs out."""
         if self._live_core().resources.engine_dead:
             raise EngineDead
 
@@ -444,14 +461,19 @@ class VllmEngine:
         for running in self._running.values():
             running.fail(self._death)
 
+    def _die(self, death: EngineDead) -> None:
+        """Fail what runs, and end the processes: nobody reads any more what they put out, and they may be stopped."""
+        self._end(death)
+        self._processes.kill()
+
     async def stop(self) -> None:
         self._end(EngineDead("the engine was stopped"))
-        if self._pump_task is not None:
-            self._pump_task.cancel()
-            self._pump_task = None
+        await self._tasks.stop()
+        self._processes.look()  # its workers are nobody's descendants once the core has ended
         if self._core is not None:
             core, self._core = self._core, None
             await asyncio.to_thread(core.shutdown, 2.0)
+        self._processes.kill()
         if self._kv_feed is not None:
             self._kv_feed.close()
 

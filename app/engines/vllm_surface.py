@@ -29,6 +29,9 @@ ASK_FOR_HANDOFF = {
 SCHEDULED = "SCHEDULED"
 """The name of the event that a request got its first place in a step; a request that pulls KV gets it afterwards."""
 
+A_QUESTION = "is_scheduler_paused"
+"""The method of the engine core that `Core.call_utility_async` has it call between two steps; it only reads a field."""
+
 ENDED_BY_AN_ERROR = "error"
 """The finish_reason of a request that failed inside the engine core."""
 
@@ -134,6 +137,8 @@ class Core(Protocol):
 
     async def get_output_async(self) -> StepOutputs: ...
 
+    async def call_utility_async(self, method: str) -> Any: ...
+
     def shutdown(self, timeout: float) -> None: ...
 
 
@@ -199,6 +204,7 @@ def check_names(*, is_disaggregated: bool) -> None:
             EngineCoreRequest,
             FinishReason,
         )
+        from vllm.v1.engine.core import EngineCore
         from vllm.v1.engine.input_processor import InputProcessor as VllmInputProcessor
         from vllm.v1.metrics import stats
         from vllm.v1.outputs import LogprobsLists as VllmLogprobsLists
@@ -218,6 +224,7 @@ def check_names(*, is_disaggregated: bool) -> None:
         for found, protocol in used:
             check_protocol(found, protocol)
         check_attributes(EngineCoreEventType, SCHEDULED)
+        check_attributes(EngineCore, A_QUESTION)
         if ENDED_BY_AN_ERROR not in map(str, FinishReason):
             raise AttributeError(f"no request ends with {ENDED_BY_AN_ERROR!r}")
     if is_disaggregated:

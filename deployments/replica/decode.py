@@ -46,20 +46,23 @@ class DecodeWorker(Worker):
         """`prefill` is the handle of the pool that KV comes from; None if there is none."""
         self._prefill = prefill
         self._links: LinkKeeper | None = None
+        self._record: LinkRecord
         self._handoffs = HandoffRendezvous(self._release)
         await super().__init__(config, device)
         self._sequences.transport_from = self._transport_from
         self._server.on_open = lambda channel: self._handoffs.open(channel.id)
         self._server.on_close = lambda channel: self._handoffs.close(channel.id)
-        self._record = LinkRecord(self._application, self._replica_id)
         if self._links is not None:
+            self._record = LinkRecord(self._application, self._replica_id, self._background)
             self._links.on_change = self._publish_links
             self._publish_links(self._links.links())
 
     async def _connect(self, spec: EngineSpec) -> None:
         """Probe the prefill replicas.  Raises ConfigError if none can be reached by the required transport."""
         if self._prefill is not None:
-            self._links = LinkKeeper(spec, self._engine, RayPrefillPeers(self._prefill, self._replica_id))
+            self._links = LinkKeeper(
+                spec, self._engine, RayPrefillPeers(self._prefill, self._replica_id), self._background
+            )
             await self._links.start(self._info, can_prefill=self._model.can_decode_prefill)
 
     def _publish_links(self, links: list[Link]) -> None:
@@ -134,9 +137,8 @@ class DecodeWorker(Worker):
         return msgspec.structs.replace(stats, num_probes=num_probes)
 
     async def __del__(self) -> None:
-        if self._links is not None:
-            await self._links.stop()
         if hasattr(self, "_record"):
+            await self._background.stop("links")
             await self._record.remove()
         await super().__del__()
 

@@ -22,6 +22,7 @@ from typing import Protocol
 
 import msgspec
 
+from app.background import BackgroundTasks
 from app.engines.base import Engine, EngineInfo, EngineSpec
 from app.engines.probe_request import probe_request
 from app.errors import BatonError, ConfigError, EngineDead, PrefillFailed
@@ -96,7 +97,7 @@ class _Known(msgspec.Struct, frozen=True):
 class LinkKeeper:
     """Probes the prefill replicas, and keeps what it found."""
 
-    def __init__(self, spec: EngineSpec, engine: Engine, peers: PrefillPeers) -> None:
+    def __init__(self, spec: EngineSpec, engine: Engine, peers: PrefillPeers, background: BackgroundTasks) -> None:
         self.on_change: Callable[[list[Link]], object] = lambda links: None
         self.num_probes = 0
         """How often KV of a probe has arrived."""
@@ -108,7 +109,7 @@ class LinkKeeper:
         """Replicas that have gone and whose links were usable; monotonic times."""
         self._long_tokens = SHORT_TOKENS
         self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._background = background
 
     def links(self) -> list[Link]:
         return [known.link for known in self._known.values()]
@@ -143,7 +144,7 @@ class LinkKeeper:
             )
         if not self._known:
             logger.warning("no prefill replica is ready yet; each is probed when it comes")
-        self._task = asyncio.create_task(self._follow(), name="links")
+        self._background.keep("links", self._follow)
 
     async def _wait_for_change(self, timeout_s: float | None) -> None:
         """Wait until there are other prefill replicas than those that are known, at most `timeout_s` seconds."""
@@ -157,11 +158,7 @@ class LinkKeeper:
 
     async def _follow(self) -> None:
         while True:
-            try:
-                await self._probe_due()
-            except EngineDead as error:  # Serve finds out as well
-                logger.warning("replica_id=%s probes no longer: %s", self._spec.replica_id, error)
-                return
+            await self._probe_due()
             retries = [known.retry_at for known in self._known.values() if known.link.problem]
             await self._wait_for_change(max(0.0, min(retries) - time.monotonic()) if retries else None)
 
@@ -269,8 +266,3 @@ class LinkKeeper:
             transferred_bytes=now.transferred_bytes - before.transferred_bytes,
             transfer_s=now.transfer_s - before.transfer_s,
         )
-
-    async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])

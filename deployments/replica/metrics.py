@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import Callable, Sequence
 
 from ray.serve.metrics import Gauge
 
+from app.background import BackgroundTasks
 from app.engines.base import Engine, EngineSpec
-from app.errors import BatonError
 from app.messages import EngineStats, Link
-
-logger = logging.getLogger("baton.worker_metrics")
 
 PERIOD_S = 5.0
 """Half the period in which Ray collects the gauges of a process."""
@@ -46,7 +43,14 @@ OF_LINK: dict[str, tuple[str, str]] = {
 class WorkerMetrics:
     """Exports the metrics of one replica every `PERIOD_S`, even while it is idle."""
 
-    def __init__(self, engine: Engine, count: Callable[[], tuple[int, int]], model: str, spec: EngineSpec) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        count: Callable[[], tuple[int, int]],
+        model: str,
+        spec: EngineSpec,
+        background: BackgroundTasks,
+    ) -> None:
         """`count` is `Worker.num_requests`."""
         self._engine = engine
         self._count = count
@@ -65,18 +69,12 @@ class WorkerMetrics:
         self._kv_transport = gauge(TRANSPORT, "transport", "required")
         self._of_link = {name: gauge(about, "prefill_replica", "transport") for name, about in OF_LINK.items()}
         self._links: dict[tuple[str, str], Link] = {}
-        self._task = asyncio.create_task(self._follow(), name="worker-metrics")
+        background.keep("worker-metrics", self._follow)
 
     async def _follow(self) -> None:
-        try:
-            while True:
-                self._export(await self._engine.stats())
-                await asyncio.sleep(PERIOD_S)
-        except BatonError as error:  # the engine is dead, which Serve finds out as well
-            logger.warning("metrics are exported no longer: %s", error)
-        except Exception:
-            logger.exception("metrics are exported no longer")
-            raise
+        while True:
+            self._export(await self._engine.stats())
+            await asyncio.sleep(PERIOD_S)
 
     def _export(self, stats: EngineStats) -> None:
         sequences, decoding = self._count()
@@ -108,7 +106,3 @@ class WorkerMetrics:
             for name, value in values.items():
                 tags = {"prefill_replica": link.prefill_replica, "transport": link.transport}
                 self._of_link[name].set(math.nan if value is None else value, tags)
-
-    async def stop(self) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import aclosing, suppress
-from typing import Any
+from functools import partial
 
+from app.background import BackgroundTasks
 from app.channel.server import ChannelServer
 from app.engines.base import Engine, EngineInfo
-from app.errors import BatonError
 from app.kv_cache.event_translator import EventTranslator
-from app.messages import AllBlocksCleared, EngineStats, KvUpdate, ReplicaLoad
+from app.messages import EngineStats, KvUpdate, ReplicaLoad
 
 logger = logging.getLogger("baton.publisher")
 
@@ -22,6 +22,10 @@ POLLS_PER_STATS = 10
 """How many polls there are for each call of the engine's `stats`, which costs more and counts the used blocks."""
 FADE_POLL_S = 0.5
 """How often an idle replica looks at what is left of its recent load.  It asks its engine nothing for that."""
+
+
+NOTHING = KvUpdate([], [], is_reset=True)
+"""What is said of a cache of which nothing is known."""
 
 
 class Publisher:
@@ -39,6 +43,7 @@ class Publisher:
         info: EngineInfo,
         server: ChannelServer,
         observe: Callable[[EngineStats], ReplicaLoad],
+        background: BackgroundTasks,
     ) -> None:
         """`observe` is called with each poll.  It gets the engine's last stats, and returns the replica's load."""
         self._replica_id = replica_id
@@ -51,12 +56,11 @@ class Publisher:
         self._will_poll = False
         self._loop = asyncio.get_running_loop()
         self._num_orphans_logged = 0
-        self._tasks = [self._spawn(self._watch_load(), "watch-load")]
+        background.keep("watch-load", self._watch_load)
         server.publish_load(self._load)
         if info.prefix_cache == "published":
-            translator = EventTranslator(info.num_blocks, info.block_size_tokens)
-            server.snapshot = translator.snapshot
-            self._tasks.append(self._spawn(self._follow_cache(translator), "follow-cache"))
+            server.snapshot = lambda: NOTHING
+            background.keep("follow-cache", partial(self._follow_cache, info))
 
     def poll_soon(self) -> None:
         """Publish the load, which is changing now, once everything else in this turn of the event loop has run."""
@@ -85,11 +89,7 @@ class Publisher:
             for _ in range(POLLS_PER_STATS):
                 await asyncio.sleep(POLL_S)
                 self._poll()
-            try:
-                self._stats = await self._engine.stats()
-            except BatonError as error:  # the engine is dead, which Serve finds out as well
-                logger.warning("replica_id=%s tells its load no longer: %s", self._replica_id, error)
-                return
+            self._stats = await self._engine.stats()
             self._poll(always=True)
 
     async def _until_busy(self) -> None:
@@ -102,14 +102,18 @@ class Publisher:
             if not self._is_busy.is_set():
                 self._poll()
 
-    async def _follow_cache(self, translator: EventTranslator) -> None:
+    async def _follow_cache(self, info: EngineInfo) -> None:
+        """Publish what happens to the cache, from a state in which nothing is known to be there."""
+        translator = EventTranslator(info.num_blocks, info.block_size_tokens)
+        self._server.snapshot = translator.snapshot
         try:
             async with aclosing(self._engine.kv_events()) as batches:
                 async for events in batches:
                     self._publish_kv(translator.apply(events))
                     self._log_orphans(translator)
-        finally:  # nobody follows any more, so nothing is known to be there
-            self._publish_kv(translator.apply([AllBlocksCleared()]))
+        finally:  # nobody follows any more
+            self._server.snapshot = lambda: NOTHING
+            self._publish_kv(NOTHING)
 
     def _publish_kv(self, update: KvUpdate) -> None:
         if update.is_reset:
@@ -122,17 +126,3 @@ class Publisher:
         if translator.num_orphans > 2 * self._num_orphans_logged:
             self._num_orphans_logged = translator.num_orphans
             logger.warning("replica_id=%s cached blocks left out so far: %d", self._replica_id, translator.num_orphans)
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(work, name=name)
-        task.add_done_callback(self._log_failure)
-        return task
-
-    def _log_failure(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("replica_id=%s %s failed", self._replica_id, task.get_name(), exc_info=error)
-
-    async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.wait(self._tasks)

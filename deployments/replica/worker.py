@@ -13,13 +13,14 @@ import ray
 from ray import serve
 
 from app.autoscaling.load import LoadMeter
+from app.background import BackgroundTasks
 from app.channel.protocol import Submit
 from app.channel.server import ChannelServer, FrontendChannel
 from app.config import BatonConfig, PoolConfig
 from app.engines.base import Engine, EngineInfo, EngineSpec
 from app.engines.pace_measurement import measure_pace
 from app.engines.registry import create_engine
-from app.errors import InvalidRequest, ReplicaLost
+from app.errors import EngineDead, InvalidRequest, ReplicaLost
 from app.messages import EngineStats, ReplicaInfo, ReplicaLoad, Role
 from app.models.source import local_path
 from app.pace import Pace
@@ -31,6 +32,9 @@ from deployments.replica.publisher import Publisher
 from deployments.replica.sequences import Sequences
 
 logger = logging.getLogger("baton.worker")
+
+HEALTH_POLL_S = 0.2
+"""How often a replica looks whether its engine lives.  Serve asks less often, and acts on the third answer only."""
 
 MEASUREMENT_TIMEOUT_S = 120.0
 """The longest time that an engine's measurement may take, what it compiles at first use included."""
@@ -57,6 +61,8 @@ class Worker:
         pool = self._model.pool(self.role)
         assert pool is not None
         spec = self._spec(pool, device)
+        self._background = BackgroundTasks(f"replica_id={self._replica_id}", self._leave)
+        self._death: EngineDead | None = None
         self._engine: Engine = self.create_engine(pool.engine, spec)
         try:
             with keep_serve_logging():
@@ -64,15 +70,19 @@ class Worker:
             self._pace = self._engine.prompt_queue.pace = await self._measure_pace(spec)
             await self._connect(spec)
         except BaseException:
+            await self._background.stop()
             await self._engine.stop()
             raise
         self._recent = RecentLoad(self._pace)
         self._sequences = Sequences(self._engine, self._meter, self._recent)
         self._server = ChannelServer(self._replica_id, self._serve)
-        self._publisher = Publisher(self._replica_id, self._engine, self._info, self._server, self._observe)
+        self._publisher = Publisher(
+            self._replica_id, self._engine, self._info, self._server, self._observe, self._background
+        )
         self._sequences.on_change = self._server.on_backlog = self._publisher.poll_soon
-        self._metrics = WorkerMetrics(self._engine, self.num_requests, self._model.name, spec)
+        self._metrics = WorkerMetrics(self._engine, self.num_requests, self._model.name, spec, self._background)
         self._channel_address = await self._server.start(self._node_ip)
+        self._background.need("engine-health", self._watch_health)
         freeze_heap()
         logger.info("role=%s replica_id=%s engine=%s device=%s ready", self.role, self._replica_id, self._info, device)
 
@@ -114,6 +124,21 @@ class Worker:
 
     async def _connect(self, spec: EngineSpec) -> None:
         """Make this replica's connections to others.  The engine runs, but nobody knows of this replica yet."""
+
+    async def _watch_health(self) -> None:
+        """Watch until the engine is dead.  Raises EngineDead then."""
+        while True:
+            await self._engine.check_health()
+            await asyncio.sleep(HEALTH_POLL_S)
+
+    def _leave(self, death: EngineDead) -> None:
+        """Let no frontend choose this replica any more, long before Serve replaces it.
+
+        The channels close after everything that their sequences still say, and nobody can connect again.
+        """
+        if self._death is None:
+            self._death = death
+            self._leaving = asyncio.create_task(self._server.stop(), name="leave")
 
     async def _serve(self, channel: FrontendChannel, call: Submit) -> None:
         self._publisher.poll_soon()
@@ -217,6 +242,9 @@ class Worker:
         return await self._engine.stats()
 
     async def check_health(self) -> None:
+        """Raise EngineDead if the engine, or what this replica needs beside it, is dead."""
+        if self._death is not None:
+            raise self._death
         await self._engine.check_health()
 
     async def drain(self) -> None:
@@ -230,8 +258,7 @@ class Worker:
         """
         if hasattr(self, "_channel_address"):
             await self.drain()
-            await self._publisher.stop()
-            await self._metrics.stop()
+            await self._background.stop()
             await self._server.stop()
         if hasattr(self, "_engine"):
             await self._engine.stop()

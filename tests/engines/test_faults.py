@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from threading import Semaphore
+from typing import Any
 
+import httpx
+import openai
 import psutil
 import pytest
 from ray.exceptions import RayActorError
 
 from app.cli.verify import compare_output
+from app.engines import progress
 from app.errors import EngineDead, ReplicaLost
 from tests.conftest import eventually, wait_until
 from tests.engines.conftest import SGLANG_AGGREGATED, START_TIMEOUT_S, Baton, Load, engine_processes
@@ -89,6 +94,46 @@ def test_killed_decode_replica_takes_its_engine_along_and_comes_back(real: Baton
     before = real.count_prefills("remote")
     real.complete("Hello again")
     assert real.count_prefills("remote") > before
+
+
+def test_a_decode_engine_that_hangs_is_out_of_routing_soon_and_replaced(real: Baton) -> None:
+    """A stopped process is there, but makes no step; with tensor parallelism, or by a deadlock, others hang with it."""
+    replica = real.replica_process("decode")
+    engine = engine_processes(replica)
+    step_s = real.pace.settle_s  # no step of the engine has taken longer
+    patience_s = min(progress.IDLE_CEILING_S, max(progress.IDLE_FLOOR_S, progress.PATIENCE * step_s))
+    soon_s = progress.REST_S + patience_s + 5
+    with ThreadPoolExecutor(6) as pool:
+        first_tokens = Semaphore(0)
+        streams = [pool.submit(stream, real, number, first_tokens) for number in range(6)]
+        for _ in streams:
+            assert first_tokens.acquire(timeout=60)
+        engine[-1].suspend()
+        began = time.monotonic()
+        wait_until(lambda: real.health()["state"] == "unavailable", soon_s, "out of routing")
+        refused = real.post("/v1/completions", prompt="Hello", max_tokens=4)
+        assert refused.status_code == 503
+        for each in streams:
+            assert not each.result(timeout=soon_s), "its tokens could not come"
+        print(f"{real.engine}: out of routing and all streams ended {time.monotonic() - began:.1f} s after the stop")
+    _, alive = psutil.wait_procs([*engine, replica], timeout=60)
+    assert all(map(has_ended, alive)), "a process is left"
+    real.wait_until_healthy()
+    print(f"{real.engine}: replaced after {time.monotonic() - began:.1f} s")
+    assert real.post("/v1/completions", prompt="Hello", max_tokens=4).status_code == 200
+
+
+def stream(baton: Baton, number: int, first_tokens: Semaphore) -> bool:
+    """Stream an answer that is longer than the test.  Returns whether it came whole."""
+    options: dict[str, Any] = {"max_tokens": 3000, "extra_body": {"ignore_eos": True}, "stream": True}
+    try:
+        chunks = iter(baton.complete([400 + number, *range(500, 600)], **options))
+        next(chunks)
+        first_tokens.release()
+        *_, last = chunks
+        return bool(last.choices[0].finish_reason == "length")
+    except (openai.APIError, httpx.HTTPError):
+        return False
 
 
 def test_verify_passes_after_restarts(sglang: Baton) -> None:

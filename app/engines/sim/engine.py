@@ -3,7 +3,8 @@
 1. `_drive` lets the scheduler compute a step, lets the step's time (divided by `speed_up`) pass, then emits all of
    its tokens in one turn of the event loop.
 2. `prefill` keeps the prompt's blocks under a lease; the descriptor says at which port they can be had.
-3. `generate` with a descriptor pulls them there (app/engines/sim/transfer.py).  Its tokens depend on what arrived, so
+3. If a fault makes it hang, its watch notices after a while, as that of an engine in a process of its own.
+4. `generate` with a descriptor pulls them there (app/engines/sim/transfer.py).  Its tokens depend on what arrived, so
    the KV of another prompt gives other tokens.
 
 It accepts sampling parameters that can have no effect here, for instance temperature, and refuses those whose result
@@ -22,7 +23,9 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from app import __version__
+from app.background import BackgroundTasks
 from app.engines.base import EngineInfo, EngineSpec
+from app.engines.progress import ProgressWatch
 from app.engines.prompt_queue import Leave, PromptQueue
 from app.engines.sim.faults import Fault, FaultKind, FaultPlan
 from app.engines.sim.profile import load_profile
@@ -160,6 +163,8 @@ class SimEngine:
         self._kv_changed = asyncio.Event()
         self._handoffs = HandoffServer(self._free)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._background = BackgroundTasks(f"replica_id={spec.replica_id}", self._die)
+        self._progress = ProgressWatch(self._ask, _NoProcesses())
         self._death: EngineDead | None = None
         self._is_hung = False
         self._num_transfers = 0
@@ -178,7 +183,8 @@ class SimEngine:
         if self._spec.is_disaggregated and self._spec.role == "prefill":
             await self._handoffs.start(self._spec.kv_host, self._spec.kv_port)
         await asyncio.sleep(arguments.startup_s)
-        self._spawn(self._drive(), "sim-steps")
+        self._background.need("sim-steps", self._drive)
+        self._background.keep("sim-progress", self._progress.run)
         return EngineInfo(
             engine="sim",
             version=__version__,
@@ -209,26 +215,29 @@ class SimEngine:
         return task
 
     async def _drive(self) -> None:
-        """Step for ever."""
-        try:
-            clock = _Clock(self._args.speed_up)
-            while not self._is_hung:
-                step = self._scheduler.step()
-                if self._prefix_cache == "published" and self._scheduler.pool.has_events:
-                    self._kv_changed.set()
-                if step is None:
-                    self._wake.clear()
-                    await self._wake.wait()
-                    clock.restart()
-                    continue
-                for sequence in step.pulls:
-                    self._begin_pull(self._runs[sequence])
-                slow = self._faults.strike("slow_step")
-                await clock.let_pass(step.duration_s * (slow.factor if slow else 1.0))
-                self._hand_out(step)
-        except Exception as error:
-            logger.exception("the sim engine broke")
-            self._die(EngineDead(repr(error)))
+        """Step until it hangs, and then for ever do nothing."""
+        clock = _Clock(self._args.speed_up)
+        while not self._is_hung:
+            step = self._scheduler.step()
+            if self._prefix_cache == "published" and self._scheduler.pool.has_events:
+                self._kv_changed.set()
+            if step is None:
+                self._wake.clear()
+                await self._wake.wait()
+                clock.restart()
+                continue
+            for sequence in step.pulls:
+                self._begin_pull(self._runs[sequence])
+            slow = self._faults.strike("slow_step")
+            await clock.let_pass(step.duration_s * (slow.factor if slow else 1.0))
+            self._hand_out(step)
+            self._progress.on_step()
+        await asyncio.Event().wait()
+
+    async def _ask(self) -> None:
+        """Answer at once, even during a step, unless a fault has made the engine hang."""
+        if self._is_hung:
+            await asyncio.Event().wait()
 
     def _hand_out(self, step: Step) -> None:
         runs = self._runs
@@ -296,11 +305,11 @@ class SimEngine:
         return True
 
     def _die(self, death: EngineDead) -> None:
-        self._death = death
+        self._death = self._death or death
         self._is_hung = True
         self._kv_changed.set()
         for run in self._runs.values():
-            run.fail(death)
+            run.fail(self._death)
         self._handoffs.stop()
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
@@ -463,10 +472,23 @@ class SimEngine:
     async def stop(self) -> None:
         if self._death is None:
             self._die(EngineDead("the engine was stopped"))
+        await self._background.stop()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _NoProcesses:
+    """What `ProgressWatch` finds of an engine that is part of this process."""
+
+    def look(self) -> None: ...
+
+    def stopped(self) -> list[int]:
+        return []
+
+    def cpu_s(self) -> float:
+        return 0.0
 
 
 class _Clock:

@@ -21,7 +21,7 @@ class Fault(BaseModel):
     `prefill_error`       the prefill ends with an internal error       a prefill
     `decode_error`        the request ends with an internal error       a generate
     `engine_death`        the engine is dead from then on               a request
-    `hang`                the engine makes no more steps, unnoticed     a request
+    `hang`                the engine makes no more steps                a request
     `transfer_failure`    the pull fails when it has begun              a pull
     `slow_step`           the step lasts `factor` times as long         a step
     ====================  ============================================  ===========

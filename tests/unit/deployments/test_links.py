@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from app.background import BackgroundTasks
 from app.engines.base import EngineInfo, EngineSpec
 from app.engines.transport import NamedTransport
 from app.errors import ConfigError, EngineDead, PrefillFailed
@@ -162,7 +163,10 @@ class Decode:
             "transfer_timeout_s": 5.0,
             **fields,
         }
-        self.keeper = LinkKeeper(EngineSpec(**spec), self.engine, self.peers)  # type: ignore[arg-type]
+        self.deaths: list[EngineDead] = []
+        self.background = BackgroundTasks("d", self.deaths.append)
+        engine: Any = self.engine
+        self.keeper = LinkKeeper(EngineSpec(**spec), engine, self.peers, self.background)
         self.can_prefill = True
         self.published: list[list[Link]] = []
         self.keeper.on_change = self.published.append
@@ -183,7 +187,7 @@ async def decode(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Decode]:
     monkeypatch.setattr(module, "STATS_TIMEOUT_S", 0.05)
     made = Decode()
     yield made
-    await made.keeper.stop()
+    await made.background.stop()
 
 
 async def test_a_probe_measures_a_pair_before_the_replica_is_ready(decode: Decode) -> None:
@@ -228,7 +232,7 @@ async def test_nobody_has_to_tell_if_any_transport_will_do(monkeypatch: pytest.M
     decode.engine.transport_watch.evidence = None
     await decode.start("p")
     assert decode.problems() == {"p": ""}
-    await decode.keeper.stop()
+    await decode.background.stop()
 
 
 async def test_decode_does_not_start_if_every_pair_falls_short(decode: Decode) -> None:
@@ -265,7 +269,7 @@ async def test_a_prefill_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch)
     await decode.start("p")
     assert decode.problems() == {"p": "the probe failed: TimeoutError"}
     assert (decode.peers.abandoned, decode.peers.probing) == (["p"], [])
-    await decode.keeper.stop()
+    await decode.background.stop()
 
 
 async def test_kv_that_decode_computed_itself_proves_nothing(decode: Decode) -> None:
@@ -316,10 +320,17 @@ async def test_a_replica_whose_own_engine_is_dead_probes_no_longer(decode: Decod
     decode.engine.is_dead = True
     decode.peers.failing["p"] = EngineDead()
     decode.peers.become("p")
-    task = decode.keeper._task
-    assert task is not None
-    await until(task.done)
+    await until(lambda: decode.deaths)
     assert decode.keeper.links() == []
+
+
+async def test_after_an_error_the_pool_is_followed_again(decode: Decode) -> None:
+    await decode.start()
+    ready, decode.peers.ready = decode.peers.ready, lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    decode.peers.become("p")
+    await asyncio.sleep(0.01)
+    decode.peers.ready = ready  # type: ignore[method-assign]
+    await until(lambda: decode.keeper.is_usable("p"))
 
 
 async def test_a_dead_engine_over_there_is_a_failed_probe(decode: Decode) -> None:
@@ -398,7 +409,7 @@ async def test_stopping_ends_a_probe_that_is_under_way(decode: Decode) -> None:
     decode.peers.become("p")
     await until(lambda: decode.peers.probing == ["p"])
     async with asyncio.timeout(5):
-        await decode.keeper.stop()
+        await decode.background.stop()
     assert (decode.peers.abandoned, decode.peers.probing) == (["p"], [])
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from app.background import BackgroundTasks
 from app.engines.base import EngineSpec
 from app.engines.prompt_queue import PromptQueue
 from app.errors import EngineDead
@@ -56,7 +56,7 @@ class Engine:
         self.prompt_queue.queued_tokens = 300
         self.error: Exception | None = None
         self.num_polls = 0
-        self.polling: asyncio.Task[None]
+        self.deaths: list[EngineDead] = []
         self.metrics: WorkerMetrics
 
     async def stats(self) -> EngineStats:
@@ -73,10 +73,10 @@ async def engine(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
     monkeypatch.setattr(worker_metrics, "Gauge", Gauge)
     Gauge.exported = {}
     engine: Any = Engine()
-    metrics = WorkerMetrics(engine, lambda: (5, 3), "m", SPEC)
-    engine.metrics, engine.polling = metrics, metrics._task
+    background = BackgroundTasks("r", engine.deaths.append)
+    engine.metrics = WorkerMetrics(engine, lambda: (5, 3), "m", SPEC, background)
     yield engine
-    await metrics.stop()
+    await background.stop()
 
 
 def exported(name: str, *tags: str) -> float | None:
@@ -119,13 +119,17 @@ async def test_a_replica_has_one_transport_at_a_time(engine: Engine) -> None:
     assert exported("baton_kv_transport", "rc", "rdma") == 0
 
 
-@pytest.mark.parametrize("error", [EngineDead("gone"), RuntimeError("broken")])
-async def test_an_engine_that_says_nothing_any_more_is_left_alone_and_logged(
-    engine: Engine, error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
-    await until(lambda: engine.num_polls > 0)
-    engine.error = error
-    with caplog.at_level(logging.WARNING, logger="baton.worker_metrics"):
-        await until(engine.polling.done)
-    assert "metrics are exported no longer" in caplog.text
-    engine.polling.exception()
+async def test_a_dead_engine_is_left_alone_and_said(engine: Engine) -> None:
+    engine.error = EngineDead("gone")
+    await until(lambda: engine.deaths == [engine.error])
+    num_polls = engine.num_polls
+    await asyncio.sleep(0.02)
+    assert engine.num_polls == num_polls
+
+
+async def test_after_an_error_the_export_goes_on(engine: Engine) -> None:
+    engine.error = RuntimeError("broken")
+    polls = engine.num_polls
+    await until(lambda: engine.num_polls > polls)
+    engine.error, engine.answer = None, EngineStats(num_blocks=7)
+    await until(lambda: exported("baton_kv_blocks") == 7)

@@ -79,6 +79,15 @@ def test_child_and_grandchild_die_with_an_owner_that_is_killed(family: tuple[sub
         assert select.select([descriptor], [], [], DEADLINE_S)[0], "still alive"
 
 
+def test_they_die_with_it_even_if_they_are_stopped(family: tuple[subprocess.Popen[str], list[int]]) -> None:
+    owner, descendants = family
+    for descriptor in descendants:
+        signal.pidfd_send_signal(descriptor, signal.SIGSTOP)
+    owner.kill()
+    for descriptor in descendants:
+        assert select.select([descriptor], [], [], DEADLINE_S)[0], "still alive"
+
+
 def test_a_process_whose_owner_is_already_gone_dies_at_once() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

@@ -7,6 +7,7 @@ import gc
 import json
 import multiprocessing
 import socket
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +19,7 @@ import msgspec
 import pytest
 
 from app.config import parse
+from app.engines import progress
 from app.engines.base import EngineInfo, EngineSpec
 from app.engines.owned_args import OWNED_ARGS
 from app.engines.registry import create_engine
@@ -68,7 +70,16 @@ class FakeSglang:
         self.loads: list[Any] = []
         self.pids: list[int | None] = []
         self.num_shutdowns = 0
-        self.tokenizer_manager = SimpleNamespace(load_snapshot_reader=SimpleNamespace(read_all=lambda: self.loads))
+        self.answers = True
+        self.num_asked = 0
+        self.tokenizer_manager = SimpleNamespace(
+            load_snapshot_reader=SimpleNamespace(read_all=lambda: self.loads), get_internal_state=self._answer
+        )
+
+    async def _answer(self) -> list[dict[str, Any]]:
+        self.num_asked += 1
+        await (asyncio.sleep(0) if self.answers else asyncio.Event().wait())
+        return [{}]
 
     async def async_generate(self, **arguments: Any) -> AsyncGenerator[dict[str, Any], None]:
         self.asked.append(arguments)
@@ -738,6 +749,53 @@ async def test_it_is_dead_with_any_of_its_processes(start: Start) -> None:
         await engine.stats()
     schedulers[0].kill()
     schedulers[0].join()
+
+
+@pytest.mark.parametrize("script", [[HANG], [output(20), HANG]])
+async def test_if_it_hangs_it_is_dead_and_its_requests_fail(
+    start: Start, monkeypatch: pytest.MonkeyPatch, script: list[Step]
+) -> None:
+    monkeypatch.setattr(progress, "REST_S", 0.01)
+    monkeypatch.setattr(progress, "IDLE_FLOOR_S", 0.1)
+    engine, fake = start(is_disaggregated=False)
+    engine._tasks.keep("sglang-progress", engine._progress.run)
+    fake.scripts = [script]
+    await asyncio.sleep(0.05)
+    assert fake.num_asked == 0, "it has no work"
+    task = asyncio.create_task(engine.generate(request(), None, lambda _: None))
+    await settle(lambda: fake.num_asked > 2, "it was asked")
+    assert not task.done(), "it may take long over one request"
+    fake.answers = False
+    with pytest.raises(EngineDead, match="it made no step for"):
+        await asyncio.wait_for(task, 5)
+    for call in (engine.check_health, engine.stats):
+        with pytest.raises(EngineDead, match="it made no step for"):
+            await call()
+    assert (fake.num_open, len(fake.aborted)) == (0, 1)
+
+
+async def test_a_load_that_a_stopped_scheduler_has_locked_is_given_up(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.engines.sglang.LOAD_TIMEOUT_S", 0.05)
+    engine, fake = start()
+    goes_on = threading.Event()
+    num_reads = 0
+
+    def read_all() -> list[Any]:
+        nonlocal num_reads
+        num_reads += 1
+        goes_on.wait(5)
+        return fake.loads
+
+    fake.tokenizer_manager.load_snapshot_reader.read_all = read_all
+    for _ in range(3):
+        with pytest.raises(EngineFailed, match="did not tell its load"):
+            await engine.stats()
+    assert num_reads == 1, "one thread waits, not one for each call"
+    fake.loads = [load(num_running_reqs=2)]
+    goes_on.set()
+    assert (await engine.stats()).num_running == 2
 
 
 async def test_it_is_dead_before_it_starts() -> None:

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from app.config import parse
+from app.engines import progress
 from app.engines.base import Engine, EngineSpec
 from app.engines.registry import create_engine
 from app.engines.sim.engine import SimEngine, _Clock, parse_args
@@ -496,7 +497,9 @@ async def test_engine_death_ends_every_request_and_shows_in_the_health_check(sta
             assert report.reason == "transfer_failed"
 
 
-async def test_hang_stops_all_tokens_but_not_the_health_check(start: Any) -> None:
+async def test_hang_stops_all_tokens_until_it_is_noticed(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "REST_S", 0.3)
+    monkeypatch.setattr(progress, "IDLE_FLOOR_S", 0.1)
     async with start(faults=[{"kind": "hang", "at": 1, "after_tokens": 2}]) as engine:
         got: list[TokenDelta] = []
         others: list[TokenDelta] = []
@@ -507,11 +510,13 @@ async def test_hang_stops_all_tokens_but_not_the_health_check(start: Any) -> Non
         await asyncio.sleep(0.05)
         assert (len(got), len(others)) == (2, num)
         await engine.check_health()
+        await engine.stats()
         for task in (running, other):
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-        await all_blocks_back(engine)
+            with pytest.raises(EngineDead, match="it made no step for"):
+                await asyncio.wait_for(task, 5)
+        for call in (engine.check_health, engine.stats):
+            with pytest.raises(EngineDead, match="it made no step for"):
+                await call()
 
 
 async def test_transfer_failure_is_computed_on_decode_and_frees_prefill(start: Any) -> None:

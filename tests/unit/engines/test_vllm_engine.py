@@ -11,12 +11,15 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from vllm.v1.engine.exceptions import EngineDeadError
 
+from app.engines import progress
 from app.engines.base import EngineSpec
 from app.engines.vllm import VllmEngine, _phases, samples_first_token
 from app.engines.vllm_surface import PullTimes
 from app.errors import EngineDead, EngineFailed
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
+from tests.unit.waiting import until
 
 REQUEST = GenerateRequest(request_id="r", prompt_token_ids=[1] * 50, sampling={}, expected_cached_tokens=16)
 
@@ -143,6 +146,97 @@ async def test_stopping_ends_what_runs_and_says_that_the_engine_is_dead(spec: En
     with pytest.raises(EngineDead):
         await engine.stats()
     assert engine.prompt_queue.queued_tokens == 0
+
+
+class Running:
+    """An engine core with one request under way, and what the engine does to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, spec: EngineSpec) -> None:
+        self.outputs: asyncio.Queue[Any] = asyncio.Queue()
+        self.answers = True
+        self.num_asked = 0
+        self.config = SimpleNamespace(
+            cache_config=SimpleNamespace(enable_prefix_caching=False, num_gpu_blocks=7, block_size=16),
+            model_config=SimpleNamespace(max_model_len=100),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
+        )
+        self.core = SimpleNamespace(
+            vllm_config=self.config,
+            resources=SimpleNamespace(engine_dead=False),
+            get_output_async=self._output,
+            call_utility_async=self._answer,
+            add_request_async=self._add,
+            abort_requests_async=self._add,
+            shutdown=lambda _: None,
+        )
+        made = SimpleNamespace(request_id="r-1")
+        processor = SimpleNamespace(process_inputs=lambda *_, **__: made, assign_request_id=lambda request: None)
+        monkeypatch.setattr("app.engines.vllm.os", SimpleNamespace(environ={}))
+        monkeypatch.setattr(VllmEngine, "_start_core", lambda _: (self.core, processor))
+        self.engine: Any = VllmEngine(spec)
+        self.killed: list[str] = []
+        monkeypatch.setattr(self.engine._processes, "kill", lambda: self.killed.append("killed"))
+
+    async def _output(self) -> Any:
+        output = await self.outputs.get()
+        if isinstance(output, Exception):
+            raise output
+        return output
+
+    async def _answer(self, method: str) -> bool:
+        self.num_asked += 1
+        assert method == "is_scheduler_paused"
+        await (asyncio.sleep(0) if self.answers else asyncio.Event().wait())
+        return False
+
+    async def _add(self, request: Any) -> None: ...
+
+    async def begin(self) -> asyncio.Task[None]:
+        await self.engine.start()
+        task = asyncio.create_task(self.engine.generate(REQUEST, None, lambda _: None))
+        await until(lambda: self.engine._running)
+        return task
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (EngineDeadError(), "the engine process died"),
+        (ValueError("what is this"), "what is this"),
+        (SimpleNamespace(outputs=None, scheduler_stats=None), "not iterable"),
+    ],
+)
+async def test_whatever_ends_the_handing_out_of_tokens_ends_the_engine(
+    spec: EngineSpec, monkeypatch: pytest.MonkeyPatch, error: Any, said: str
+) -> None:
+    running = Running(monkeypatch, spec)
+    task = await running.begin()
+    running.outputs.put_nowait(error)
+    with pytest.raises(EngineDead, match=said):
+        await asyncio.wait_for(task, 5)
+    with pytest.raises(EngineDead, match=said):
+        await running.engine.check_health()
+    assert running.killed, "nobody would read what it puts out"
+    await running.engine.stop()
+
+
+async def test_an_engine_core_that_hangs_is_dead_and_its_requests_fail(
+    spec: EngineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "REST_S", 0.01)
+    monkeypatch.setattr(progress, "IDLE_FLOOR_S", 0.1)
+    running = Running(monkeypatch, spec)
+    task = await running.begin()
+    await until(lambda: running.num_asked > 2)
+    await running.engine.check_health()
+    running.answers = False
+    with pytest.raises(EngineDead, match="it made no step for"):
+        await asyncio.wait_for(task, 5)
+    for call in (running.engine.check_health, running.engine.stats):
+        with pytest.raises(EngineDead, match="it made no step for"):
+            await call()
+    assert running.killed
+    await running.engine.stop()
 
 
 @pytest.mark.parametrize("caches_prefixes", [True, False])

@@ -1,0 +1,56 @@
+"""The processes of an engine: whether they work, and their end."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import psutil
+
+
+class EngineProcesses:
+    """What this process and its descendants have started since this object was made: one engine.
+
+    It knows the processes that it has seen once, even if their parents have ended since.
+    """
+
+    def __init__(self) -> None:
+        self._others = set(_descendants(psutil.Process()))
+        self._known: set[psutil.Process] = set()
+
+    def look(self) -> None:
+        """Take note of processes that have come or gone.  This reads the machine's whole table of processes."""
+        roots = [psutil.Process(), *self._known]
+        found = {child for root in roots for child in _descendants(root)} | self._known
+        self._known = {process for process in found - self._others if process.is_running()}
+
+    def stopped(self) -> list[int]:
+        """Return the ids of those that a signal has stopped (SIGSTOP), so that they make no step until another does."""
+        stopped = []
+        for process in self._known:
+            with suppress(psutil.NoSuchProcess):
+                if process.status() == psutil.STATUS_STOPPED:
+                    stopped.append(process.pid)
+        return stopped
+
+    def cpu_s(self) -> float:
+        """Return the CPU time that they have used so far, that of their ended children included."""
+        seconds = 0.0
+        for process in self._known:
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                seconds += times.user + times.system + times.children_user + times.children_system
+        return seconds
+
+    def kill(self) -> None:
+        """End them all, also those that are stopped (SIGKILL).  It may be called twice."""
+        self.look()
+        for process in self._known:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        found: list[psutil.Process] = process.children(recursive=True)
+        return found
+    return []
