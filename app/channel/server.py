@@ -140,6 +140,7 @@ class FrontendChannel:
             sequence.close()
 
         task.add_done_callback(on_end)
+        watch(task, lambda error: self._fail(number, EngineFailed(type(error).__name__)))
 
     async def _run(self, number: int, sequence: Coroutine[Any, Any, None]) -> None:
         try:
@@ -317,6 +318,7 @@ class ChannelServer:
         assert task is not None
         self._attending.add(task)
         task.add_done_callback(self._attending.discard)
+        watch(task, lambda _: None)  # its connection has ended with it, and the frontend connects again
         try:
             if (channel := await self._greet(reader, writer)) is not None:
                 await self._attend(channel, reader, writer)

@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from starlette.types import ASGIApp
 
+from app.background import is_watched
 from app.config import parse
 from app.engines.vllm import samples_first_token
 from app.errors import InvalidRequest, NoReplica, Overloaded
@@ -360,3 +361,9 @@ async def test_a_responses_stream_begins_with_its_first_event(ask: Ask) -> None:
     response = await ask("/v1/responses", stream=True)
     assert response.text.startswith("event: response.created\n")
     assert response.text.count("event: response.created\n") == response.text.count("event: response.completed\n") == 1
+
+
+async def test_vllms_server_runs_no_task_that_nobody_watches(ask: Ask) -> None:
+    await ask("/v1/completions")
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    assert [task for task in tasks if not is_watched(task)] == []
