@@ -1,6 +1,7 @@
 """Background tasks with an owner: none of them ends unnoticed.
 
-A task that ends is either started again, or its end is the end of what it works for.
+A task that ends is either started again, or its end is the end of what it works for (`BackgroundTasks`), or whoever
+started it is told of its death (`watch`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
+from weakref import WeakSet
 
 from app.errors import EngineDead
 
@@ -22,6 +24,25 @@ than this begins with the first again."""
 
 Work = Callable[[], Coroutine[Any, Any, None]]
 """Begins anew with each call, and runs until it is cancelled or fails."""
+
+_watched: WeakSet[asyncio.Task[Any]] = WeakSet()
+
+
+def watch(task: asyncio.Task[Any], on_death: Callable[[BaseException], object]) -> None:
+    """Log it if `task` ends by an error, and call `on_death` with that.  A task that is cancelled has not died."""
+
+    def on_end(_: object) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("task=%s died", task.get_name(), exc_info=error)
+            on_death(error)
+
+    _watched.add(task)
+    task.add_done_callback(on_end)
+
+
+def is_watched(task: asyncio.Task[Any]) -> bool:
+    """Whether `task` has an owner who hears of its end."""
+    return task in _watched
 
 
 class BackgroundTasks:
@@ -45,7 +66,9 @@ class BackgroundTasks:
         self._spawn(name, self._need(name, work))
 
     def _spawn(self, name: str, task: Coroutine[Any, Any, None]) -> None:
-        self._tasks.add(asyncio.create_task(task, name=name))
+        spawned = asyncio.create_task(task, name=name)
+        self._tasks.add(spawned)
+        _watched.add(spawned)
 
     async def _keep(self, name: str, work: Work) -> None:
         pause_s = 0.0

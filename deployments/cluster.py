@@ -29,8 +29,8 @@ RAY_FLAGS = {
     # Replicas report their load (deployments/autoscaling.py); by default Serve also counts the calls of handles.
     "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",  # the default, ten loops a second, always takes 2 % of a core
-    # A replica that fails its health checks is killed.  Asked to end in order, one that hangs would keep its GPU for the
-    # whole of graceful_shutdown_timeout_s.
+    # A replica that fails its health checks is killed.  Asked to end in order, one that hangs would keep its GPU for
+    # the whole of graceful_shutdown_timeout_s.
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # An HAProxy that has died is started again after three checks; the default of 10 s makes that half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",

@@ -11,26 +11,33 @@ from typing import Protocol
 
 import msgspec
 
+from app.background import watch
 from app.channel.protocol import (
     CONNECT_TIMEOUT_S,
     ERRORS,
+    MAX_BATCH_BYTES,
     MAX_HELLO_BYTES,
+    MAX_SUBMIT_BYTES,
+    PROTOCOL_VERSION,
     READ_BYTES,
     Backlog,
     Batch,
     Cancel,
     Hello,
     Submit,
+    Welcome,
     decode_batch,
     decode_welcome,
+    length_of,
     read_frames,
     read_one,
     to_frame,
     tune,
 )
-from app.errors import BatonError, ReplicaLost
+from app.errors import BatonError, EngineFailed, InvalidRequest, ReplicaLost
 from app.kv_cache.updates import merge_waiting
 from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta, merge_deltas
+from app.observers import tell
 
 logger = logging.getLogger("baton.channel")
 
@@ -85,6 +92,8 @@ class Channel:
         self._numbers = itertools.count()
         self._sequences: dict[int, SubmittedSequence] = {}
         self._task = asyncio.create_task(self._receive(reader), name=f"channel-{replica_id}")
+        watch(self._task, lambda error: self._end(type(error).__name__))
+        self._task.add_done_callback(lambda _: self._end("its connection ended"))  # even if it was cancelled
 
     @classmethod
     async def connect(cls, replica_id: str, address: dict[str, str], listener: Listener) -> Channel:
@@ -98,32 +107,30 @@ class Channel:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 reader, writer = await asyncio.open_connection(address["host"], int(address["port"]), limit=READ_BYTES)
                 tune(writer)
-                writer.write(to_frame(Hello(address["token"], channel_id)))
+                writer.write(to_frame(Hello(address["token"], channel_id, PROTOCOL_VERSION)))
                 welcome = decode_welcome(await read_one(reader, MAX_HELLO_BYTES))
-            if welcome.replica_id != replica_id:
-                raise ConnectionError(f"{welcome.replica_id} is there instead")
-        except (OSError, TimeoutError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
+            _check(welcome, replica_id)
+        except BaseException as error:  # among them a cancellation, when Serve has removed the replica
             if writer is not None:
                 writer.close()
-            raise ReplicaLost(replica_id, f"cannot be reached: {error!r}") from error
-        except asyncio.CancelledError:  # Serve has removed the replica
-            if writer is not None:
-                writer.close()
+            if isinstance(error, OSError | asyncio.IncompleteReadError | msgspec.DecodeError):
+                raise ReplicaLost(replica_id, f"cannot be reached: {error!r}") from error
             raise
         return cls(replica_id, channel_id, reader, writer, listener)
 
     def submit(
         self, request: GenerateRequest, emit: Callable[[TokenDelta], None], *, has_handoff: bool, local_reason: str
     ) -> SubmittedSequence:
-        """Start a sequence.  Raises ReplicaLost.
+        """Start a sequence.  Raises ReplicaLost, and InvalidRequest if the request cannot be sent.
 
         The caller awaits the sequence's `ended`, and passes it to `finish` whatever happens.
         """
         if self.is_closed:
             raise ReplicaLost(self._replica_id)
-        sequence = SubmittedSequence(next(self._numbers), emit)
-        self._sequences[sequence.number] = sequence
-        self._writer.write(to_frame(Submit(sequence.number, request, has_handoff, local_reason)))
+        number = next(self._numbers)
+        frame = _frame_of(Submit(number, request, has_handoff, local_reason))
+        sequence = self._sequences[number] = SubmittedSequence(number, emit)
+        self._writer.write(frame)
         return sequence
 
     def finish(self, sequence: SubmittedSequence) -> None:
@@ -155,49 +162,79 @@ class Channel:
             return
         self.is_closed = True
         self._writer.close()
-        self.on_close()  # before sequences fail, so that none of them is started here again
+        if not self._is_retired:
+            self.lost.set_result(None)
+        tell(self.on_close)  # before sequences fail, so that none of them is started here again
         for sequence in self._sequences.values():
             sequence.fail(ReplicaLost(self._replica_id, detail))
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
-        detail = "its connection ended"
         try:
-            async for frames in read_frames(reader):
+            async for frames in read_frames(reader, MAX_BATCH_BYTES):
                 self._hand_out(_merge([decode_batch(frame) for frame in frames]))
         except (OSError, msgspec.DecodeError) as error:
-            detail = type(error).__name__
             logger.warning("replica_id=%s connection broke: %r", self._replica_id, error)
-        finally:
-            if not self._is_retired:
-                self.lost.set_result(None)
-            self._end(detail)
+            self._end(type(error).__name__)
 
     def _hand_out(self, batch: Batch) -> None:
         for number, delta in batch.deltas:
             # A frame that was on its way may still hold deltas of a sequence that was cancelled or has failed.
-            if (sequence := self._sequences.get(number)) is None or sequence.ended.done():
-                continue
-            sequence.emit(delta)
-            if delta.finish_reason is not None:
-                del self._sequences[number]
-                sequence.ended.set_result(None)
+            if (sequence := self._sequences.get(number)) is not None and not sequence.ended.done():
+                self._give(sequence, delta)
         for number, failure in batch.failures:
             if (sequence := self._sequences.pop(number, None)) is not None:
-                sequence.fail(ERRORS[failure.error](failure.detail))
+                sequence.fail(ERRORS.get(failure.error, EngineFailed)(failure.detail))
         if batch.load is not None or batch.kv is not None or batch.links is not None:
             # This load no longer counts the sequences that ended just now.  Whoever waits for them has to uncount them
             # first, so the listener is called in the next turn of the event loop.
             asyncio.get_running_loop().call_soon(self._notify, batch)
 
+    def _give(self, sequence: SubmittedSequence, delta: TokenDelta) -> None:
+        """Give a delta to its sequence.  If it cannot be taken, that sequence fails, and no other."""
+        try:
+            sequence.emit(delta)
+        except Exception as error:
+            logger.exception("replica_id=%s a delta was not taken", self._replica_id)
+            sequence.fail(EngineFailed(f"a delta was not taken: {type(error).__name__}"))
+            self.finish(sequence)
+            return
+        if delta.finish_reason is not None:
+            self._sequences.pop(sequence.number, None)
+            if not sequence.ended.done():
+                sequence.ended.set_result(None)
+
     def _notify(self, news: Batch) -> None:
         if self.is_closed or self._is_retired:
             return
         if news.links is not None:
-            self._listener.on_links(self._replica_id, news.links)
-        if news.kv is not None:
-            self._listener.on_kv(self._replica_id, news.kv)
+            tell(self._listener.on_links, self._replica_id, news.links)
+        if news.kv is not None and not tell(self._listener.on_kv, self._replica_id, news.kv):
+            # Later changes would be made to a cache that is not the replica's: better nothing is known of it.
+            tell(self._listener.on_kv, self._replica_id, KvUpdate([], [], is_reset=True))
         if news.load is not None:
-            self._listener.on_load(self._replica_id, news.load)
+            tell(self._listener.on_load, self._replica_id, news.load)
+
+
+def _check(welcome: Welcome, replica_id: str) -> None:
+    """Raise ReplicaLost unless `welcome` comes from this replica and both sides speak the same protocol."""
+    if welcome.problem:
+        raise ReplicaLost(replica_id, f"it refuses this frontend: {welcome.problem}")
+    if welcome.version != PROTOCOL_VERSION:
+        problem = f"it speaks version {welcome.version} of the channel's protocol, and this frontend {PROTOCOL_VERSION}"
+        raise ReplicaLost(replica_id, problem)
+    if welcome.replica_id != replica_id:
+        raise ReplicaLost(replica_id, f"{welcome.replica_id} is there instead")
+
+
+def _frame_of(submit: Submit) -> bytes:
+    """Raises InvalidRequest if the frame is too long, or if a value in it has no form to be sent in."""
+    try:
+        frame = to_frame(submit)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"the request cannot be sent to an engine: {error}") from error
+    if (length := length_of(frame)) > MAX_SUBMIT_BYTES:
+        raise InvalidRequest(f"the request is too large for an engine: {length} bytes of at most {MAX_SUBMIT_BYTES}")
+    return frame
 
 
 def _merge(batches: list[Batch]) -> Batch:

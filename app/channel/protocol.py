@@ -12,6 +12,10 @@ what needs Ray: finding replicas, checking their health, and passing references 
 A frame is its length (4 bytes, little-endian) followed by msgpack.  The first frames are `Hello` from the frontend and
 `Welcome` from the replica.  After that the frontend sends `Submit`, `Cancel` and `Backlog`, and the replica sends
 `Batch`.  Prefill replicas get the prompts whose KV is to move through Ray; submitted to them are whole sequences.
+
+Frontends and replicas of two releases meet during a rolling update.  A field may be added at the end of a message, with
+a default that means what its absence meant: who does not know it skips it.  Any other change needs another
+PROTOCOL_VERSION, and peers with different ones refuse each other (docs/decisions/NEXT-protocol-version.md).
 """
 
 from __future__ import annotations
@@ -26,11 +30,20 @@ import msgspec
 from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
 from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta
 
+PROTOCOL_VERSION = 1
+"""Which messages this process understands."""
+VERSION_OF_OLD_PEERS = 1
+"""The version of the peers that tell none, because they are older than the field."""
 CONNECT_TIMEOUT_S = 5.0
 READ_BYTES = 256 * 1024
 MAX_HELLO_BYTES = 1024
 """The longest frame that is read from a peer before it has shown its token."""
-MAX_FRAME_BYTES = 1 << 30
+MAX_SUBMIT_BYTES = 16 << 20
+"""The longest frame to a replica.  A token takes at most 5 bytes, so there is room for a prompt of two million tokens
+and 6 MiB of sampling parameters.  While a replica decodes a frame it moves no tokens."""
+MAX_BATCH_BYTES = 64 << 20
+"""The longest frame to a frontend.  The largest thing that one sequence brings are the log probabilities of its prompt:
+20 candidates for each of 128 Ki tokens, with 14 bytes for each, are 35 MiB."""
 KEEPALIVE_S = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 """If a peer's machine disappears without closing the connection, this is noticed after 5 + 3 * 2 seconds."""
 UNANSWERED_MS = 10_000
@@ -44,12 +57,18 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
 
     token: str
     channel_id: str
+    version: int = VERSION_OF_OLD_PEERS
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True):
-    """The replica's answer to a good `Hello`."""
+    """The replica's answer to a `Hello` with the right token."""
 
     replica_id: str
+    """Empty if the replica refuses the frontend.  One that does not know the other fields then takes it for another
+    replica, and does not connect either."""
+    version: int = VERSION_OF_OLD_PEERS
+    problem: str = ""
+    """Why the replica refuses the frontend; empty if it does not."""
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -118,32 +137,58 @@ def to_frame(message: msgspec.Struct) -> bytes:
     return _LENGTH.pack(len(content)) + content
 
 
+def length_of(frame: bytes) -> int:
+    """Return how long a frame of `to_frame` is for the bounds above, which do not count the length in front of it."""
+    return len(frame) - _LENGTH.size
+
+
 async def read_one(reader: asyncio.StreamReader, longest: int) -> bytes:
+    """Read the first frame of a connection.  Raises ConnectionError if it is longer than `longest` bytes."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    if length > longest:
-        raise ConnectionError(f"a frame of {length} bytes")
+    _check(length, longest)
     return await reader.readexactly(length)
 
 
-async def read_frames(reader: asyncio.StreamReader) -> AsyncIterator[list[memoryview]]:
-    """Yield all whole frames that have arrived, as soon as there is one.  Ends with the connection."""
+async def read_frames(reader: asyncio.StreamReader, longest: int) -> AsyncIterator[list[memoryview]]:
+    """Yield all whole frames that have arrived, as soon as there is one.  Ends with the connection.
+
+    Raises ConnectionError if a frame is longer than `longest` bytes.
+    """
     waiting = bytearray()
+    end_of_first = _LENGTH.size
     while data := await reader.read(READ_BYTES):
         waiting += data
-        frames, start = [], 0
-        content = memoryview(bytes(waiting))
-        while len(content) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(content, start)
-            if length > MAX_FRAME_BYTES:
-                raise ConnectionError(f"a frame of {length} bytes")
-            end = start + _LENGTH.size + length
-            if end > len(content):
-                break
-            frames.append(content[start + _LENGTH.size : end])
-            start = end
-        if start:
-            del waiting[:start]
-            yield frames
+        if len(waiting) < end_of_first:  # a long frame comes in many parts, none of which is copied again
+            continue
+        ends, end_of_first = _ends_of_frames(waiting, longest)
+        if ends:
+            content = memoryview(waiting)
+            waiting = bytearray(content[ends[-1] :])  # less than one read
+            starts = [0, *ends[:-1]]
+            yield [content[start + _LENGTH.size : end] for start, end in zip(starts, ends, strict=True)]
+
+
+def _ends_of_frames(waiting: bytearray, longest: int) -> tuple[list[int], int]:
+    """Return where each whole frame in `waiting` ends.
+
+    The second result says how many of the bytes behind them are needed to know more: the next frame, or its length.
+    """
+    ends: list[int] = []
+    start = 0
+    while len(waiting) - start >= _LENGTH.size:
+        (length,) = _LENGTH.unpack_from(waiting, start)
+        _check(length, longest)
+        end = start + _LENGTH.size + length
+        if end > len(waiting):
+            return ends, end - start
+        ends.append(end)
+        start = end
+    return ends, _LENGTH.size
+
+
+def _check(length: int, longest: int) -> None:
+    if length > longest:
+        raise ConnectionError(f"a frame of {length} bytes, where {longest} are the most")
 
 
 def tune(writer: asyncio.StreamWriter) -> None:

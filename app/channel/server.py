@@ -7,14 +7,20 @@ import hmac
 import logging
 import secrets
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import msgspec
 
+from app.background import watch
 from app.channel.protocol import (
     CONNECT_TIMEOUT_S,
     ERRORS,
+    MAX_BATCH_BYTES,
     MAX_HELLO_BYTES,
+    MAX_SUBMIT_BYTES,
+    PROTOCOL_VERSION,
     READ_BYTES,
     Backlog,
     Batch,
@@ -24,12 +30,13 @@ from app.channel.protocol import (
     Welcome,
     decode_call,
     decode_hello,
+    length_of,
     read_frames,
     read_one,
     to_frame,
     tune,
 )
-from app.errors import BatonError, EngineFailed
+from app.errors import BatonError, EngineFailed, InvalidRequest
 from app.kv_cache.updates import merge_waiting
 from app.messages import KvUpdate, Link, ReplicaLoad, TokenDelta, merge_deltas
 
@@ -38,6 +45,9 @@ logger = logging.getLogger("baton.channel")
 CLOSE_TIMEOUT_S = 1.0
 PUBLISH_PERIOD_S = 0.005
 """If there are no deltas, load and cache updates are sent at most this often; the first one is sent at once."""
+CANNOT_BE_SENT = (
+    f"one step of the engine brought more than the {MAX_BATCH_BYTES} bytes that can be sent; ask for fewer logprobs"
+)
 MAX_WAITING_BLOCKS = 16_384
 """How many changed blocks of the prefix cache may wait for a frontend.  If there are more, it gets a snapshot."""
 
@@ -60,6 +70,9 @@ class FrontendChannel:
         self.backlog = Backlog()
         """What the frontend said last."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._beginning: dict[int, bool] = {}
+        """Those of `_tasks` that have not begun, and whether each is to be cancelled as soon as it has."""
+        self._once_begun: Callable[[], object] | None = None
         self._deltas: dict[int, TokenDelta] = {}
         self._failures: list[tuple[int, Failure]] = []
         self._load = load
@@ -115,11 +128,23 @@ class FrontendChannel:
             self._timer = self._loop.call_at(self._published_at + PUBLISH_PERIOD_S, self._has_some.set)
 
     def start(self, number: int, sequence: Coroutine[Any, Any, None]) -> None:
-        """Run `sequence`.  If it raises a BatonError, the frontend gets that error."""
-        self._tasks[number] = asyncio.create_task(self._run(number, sequence), name=f"sequence-{number}")
+        """Run `sequence`.  If it raises a BatonError, the frontend gets that error.
+
+        However it ends, even if its task is cancelled before it has begun, it counts no longer.
+        """
+        task = asyncio.create_task(self._run(number, sequence), name=f"sequence-{number}")
+        self._tasks[number], self._beginning[number] = task, False
+
+        def on_end(_: object) -> None:
+            self._forget(number)
+            sequence.close()
+
+        task.add_done_callback(on_end)
+        watch(task, lambda error: self._fail(number, EngineFailed(type(error).__name__)))
 
     async def _run(self, number: int, sequence: Coroutine[Any, Any, None]) -> None:
         try:
+            self._begin(number)
             await sequence
         except asyncio.CancelledError:
             self._deltas.pop(number, None)
@@ -130,7 +155,18 @@ class FrontendChannel:
             logger.exception("a sequence of channel_id=%s failed", self.id)
             self._fail(number, EngineFailed(type(error).__name__))
         finally:
-            del self._tasks[number]
+            self._forget(number)  # before any other callback runs, so that the load which is told next has it right
+
+    def _begin(self, number: int) -> None:
+        """Note that a sequence begins: from here on its code runs up to where it waits for the first time."""
+        if self._beginning.pop(number):
+            self._tasks[number].cancel()
+        self._tell_that_all_have_begun()
+
+    def _forget(self, number: int) -> None:
+        self._tasks.pop(number, None)
+        if self._beginning.pop(number, None) is not None:
+            self._tell_that_all_have_begun()
 
     def _fail(self, number: int, error: BatonError) -> None:
         kind = type(error).__name__
@@ -138,19 +174,29 @@ class FrontendChannel:
         self._has_some.set()
 
     def cancel(self, number: int) -> None:
-        if task := self._tasks.get(number):
-            self._cancel(task)
+        """Cancel a sequence, but not before it has begun.
+
+        If a task is cancelled before its first step, none of its code runs, not even its cleanup; the reference to a
+        prefill would then wait for a sequence that never comes.
+        """
+        if number in self._beginning:
+            self._beginning[number] = True
+        elif task := self._tasks.get(number):
+            task.cancel()
 
     def cancel_all(self) -> None:
-        for task in self._tasks.values():
-            self._cancel(task)
+        for number in list(self._tasks):
+            self.cancel(number)
 
-    def _cancel(self, task: asyncio.Task[None]) -> None:
-        """Cancel a task, but not before it has begun.
+    def once_all_have_begun(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once each sequence has run up to where it waits for the first time, or has ended."""
+        self._once_begun = callback
+        self._tell_that_all_have_begun()
 
-        If a task is cancelled before its first step, none of its code runs, not even its cleanup.
-        """
-        self._loop.call_soon(task.cancel)
+    def _tell_that_all_have_begun(self) -> None:
+        if self._once_begun is not None and not self._beginning:
+            self._loop.call_soon(self._once_begun)
+            self._once_begun = None
 
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
@@ -173,6 +219,23 @@ class FrontendChannel:
         self._forget_waiting_kv()
         self._needs_snapshot = False
         return batch
+
+    def frames(self, batch: Batch) -> list[bytes]:
+        """Return the frames for `batch`, which is one unless it cannot be sent as a whole.
+
+        If a sequence's delta alone is too long or cannot be encoded, that sequence fails, and no other.
+        """
+        if (frame := _frame_of(batch)) is not None:
+            return [frame]
+        frames, failures = [], batch.failures
+        for number, delta in batch.deltas:
+            if (frame := _frame_of(Batch([(number, delta)], []))) is not None:
+                frames.append(frame)
+                continue
+            logger.error("channel_id=%s the delta of sequence %d cannot be sent", self.id, number)
+            self.cancel(number)
+            failures = [*failures, (number, Failure(InvalidRequest.__name__, CANNOT_BE_SENT))]
+        return [*frames, to_frame(msgspec.structs.replace(batch, deltas=[], failures=failures))]
 
     def close(self) -> None:
         """Cancel all sequences and send nothing more."""
@@ -245,7 +308,7 @@ class ChannelServer:
         if self._server is not None:
             self._server.close()
         for channel, writer in self._writers.items():
-            writer.write(to_frame(channel.take_now()))
+            _write(channel.frames(channel.take_now()), writer)
             writer.close()
         if self._attending:
             await asyncio.wait(self._attending, timeout=CLOSE_TIMEOUT_S)
@@ -255,6 +318,7 @@ class ChannelServer:
         assert task is not None
         self._attending.add(task)
         task.add_done_callback(self._attending.discard)
+        watch(task, lambda _: None)  # its connection has ended with it, and the frontend connects again
         try:
             if (channel := await self._greet(reader, writer)) is not None:
                 await self._attend(channel, reader, writer)
@@ -269,8 +333,13 @@ class ChannelServer:
         if not hmac.compare_digest(hello.token, self._token):
             logger.warning("a connection without the right token was refused")
             return None
+        if hello.version != PROTOCOL_VERSION:
+            problem = f"the replica speaks version {PROTOCOL_VERSION} of the channel's protocol, not {hello.version}"
+            logger.warning("a frontend was refused: %s", problem)
+            writer.write(to_frame(Welcome("", PROTOCOL_VERSION, problem)))
+            return None
         tune(writer)
-        writer.write(to_frame(Welcome(self._replica_id)))
+        writer.write(to_frame(Welcome(self._replica_id, PROTOCOL_VERSION)))
         return FrontendChannel(hello.channel_id, self._load, self.snapshot, self._links)
 
     async def _attend(
@@ -278,10 +347,11 @@ class ChannelServer:
     ) -> None:
         self.channels[channel.id] = channel
         self._writers[channel] = writer
-        self.on_open(channel)
         sender = asyncio.create_task(_send(channel, writer), name=f"send-{channel.id}")
+        watch(sender, lambda _: writer.transport.abort())  # which ends the reading below
         try:
-            async for frames in read_frames(reader):
+            self.on_open(channel)
+            async for frames in read_frames(reader, MAX_SUBMIT_BYTES):
                 for frame in frames:
                     call = decode_call(frame)
                     self._take(channel, call)
@@ -290,7 +360,7 @@ class ChannelServer:
             channel.close()
             del self.channels[channel.id], self._writers[channel]
             self.on_backlog()
-            asyncio.get_running_loop().call_soon(self.on_close, channel)
+            channel.once_all_have_begun(partial(self.on_close, channel))
 
     def _take(self, channel: FrontendChannel, call: Submit | Cancel | Backlog) -> None:
         if isinstance(call, Submit):
@@ -303,6 +373,21 @@ class ChannelServer:
 
 
 async def _send(channel: FrontendChannel, writer: asyncio.StreamWriter) -> None:
-    while True:
-        writer.write(to_frame(await channel.take()))
-        await writer.drain()  # waits only if the peer does not keep up; meanwhile deltas merge
+    with suppress(OSError):  # a connection that breaks is noticed by whoever reads from it
+        while True:
+            _write(channel.frames(await channel.take()), writer)
+            await writer.drain()  # waits only if the peer does not keep up; meanwhile deltas merge
+
+
+def _write(frames: list[bytes], writer: asyncio.StreamWriter) -> None:
+    for frame in frames:
+        writer.write(frame)
+
+
+def _frame_of(batch: Batch) -> bytes | None:
+    """Return a batch as a frame; None if it cannot be encoded or is too long."""
+    try:
+        frame = to_frame(batch)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return frame if length_of(frame) <= MAX_BATCH_BYTES else None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from app.messages import Emit, PrefillKind, PrefillReport, TokenDelta
+from app.observers import tell
 
 
 class SequenceProgress:
@@ -66,17 +67,17 @@ class SequenceProgress:
         self.attempt_began_at = self._clock()
 
     def take(self, delta: TokenDelta) -> None:
-        """Record a delta and pass it on."""
+        """Record a delta and pass it on, whatever becomes of those who are told of it.  Raises what `emit` raises."""
         now = self._clock()
         if delta.report is not None:
             self.report = delta.report
-            self.on_report(delta.report)
+            tell(self.on_report, delta.report)
         if self.first_token_at is None:
             self.first_token_at = now
             self.first_token_kind = self.report.kind if self.report is not None else None
             if self.report is not None and self.report.kind == "remote":
                 self.waited_for_kv = bool(self.report.transferred_tokens)
-            self.on_first(now - self.attempt_began_at)
+            tell(self.on_first, now - self.attempt_began_at)
         else:
             self.last_gap_s = now - self.last_token_at
         self.last_token_at = now

@@ -12,6 +12,7 @@ from app.config import SloConfig
 from app.frontend import metrics
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import PrefillReport, TokenDelta
+from app.observers import observing
 from app.routing.decision import Decision
 
 logger = logging.getLogger("baton.sequence")
@@ -48,6 +49,7 @@ class SequenceRecord:
         self._has_session = has_session
         self._output_tokens = 0
 
+    @observing
     def on_decision(self, decision: Decision) -> None:
         """Take note of an attempt that is about to begin."""
         self.decision = decision
@@ -55,12 +57,14 @@ class SequenceRecord:
         _labelled(metrics.DECISIONS, self._model, decision.kind, decision.reason).inc()
         _labelled(metrics.DECISION_TIME, self._model).observe(decision.decided_in_s)
 
+    @observing
     def on_delta(self, delta: TokenDelta) -> None:
         """Count a delta that `progress` has recorded."""
+        self._output_tokens += len(delta.token_ids)
         if (gap_s := self.progress.last_gap_s) is not None:
             self._gaps.observe(gap_s)
-        self._output_tokens += len(delta.token_ids)
 
+    @observing
     def on_end(self, end: str) -> None:
         """`end` is a finish reason, ``cancelled`` or the name of an error."""
         progress = self.progress

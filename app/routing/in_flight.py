@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from app.messages import GenerateRequest, PrefillReport
+from app.observers import observing, tell
 from app.routing.decision import Candidate, Decision
 from app.routing.state import RouterState
 from app.routing.times import PromptTimes
@@ -40,7 +41,7 @@ class InFlight:
         if self._prefill is not None:
             self._until_first.enter_context(self._prefill.sequences.counting(1))
         if decision.prefill is not None:
-            self._state.pools["prefill"].assume(decision.prefill.replica, self._request)
+            tell(self._state.pools["prefill"].assume, decision.prefill.replica, self._request)
 
     def move(self, serving: Candidate) -> None:
         """Count the sequence on this replica of its pool, and no longer on the one that was to decode it before."""
@@ -50,7 +51,7 @@ class InFlight:
         prefill = self._decision.prefill.replica if self._decision.prefill else None
         self._until_end.enter_context(self._state.ejections.trying(prefill, serving.replica))
         self._serving = pool.replicas.get(serving.replica)
-        pool.assume(serving.replica, self._request)
+        tell(pool.assume, serving.replica, self._request)
         if (state := self._serving) is None:
             return
         self._until_end.enter_context(state.sequences.counting(1))
@@ -80,6 +81,7 @@ class InFlight:
             self._learn(report, ttft_s)
         # Otherwise decode fell back on a prefill of its own, and the time tells nothing of a local or remote prefill.
 
+    @observing
     def _learn(self, report: PrefillReport, ttft_s: float) -> None:
         computing, predictor = self._computing, self._state.predictor
         if computing is None:

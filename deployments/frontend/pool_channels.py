@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from app.background import watch
 from app.channel.client import Channel
 from app.channel.protocol import Backlog
 from app.errors import ReplicaLost
@@ -24,8 +25,9 @@ from deployments.serve_hooks import deployment_id_of
 
 logger = logging.getLogger("baton.pool_channels")
 
-RECONNECT_S = 0.5
-"""The time between attempts to reach a replica that Serve still counts as ready."""
+RECONNECT_S, MAX_RECONNECT_S = 0.5, 5.0
+"""The time between attempts to reach a replica that Serve still counts as ready.  It doubles from the one to the other:
+what is not over soon may be another release of the protocol, which stays until the rolling update is through."""
 
 
 class PoolChannels:
@@ -35,6 +37,8 @@ class PoolChannels:
         self._pool = pool
         self._channels: dict[str, Channel] = {}
         self._connecting: dict[str, asyncio.Task[None]] = {}
+        self.unreachable: dict[str, str] = {}
+        """Why there is no channel to a replica that Serve counts as ready; only replicas that were tried."""
         self._backlog = Backlog()
         self._loop = asyncio.get_running_loop()
         self._ready = ready_replicas_of(deployment_id_of(handle))
@@ -72,40 +76,57 @@ class PoolChannels:
             self._connect_later(replica, ready[replica], delay_s=0)
         for replica in self._connecting.keys() - ready.keys():
             self._connecting.pop(replica).cancel()
+            self.unreachable.pop(replica, None)
         for replica in self._channels.keys() - ready.keys():
             # What it has runs to its end on this channel.  If Serve brings it back it gets another one, so that the
             # state starts afresh.
             self._leave(replica).retire()
 
     def _connect_later(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
-        connecting = self._connect(replica, metadata, delay_s)
-        self._connecting[replica] = spawn_detached(connecting, name=f"connect-{replica}")
+        connecting = spawn_detached(self._connect(replica, metadata, delay_s), name=f"connect-{replica}")
+        self._connecting[replica] = connecting
+        watch(connecting, lambda _: self._connect_later(replica, metadata, MAX_RECONNECT_S))
 
     async def _connect(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
         """Try to connect until it succeeds.  This is cancelled once Serve has removed the replica."""
-        channel = None
-        while channel is None:
+        while True:
             await asyncio.sleep(delay_s)
             try:
+                info = msgspec.convert(metadata["info"], ReplicaInfo)
                 channel = await Channel.connect(replica, metadata["channel"], self._pool)
+                # No await from here on: the pool must know the replica before the channel tells of it.
+                self._join(replica, info, metadata, channel)
+                return
             except ReplicaLost as error:
                 logger.warning("%s", error)
-                delay_s = RECONNECT_S
-        # No await from here on: the pool must know the replica before the channel tells of it.
+                self.unreachable[replica] = error.detail
+            except Exception as error:
+                logger.exception("replica_id=%s cannot be connected to", replica)
+                self.unreachable[replica] = repr(error)
+            delay_s = min(max(2 * delay_s, RECONNECT_S), MAX_RECONNECT_S)
+
+    def _join(self, replica: str, info: ReplicaInfo, metadata: dict[str, Any], channel: Channel) -> None:
+        try:
+            self._pool.join(info)
+        except BaseException:
+            self._pool.leave(replica)
+            channel.close()
+            raise
         del self._connecting[replica]
+        self.unreachable.pop(replica, None)
         self._channels[replica] = channel
         channel.on_close = partial(self._on_close, replica, metadata, channel)
-        self._pool.join(msgspec.convert(metadata["info"], ReplicaInfo))
         self._share_backlog()
 
     def _on_close(self, replica: str, metadata: dict[str, Any], channel: Channel) -> None:
         if self._channels.get(replica) is channel:
-            self._leave(replica)
+            self.unreachable[replica] = "its connection ended"
             self._connect_later(replica, metadata, RECONNECT_S)
+            self._leave(replica)
 
     def _leave(self, replica: str) -> Channel:
-        self._pool.leave(replica)
         channel = self._channels.pop(replica)
+        self._pool.leave(replica)
         self._share_backlog()
         return channel
 

@@ -15,9 +15,10 @@ from functools import partial
 from typing import Any
 
 from ray import ObjectRef
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
+from app.background import watch
 from app.channel.client import Channel, SubmittedSequence
 from app.errors import BatonError, PrefillFailed, ReplicaLost
 from app.frontend.orchestrator import Handoff
@@ -29,6 +30,13 @@ from deployments.frontend.pool_channels import PoolChannels
 from deployments.serve_hooks import method_by_reference, object_ref_of
 
 logger = logging.getLogger("baton.pools")
+
+CALL_TIMEOUT_S = 10.0
+"""How long a replica may take to begin or to answer a call that it can answer at once.  A replica that stands still is
+given up after that."""
+ATTACH_TIMEOUT_S, ATTACH_AGAIN_S = 3.0, 0.2
+"""How long one call of `attach` may take, and when it is made again if its answer was lost (then after twice as long,
+and so on); all calls together may take CALL_TIMEOUT_S."""
 
 
 class RayHandoff:
@@ -48,6 +56,11 @@ class ChannelPool:
     def __init__(self, handle: Any, pool: PoolState) -> None:
         self._channels = PoolChannels(handle, pool)
 
+    @property
+    def unreachable(self) -> dict[str, str]:
+        """Why ready replicas cannot be reached, by their ids."""
+        return self._channels.unreachable
+
     def tell_backlog(self, queued_tokens: int, sequences: int) -> None:
         """As `PoolChannels.tell_backlog`."""
         self._channels.tell_backlog(queued_tokens, sequences)
@@ -65,7 +78,7 @@ class ChannelPool:
         try:
             if isinstance(handoff, RayHandoff):
                 self._hand_over(handoff, channel, sequence, replica, progress)
-            await sequence.ended
+            await sequence.ended  # as long as the limits allow (`in_time` of the orchestrator) and the channel stands
         finally:
             channel.finish(sequence)
 
@@ -97,10 +110,10 @@ class RayPrefillPool(ChannelPool):
         abandon = partial(self._abandon_later, request.request_id, replica)
         sending = asyncio.ensure_future(object_ref_of(response))
         try:
-            await asyncio.wait((sending, lost), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sending, lost), timeout=CALL_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if not sending.done():
-                abandon()  # if only the connection is gone, the call may have reached the replica
-                raise ReplicaLost(replica, "its connection ended")
+                abandon()  # the call may have reached the replica
+                raise ReplicaLost(replica, "its connection ended" if lost.done() else "it does not take the call")
             return RayHandoff(replica, sending.result(), lost, abandon)
         except asyncio.CancelledError:
             abandon()
@@ -115,11 +128,14 @@ class RayPrefillPool(ChannelPool):
         task = spawn_detached(self._abandon_now(request_id, replica), name="abandon-prefill")
         self._abandoning.add(task)
         task.add_done_callback(self._abandoning.discard)
+        watch(task, lambda _: None)  # the KV is freed when its lease ends
 
     async def _abandon_now(self, request_id: str, replica: str) -> None:
         try:
-            await self._abandon.remote(request_id, replica_id=replica)
-        except (BatonError, RayError, RayServeException) as error:  # the replica is gone, and its prefills with it
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await self._abandon.remote(request_id, replica_id=replica)
+        except (BatonError, RayError, RayServeException, TimeoutError) as error:
+            # Either the replica is gone, and its prefills with it, or the KV is freed when its lease ends.
             logger.info("prefill_replica=%s cannot abandon: %r", replica, error)
 
 
@@ -155,13 +171,41 @@ class RayDecodePool(ChannelPool):
 
         async def attach() -> None:
             try:
-                await self._attach.remote(channel.channel_id, sequence.number, [handoff.ref], replica_id=replica)
-            except (BatonError, RayError, RayServeException) as error:
+                async with asyncio.timeout(CALL_TIMEOUT_S):
+                    await self._bring(handoff.ref, channel, sequence.number, replica, progress)
+            except (BatonError, RayTaskError, TimeoutError) as error:
                 logger.warning("decode_replica=%s attach failed: %r", replica, error)
-                fail(ReplicaLost(replica, type(error).__name__))
+                fail(ReplicaLost(replica, f"it cannot be given the handoff: {type(error).__name__}"))
 
         handoff.lost.add_done_callback(on_lost)
         sequence.ended.add_done_callback(lambda _: handoff.lost.remove_done_callback(on_lost))
         task = spawn_detached(attach(), name="attach")
         self._attaching.add(task)
         task.add_done_callback(self._attaching.discard)
+        watch(task, lambda error: fail(ReplicaLost(replica, type(error).__name__)))
+
+    async def _bring(
+        self, ref: ObjectRef, channel: Channel, number: int, replica: str, progress: SequenceProgress
+    ) -> None:
+        """Call `attach` until it is answered, or until the first token shows that decode has the reference.
+
+        That an answer is lost does not say whether decode got the reference, so this asks again: decode takes a
+        reference once, however often it comes.  Raises what the replica answered, if no earlier call can have reached
+        it.
+        """
+        may_have_it = False
+        again_s = ATTACH_AGAIN_S
+        while not progress.has_first_token:
+            try:
+                async with asyncio.timeout(ATTACH_TIMEOUT_S):
+                    await self._attach.remote(channel.channel_id, number, [ref], replica_id=replica)
+                return
+            except (BatonError, RayTaskError) as error:  # it was not sent, or `attach` itself raised it
+                if not may_have_it:
+                    raise
+                lost: Exception = error
+            except (RayError, RayServeException, TimeoutError) as error:
+                may_have_it, lost = True, error
+            logger.warning("decode_replica=%s the answer to attach is lost: %r", replica, lost)
+            await asyncio.sleep(again_s)
+            again_s *= 2

@@ -16,9 +16,12 @@ from app.frontend.health import model_state
 from app.frontend.orchestrator import Orchestrator
 from app.messages import Role
 from app.routing.router import Router
-from deployments.frontend.pools import RayDecodePool, RayPrefillPool
+from deployments.frontend.pools import ChannelPool, RayDecodePool, RayPrefillPool
 from deployments.ready_replicas import ready_replicas_of
 from deployments.serve_hooks import deployment_id_of
+
+STATS_TIMEOUT_S = 2.0
+"""How long a replica may take to answer for /stats, which says of the others what it knows."""
 
 
 class ServedModel:
@@ -49,14 +52,16 @@ class ServedModel:
             on_prefill=prefill,
             hands_over_early=model.hands_over_early,
         )
-        self._pools = {"decode": decode} | ({"prefill": prefill} if prefill is not None else {})
+        by_role: dict[Role, ChannelPool | None] = {"decode": decode, "prefill": prefill, "aggregated": aggregated}
+        self._pools = {role: pool for role, pool in by_role.items() if pool is not None}
         self.orchestrator.line.on_backlog = self._tell_backlog
         self._ready = {role: ready_replicas_of(deployment_id_of(handle)) for role, handle in handles.items()}
 
     def health(self) -> dict[str, Any]:
         """Return what /health says about the model.  /v1/models uses it too.
 
-        Of each pool it says how many replicas are ready, according to Serve, and how many this frontend can reach.
+        Of each pool it says how many replicas are ready, according to Serve, how many this frontend can reach, and why
+        it cannot reach the others.
         """
         reachable = {role: len(pool.replicas) for role, pool in self.router.pools.items()}
         if self._model.is_disaggregated and reachable["decode"] and not self.router.has_usable_link():
@@ -67,10 +72,14 @@ class ServedModel:
             "mode": "disaggregated" if self._model.is_disaggregated else "aggregated",
             "local_prefill": self.router.local_role() is not None,
             "state": model_state(self._model, reachable),
-            "pools": {
-                role: {"ready": len(pool.ids()), "reachable": reachable[role]} for role, pool in self._ready.items()
-            },
+            "pools": {role: self._describe_pool(role, reachable[role]) for role in self._ready},
         }
+
+    def _describe_pool(self, role: Role, num_reachable: int) -> dict[str, Any]:
+        described: dict[str, Any] = {"ready": len(self._ready[role].ids()), "reachable": num_reachable}
+        if reasons := self._pools[role].unreachable:
+            described["unreachable"] = dict(reasons)
+        return described
 
     def endpoints(self) -> list[dict[str, Any]]:
         """Return what each ready replica recorded about itself."""
@@ -92,8 +101,13 @@ class ServedModel:
             "replica_id": replica,
             "view": self._describe_state(role, replica),
         }
+        if (reason := self._pools[role].unreachable.get(replica)) is not None:
+            about["unreachable"] = reason
         try:
-            stats = await self._handles[role].stats.remote(replica_id=replica)
+            async with asyncio.timeout(STATS_TIMEOUT_S):
+                stats = await self._handles[role].stats.remote(replica_id=replica)
+        except TimeoutError:
+            return {**about, "error": "no answer"}
         except (BatonError, RayError, RayServeException) as error:
             return {**about, "error": type(error).__name__}
         return {**about, **msgspec.to_builtins(stats)}
@@ -103,8 +117,8 @@ class ServedModel:
         line = self.orchestrator.line
         short = "prefill" if line.lacks == "prefill" and "prefill" in self._pools else "decode"
         backlog = (line.queued_tokens, 0) if line.lacks == "prefill" else (0, line.num_waiting)
-        for role, pool in self._pools.items():
-            pool.tell_backlog(*(backlog if role == short else (0, 0)))
+        for role in self._pools.keys() & {"decode", "prefill"}:
+            self._pools[role].tell_backlog(*(backlog if role == short else (0, 0)))
 
     def describe_line(self) -> dict[str, Any]:
         """Return who waits in this frontend, and for what."""

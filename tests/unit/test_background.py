@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from app import background as module
-from app.background import BackgroundTasks
+from app.background import BackgroundTasks, is_watched, watch
 from app.errors import EngineDead
 from tests.unit.waiting import until
 
@@ -98,6 +98,7 @@ async def test_stopping_ends_all_or_those_that_are_named(owner: Owner) -> None:
     owner.tasks.keep("one", owner.work)
     owner.tasks.need("other", owner.work)
     tasks = [task for task in asyncio.all_tasks() if task in owner.tasks]
+    assert all(map(is_watched, tasks))
     await asyncio.sleep(0)
     await owner.tasks.stop("one")
     assert {task.get_name(): task.done() for task in tasks} == {"one": True, "other": False}
@@ -105,3 +106,21 @@ async def test_stopping_ends_all_or_those_that_are_named(owner: Owner) -> None:
     await owner.tasks.stop()
     assert all(task.cancelled() for task in tasks)
     assert not owner.deaths
+
+
+async def test_an_owner_is_told_of_the_death_of_a_task(caplog: pytest.LogCaptureFixture) -> None:
+    deaths: list[BaseException] = []
+
+    async def fail() -> None:
+        raise ValueError("no")
+
+    tasks = [asyncio.create_task(fail(), name="failing"), asyncio.create_task(asyncio.sleep(0))]
+    endless = asyncio.create_task(asyncio.sleep(60))
+    for task in (*tasks, endless):
+        assert not is_watched(task)
+        watch(task, deaths.append)
+        assert is_watched(task)
+    endless.cancel()
+    await asyncio.wait([*tasks, endless])
+    await until(lambda: deaths)
+    assert [str(error) for error in deaths] == ["no"]

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from app.channel.client import Channel
 from app.channel.protocol import Backlog, Submit
 from app.channel.server import ChannelServer, FrontendChannel
 from app.errors import ReplicaLost
@@ -153,6 +154,7 @@ async def test_a_broken_connection_takes_the_replica_out_at_once_and_a_new_one_s
     with pytest.raises(ReplicaLost):
         await sequence.ended
     assert left_first == [True]
+    assert pool.channels.unreachable == {"r": "its connection ended"}
     await until(lambda: pool.knows(replica))  # two blocks again: the third was not in the snapshot
     assert len(replica.server.channels) == 1
 
@@ -223,3 +225,74 @@ async def test_what_waits_for_the_pool_is_shared_out_whoever_comes_and_goes(pool
     pool.consist_of(other)
     await until(lambda: told() == [Backlog(), Backlog(2, 0)])
     await other.server.stop()
+
+
+# What goes wrong with connecting
+
+
+class Waits:
+    """The back-off of one replica's attempts, which take no time here."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds: list[float] = []
+        sleep = asyncio.sleep
+
+        async def note(delay_s: float) -> None:
+            self.seconds.append(delay_s)
+            await sleep(0.001 if delay_s else 0)
+
+        monkeypatch.setattr(pool_channels, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": note}))
+
+
+@pytest.mark.parametrize("broken", ["connect", "info", "join"])
+async def test_whatever_goes_wrong_with_connecting_it_is_tried_again_ever_more_rarely(
+    pool: Pool, replica: Replica, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    waits = Waits(monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:
+        if broken == "connect":
+            patch.setattr(Channel, "connect", lambda *_: 1 / 0)
+        elif broken == "info":
+            patch.setattr("msgspec.convert", lambda *_: 1 / 0)
+        else:
+            patch.setattr(pool.state, "on_change", lambda: 1 / 0)
+        patch.setattr(pool_channels, "RECONNECT_S", 0.5)
+        pool.consist_of(replica)
+        await until(lambda: len(waits.seconds) > 6)
+        assert pool.channels.unreachable == {"r": "ZeroDivisionError('division by zero')"}
+        assert not pool.state.replicas
+    assert waits.seconds[:7] == [0, 0.5, 1.0, 2.0, 4.0, 5.0, 5.0]
+    assert "replica_id=r cannot be connected to" in caplog.text
+    await until(lambda: pool.knows(replica))
+    assert not pool.channels.unreachable
+    await until(lambda: len(replica.server.channels) == 1)
+
+
+async def test_a_task_that_connects_and_dies_is_started_again(
+    pool: Pool, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_channels, "MAX_RECONNECT_S", 0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool_channels.logger, "warning", lambda *_: 1 / 0)
+        good, replica.address = replica.address, {**replica.address, "port": "1"}
+        pool.consist_of(replica)
+        await until(lambda: pool.channels._connecting)
+        task = pool.channels._connecting["r"]
+        await until(task.done)
+    replica.address["port"] = good["port"]
+    await until(lambda: pool.knows(replica))
+
+
+@pytest.mark.parametrize("newer", ["client", "server"])
+async def test_a_replica_of_another_protocol_is_unreachable_with_the_reason_until_it_is_replaced(
+    pool: Pool, replica: Replica, monkeypatch: pytest.MonkeyPatch, newer: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"app.channel.{newer}.PROTOCOL_VERSION", 2)
+        pool.consist_of(replica)
+        await until(lambda: "version" in pool.channels.unreachable.get("r", ""))
+        assert not pool.state.replicas
+        pool.consist_of()
+        await until(lambda: not pool.channels.unreachable)
+    pool.consist_of(replica)
+    await until(lambda: pool.knows(replica))

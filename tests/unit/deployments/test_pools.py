@@ -31,6 +31,7 @@ class FakeChannel:
     channel_id = "channel"
 
     def __init__(self) -> None:
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.sequences: list[SubmittedSequence] = []
         self.submitted: list[dict[str, Any]] = []
         self.finished: list[SubmittedSequence] = []
@@ -65,7 +66,7 @@ class Served:
 
     async def _attach(self, *arguments: Any, replica_id: str) -> None:
         self.attached.append((*arguments, replica_id))
-        await self.answer
+        await asyncio.shield(self.answer)
 
     async def begin(self, *deltas: TokenDelta) -> SubmittedSequence:
         """`attach` is on its way, and these deltas have come."""
@@ -78,7 +79,7 @@ class Served:
 
 Trouble = Callable[[Served], None]
 TROUBLES: dict[str, tuple[Trouble, type[Exception]]] = {
-    "attach unanswered": (lambda served: served.answer.set_exception(RayActorError()), ReplicaLost),
+    "attach refused": (lambda served: served.answer.set_exception(ReplicaLost("d")), ReplicaLost),
     "prefill replica gone": (lambda served: served.prefill_lost.set_result(None), PrefillFailed),
 }
 trouble = pytest.mark.parametrize(("strike", "error"), TROUBLES.values(), ids=TROUBLES)
@@ -122,6 +123,118 @@ async def test_trouble_after_the_first_token_is_none_of_the_sequences(
     assert served.deltas == [FIRST, LAST]
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines that a test can wait for."""
+    monkeypatch.setattr(pools, "ATTACH_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(pools, "ATTACH_AGAIN_S", 0.001)
+    monkeypatch.setattr(pools, "CALL_TIMEOUT_S", 0.3)
+
+
+Answer = Callable[[Served], None]
+NO_ANSWER: dict[str, Answer] = {
+    "lost": lambda served: served.answer.set_exception(RayActorError()),
+    "late": lambda served: None,
+}
+no_answer = pytest.mark.parametrize("lose", NO_ANSWER.values(), ids=NO_ANSWER)
+
+
+@no_answer
+async def test_a_lost_answer_to_attach_is_asked_for_again_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, quick: None, lose: Answer
+) -> None:
+    """The call may have come through; decode takes a reference once, however often it comes."""
+    monkeypatch.setattr(pools, "CALL_TIMEOUT_S", 60.0)
+    served = Served(monkeypatch)
+    sequence = await served.begin()
+    lose(served)
+    await until(lambda: len(served.attached) > 2)
+    served.answer = asyncio.get_running_loop().create_future()
+    served.answer.set_result(None)
+    await until(lambda: not attaching())
+    assert not served.task.done()
+    assert set(map(str, served.attached)) == {"('channel', 0, ['reference'], 'd')"}
+    sequence.emit(LAST)
+    sequence.ended.set_result(None)
+    await served.task
+
+
+@no_answer
+async def test_the_first_token_answers_for_attach(monkeypatch: pytest.MonkeyPatch, quick: None, lose: Answer) -> None:
+    monkeypatch.setattr(pools, "CALL_TIMEOUT_S", 60.0)
+    served = Served(monkeypatch)
+    sequence = await served.begin()
+    lose(served)
+    sequence.emit(FIRST)
+    await until(lambda: not attaching())
+    assert not served.task.done()
+    sequence.ended.set_result(None)
+    await served.task
+
+
+@no_answer
+async def test_without_an_answer_and_without_a_token_the_sequence_fails_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, quick: None, lose: Answer
+) -> None:
+    served = Served(monkeypatch)
+    await served.begin()
+    lose(served)
+    with pytest.raises(ReplicaLost, match="it cannot be given the handoff"):
+        await asyncio.wait_for(served.task, DEADLINE_S)
+    assert len(served.attached) > 1
+    await until(lambda: not attaching())
+
+
+async def test_what_a_second_attach_is_told_says_nothing_of_the_first(
+    monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    monkeypatch.setattr(pools, "CALL_TIMEOUT_S", 60.0)
+    served = Served(monkeypatch)
+    sequence = await served.begin()
+    served.answer.set_exception(RayActorError())
+    await until(lambda: len(served.attached) > 1)
+    served.answer = asyncio.get_running_loop().create_future()
+    served.answer.set_exception(ReplicaLost("d"))  # as when Serve has just removed the replica
+    num_before = len(served.attached)
+    await until(lambda: len(served.attached) > num_before + 1)
+    assert not served.task.done()
+    sequence.emit(LAST)
+    sequence.ended.set_result(None)
+    await served.task
+
+
+def attaching() -> list[asyncio.Task[Any]]:
+    return [task for task in asyncio.all_tasks() if task.get_name() == "attach"]
+
+
+class Unanswered:
+    """A prefill replica that takes no call; it counts them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.called: list[str] = []
+        channel = FakeChannel()
+        monkeypatch.setattr(pools, "PoolChannels", lambda *_: SimpleNamespace(channel=lambda replica: channel))
+        monkeypatch.setattr(pools, "object_ref_of", lambda call: call)
+        self.pool = RayPrefillPool(SimpleNamespace(options=self._method), PoolState(PrefixIndex()))
+
+    def _method(self, *, method_name: str, **_: Any) -> Any:
+        async def call(*_: Any, replica_id: str) -> None:
+            self.called.append(method_name)
+            await asyncio.Event().wait()
+
+        return SimpleNamespace(remote=call)
+
+
+async def test_a_prefill_that_its_replica_does_not_take_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    prefill = Unanswered(monkeypatch)
+    with pytest.raises(ReplicaLost, match="it does not take the call"):
+        await asyncio.wait_for(prefill.pool.start(REQUEST, "p"), DEADLINE_S)
+    await until(lambda: prefill.called == ["prefill", "abandon"])
+    await until(lambda: not prefill.pool._abandoning)
+
+
 @pytest.mark.parametrize("is_cancelled", [False, True], ids=["ended", "cancelled"])
 async def test_attach_outlives_its_sequence(monkeypatch: pytest.MonkeyPatch, is_cancelled: bool) -> None:
     served = Served(monkeypatch)
@@ -133,10 +246,9 @@ async def test_attach_outlives_its_sequence(monkeypatch: pytest.MonkeyPatch, is_
     await asyncio.wait([served.task])
     assert served.task.cancelled() is is_cancelled
     assert served.channel.finished == [sequence]
-    attaching = [task for task in asyncio.all_tasks() if task.get_name() == "attach"]
-    assert len(attaching) == 1
+    (task,) = attaching()
     served.answer.set_result(None)
-    await asyncio.wait(attaching)
+    await asyncio.wait([task])
     served.prefill_lost.set_result(None)  # nobody listens any more
 
 

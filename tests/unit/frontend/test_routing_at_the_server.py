@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 from starlette.types import ASGIApp
 
+from app.background import is_watched
 from app.config import parse
 from app.engines.vllm import samples_first_token
 from app.errors import DeadlineExceeded, InvalidRequest, NoReplica, Overloaded, Quarantined
@@ -409,3 +410,9 @@ async def test_who_killed_engines_is_not_told_to_try_again(ask: Ask, orchestrato
     message = said_error("/v1/completions", await ask("/v1/completions"))["message"]
     assert "2 engines died" in message
     assert "retry" not in message
+
+
+async def test_vllms_server_runs_no_task_that_nobody_watches(ask: Ask) -> None:
+    await ask("/v1/completions")
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    assert [task for task in tasks if not is_watched(task)] == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import PrefillReport, TokenDelta
 
@@ -70,3 +72,14 @@ def test_a_later_report_replaces_the_one_that_came_before_the_kv() -> None:
     progress.take(TokenDelta([3]))
     assert (progress.report, progress.has_remote_kv) == (report("remote"), True)
     assert told == [on_its_way, "first", report("remote")]
+
+
+def test_who_is_told_of_a_delta_cannot_keep_it_from_the_client(caplog: pytest.LogCaptureFixture) -> None:
+    followed = Followed()
+    followed.progress.on_first = lambda _: 1 / 0
+    followed.progress.on_report = lambda _: 1 / 0
+    delta = TokenDelta([1], report=report("local"))
+    followed.progress.take(delta)
+    assert followed.told == [delta]
+    assert followed.progress.first_token_kind == "local"
+    assert "ZeroDivisionError" in caplog.text

@@ -180,3 +180,14 @@ def test_a_sequence_within_its_slo_is_goodput(
 def test_goodput_is_0_and_not_unknown_where_no_sequence_was_good(model: str) -> None:
     begun(model).on_end("NoReplica")
     assert REGISTRY.get_sample_value("baton_sequences_within_slo_total", {"model": model}) == 0
+
+
+def test_metrics_that_fail_end_nothing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = begun(model)
+    monkeypatch.setattr("app.frontend.sequence_record._labelled", lambda *_: 1 / 0)
+    monkeypatch.setattr(record, "_gaps", None)
+    record.on_decision(decision())
+    for _ in range(2):
+        record.progress.take(TokenDelta([1, 2]))
+    record.on_end("stop")
+    assert (record.num_attempts, record._output_tokens) == (1, 4)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.errors import InvalidRequest, NoReplica
-from app.messages import PrefillReport
+from app.messages import PrefillKind, PrefillReport
 from app.routing.capacity import MIN_BATCH
 from app.routing.decision import RoutingHints, Wait
 from app.routing.ejection import FIRST_EJECTION_S, STRONG
@@ -537,6 +537,23 @@ def test_a_replica_that_left_since_it_was_chosen_does_no_harm() -> None:
     in_flight = fleet.router.begin(request(), decision)
     in_flight.first_token(PrefillReport("remote", "", "p0", "d0", 0, 160, ""), 0.1)
     in_flight.end()
+
+
+@pytest.mark.parametrize("learner", ["learn_local", "learn_remote"])
+def test_learning_that_fails_ends_no_sequence_and_leaves_no_load_behind(
+    monkeypatch: pytest.MonkeyPatch, learner: str
+) -> None:
+    fleet = Fleet(1, 1, **REMOTE)
+    monkeypatch.setattr(fleet.router.predictor, learner, lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(fleet.router.pools["decode"], "assume", lambda *_: 1 / 0)
+    monkeypatch.setattr(fleet.router.pools["prefill"], "assume", lambda *_: 1 / 0)
+    kind: PrefillKind = "local" if learner == "learn_local" else "remote"
+    in_flight = fleet.router.begin(request(160), fleet.decide(160, prefill_mode=kind))
+    in_flight.first_token(PrefillReport(kind, "", "p0", "d0", 0, 160, ""), 0.1)
+    assert fleet.router.pools["decode"].replicas["d0"].decoding.value == 1
+    in_flight.end()
+    states = [state for pool in fleet.router.pools.values() for state in pool.replicas.values()]
+    assert {gauge.value for state in states for gauge in (state.sequences, state.queued_tokens)} == {0}
 
 
 def test_where_replicas_publish_nothing_of_their_cache_it_is_assumed_from_what_they_were_sent() -> None:

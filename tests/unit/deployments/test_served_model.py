@@ -1,0 +1,189 @@
+"""One model as a frontend serves it: what it says of replicas that do not answer, and who watches its tasks.
+
+The replicas are the real other ends of the channels, and Ray is played by the test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from app.background import is_watched
+from app.channel.protocol import Submit
+from app.channel.server import ChannelServer, FrontendChannel
+from app.config import parse
+from app.errors import ReplicaLost
+from app.frontend.sequence_progress import SequenceProgress
+from app.messages import EngineStats, GenerateRequest, ReplicaInfo, Role, TokenDelta
+from deployments.frontend import pool_channels, pools, served_model
+from deployments.frontend.served_model import ServedModel
+from deployments.ready_replicas import ReadyReplicas
+from tests.unit.waiting import PATIENCE_S, until
+
+ROLES: tuple[Role, ...] = ("prefill", "decode")
+LAST = TokenDelta([1], finish_reason="stop")
+
+
+class Handle:
+    """A Serve handle of one pool, whose replicas answer what `answers` says for a method, or never."""
+
+    def __init__(self, role: Role, answers: dict[str, Callable[[], Any]]) -> None:
+        self.deployment_name, self.app_name = role, "baton"
+        self._answers = answers
+        self.stats = self.options(method_name="stats")
+        self.calls: list[str] = []
+
+    def options(self, *, method_name: str, **_: Any) -> Any:
+        async def call(*_: Any, replica_id: str) -> Any:
+            self.calls.append(method_name)
+            if method_name not in self._answers:
+                await asyncio.Event().wait()
+            return self._answers[method_name]()
+
+        return SimpleNamespace(remote=call)
+
+
+class Cluster:
+    """A model with one replica in each pool, none of which answers by Ray at first."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ready = {role: ReadyReplicas() for role in ROLES}
+        self.answers: dict[Role, dict[str, Callable[[], Any]]] = {role: {} for role in ROLES}
+        self.handles = {role: Handle(role, self.answers[role]) for role in ROLES}
+        self.servers = {role: ChannelServer(f"{role}-1", self._run) for role in ROLES}
+        self.addresses: dict[Role, dict[str, str]] = {}
+        self.runs: list[tuple[FrontendChannel, Submit]] = []
+        for module in (pool_channels, served_model):
+            monkeypatch.setattr(module, "deployment_id_of", lambda handle: handle.deployment_name)
+            monkeypatch.setattr(module, "ready_replicas_of", self.ready.__getitem__)
+        monkeypatch.setattr(pools, "object_ref_of", self._reference)
+        engine = {"engine": "vllm"}
+        config = parse(
+            {"models": [{"name": "m", "source": "owner/m", "prefill": engine, "decode": engine}], "transfer": {}}
+        )
+        self.model = ServedModel(config.models[0], self.handles, config.limits)
+
+    async def _reference(self, call: Any) -> str:
+        call.close()
+        return "reference"
+
+    async def _run(self, channel: FrontendChannel, call: Submit) -> None:
+        self.runs.append((channel, call))
+        await asyncio.Event().wait()
+
+    async def start(self) -> None:
+        for role in ROLES:
+            self.addresses[role] = await self.servers[role].start("127.0.0.1")
+            self.consists_of(role, self.addresses[role])
+
+    def consists_of(self, role: Role, address: dict[str, str]) -> None:
+        info = ReplicaInfo(
+            replica_id=f"{role}-1",
+            role=role,
+            model="m",
+            engine="sim",
+            engine_version="1",
+            node_ip="127.0.0.1",
+            pid=1,
+            num_blocks=8,
+            block_size_tokens=16,
+            max_model_len=64,
+        )
+        metadata = {"info": msgspec.to_builtins(info), "channel": address}
+        replica = SimpleNamespace(replica_id=SimpleNamespace(unique_id=f"{role}-1"), replica_metadata=metadata)
+        self.ready[role].update([replica])
+
+    def reachable(self) -> dict[str, int]:
+        return {role: pool["reachable"] for role, pool in self.model.health()["pools"].items()}
+
+    async def stop(self) -> None:
+        for role in ROLES:
+            self.ready[role].update([])
+            await self.servers[role].stop()
+
+
+@pytest.fixture
+async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
+    cluster = Cluster(monkeypatch)
+    await cluster.start()
+    await until(lambda: cluster.reachable() == {"prefill": 1, "decode": 1})
+    yield cluster
+    await cluster.stop()
+
+
+# What it says of replicas
+
+
+async def test_a_replica_that_hangs_does_not_hang_the_stats(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_model, "STATS_TIMEOUT_S", 0.05)
+    cluster.answers["prefill"]["stats"] = lambda: EngineStats(num_running=7)
+    stats = {each["role"]: each for each in await asyncio.wait_for(cluster.model.stats(), PATIENCE_S)}
+    assert stats["decode"]["error"] == "no answer"
+    assert stats["decode"]["view"]["sequences"] == 0
+    assert stats["prefill"]["num_running"] == 7
+    assert "error" not in stats["prefill"]
+
+
+async def test_a_replica_that_is_gone_is_said_to_be(cluster: Cluster) -> None:
+    def gone() -> None:
+        raise ReplicaLost("gone")
+
+    for role in ROLES:
+        cluster.answers[role]["stats"] = gone
+    assert [each["error"] for each in await cluster.model.stats()] == ["ReplicaLost"] * 2
+
+
+async def test_why_a_replica_cannot_be_reached_is_in_health_and_stats(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_channels, "RECONNECT_S", 0.01)
+    assert cluster.model.health()["pools"]["decode"] == {"ready": 1, "reachable": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.channel.server.PROTOCOL_VERSION", 2)
+        for writer in cluster.servers["decode"]._writers.values():
+            writer.transport.abort()
+        await until(lambda: "version 2" in str(cluster.model.health()))
+        pool = cluster.model.health()["pools"]["decode"]
+        reason = "it refuses this frontend: the replica speaks version 2 of the channel's protocol, not 1"
+        assert pool == {"ready": 1, "reachable": 0, "unreachable": {"decode-1": reason}}
+        cluster.answers["decode"]["stats"] = cluster.answers["prefill"]["stats"] = EngineStats
+        (decode,) = [each for each in await cluster.model.stats() if each["role"] == "decode"]
+        assert (decode["unreachable"], decode["view"]) == (reason, None)
+    await until(lambda: cluster.reachable() == {"prefill": 1, "decode": 1})
+
+
+# Its tasks
+
+
+def unwatched(*own: asyncio.Task[Any] | None) -> list[str]:
+    """The names of the tasks that nobody watches, without those that the test itself awaits."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task(), *own}
+    return sorted(task.get_name() for task in tasks if not is_watched(task))
+
+
+async def test_somebody_watches_every_task(cluster: Cluster) -> None:
+    """With an attach that is not answered, a prefill that is being abandoned, and a replica that is unreachable."""
+    request = GenerateRequest(request_id="r", prompt_token_ids=[1] * 20, sampling={}, prefill_mode="remote")
+    running = asyncio.create_task(cluster.model.orchestrator.run(request, SequenceProgress(lambda _: None)))
+    await until(lambda: cluster.runs)
+    cluster.consists_of("prefill", {"host": "127.0.0.1", "port": "1", "token": ""})
+    for writer in cluster.servers["prefill"]._writers.values():
+        writer.transport.abort()
+    await until(lambda: "abandon" in cluster.handles["prefill"].calls)
+    await until(lambda: cluster.model.health()["pools"]["prefill"].get("unreachable"))
+    kinds = {task.get_name().partition("-")[0] for task in asyncio.all_tasks()}
+    assert {"channel", "connect", "attach", "abandon", "send", "sequence"} <= kinds
+    assert unwatched(running) == []
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def test_a_task_that_nobody_watches_is_found() -> None:
+    task = asyncio.create_task(asyncio.sleep(60), name="forgotten")
+    assert unwatched() == ["forgotten"]
+    task.cancel()
