@@ -56,6 +56,7 @@ from app.messages import (
     TransferDescriptor,
     local_prefill,
 )
+from app.sampling_ranges import check_request
 
 logger = logging.getLogger("baton.engines.sglang")
 
@@ -282,7 +283,7 @@ class SglangEngine:
     def _translate(self, request: GenerateRequest) -> Translation:
         arguments = self._spec.engine_args
         self._check_token_ids("prompt", request.prompt_token_ids)
-        self._check_token_ids("stop_token_ids", request.sampling.get("stop_token_ids") or ())
+        check_request(request, self._vocab_size)
         if request.priority and not arguments.get("enable_priority_scheduling"):
             raise InvalidRequest("priority: the pool's engine_args lack enable_priority_scheduling")
         return translate(

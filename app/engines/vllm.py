@@ -40,6 +40,7 @@ from app.engines.vllm_surface import (
     SCHEDULED,
     ConnectorStats,
     Core,
+    CoreRequest,
     InputProcessor,
     LogprobsLists,
     Output,
@@ -66,6 +67,7 @@ from app.messages import (
     TransferDescriptor,
     local_prefill,
 )
+from app.sampling_ranges import check_request, check_tokenized
 
 SAMPLED_BY_PREFILL = frozenset(
     {
@@ -143,21 +145,28 @@ def _has_plain_attention(model_config: Any) -> bool:
 
 
 def to_sampling_params(sampling: dict[str, Any], kv_transfer_params: dict[str, Any] | None) -> Any:
-    """Return vLLM's SamplingParams for one sequence whose tokens are detokenized elsewhere."""
+    """Return vLLM's SamplingParams for one sequence whose tokens are detokenized elsewhere.
+
+    Raises InvalidRequest if vLLM refuses them.
+    """
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
     fields = dict(sampling)
-    if structured := fields.get("structured_outputs"):
-        fields["structured_outputs"] = StructuredOutputsParams(**structured)
     extra_args = dict(fields.pop("extra_args", None) or {})
     if kv_transfer_params is not None:
         extra_args["kv_transfer_params"] = kv_transfer_params
-    return SamplingParams(
-        **fields,
-        extra_args=extra_args or None,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
+    try:
+        if structured := fields.get("structured_outputs"):
+            fields["structured_outputs"] = StructuredOutputsParams(**structured)
+        return SamplingParams(
+            **fields,
+            extra_args=extra_args or None,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+    except (VLLMClientError, TypeError, ValueError) as error:
+        raise InvalidRequest(str(error)) from error
 
 
 class _Running(msgspec.Struct):
@@ -185,6 +194,7 @@ class VllmEngine:
         )
         self._core: Core | None = None
         self._input_processor: InputProcessor
+        self._vocab_size = 0
         self._running: dict[str, _Running] = {}
         self.prompt_queue = PromptQueue()
         self._kv_feed: KvEventFeed | None = None
@@ -206,6 +216,7 @@ class VllmEngine:
         import vllm
 
         config = self._live_core().vllm_config
+        self._vocab_size = config.model_config.get_vocab_size()
         return EngineInfo(
             engine="vllm",
             version=vllm.__version__,
@@ -249,6 +260,7 @@ class VllmEngine:
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
         began = time.monotonic()
+        check_request(request, self._vocab_size)
         # The control run has to show in tokens that decode computes from the wrong KV.
         is_sampled = request.prefill_mode != "corrupted" and self._can_sample and samples_first_token(request.sampling)
         sampling = {**request.sampling, "max_tokens": 1} if is_sampled else {"max_tokens": 1, "temperature": 0.0}
@@ -293,6 +305,7 @@ class VllmEngine:
         return delta
 
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
+        check_request(request, self._vocab_size)
         params = to_sampling_params(request.sampling, _pull_params(descriptor) if descriptor else None)
         if descriptor is not None and (first := descriptor.first_token) is not None:
             self._live_core()
@@ -356,19 +369,12 @@ class VllmEngine:
 
     async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Output, _Running], None]) -> None:
         """Run one request in the engine core.  Cancelling aborts it."""
-        from vllm.exceptions import VLLMClientError
-
         core = self._live_core()
         began_at = time.monotonic()
-        prompt = {"type": "token", "prompt_token_ids": request.prompt_token_ids}
-        if request.cache_salt is not None:
-            prompt["cache_salt"] = request.cache_salt
-        try:
-            core_request = self._input_processor.process_inputs(
-                request.request_id, prompt, params, supported_tasks=("generate",), priority=request.priority
-            )
-        except (VLLMClientError, ValueError) as error:
-            raise InvalidRequest(str(error)) from error
+        if params.structured_outputs is None:
+            core_request = self._process(request, params)
+        else:  # a grammar is translated, which can take a second; the loop serves other requests meanwhile
+            core_request = await asyncio.to_thread(self._process, request, params)
         core_request.reasoning_ended = request.reasoning_ended
         core_request.reasoning_parser_kwargs = request.reasoning_parser_kwargs
         self._input_processor.assign_request_id(core_request)
@@ -383,6 +389,22 @@ class VllmEngine:
             # If this was cancelled, so was the future.  If the core has ended the request, nothing is left to abort.
             if (not running.ended.done() or running.ended.cancelled()) and self._death is None:
                 await core.abort_requests_async([core_id])
+
+    def _process(self, request: GenerateRequest, params: Any) -> CoreRequest:
+        """Have vLLM check and complete a request.  Raises InvalidRequest if vLLM refuses it or its workers would."""
+        from vllm.exceptions import VLLMClientError
+
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": request.prompt_token_ids}
+        if request.cache_salt is not None:
+            prompt["cache_salt"] = request.cache_salt
+        try:
+            processed = self._input_processor.process_inputs(
+                request.request_id, prompt, params, supported_tasks=("generate",), priority=request.priority
+            )
+        except (VLLMClientError, ValueError) as error:
+            raise InvalidRequest(str(error)) from error
+        check_tokenized(processed.sampling_params.all_stop_token_ids, processed.sampling_params.bad_words_token_ids)
+        return processed
 
     async def _pump(self) -> None:
         """Hand out the outputs of each engine step until the engine core dies.  Raises EngineDead then."""

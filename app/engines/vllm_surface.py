@@ -45,6 +45,8 @@ class CacheConfig(Protocol):
 class ModelConfig(Protocol):
     max_model_len: int
 
+    def get_vocab_size(self) -> int: ...
+
 
 class SchedulerConfig(Protocol):
     max_num_batched_tokens: int
@@ -58,8 +60,16 @@ class VllmConfig(Protocol):
     kv_events_config: Any
 
 
+class SamplingParams(Protocol):
+    """With what vLLM derives from the model and its tokenizer."""
+
+    all_stop_token_ids: set[int]
+    bad_words_token_ids: list[list[int]] | None
+
+
 class CoreRequest(Protocol):
     request_id: str
+    sampling_params: SamplingParams
     reasoning_ended: bool | None
     reasoning_parser_kwargs: dict[str, Any] | None
     abort_immediately: bool
@@ -196,6 +206,7 @@ COUNTED = tuple(name for name in ConnectorStats.__struct_fields__ if name != "nu
 def check_names(*, is_disaggregated: bool) -> None:
     """Raise UpstreamChanged if a class of the installed vLLM lacks a name that Baton uses."""
     with needed("vllm", "run requests on an engine core"):
+        from vllm.sampling_params import SamplingParams as VllmSamplingParams
         from vllm.v1.engine import (
             EngineCoreEvent,
             EngineCoreEventType,
@@ -220,6 +231,7 @@ def check_names(*, is_disaggregated: bool) -> None:
             (stats.SchedulerStats, SchedulerStats),
             (VllmLogprobsLists, LogprobsLists),
             (VllmLogprobsTensors, LogprobsTensors),
+            (VllmSamplingParams, SamplingParams),
         ]
         for found, protocol in used:
             check_protocol(found, protocol)

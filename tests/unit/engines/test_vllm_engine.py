@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from app.engines import progress
 from app.engines.base import EngineSpec
 from app.engines.vllm import VllmEngine, _phases, samples_first_token
 from app.engines.vllm_surface import PullTimes
-from app.errors import EngineDead, EngineFailed
+from app.errors import EngineDead, EngineFailed, InvalidRequest
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
 from tests.unit.waiting import until
 
@@ -134,7 +135,8 @@ async def test_stopping_ends_what_runs_and_says_that_the_engine_is_dead(spec: En
 
     engine: Any = VllmEngine(spec)
     engine._core = SimpleNamespace(add_request_async=add_request_async, shutdown=lambda timeout: None)
-    made = SimpleNamespace(request_id="r-1")
+    tokenized = SimpleNamespace(all_stop_token_ids=set(), bad_words_token_ids=None)
+    made = SimpleNamespace(request_id="r-1", sampling_params=tokenized)
     engine._input_processor = SimpleNamespace(
         process_inputs=lambda *_, **__: made, assign_request_id=lambda request: None
     )
@@ -239,13 +241,64 @@ async def test_an_engine_core_that_hangs_is_dead_and_its_requests_fail(
     await running.engine.stop()
 
 
+# What would end vLLM's workers
+
+
+@pytest.mark.parametrize(
+    ("sampling", "named"),
+    [
+        ({"thinking_token_budget": 2**31}, "thinking_token_budget"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias"),
+        ({"min_tokens": 20, "max_tokens": 10}, "min_tokens"),
+        ({"stop_token_ids": list(range(100))}, "stop_token_ids"),
+        ({"bad_words": ["a", "b"]}, "bad_words"),
+    ],
+)
+async def test_what_its_tensors_cannot_hold_is_refused(spec: EngineSpec, sampling: dict[str, Any], named: str) -> None:
+    """The last two show only when the model's own stop tokens are known and the words have become tokens."""
+
+    async def add_request_async(request: Any) -> None:
+        pytest.fail("the engine core got it")
+
+    tokenized = SimpleNamespace(all_stop_token_ids=set(sampling.get("stop_token_ids", ())), bad_words_token_ids=None)
+    if named == "bad_words":
+        tokenized.bad_words_token_ids = [[1] * 513, [1] * 513]
+    else:
+        tokenized.all_stop_token_ids.update(range(1000, 1050))
+    made = SimpleNamespace(request_id="r-1", sampling_params=tokenized)
+    engine: Any = VllmEngine(spec)
+    engine._vocab_size = 2048
+    engine._core = SimpleNamespace(add_request_async=add_request_async)
+    engine._input_processor = SimpleNamespace(process_inputs=lambda *_, **__: made)
+    with pytest.raises(InvalidRequest, match=rf"^{named}\b"):
+        await engine.generate(msgspec.structs.replace(REQUEST, sampling=sampling), None, lambda _: None)
+
+
+async def test_a_grammar_is_checked_beside_the_loop(spec: EngineSpec) -> None:
+    import vllm.sampling_params  # noqa: F401  which takes longer than any grammar
+
+    checked_in: list[threading.Thread] = []
+
+    def process_inputs(*_: Any, **__: Any) -> Any:
+        checked_in.append(threading.current_thread())
+        raise ValueError("no grammar")
+
+    engine: Any = VllmEngine(spec)
+    engine._core = SimpleNamespace()
+    engine._input_processor = SimpleNamespace(process_inputs=process_inputs)
+    for sampling in ({"structured_outputs": {"regex": "a"}}, {}):
+        with pytest.raises(InvalidRequest, match="no grammar"):
+            await engine.generate(msgspec.structs.replace(REQUEST, sampling=sampling), None, lambda _: None)
+    assert [thread is threading.main_thread() for thread in checked_in] == [False, True]
+
+
 @pytest.mark.parametrize("caches_prefixes", [True, False])
 async def test_it_publishes_events_if_it_caches_prefixes(
     spec: EngineSpec, monkeypatch: pytest.MonkeyPatch, caches_prefixes: bool
 ) -> None:
     config = SimpleNamespace(
         cache_config=SimpleNamespace(enable_prefix_caching=caches_prefixes, num_gpu_blocks=7, block_size=16),
-        model_config=SimpleNamespace(max_model_len=100),
+        model_config=SimpleNamespace(max_model_len=100, get_vocab_size=lambda: 2048),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
         kv_events_config=None,
     )
