@@ -157,7 +157,7 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
     """Prompt tokens that prefill found in its prefix cache."""
     ready_at: float
-    """Unix time in seconds when the KV became readable."""
+    """Unix time in seconds when the KV became readable, by prefill's clock.  Only `phases` are computed from it."""
     lease_s: float
     """Seconds after `ready_at` during which prefill keeps the KV for a decode that has not asked for it yet."""
     params: dict[str, Any]
@@ -171,9 +171,15 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     phases: dict[HopPhase, float] = {}
     """The seconds of the hop's phases so far."""
 
-    def has_expired(self, now: float) -> bool:
-        """Whether pulling now is unsafe: after half the lease prefill may free and reuse the blocks during the read."""
-        return now - self.ready_at > self.lease_s / 2
+    def has_expired(self, waited_s: float) -> bool:
+        """Whether pulling now is unsafe: after half the lease prefill may free and reuse the blocks during the read.
+
+        `waited_s` is how long decode has had the sequence, by its own clock.  The KV has been there for that time
+        without what computing it took, by prefill's clock; no time of one clock is compared with one of the other.
+        If decode got the sequence late, the KV has been there for longer.  So the engine has to see for itself whether
+        what it has read was still prefill's.
+        """
+        return waited_s - (self.prefill_s or 0.0) > self.lease_s / 2
 
 
 def merge_deltas(first: TokenDelta, second: TokenDelta) -> TokenDelta:
@@ -216,7 +222,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     transferred_bytes: int = 0
     transfer_s: float = 0.0
     num_expired_handoffs: int = 0
-    """Handoffs whose lease ran out before decode pulled them."""
+    """Handoffs whose lease ran out before decode pulled them; on decode, those whose KV it pulled in vain for that."""
     transport: str = ""
 
 
