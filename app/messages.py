@@ -100,7 +100,8 @@ class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
     reason: str
     """Why the prompt was prefilled locally; empty if it was prefilled remotely.  It is the reason of the decision
     (app/routing/decision.py) if that was for a local prefill, else what stood in the way: ``no_prefill_replica``,
-    ``prefill_failed``, ``prefill_timeout``, ``descriptor_expired``, ``transfer_failed``, ``transport_refused``, or
+    ``prefill_failed``, ``prefill_timeout``, ``descriptor_expired``, ``transfer_failed``, ``transport_refused``,
+    ``incompatible_kv``, or
     ``already_cached`` if decode had the whole prompt."""
     prefill_replica: str | None
     decode_replica: str
@@ -143,6 +144,20 @@ Emit = Callable[[TokenDelta], None]
 """Takes one sequence's delta of one engine step.  Called on the event loop, never blocks, never raises."""
 
 
+class KvFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """What the KV of a replica is like (app/engines/kv_format.py says what of it has to be alike)."""
+
+    protocol: int
+    engine: str
+    engine_version: str
+    model: str
+    """The model's `source`."""
+    settings: dict[str, str]
+    """Engine arguments and variables that decide how the KV is stored, or which model it is of."""
+    block_size_tokens: int
+    tensor_parallel_size: int
+
+
 class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     """Where a prompt's KV lies on a prefill replica and until when.
 
@@ -170,6 +185,8 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     the KV.  If None, decode computes the last prompt token again and samples the first token itself."""
     phases: dict[HopPhase, float] = {}
     """The seconds of the hop's phases so far."""
+    kv_format: KvFormat | None = None
+    """What the KV is like; None before the replica has added it to what its engine wrote."""
 
     def has_expired(self, waited_s: float) -> bool:
         """Whether pulling now is unsafe: after half the lease prefill may free and reuse the blocks during the read.
