@@ -90,8 +90,10 @@ def test_kv_that_is_read_after_the_lease_is_computed_anew(prefill: EngineProcess
     decode.generate(request("connect", 3), prefill.prefill(request("connect", 3)))
     expired = prefill.call("stats").num_expired_handoffs
     descriptor = prefill.prefill(request("late", 2))
-    (core,) = decode.engine_processes()
-    core.suspend()
+    stopped = decode.engine_processes()
+    assert stopped
+    for process in stopped:
+        process.suspend()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(decode.generate, request("late", 2), descriptor)
         try:
@@ -103,7 +105,8 @@ def test_kv_that_is_read_after_the_lease_is_computed_anew(prefill: EngineProcess
             for seed in range(4):
                 prefill.generate(request(f"after-{seed}", 100 + seed, max_tokens=1), None)
         finally:
-            core.resume()
+            for process in stopped:
+                process.resume()
         deltas = answer.result(timeout=60)
     assert tokens(deltas) == tokens(undisturbed)
     assert last_report(deltas).reason == "descriptor_expired"
