@@ -100,7 +100,8 @@ class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
     reason: str
     """Why the prompt was prefilled locally; empty if it was prefilled remotely.  It is the reason of the decision
     (app/routing/decision.py) if that was for a local prefill, else what stood in the way: ``no_prefill_replica``,
-    ``prefill_failed``, ``prefill_timeout``, ``descriptor_expired``, ``transfer_failed``, ``transport_refused``, or
+    ``prefill_failed``, ``prefill_timeout``, ``descriptor_expired``, ``transfer_failed``, ``transport_refused``,
+    ``incompatible_kv``, or
     ``already_cached`` if decode had the whole prompt."""
     prefill_replica: str | None
     decode_replica: str
@@ -143,6 +144,20 @@ Emit = Callable[[TokenDelta], None]
 """Takes one sequence's delta of one engine step.  Called on the event loop, never blocks, never raises."""
 
 
+class KvFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """What the KV of a replica is like (app/engines/kv_format.py says what of it has to be alike)."""
+
+    protocol: int
+    engine: str
+    engine_version: str
+    model: str
+    """The model's `source`."""
+    settings: dict[str, str]
+    """Engine arguments and variables that decide how the KV is stored, or which model it is of."""
+    block_size_tokens: int
+    tensor_parallel_size: int
+
+
 class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     """Where a prompt's KV lies on a prefill replica and until when.
 
@@ -157,7 +172,7 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
     """Prompt tokens that prefill found in its prefix cache."""
     ready_at: float
-    """Unix time in seconds when the KV became readable."""
+    """Unix time in seconds when the KV became readable, by prefill's clock.  Only `phases` are computed from it."""
     lease_s: float
     """Seconds after `ready_at` during which prefill keeps the KV for a decode that has not asked for it yet."""
     params: dict[str, Any]
@@ -170,10 +185,18 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     the KV.  If None, decode computes the last prompt token again and samples the first token itself."""
     phases: dict[HopPhase, float] = {}
     """The seconds of the hop's phases so far."""
+    kv_format: KvFormat | None = None
+    """What the KV is like; None before the replica has added it to what its engine wrote."""
 
-    def has_expired(self, now: float) -> bool:
-        """Whether pulling now is unsafe: after half the lease prefill may free and reuse the blocks during the read."""
-        return now - self.ready_at > self.lease_s / 2
+    def has_expired(self, waited_s: float) -> bool:
+        """Whether pulling now is unsafe: after half the lease prefill may free and reuse the blocks during the read.
+
+        `waited_s` is how long decode has had the sequence, by its own clock.  The KV has been there for that time
+        without what computing it took, by prefill's clock; no time of one clock is compared with one of the other.
+        If decode got the sequence late, the KV has been there for longer.  So the engine has to see for itself whether
+        what it has read was still prefill's.
+        """
+        return waited_s - (self.prefill_s or 0.0) > self.lease_s / 2
 
 
 def merge_deltas(first: TokenDelta, second: TokenDelta) -> TokenDelta:
@@ -216,7 +239,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     transferred_bytes: int = 0
     transfer_s: float = 0.0
     num_expired_handoffs: int = 0
-    """Handoffs whose lease ran out before decode pulled them."""
+    """Handoffs whose lease ran out before decode pulled them; on decode, those whose KV it pulled in vain for that."""
     transport: str = ""
 
 

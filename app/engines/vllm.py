@@ -50,6 +50,7 @@ from app.engines.vllm_surface import (
     check_environment,
     check_names,
     dead_error,
+    late_reads,
     pull_times,
     rejection,
     start_core,
@@ -178,6 +179,8 @@ class _Running(msgspec.Struct):
     """When it was handed to this adapter; like `pull`, of the monotonic clock."""
     pull: PullTimes | None = None
     """When its KV was pulled."""
+    is_late: bool = False
+    """Whether that was after prefill's lease, so that the KV was not used."""
 
     def fail(self, error: BaseException) -> None:
         if not self.ended.done():
@@ -237,8 +240,8 @@ class VllmEngine:
             **self.transport_watch.environment(),
             **owner_environment(),
         }
-        if spec.is_disaggregated and spec.role == "decode":
-            environment |= nixl_pull.environment(spec.device)
+        if spec.is_disaggregated and spec.role != "aggregated":
+            environment |= nixl_pull.environment(spec.role, spec.device)
         if spec.device == "cpu":
             # Binding threads to cores makes every replica on a machine fight for the same ones.
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -355,6 +358,8 @@ class VllmEngine:
             reason = ""
             if descriptor is not None:
                 reason = "already_cached" if local else "transfer_failed"
+                if running.is_late:
+                    reason = "descriptor_expired"
             return local_prefill(self._spec.replica_id, local, reason)
         return PrefillReport(
             kind="remote",
@@ -437,6 +442,9 @@ class VllmEngine:
             for request_id, times in pull_times(stats.kv_connector_stats).items():
                 if running := self._running.get(request_id):
                     running.pull = times.merge(running.pull)
+            for request_id in late_reads(stats.kv_connector_stats):
+                if running := self._running.get(request_id):
+                    running.is_late = True
 
     async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
         """Free the KV from the decode side; only a decode engine can.

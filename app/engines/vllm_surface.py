@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from app.engines.plugins.nixl_lease import LATE_READS
 from app.engines.plugins.nixl_pull import TIMES
 from app.messages import TransferDescriptor
 from app.upstream import check_attributes, check_protocol, needed
@@ -182,6 +183,11 @@ def pull_times(lists: dict[str, list[Any]]) -> dict[str, PullTimes]:
     for request_id, *times in lists.get(TIMES, ()):
         found[request_id] = PullTimes(*times).merge(found.get(request_id))
     return found
+
+
+def late_reads(lists: dict[str, list[Any]]) -> set[str]:
+    """Return the engine core's ids of the requests whose KV was read after prefill's lease, so that it is not used."""
+    return set(lists.get(LATE_READS, ()))
 
 
 class ConnectorStats(msgspec.Struct):

@@ -17,6 +17,7 @@ from app.channel.protocol import Submit
 from app.channel.server import FrontendChannel
 from app.config import BatonConfig
 from app.engines.base import EngineSpec
+from app.engines.kv_format import mismatch
 from app.errors import InvalidRequest
 from app.messages import (
     EngineStats,
@@ -60,10 +61,9 @@ class DecodeWorker(Worker):
     async def _connect(self, spec: EngineSpec) -> None:
         """Probe the prefill replicas.  Raises ConfigError if none can be reached by the required transport."""
         if self._prefill is not None:
-            self._links = LinkKeeper(
-                spec, self._engine, RayPrefillPeers(self._prefill, self._replica_id), self._background
-            )
-            await self._links.start(self._info, can_prefill=self._model.can_decode_prefill)
+            peers = RayPrefillPeers(self._prefill, self._replica_id)
+            self._links = LinkKeeper(spec, self._engine, peers, self._background)
+            await self._links.start(self._info, self.kv_format, can_prefill=self._model.can_decode_prefill)
 
     def _publish_links(self, links: list[Link]) -> None:
         self._server.publish_links(links)
@@ -98,6 +98,10 @@ class DecodeWorker(Worker):
                 raise InvalidRequest(error.message) from error
             logger.warning("request_id=%s prefill failed: %r", request.request_id, error)
             return None, "prefill_failed"
+        if problem := mismatch(descriptor.kv_format, self.kv_format):
+            logger.warning("request_id=%s %s: %s", request.request_id, descriptor.replica_id, problem)
+            await self._release(descriptor)
+            return None, "incompatible_kv"
         if self._links is None or self._links.is_usable(descriptor.replica_id):
             return descriptor, ""
         # The frontend that chose this pair does not know yet what the latest probe found.
@@ -143,6 +147,10 @@ class DecodeWorker(Worker):
         await super().__del__()
 
     async def _release(self, descriptor: TransferDescriptor) -> None:
+        """Free KV that nobody will pull.  What another engine's descriptor says only that engine understands."""
+        if descriptor.engine != self._info.engine:
+            logger.warning("request_id=%s the lease has to free KV of %s", descriptor.request_id, descriptor.engine)
+            return
         await self._engine.release(descriptor.request_id, descriptor)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -73,10 +72,12 @@ class HandoffRendezvous:
         Raises TimeoutError, DescriptorExpired and whatever the prefill raised.
         """
         reference = self._expect(self._channels[channel_id], number)
+        clock = asyncio.get_running_loop().time
+        began = clock()
         try:
             async with asyncio.timeout(timeout_s):
                 descriptor = await (await reference)
-            if descriptor.has_expired(time.time()):
+            if descriptor.has_expired(clock() - began):
                 raise DescriptorExpired
         except BaseException:
             if not reference.cancel() and not reference.cancelled():

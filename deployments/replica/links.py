@@ -6,7 +6,8 @@
 2. What the transfer library says meanwhile is about this pair, because probes take turns on either side.  From it the
    engine judges whether KV takes the way that ``transfer.required_transport`` asks for.
 3. The result is a `Link`.  Frontends get all links, and route no request over one that has a problem or is not there.
-4. A link that failed is probed again, each time after a longer pause.  If a prefill replica goes, so does its link.
+4. A pair whose KV does not fit together (app/engines/kv_format.py) has a problem too: the first descriptor tells.
+5. A link that failed is probed again, each time after a longer pause.  If a prefill replica goes, so does its link.
 
 When a decode replica starts, it waits a while for the first prefill replica, and probes those that are there.  If
 none of them can be reached by the required transport, the replica does not become ready.
@@ -24,11 +25,13 @@ import msgspec
 
 from app.background import BackgroundTasks
 from app.engines.base import Engine, EngineInfo, EngineSpec
+from app.engines.kv_format import mismatch
 from app.engines.probe_request import probe_request
 from app.errors import BatonError, ConfigError, EngineDead, PrefillFailed
 from app.messages import (
     EngineStats,
     GenerateRequest,
+    KvFormat,
     Link,
     PrefillReport,
     TokenDelta,
@@ -108,6 +111,7 @@ class LinkKeeper:
         self._usable_until: dict[str, float] = {}
         """Replicas that have gone and whose links were usable; monotonic times."""
         self._long_tokens = SHORT_TOKENS
+        self._kv_format: KvFormat
         self._changed = asyncio.Event()
         self._background = background
 
@@ -124,12 +128,14 @@ class LinkKeeper:
             return self._usable_until.get(prefill_replica, 0.0) > time.monotonic()
         return not known.link.problem
 
-    async def start(self, info: EngineInfo, *, can_prefill: bool) -> None:
+    async def start(self, info: EngineInfo, kv_format: KvFormat, *, can_prefill: bool) -> None:
         """Probe the prefill replicas that are there or come soon, and begin to follow the pool.
 
-        `info` is that of this replica's engine, and `can_prefill` says whether that can serve without them.  Raises
-        ConfigError if KV comes by the required transport from no prefill replica, but by another from each.
+        `info` is that of this replica's engine, `kv_format` says what KV it can use, and `can_prefill` whether it can
+        serve without them.  Raises ConfigError if KV comes by the required transport from no prefill replica, but by
+        another from each.
         """
+        self._kv_format = kv_format
         longest = min(info.max_model_len // 2, info.num_blocks * info.block_size_tokens // 4)
         self._long_tokens = max(SHORT_TOKENS, min(LONG_TOKENS, longest))
         self._peers.follow(self._changed.set)
@@ -244,6 +250,8 @@ class LinkKeeper:
         before, began = await self._engine.stats(), time.monotonic()
         try:
             descriptor = await self._peers.prefill(request, replica)
+            if problem := mismatch(descriptor.kv_format, self._kv_format):
+                raise PrefillFailed(problem)
             await self._engine.generate(request, descriptor, take)
         except BaseException:
             self._peers.abandon(request.request_id, replica)

@@ -86,7 +86,8 @@ class PrefillWorker(Worker):
         self._publisher.poll_soon()
         try:
             descriptor = await task
-            return msgspec.structs.replace(descriptor, phases=_phases(request, arrived_at, descriptor))
+            phases = _phases(request, arrived_at, descriptor)
+            return msgspec.structs.replace(descriptor, phases=phases, kv_format=self.kv_format)
         finally:
             del self._running[request.request_id]
             self._publisher.poll_soon()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import time
@@ -18,10 +19,11 @@ from app.channel.protocol import Submit
 from app.channel.server import ChannelServer, FrontendChannel
 from app.config import BatonConfig, PoolConfig
 from app.engines.base import Engine, EngineInfo, EngineSpec
+from app.engines.kv_format import kv_format
 from app.engines.pace_measurement import measure_pace
 from app.engines.registry import create_engine
 from app.errors import EngineDead, InvalidRequest, ReplicaLost
-from app.messages import EngineStats, ReplicaInfo, ReplicaLoad, Role
+from app.messages import EngineStats, KvFormat, ReplicaInfo, ReplicaLoad, Role
 from app.models.source import local_path
 from app.pace import Pace
 from app.ports import reserve_port
@@ -121,6 +123,11 @@ class Worker:
             return None
         logger.info("replica_id=%s measured_s=%.2f %s", self._replica_id, time.monotonic() - began, pace)
         return pace
+
+    @functools.cached_property
+    def kv_format(self) -> KvFormat:
+        """What this replica's KV is like."""
+        return kv_format(self._model, self.role, self._info)
 
     async def _connect(self, spec: EngineSpec) -> None:
         """Make this replica's connections to others.  The engine runs, but nobody knows of this replica yet."""

@@ -140,8 +140,8 @@ class ScriptedEngine:
             request_id=request.request_id,
             prompt_tokens=len(request.prompt_token_ids),
             cached_tokens=0,
-            ready_at=0.0 if script.get("prefill") == "expired" else time.time(),
-            lease_s=30.0,
+            ready_at=time.time(),
+            lease_s=-1.0 if script.get("prefill") == "expired" else 30.0,
             params=TracedParams(diary=self._spec.engine_args["diary"], prompt=request.prompt_token_ids),
             prefill_s=PREFILL_S,
         )

@@ -115,14 +115,16 @@ def test_a_request_survives_pickling(request: GenerateRequest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("now", "expired"),
+    ("waited_s", "prefill_s", "expired"),
     [
-        (999.0, False),  # the clock of the decode node is behind
-        (1000.0, False),
-        (1015.0, False),
-        (math.nextafter(1015.0, math.inf), True),
-        (1030.0, True),
+        (0.0, None, False),
+        (15.0, None, False),
+        (math.nextafter(15.0, math.inf), None, True),
+        (30.0, None, True),
+        (30.0, 20.0, False),  # most of the time the KV was not there yet
+        (36.0, 20.0, True),
+        (1.0, 20.0, False),  # decode got the sequence late
     ],
 )
-def test_a_descriptor_expires_after_half_its_lease(now: float, expired: bool) -> None:
-    assert descriptor.has_expired(now) is expired
+def test_a_descriptor_expires_after_half_its_lease(waited_s: float, prefill_s: float | None, expired: bool) -> None:
+    assert msgspec.structs.replace(descriptor, prefill_s=prefill_s).has_expired(waited_s) is expired

@@ -1,5 +1,7 @@
 """Makes a vLLM decode engine pull KV without waiting, and tells when each part of it happened.
 
+It also puts nixl_lease.py into effect, in prefill engines too.
+
 1. *Pull what prefill holds.*  When prefill has sampled the first token, that token is part of the prompt that the
    decode engine gets, and prefill does not hold its KV.  vLLM's NixlConnector would ask for the KV of the whole prompt,
    and for a block too many if the token begins one.  Here it asks for ``remote_num_tokens``, which vLLM's prefill
@@ -19,6 +21,8 @@ import os
 import time
 from typing import Any
 
+from app.engines.plugins import nixl_lease
+from app.messages import Role
 from app.upstream import Patch, check_attributes, check_uses, needed
 
 SWITCH = "BATON_NIXL_PULL"
@@ -29,11 +33,14 @@ TIMES = "baton_pull_times"
 clock: when the connector took up the request, when its reads were under way (after the handshake, if the peer was new),
 and when they were seen to be done.  With tensor parallelism each rank adds one."""
 
+PREFILL = "prefill"
 POLL_QUICKLY = "quick"
 
 
-def environment(device: str) -> dict[str, str]:
-    """Return the environment variables that switch it on in a decode engine's processes."""
+def environment(role: Role, device: str) -> dict[str, str]:
+    """Return the environment variables that switch it on in the processes of a prefill or decode engine."""
+    if role == "prefill":
+        return {SWITCH: PREFILL}
     return {SWITCH: POLL_QUICKLY if device == "cuda" else "1"}
 
 
@@ -49,10 +56,16 @@ def register() -> None:
     if SWITCH not in os.environ or _patched:
         return
     _patched = True
+    if os.environ[SWITCH] == PREFILL:
+        with needed("vllm", "tell until when prefill keeps KV"):
+            nixl_lease.tell_expiry()
+        return
     with needed("vllm", "pull the KV that prefill holds"):
         _pull_what_is_held()
     with needed("vllm", "tell how long pulling KV takes"):
         _tell_times()
+    with needed("vllm", "refuse KV that was read too late"):
+        nixl_lease.refuse_late_reads()
     if os.environ[SWITCH] == POLL_QUICKLY:
         with needed("vllm", "look for KV often"):
             _poll_quickly()

@@ -8,6 +8,7 @@ from collections.abc import Generator
 from itertools import count, permutations
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,8 +64,7 @@ class Sequence:
             self._prefill.set_exception(EngineFailed("no"))
             self._prefill.exception()  # whether anybody looks is not the matter here
         else:
-            ready_at = time.time() if self._outcome == "succeeds" else 0.0
-            self._prefill.set_result(descriptor(self._number, ready_at))
+            self._prefill.set_result(descriptor(self._number, lease_s=30.0 if self._outcome == "succeeds" else -1.0))
 
     async def _run(self) -> None:
         try:
@@ -107,15 +107,16 @@ class Replica:
             await asyncio.sleep(0)
 
 
-def descriptor(number: int, ready_at: float) -> TransferDescriptor:
+def descriptor(number: int, *, lease_s: float = 30.0, clock_ahead_s: float = 0.0) -> TransferDescriptor:
+    """Of KV that has just become ready on a node whose clock is that far ahead."""
     return TransferDescriptor(
         request_id=str(number),
         engine="e",
         replica_id="p",
         prompt_tokens=number,
         cached_tokens=0,
-        ready_at=ready_at,
-        lease_s=30.0,
+        ready_at=time.time() + clock_ahead_s,
+        lease_s=lease_s,
         params={},
     )
 
@@ -218,11 +219,37 @@ def test_a_sequence_is_told_why_there_is_no_descriptor(after: tuple[str, ...], o
     assert released == ([0] if outcome == "expires" else [])
 
 
+async def received_after(wait_s: float, descriptor: TransferDescriptor) -> Any:
+    """What `receive` returns or raises if the descriptor comes after that time."""
+    replica = Replica()
+    prefill: asyncio.Future[TransferDescriptor] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(replica.rendezvous.receive("channel", 0, timeout_s=60.0))
+    replica.rendezvous.attach("channel", 0, Reference(prefill))
+    await replica.wait()
+    await replica.wait(wait_s)
+    prefill.set_result(descriptor)
+    (result,) = await asyncio.gather(task, return_exceptions=True)
+    return result
+
+
+@pytest.mark.parametrize("clock_ahead_s", [-3600.0, -60.0, -15.1, 0.0, 15.1, 60.0, 3600.0])
+def test_the_clock_of_the_other_node_does_not_matter(clock_ahead_s: float) -> None:
+    fresh = descriptor(0, clock_ahead_s=clock_ahead_s)
+    assert asyncio.run(received_after(1.0, fresh)) == fresh
+    assert type(asyncio.run(received_after(15.1, fresh))) is DescriptorExpired
+
+
+def test_the_time_in_which_the_prompt_was_computed_is_none_of_the_lease() -> None:
+    slow = msgspec.structs.replace(descriptor(0), prefill_s=40.0)
+    assert asyncio.run(received_after(41.0, slow)) == slow
+    assert type(asyncio.run(received_after(55.1, slow))) is DescriptorExpired
+
+
 def test_a_reference_to_a_channel_that_nobody_remembers_is_released() -> None:
     async def attach() -> list[int]:
         replica = Replica()
         replica.rendezvous.attach("another", 0, Reference(prefill := asyncio.get_running_loop().create_future()))
-        prefill.set_result(descriptor(0, time.time()))
+        prefill.set_result(descriptor(0))
         await replica.wait()
         return replica.released
 

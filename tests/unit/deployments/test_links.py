@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from app.messages import (
     Emit,
     EngineStats,
     GenerateRequest,
+    KvFormat,
     Link,
     PrefillReport,
     TokenDelta,
@@ -32,6 +34,16 @@ from deployments.replica.prefill import ProbeTurns
 from tests.unit.waiting import until
 
 INFO = EngineInfo(engine="fake", version="1", num_blocks=1000, block_size_tokens=16, max_model_len=4096)
+FORMAT = KvFormat(
+    protocol=1,
+    engine="fake",
+    engine_version="1",
+    model="m",
+    settings={},
+    block_size_tokens=16,
+    tensor_parallel_size=1,
+)
+OTHER = msgspec.structs.replace(FORMAT, engine_version="2")
 BYTES_PER_TOKEN = 1000
 GOOD = TransportEvidence("cuda_ipc")
 BAD = TransportEvidence("tcp/lo", "KV moves by tcp/lo")
@@ -100,6 +112,8 @@ class Peers:
         self.abandoned: list[str] = []
         self.probing: list[str] = []
         self.salts: set[str | None] = set()
+        self.formats: dict[str, KvFormat | None] = {}
+        """Of replicas whose KV is not like FORMAT."""
         self._on_change: Callable[[], object] = lambda: None
 
     def follow(self, on_change: Callable[[], object]) -> None:
@@ -139,6 +153,7 @@ class Peers:
             ready_at=0.0,
             lease_s=30,
             params={},
+            kv_format=self.formats.get(replica, FORMAT),
         )
 
     def abandon(self, request_id: str, replica: str) -> None:
@@ -168,12 +183,13 @@ class Decode:
         engine: Any = self.engine
         self.keeper = LinkKeeper(EngineSpec(**spec), engine, self.peers, self.background)
         self.can_prefill = True
+        self.kv_format = FORMAT
         self.published: list[list[Link]] = []
         self.keeper.on_change = self.published.append
 
     async def start(self, *replicas: str, info: EngineInfo = INFO) -> None:
         self.peers.replicas = set(replicas)
-        await self.keeper.start(info, can_prefill=self.can_prefill)
+        await self.keeper.start(info, self.kv_format, can_prefill=self.can_prefill)
 
     def problems(self) -> dict[str, str]:
         return {link.prefill_replica: link.problem for link in self.keeper.links()}
@@ -360,11 +376,66 @@ async def test_decode_takes_no_kv_over_a_link_that_is_not_usable(decode: Decode,
         _config=SimpleNamespace(limits=SimpleNamespace(prefill_timeout_s=1)),
         _links=decode.keeper,
         _release=release,
+        kv_format=FORMAT,
     )
     channel: Any = SimpleNamespace(id="c")
     found = await DecodeWorker._receive(worker, channel, 0, request)
     assert found == ((None, "transport_refused") if problem else (descriptor, ""))
     assert released == ([descriptor] if problem else [])
+
+
+@pytest.mark.parametrize(("prefill", "own"), [(OTHER, FORMAT), (FORMAT, OTHER)], ids=["newer prefill", "newer decode"])
+async def test_replicas_of_two_versions_pair_up_with_their_own_kind(
+    decode: Decode, prefill: KvFormat, own: KvFormat
+) -> None:
+    decode.peers.formats = {"p": prefill, "q": own}
+    decode.kv_format = own
+    await decode.start("p", "q")
+    there, here = prefill.engine_version, own.engine_version
+    problem = f"KV of another kind: engine_version is {there} at prefill and {here} at decode"
+    assert decode.problems() == {"p": f"the probe failed: {problem}", "q": ""}
+    assert decode.peers.abandoned == ["p"]
+    assert len(decode.engine.lengths) == 3, "no KV of p has been read"
+
+
+async def test_a_prefill_replica_that_is_replaced_by_one_that_fits_is_used(decode: Decode) -> None:
+    decode.peers.formats = {"p": None}
+    await decode.start("p")
+    assert "older version" in decode.problems()["p"]
+    decode.peers.become("q")
+    await until(lambda: decode.problems() == {"q": ""})
+
+
+@pytest.mark.parametrize("told", [OTHER, None], ids=["another version", "an older version of Baton"])
+async def test_decode_takes_no_kv_that_does_not_fit(decode: Decode, told: KvFormat | None) -> None:
+    """The replica may have been replaced under the same name, or the frontend may know no links yet."""
+    await decode.start("p")
+    request = GenerateRequest(request_id="r", prompt_token_ids=[1], sampling={})
+    await decode.peers.begin_probe("p")
+    descriptor = msgspec.structs.replace(await decode.peers.prefill(request, "p"), kv_format=told)
+    released: list[TransferDescriptor] = []
+
+    async def receive(*_: object) -> TransferDescriptor:
+        return descriptor
+
+    async def release(_: str, descriptor: TransferDescriptor) -> None:
+        released.append(descriptor)
+
+    worker: Any = SimpleNamespace(
+        _handoffs=SimpleNamespace(receive=receive),
+        _config=SimpleNamespace(limits=SimpleNamespace(prefill_timeout_s=1)),
+        _links=decode.keeper,
+        _engine=SimpleNamespace(release=release),
+        _info=INFO,
+        kv_format=FORMAT,
+    )
+    worker._release = partial(DecodeWorker._release, worker)
+    channel: Any = SimpleNamespace(id="c")
+    assert await DecodeWorker._receive(worker, channel, 0, request) == (None, "incompatible_kv")
+    assert released == [descriptor]
+    worker._info = msgspec.structs.replace(INFO, engine="another")
+    assert await DecodeWorker._receive(worker, channel, 0, request) == (None, "incompatible_kv")
+    assert released == [descriptor], "another engine's descriptor is not given to this one"
 
 
 async def test_decode_replicas_probe_one_prefill_replica_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from app.engines import progress
 from app.engines.base import EngineSpec
-from app.engines.vllm import VllmEngine, _phases, samples_first_token
+from app.engines.plugins.nixl_lease import LATE_READS
+from app.engines.vllm import VllmEngine, _phases, _Running, samples_first_token
 from app.engines.vllm_surface import PullTimes
 from app.errors import EngineDead, EngineFailed, InvalidRequest
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
@@ -496,3 +497,17 @@ def test_the_phases_of_a_pull_follow_each_other() -> None:
         "step": 1.0,
     }
     assert _phases(running, cast(Any, SimpleNamespace(events=None)), 4.0) == {}
+
+
+@pytest.mark.parametrize(("late", "reason"), [(["r-1"], "descriptor_expired"), (["another"], "transfer_failed")])
+async def test_why_kv_was_not_used_is_said(spec: EngineSpec, late: list[str], reason: str) -> None:
+    engine = VllmEngine(spec)
+    running = _Running(lambda *_: None, asyncio.get_running_loop().create_future(), 0.0)
+    engine._running["r-1"] = running
+    stats: Any = SimpleNamespace(kv_connector_stats={LATE_READS: late, "num_kv_expired_reqs": [1]})
+    engine._record(stats)
+    computed: Any = SimpleNamespace(
+        prefill_stats=SimpleNamespace(num_local_cached_tokens=0, num_external_cached_tokens=0)
+    )
+    assert engine._report(computed, running, handoff()).reason == reason
+    assert engine._moved.num_kv_expired_reqs == 1

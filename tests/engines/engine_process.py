@@ -1,0 +1,100 @@
+"""Engines of a test, each in a process of its own as in an application, but without Ray.
+
+This is imported in the environment of each engine, so nothing here needs pytest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+import psutil
+
+from app.engines.base import EngineSpec
+from app.engines.registry import create_engine
+from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
+
+STOP_TIMEOUT_S = 20.0
+
+
+class EngineProcess:
+    """An engine that is called one call at a time.  Calls block, and raise what the engine raises."""
+
+    def __init__(self, process: Any, connection: Connection) -> None:
+        self._process = process
+        self._connection = connection
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        self._connection.send((method, arguments))
+        result = self._connection.recv()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def prefill(self, request: GenerateRequest) -> TransferDescriptor:
+        found: TransferDescriptor = self.call("prefill", request)
+        return found
+
+    def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None) -> list[TokenDelta]:
+        deltas: list[TokenDelta] = self.call("generate", request, descriptor)
+        return deltas
+
+    def engine_processes(self) -> list[psutil.Process]:
+        """The processes that the engine itself has started, without Python's helpers."""
+        return [
+            process
+            for process in psutil.Process(self._process.pid).children(recursive=True)
+            if "VLLM" in " ".join(process.cmdline())
+        ]
+
+
+@contextmanager
+def engine_process(engine: str, spec: EngineSpec) -> Iterator[EngineProcess]:
+    """Begin to start an engine, and stop it when the block ends.  The first call waits until it has started."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(engine, msgspec.msgpack.encode(spec), theirs))
+    process.start()
+    theirs.close()
+    found = EngineProcess(process, ours)
+    try:
+        yield found
+    finally:
+        for each in found.engine_processes():
+            each.resume()
+        ours.close()
+        process.join(STOP_TIMEOUT_S)
+        process.kill()
+
+
+def _run(engine: str, spec: bytes, connection: Connection) -> None:
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+    asyncio.run(_serve(engine, msgspec.msgpack.decode(spec, type=EngineSpec), connection))
+
+
+async def _serve(name: str, spec: EngineSpec, connection: Connection) -> None:
+    engine = create_engine(name, spec)  # type: ignore[arg-type]
+    try:
+        await engine.start()
+        while True:
+            method, arguments = await asyncio.to_thread(connection.recv)
+            try:
+                result: Any = []
+                if method == "generate":
+                    request, descriptor = arguments
+                    await engine.generate(request, descriptor, result.append)
+                else:
+                    result = await getattr(engine, method)(*arguments)
+            except Exception as error:  # noqa: BLE001  the test gets it
+                result = error
+            connection.send(result)
+    except EOFError:  # the test is done
+        pass
+    finally:
+        await engine.stop()

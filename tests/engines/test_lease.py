@@ -1,0 +1,120 @@
+"""A vLLM decode engine that reads KV when prefill's lease on it is over computes the prompt itself.
+
+The engines are real, and move KV by NIXL.  There is no Ray: a test has to stop decode between two of its steps.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from app.engines.base import EngineSpec
+from app.messages import GenerateRequest, TokenDelta
+from app.models.source import local_path
+from app.ports import free_port
+from tests.engines.engine_process import EngineProcess, engine_process
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+LEASE_S = 12
+"""The shortest that a configuration may ask for."""
+PROMPT_TOKENS = 1024
+OUTPUT_TOKENS = 24
+NUM_BLOCKS = 64
+BLOCK_SIZE = 32
+
+
+def spec(role: Any) -> EngineSpec:
+    return EngineSpec(
+        role=role,
+        is_disaggregated=True,
+        replica_id=role,
+        model_path=local_path("baton:tiny"),
+        device="cpu",
+        tensor_parallel_size=1,
+        engine_args={"max_model_len": 1536, "block_size": BLOCK_SIZE, "num_gpu_blocks_override": NUM_BLOCKS},
+        kv_host="127.0.0.1",
+        kv_port=free_port(),
+        transfer_backends=["UCX"],
+        transfer_lease_s=LEASE_S,
+    )
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[tuple[EngineProcess, EngineProcess]]:
+    """Prefill has room for two of the prompts, so that it soon uses the blocks of one for another."""
+    with engine_process("vllm", spec("prefill")) as prefill, engine_process("vllm", spec("decode")) as decode:
+        yield prefill, decode
+
+
+@pytest.fixture
+def prefill(engines: tuple[EngineProcess, EngineProcess]) -> EngineProcess:
+    return engines[0]
+
+
+@pytest.fixture
+def decode(engines: tuple[EngineProcess, EngineProcess]) -> EngineProcess:
+    return engines[1]
+
+
+def request(name: str, seed: int, **sampling: Any) -> GenerateRequest:
+    prompt = random.Random(seed).choices(range(300, 2000), k=PROMPT_TOKENS)
+    sampling = {"temperature": 0.0, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True, **sampling}
+    # Each request has a salt of its own, so that nothing is found in decode's prefix cache.
+    return GenerateRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling, cache_salt=name)
+
+
+def tokens(deltas: list[TokenDelta]) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+def last_report(deltas: list[TokenDelta]) -> Any:
+    return [delta.report for delta in deltas if delta.report is not None][-1]
+
+
+def test_kv_that_is_read_in_time_is_used(prefill: EngineProcess, decode: EngineProcess) -> None:
+    undisturbed = decode.generate(request("local", 1), None)
+    deltas = decode.generate(request("remote", 1), prefill.prefill(request("remote", 1)))
+    assert tokens(deltas) == tokens(undisturbed)
+    assert last_report(deltas).transferred_tokens == PROMPT_TOKENS
+
+
+def test_kv_that_is_read_after_the_lease_is_computed_anew(prefill: EngineProcess, decode: EngineProcess) -> None:
+    """Decode stands still from before it reads until prefill has used the blocks for other prompts."""
+    undisturbed = decode.generate(request("undisturbed", 2), None)
+    decode.generate(request("connect", 3), prefill.prefill(request("connect", 3)))
+    expired = prefill.call("stats").num_expired_handoffs
+    descriptor = prefill.prefill(request("late", 2))
+    stopped = decode.engine_processes()
+    assert stopped
+    for process in stopped:
+        process.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(decode.generate, request("late", 2), descriptor)
+        try:
+            began = time.monotonic()
+            seeds = iter(range(1000, 9999))
+            while prefill.call("stats").num_expired_handoffs == expired:
+                assert time.monotonic() - began < 3 * LEASE_S
+                prefill.generate(request(f"busy-{(seed := next(seeds))}", seed, max_tokens=1), None)
+            for seed in range(4):
+                prefill.generate(request(f"after-{seed}", 100 + seed, max_tokens=1), None)
+        finally:
+            for process in stopped:
+                process.resume()
+        deltas = answer.result(timeout=60)
+    assert tokens(deltas) == tokens(undisturbed)
+    assert last_report(deltas).reason == "descriptor_expired"
+    assert decode.call("stats").num_expired_handoffs == 1
+
+
+def test_a_decode_engine_that_stood_still_goes_on_using_kv(prefill: EngineProcess, decode: EngineProcess) -> None:
+    undisturbed = decode.generate(request("undisturbed-after", 4), None)
+    deltas = decode.generate(request("after", 4), prefill.prefill(request("after", 4)))
+    assert tokens(deltas) == tokens(undisturbed)
+    assert last_report(deltas).transferred_tokens == PROMPT_TOKENS
