@@ -143,6 +143,18 @@ async def test_a_decode_replica_that_times_out_is_avoided() -> None:
     assert tried == ["d0"]
 
 
+async def test_internal_errors_of_one_replica_alone_have_it_avoided() -> None:
+    class Broken(Decode):
+        async def generate(self, request: GenerateRequest, *rest: Any) -> None:
+            if rest[2] == "d0":
+                raise errors.EngineFailed("CUDA error")
+            await super().generate(request, *rest)
+
+    server = orchestrator(None, Broken(["d0", "d1"]))
+    hold_prompt(server, "decode", "d0")
+    assert await outcomes(server, PROMPT) == Counter(EngineFailed=3, served=NUM_REQUESTS - 3)
+
+
 async def test_a_replica_that_got_a_request_when_its_time_was_nearly_over_is_not_blamed() -> None:
     clock, decode = Timers(), FakeDecode(["d0", "d1"], ["hang"])
     server = orchestrator(None, decode, ttft_timeout_s=0.1)
