@@ -169,6 +169,27 @@ async def test_a_replica_that_got_a_request_when_its_time_was_nearly_over_is_not
     assert not any(server._router.ejections.is_ejected(replica) for replica in decode.ready)
 
 
+async def test_a_replica_that_stops_in_the_middle_is_blamed_however_long_its_request_was_in_line() -> None:
+    clock, decode = Timers(), FakeDecode(["d0", "d1"], [TokenDelta([1]), "hang"])
+    server = orchestrator(None, decode, ttft_timeout_s=100, itl_timeout_s=0.02)
+    progress = SequenceProgress(lambda delta: None, clock)
+    clock.advance(90)  # in the line
+    request = GenerateRequest(request_id="r", prompt_token_ids=PROMPT, sampling={})
+    task = asyncio.create_task(server.run(request, progress))
+    await decode.is_hanging.wait()
+    clock.advance(1)
+    await asyncio.wait([task], timeout=DEADLINE_S)
+    assert isinstance(task.exception(), TimeoutError)
+    assert [server._router.ejections.is_ejected(call.replica) for call in decode.calls] == [True]
+
+
+async def test_decode_that_prefills_as_prefill_is_gone_answers_for_itself() -> None:
+    prefill = FakePrefill("p0", fails=ReplicaLost("p0"))
+    server = orchestrator(prefill, FakeDecode(["d0"], [errors.EngineFailed("CUDA error")]))
+    assert await outcomes(server, PROMPT, 3) == Counter(EngineFailed=3)
+    assert server._router.ejections.is_ejected("d0")
+
+
 @pytest.mark.parametrize(("waited_s", "num_needed"), [(1.0, None), (60.0, 3)], ids=["soon", "late"])
 async def test_clients_that_give_up_speak_against_a_replica_only_if_they_waited_long(
     waited_s: float, num_needed: int | None
