@@ -110,6 +110,8 @@ class Attempt:
         self._in_flight = in_flight
         self._line = line
         self._number = job.num_attempts
+        self.prefill = decision.prefill.replica if decision.prefill is not None else None
+        """The replica that prefills for it; None if the serving replica does that itself."""
         self._handoff: Handoff | None = None
         self._was_sound = False
         """Whether the serving replica was there and not known to be bad when it got the sequence."""
@@ -120,11 +122,6 @@ class Attempt:
     def serving(self) -> str:
         """The replica that decodes, or is to."""
         return self._in_flight.serving.replica
-
-    @property
-    def prefill(self) -> str | None:
-        """The replica that prefills for it."""
-        return self._decision.prefill.replica if self._decision.prefill is not None else None
 
     async def serve(self) -> None:
         """Raises what `DecodePool.generate` raises, and PrefillFailed if the prefill replica is gone."""
@@ -163,6 +160,7 @@ class Attempt:
             if self._router.local_role() != decision.serving_role:
                 raise PrefillFailed(str(error)) from error
             self._ejections.failed(replica, STRONG, self._in_flight.began_at)
+            self.prefill = None
             return None, "no_prefill_replica"
 
     async def _look_again(self, handoff: Handoff) -> None:
@@ -236,21 +234,22 @@ class Attempt:
 
     def give_up(self, error: BaseException, *, token_is_overdue: bool) -> None:
         """Tell the router of an attempt that ends the sequence, and for which no replica need be at fault."""
+        is_decoding = self._progress.has_first_token and not self._progress.waits_for_kv
         if token_is_overdue:
-            if not self._had_most_of_the_time():
+            if not (is_decoding or self._had_most_of_the_time()):
                 return
             evidence = STRONG
         elif isinstance(error, EngineFailed) or (isinstance(error, asyncio.CancelledError) and self._token_is_late()):
             evidence = WEAK
         else:
             return
-        if self._progress.has_first_token and not self._progress.waits_for_kv:
+        if is_decoding:
             self._ejections.failed(self.serving, evidence, self._in_flight.began_at)
         else:
             self._blame_prefill_or_pair(evidence)
 
     def _had_most_of_the_time(self) -> bool:
-        """Whether a token that is overdue was awaited here for longer than in the line and in earlier attempts."""
+        """Whether a first token that is overdue was awaited here for longer than in the line and earlier attempts."""
         progress = self._progress
         return progress.now() - progress.attempt_began_at >= progress.attempt_began_at - progress.arrived_at
 

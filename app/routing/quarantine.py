@@ -7,6 +7,7 @@ any, are innocent.  The deaths of two different engines under the same prompt ar
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -51,13 +52,12 @@ class Quarantine:
 
     def check(self, request: GenerateRequest) -> None:
         """Raise Quarantined if too many engines died of this request's prompt and sampling parameters."""
+        self._forget_old()
         if not self._suspects:  # nearly always, so that nothing is hashed
             return
         suspect = self._suspects.get(_key(request))
-        if suspect is None or len(suspect.died) < MAX_DEATHS:
-            return
-        if (remaining_s := suspect.at + REMEMBER_S - self._clock()) > 0:
-            raise Quarantined(len(suspect.died), round(remaining_s))
+        if suspect is not None and len(suspect.died) >= MAX_DEATHS:
+            raise Quarantined(len(suspect.died), math.ceil(suspect.at + REMEMBER_S - self._clock()))
 
     def on_death(self, request: GenerateRequest, replica: str) -> None:
         """Take note of an engine that died while the request was on it and had no token."""
@@ -79,12 +79,15 @@ class Quarantine:
         if self._suspects:
             self._suspects.pop(_key(request), None)
 
-    def _suspect(self, request: GenerateRequest) -> Suspect:
-        now, key = self._clock(), _key(request)
-        while self._suspects and next(iter(self._suspects.values())).at + REMEMBER_S < now:
+    def _forget_old(self) -> None:
+        while self._suspects and next(iter(self._suspects.values())).at + REMEMBER_S <= self._clock():
             self._suspects.popitem(last=False)
+
+    def _suspect(self, request: GenerateRequest) -> Suspect:
+        self._forget_old()
+        key = _key(request)
         suspect = self._suspects.setdefault(key, Suspect())
-        suspect.at = now
+        suspect.at = self._clock()
         self._suspects.move_to_end(key)
         if len(self._suspects) > MAX_SUSPECTS:
             self._suspects.popitem(last=False)

@@ -143,6 +143,18 @@ async def test_a_decode_replica_that_times_out_is_avoided() -> None:
     assert tried == ["d0"]
 
 
+async def test_internal_errors_of_one_replica_alone_have_it_avoided() -> None:
+    class Broken(Decode):
+        async def generate(self, request: GenerateRequest, *rest: Any) -> None:
+            if rest[2] == "d0":
+                raise errors.EngineFailed("CUDA error")
+            await super().generate(request, *rest)
+
+    server = orchestrator(None, Broken(["d0", "d1"]))
+    hold_prompt(server, "decode", "d0")
+    assert await outcomes(server, PROMPT) == Counter(EngineFailed=3, served=NUM_REQUESTS - 3)
+
+
 async def test_a_replica_that_got_a_request_when_its_time_was_nearly_over_is_not_blamed() -> None:
     clock, decode = Timers(), FakeDecode(["d0", "d1"], ["hang"])
     server = orchestrator(None, decode, ttft_timeout_s=0.1)
@@ -155,6 +167,27 @@ async def test_a_replica_that_got_a_request_when_its_time_was_nearly_over_is_not
     await asyncio.wait([task], timeout=DEADLINE_S)
     assert isinstance(task.exception(), TimeoutError)
     assert not any(server._router.ejections.is_ejected(replica) for replica in decode.ready)
+
+
+async def test_a_replica_that_stops_in_the_middle_is_blamed_however_long_its_request_was_in_line() -> None:
+    clock, decode = Timers(), FakeDecode(["d0", "d1"], [TokenDelta([1]), "hang"])
+    server = orchestrator(None, decode, ttft_timeout_s=100, itl_timeout_s=0.02)
+    progress = SequenceProgress(lambda delta: None, clock)
+    clock.advance(90)  # in the line
+    request = GenerateRequest(request_id="r", prompt_token_ids=PROMPT, sampling={})
+    task = asyncio.create_task(server.run(request, progress))
+    await decode.is_hanging.wait()
+    clock.advance(1)
+    await asyncio.wait([task], timeout=DEADLINE_S)
+    assert isinstance(task.exception(), TimeoutError)
+    assert [server._router.ejections.is_ejected(call.replica) for call in decode.calls] == [True]
+
+
+async def test_decode_that_prefills_as_prefill_is_gone_answers_for_itself() -> None:
+    prefill = FakePrefill("p0", fails=ReplicaLost("p0"))
+    server = orchestrator(prefill, FakeDecode(["d0"], [errors.EngineFailed("CUDA error")]))
+    assert await outcomes(server, PROMPT, 3) == Counter(EngineFailed=3)
+    assert server._router.ejections.is_ejected("d0")
 
 
 @pytest.mark.parametrize(("waited_s", "num_needed"), [(1.0, None), (60.0, 3)], ids=["soon", "late"])
