@@ -20,8 +20,9 @@ class EngineProcesses:
     def look(self) -> None:
         """Take note of processes that have come or gone.  This reads the machine's whole table of processes."""
         roots = [psutil.Process(), *self._known]
-        found = {child for root in roots for child in _descendants(root)} | self._known
-        self._known = {process for process in found - self._others if process.is_running()}
+        found = {child for root in roots for child in _descendants(root)}
+        self._others |= set(filter(_is_tracker, found - self._others - self._known))
+        self._known = {process for process in (found | self._known) - self._others if process.is_running()}
 
     def stopped(self) -> list[int]:
         """Return the ids of those that a signal has stopped (SIGSTOP), so that they make no step until another does."""
@@ -47,6 +48,16 @@ class EngineProcesses:
         for process in self._known:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    """Whether it is Python's resource tracker.
+
+    That ends by itself after all who use it, and must outlive them: it removes the shared memory that they leave.
+    """
+    with suppress(psutil.NoSuchProcess):
+        return any("multiprocessing.resource_tracker" in argument for argument in process.cmdline())
+    return False
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

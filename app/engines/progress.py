@@ -4,8 +4,9 @@
    that the engine answers between two steps.  An engine that only waits, for requests or for KV from elsewhere, answers
    at once; one that computes answers when its step is done.
 2. How long the answer may take follows the engine's own: PATIENCE times the longest that it has taken lately, within
-   bounds.  The bounds are narrow for an engine whose processes do nothing meanwhile, or of which a signal has stopped
-   one.  They are wide for one that uses the CPU: it may compile what it runs for the first time, or capture a graph.
+   bounds.  For an engine whose processes do nothing meanwhile, or of which a signal has stopped one, they are narrow,
+   and only such time counts.  For one that uses the CPU they are wide: it may compute a long prompt, compile what it
+   runs for the first time, or capture a graph.
 3. Time in which this process did not run itself counts for nothing.
 """
 
@@ -26,8 +27,8 @@ LOOK_S = 1.0
 """How often an awaited answer is asked after, and how often the processes are then looked at, which costs more."""
 PATIENCE = 5.0
 """How many times the longest of the last answers one more may take."""
-NUM_ANSWERS = 60
-"""How many answers are remembered: those of the last minute or more."""
+MEMORY_S = 300.0
+"""How long an answer is remembered."""
 IDLE_FLOOR_S, IDLE_CEILING_S = 5.0, 60.0
 """The bounds for an engine that does nothing.  Below the floor are what loading a kernel from a disk takes, a
 checkpoint of the host, and an engine that does not get the CPU because others have it.  The ceiling is what clients
@@ -64,7 +65,7 @@ class ProgressWatch:
         self._processes = processes
         self._has_work = has_work
         self._num_steps = 0
-        self._answers_s: deque[float] = deque(maxlen=NUM_ANSWERS)
+        self._answers: deque[_Silence] = deque()
 
     def on_step(self) -> None:
         """Take note that the engine has made a step."""
@@ -91,17 +92,20 @@ class ProgressWatch:
                     num_steps, silence = self._num_steps, _Silence(self._processes)
                 self._check(silence)
             await answer
-            self._answers_s.append(silence.seconds)
+            self._answers.append(silence)
         finally:
             answer.cancel()
 
     def _check(self, silence: _Silence) -> None:
-        patience_s = PATIENCE * max(self._answers_s, default=0.0)
-        if silence.idle_s > min(IDLE_CEILING_S, max(IDLE_FLOOR_S, patience_s)):
+        while self._answers and self._answers[0].until < time.monotonic() - MEMORY_S:
+            self._answers.popleft()
+        longest_s = max((answer.seconds for answer in self._answers), default=0.0)
+        longest_idle_s = max((answer.longest_idle_s for answer in self._answers), default=0.0)
+        if silence.idle_s > min(IDLE_CEILING_S, max(IDLE_FLOOR_S, PATIENCE * longest_idle_s)):
             stopped = self._processes.stopped()
             how = f"processes {stopped} are stopped" if stopped else "its processes do nothing"
             raise EngineDead(f"the engine hangs: it made no step for {silence.seconds:.1f} s, and {how}")
-        if silence.seconds > min(WORKING_CEILING_S, max(WORKING_FLOOR_S, patience_s)):
+        if silence.seconds > min(WORKING_CEILING_S, max(WORKING_FLOOR_S, PATIENCE * longest_s)):
             raise EngineDead(f"the engine hangs: it made no step for {silence.seconds:.1f} s")
 
 
@@ -112,18 +116,20 @@ class _Silence:
         self.seconds = 0.0
         self.idle_s = 0.0
         """Since its processes were last seen to work."""
+        self.longest_idle_s = 0.0
+        self.until = time.monotonic()
         self._processes = processes
-        self._now = time.monotonic()
         self._looked_at_s = 0.0
-        self._cpu_s: float | None = None
+        self._cpu_s = processes.cpu_s()
 
     def go_on(self) -> None:
         """Count the time since the last call, but not that in which this process did not run."""
         now = time.monotonic()
-        passed_s = min(now - self._now, 2 * POLL_S)
-        self._now = now
+        passed_s = min(now - self.until, 2 * POLL_S)
+        self.until = now
         self.seconds += passed_s
         self.idle_s += passed_s
+        self.longest_idle_s = max(self.longest_idle_s, self.idle_s)
         if self.seconds - self._looked_at_s >= LOOK_S and self._is_working():
             self.idle_s = 0.0
 
@@ -132,6 +138,4 @@ class _Silence:
         self._processes.look()
         before, self._cpu_s = self._cpu_s, self._processes.cpu_s()
         passed_s, self._looked_at_s = self.seconds - self._looked_at_s, self.seconds
-        if before is None or self._processes.stopped():
-            return False
-        return self._cpu_s - before >= WORKING_SHARE * passed_s
+        return not self._processes.stopped() and self._cpu_s - before >= WORKING_SHARE * passed_s

@@ -388,7 +388,7 @@ class VllmEngine:
         self._running[core_id] = running
         try:
             await core.add_request_async(core_request)
-            await running.ended
+            await running.ended  # no deadline: `_die` ends it if the engine does nothing any more
         finally:
             del self._running[core_id]
             # If this was cancelled, so was the future.  If the core has ended the request, nothing is left to abort.

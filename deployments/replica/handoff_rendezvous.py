@@ -122,7 +122,7 @@ class HandoffRendezvous:
 
     async def _release_when_there(self, reference: Reference) -> None:
         try:
-            descriptor = await reference
+            descriptor = await reference  # no deadline: Serve ends a replica that does not answer, and Ray its calls
         except Exception as error:  # noqa: BLE001  a prefill that failed or was cancelled holds no KV
             logger.info("abandoned prefill ended: %s", type(error).__name__)
             return

@@ -66,7 +66,11 @@ class RayPrefillPeers:
         return evidence
 
     async def _call(self, method: str, replica: str, *arguments: Any) -> Any:
-        """Raises what the method raised if it is a BatonError, and PrefillFailed for anything else."""
+        """Raises what the method raised if it is a BatonError, and PrefillFailed for anything else.
+
+        There is no deadline: callers who wait for the result have theirs, and Serve ends a replica that does not
+        answer, and with it the calls that nobody waits for.
+        """
         try:
             return await getattr(self._handle, method).remote(*arguments, replica_id=replica)
         except RayTaskError as error:  # its text is the traceback over there

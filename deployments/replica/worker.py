@@ -28,6 +28,7 @@ from app.models.source import local_path
 from app.pace import Pace
 from app.ports import reserve_port
 from app.recent_load import RecentLoad
+from deployments.detached import spawn_detached
 from deployments.process import adopt_serve_logging, freeze_heap, keep_serve_logging
 from deployments.replica.metrics import WorkerMetrics
 from deployments.replica.publisher import Publisher
@@ -145,7 +146,7 @@ class Worker:
         """
         if self._death is None:
             self._death = death
-            self._leaving = asyncio.create_task(self._server.stop(), name="leave")
+            self._leaving = spawn_detached(self._server.stop(), name="leave")
 
     async def _serve(self, channel: FrontendChannel, call: Submit) -> None:
         self._publisher.poll_soon()

@@ -17,20 +17,28 @@ from tests.conftest import REPOSITORY
 DEADLINE_S = 10.0
 
 FAMILY = """
-import os, signal, subprocess, sys
+import asyncio, os, signal, subprocess, sys
 from app.engines.plugins.owner_watch import owner_environment, register
+
+def start_child():
+    subprocess.Popen([sys.executable, __file__, str(generation + 1)])
+
+async def own():
+    os.environ.update(owner_environment())
+    await asyncio.to_thread(start_child)
+    print(os.getpid(), flush=True)
+    await asyncio.Event().wait()
 
 generation = int(sys.argv[1])
 if generation == 0:
-    os.environ.update(owner_environment())
-else:
-    register()
-if generation < 2:
-    subprocess.Popen([sys.executable, __file__, str(generation + 1)])
+    asyncio.run(own())
+register()
+if generation == 1:
+    start_child()
 print(os.getpid(), flush=True)
 signal.pause()
 """
-"""An owner that starts an engine process that starts a worker process; each prints its id."""
+"""An owner that starts an engine process, as replicas do, that starts a worker process; each prints its id."""
 
 TWICE = """
 import threading
@@ -73,7 +81,7 @@ def family(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
 
 def test_child_and_grandchild_die_with_an_owner_that_is_killed(family: tuple[subprocess.Popen[str], list[int]]) -> None:
     owner, descendants = family
-    assert not select.select(descendants, [], [], 0)[0]
+    assert not select.select(descendants, [], [], 0.5)[0], "the end of the call that started it is not the owner's"
     owner.kill()
     for descriptor in descendants:
         assert select.select([descriptor], [], [], DEADLINE_S)[0], "still alive"
