@@ -85,7 +85,12 @@ class PoolChannels:
     def _connect_later(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
         connecting = spawn_detached(self._connect(replica, metadata, delay_s), name=f"connect-{replica}")
         self._connecting[replica] = connecting
-        watch(connecting, lambda _: self._connect_later(replica, metadata, MAX_RECONNECT_S))
+
+        def on_death(_: BaseException) -> None:
+            if self._connecting.get(replica) is connecting:  # Serve has not removed the replica meanwhile
+                self._connect_later(replica, metadata, MAX_RECONNECT_S)
+
+        watch(connecting, on_death)
 
     async def _connect(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
         """Try to connect until it succeeds.  This is cancelled once Serve has removed the replica."""
