@@ -38,7 +38,8 @@ class PoolChannels:
         self._channels: dict[str, Channel] = {}
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self.unreachable: dict[str, str] = {}
-        """Why there is no channel to a replica that Serve counts as ready; only replicas that were tried."""
+        """Why there is no channel to a replica that Serve counts as ready, once it was tried.  /health says this to
+        everybody, so no address is in it."""
         self._backlog = Backlog()
         self._loop = asyncio.get_running_loop()
         self._ready = ready_replicas_of(deployment_id_of(handle))
@@ -103,11 +104,11 @@ class PoolChannels:
                 self._join(replica, info, metadata, channel)
                 return
             except ReplicaLost as error:
-                logger.warning("%s", error)
+                logger.warning("%s (%r)", error, error.__cause__)
                 self.unreachable[replica] = error.detail
             except Exception as error:
                 logger.exception("replica_id=%s cannot be connected to", replica)
-                self.unreachable[replica] = repr(error)
+                self.unreachable[replica] = type(error).__name__
             delay_s = min(max(2 * delay_s, RECONNECT_S), MAX_RECONNECT_S)
 
     def _join(self, replica: str, info: ReplicaInfo, metadata: dict[str, Any], channel: Channel) -> None:
