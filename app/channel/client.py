@@ -114,7 +114,8 @@ class Channel:
             if writer is not None:
                 writer.close()
             if isinstance(error, OSError | asyncio.IncompleteReadError | msgspec.DecodeError):
-                raise ReplicaLost(replica_id, f"cannot be reached: {error!r}") from error
+                # Without the error's own text, which has the address: /health says this to everybody.
+                raise ReplicaLost(replica_id, f"cannot be reached: {type(error).__name__}") from error
             raise
         return cls(replica_id, channel_id, reader, writer, listener)
 

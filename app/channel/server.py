@@ -39,6 +39,7 @@ from app.channel.protocol import (
 from app.errors import BatonError, EngineFailed, InvalidRequest
 from app.kv_cache.updates import merge_waiting
 from app.messages import KvUpdate, Link, ReplicaLoad, TokenDelta, merge_deltas
+from app.observers import tell
 
 logger = logging.getLogger("baton.channel")
 
@@ -144,6 +145,9 @@ class FrontendChannel:
 
     async def _run(self, number: int, sequence: Coroutine[Any, Any, None]) -> None:
         try:
+            # They begin in the order in which they came.  Where the loop keeps that order, nothing waits here.
+            while next(iter(self._beginning)) != number:  # noqa: ASYNC110
+                await asyncio.sleep(0)
             self._begin(number)
             await sequence
         except asyncio.CancelledError:
@@ -359,7 +363,7 @@ class ChannelServer:
             sender.cancel()
             channel.close()
             del self.channels[channel.id], self._writers[channel]
-            self.on_backlog()
+            tell(self.on_backlog)
             channel.once_all_have_begun(partial(self.on_close, channel))
 
     def _take(self, channel: FrontendChannel, call: Submit | Cancel | Backlog) -> None:
@@ -369,7 +373,7 @@ class ChannelServer:
             channel.cancel(call.number)
         else:
             channel.backlog = call
-            self.on_backlog()
+            tell(self.on_backlog)
 
 
 async def _send(channel: FrontendChannel, writer: asyncio.StreamWriter) -> None:

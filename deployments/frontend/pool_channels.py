@@ -38,7 +38,8 @@ class PoolChannels:
         self._channels: dict[str, Channel] = {}
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self.unreachable: dict[str, str] = {}
-        """Why there is no channel to a replica that Serve counts as ready; only replicas that were tried."""
+        """Why there is no channel to a replica that Serve counts as ready, once it was tried.  /health says this to
+        everybody, so no address is in it."""
         self._backlog = Backlog()
         self._loop = asyncio.get_running_loop()
         self._ready = ready_replicas_of(deployment_id_of(handle))
@@ -85,7 +86,12 @@ class PoolChannels:
     def _connect_later(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
         connecting = spawn_detached(self._connect(replica, metadata, delay_s), name=f"connect-{replica}")
         self._connecting[replica] = connecting
-        watch(connecting, lambda _: self._connect_later(replica, metadata, MAX_RECONNECT_S))
+
+        def on_death(_: BaseException) -> None:
+            if self._connecting.get(replica) is connecting:  # Serve has not removed the replica meanwhile
+                self._connect_later(replica, metadata, MAX_RECONNECT_S)
+
+        watch(connecting, on_death)
 
     async def _connect(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
         """Try to connect until it succeeds.  This is cancelled once Serve has removed the replica."""
@@ -98,11 +104,11 @@ class PoolChannels:
                 self._join(replica, info, metadata, channel)
                 return
             except ReplicaLost as error:
-                logger.warning("%s", error)
+                logger.warning("%s (%r)", error, error.__cause__)
                 self.unreachable[replica] = error.detail
             except Exception as error:
                 logger.exception("replica_id=%s cannot be connected to", replica)
-                self.unreachable[replica] = repr(error)
+                self.unreachable[replica] = type(error).__name__
             delay_s = min(max(2 * delay_s, RECONNECT_S), MAX_RECONNECT_S)
 
     def _join(self, replica: str, info: ReplicaInfo, metadata: dict[str, Any], channel: Channel) -> None:

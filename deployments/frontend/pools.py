@@ -34,9 +34,9 @@ logger = logging.getLogger("baton.pools")
 CALL_TIMEOUT_S = 10.0
 """How long a replica may take to begin or to answer a call that it can answer at once.  A replica that stands still is
 given up after that."""
-ATTACH_TIMEOUT_S, ATTACH_AGAIN_S = 3.0, 0.2
-"""How long one call of `attach` may take, and when it is made again if its answer was lost (then after twice as long,
-and so on); all calls together may take CALL_TIMEOUT_S."""
+ATTACH_TIMEOUT_S, ATTACH_AGAIN_S, ATTACH_DEADLINE_S = 3.0, 0.2, 20.0
+"""How long one call of `attach` may take; when it is made again if its answer was lost (then after twice as long, and
+so on); how long all that may take.  Decode itself waits longer for the reference (``limits.prefill_timeout_s``)."""
 
 
 class RayHandoff:
@@ -171,7 +171,7 @@ class RayDecodePool(ChannelPool):
 
         async def attach() -> None:
             try:
-                async with asyncio.timeout(CALL_TIMEOUT_S):
+                async with asyncio.timeout(ATTACH_DEADLINE_S):
                     await self._bring(handoff.ref, channel, sequence.number, replica, progress)
             except (BatonError, RayTaskError, TimeoutError) as error:
                 logger.warning("decode_replica=%s attach failed: %r", replica, error)

@@ -130,7 +130,8 @@ async def test_a_replica_that_cannot_be_reached_is_not_in_the_pool_state_until_i
 ) -> None:
     good, replica.address = replica.address, {**replica.address, "port": "1"}
     pool.consist_of(replica)
-    await asyncio.sleep(0.1)  # it would be there by now
+    await until(lambda: pool.channels.unreachable)
+    assert pool.channels.unreachable == {"r": "cannot be reached: ConnectionRefusedError"}  # and not where it is
     assert not pool.state.replicas
     with pytest.raises(ReplicaLost):
         pool.channels.channel("r")
@@ -259,7 +260,7 @@ async def test_whatever_goes_wrong_with_connecting_it_is_tried_again_ever_more_r
         patch.setattr(pool_channels, "RECONNECT_S", 0.5)
         pool.consist_of(replica)
         await until(lambda: len(waits.seconds) > 6)
-        assert pool.channels.unreachable == {"r": "ZeroDivisionError('division by zero')"}
+        assert pool.channels.unreachable == {"r": "ZeroDivisionError"}
         assert not pool.state.replicas
     assert waits.seconds[:7] == [0, 0.5, 1.0, 2.0, 4.0, 5.0, 5.0]
     assert "replica_id=r cannot be connected to" in caplog.text

@@ -128,7 +128,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deadlines that a test can wait for."""
     monkeypatch.setattr(pools, "ATTACH_TIMEOUT_S", 0.05)
     monkeypatch.setattr(pools, "ATTACH_AGAIN_S", 0.001)
-    monkeypatch.setattr(pools, "CALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(pools, "ATTACH_DEADLINE_S", 0.3)
+    monkeypatch.setattr(pools, "CALL_TIMEOUT_S", 0.1)
 
 
 Answer = Callable[[Served], None]
@@ -144,7 +145,7 @@ async def test_a_lost_answer_to_attach_is_asked_for_again_and_ends_nothing(
     monkeypatch: pytest.MonkeyPatch, quick: None, lose: Answer
 ) -> None:
     """The call may have come through; decode takes a reference once, however often it comes."""
-    monkeypatch.setattr(pools, "CALL_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(pools, "ATTACH_DEADLINE_S", 60.0)
     served = Served(monkeypatch)
     sequence = await served.begin()
     lose(served)
@@ -161,7 +162,7 @@ async def test_a_lost_answer_to_attach_is_asked_for_again_and_ends_nothing(
 
 @no_answer
 async def test_the_first_token_answers_for_attach(monkeypatch: pytest.MonkeyPatch, quick: None, lose: Answer) -> None:
-    monkeypatch.setattr(pools, "CALL_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(pools, "ATTACH_DEADLINE_S", 60.0)
     served = Served(monkeypatch)
     sequence = await served.begin()
     lose(served)
@@ -188,7 +189,7 @@ async def test_without_an_answer_and_without_a_token_the_sequence_fails_after_a_
 async def test_what_a_second_attach_is_told_says_nothing_of_the_first(
     monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
-    monkeypatch.setattr(pools, "CALL_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(pools, "ATTACH_DEADLINE_S", 60.0)
     served = Served(monkeypatch)
     sequence = await served.begin()
     served.answer.set_exception(RayActorError())
