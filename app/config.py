@@ -343,6 +343,29 @@ class LimitsConfig(Settings):
 
     max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
     """The largest HTTP body in bytes; a larger one is refused with 413."""
+    max_inflight_body_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)
+    """The most bytes of bodies that one frontend receives at once, over all requests; a body that does not fit is
+    refused with 429.  By default eight of the largest, which a frontend's memory holds beside everything else."""
+    body_timeout_s: float = Field(default=60.0, gt=0)
+    """How long a body may take to arrive; after it the answer is 408.  By default the largest body may come over a line
+    of 5 Mbit/s."""
+    max_sequences_per_request: int = Field(default=256, ge=1)
+    """The most sequences of one request, ``n`` times the number of prompts; more are refused with 400.  Each is routed
+    by itself, in about half a millisecond of the frontend's loop, for which all other requests wait.  By default twice
+    the ``n`` that OpenAI's API allows."""
+    max_prompt_tokens_per_request: int = Field(default=2 * 1024 * 1024, ge=1)
+    """The most prompt tokens of one request in sum; more are refused with 400.  A prompt counts once for each of its
+    sequences, as each takes it to a replica, in up to 5 bytes for each token.  A request with only one sequence is
+    bounded by the model's length alone."""
+    max_field_bytes: int = Field(default=256 * 1024, ge=1024)
+    """The largest that one field of a request may be, as JSON and apart from its prompt, messages and tools: a schema
+    or grammar, all stop strings or bad words together, ``vllm_xargs``, ``chat_template_kwargs``; 400 beyond it."""
+    max_prompt_logprobs: int = Field(default=512 * 1024, ge=1)
+    """The most log probabilities of prompt tokens that one request may ask for: candidates times prompt tokens times
+    ``n``; 400 beyond it.  Each takes about 200 bytes of the frontend's memory."""
+    schema_timeout_s: float = Field(default=2.0, gt=0)
+    """How long the translation of one request's schemas or grammars (``response_format``, ``structured_outputs``,
+    ``tools``) may take, beside the loop; 400 beyond it.  Ordinary ones take a few milliseconds."""
     ttft_timeout_s: float = Field(default=300.0, gt=0)
     """The longest time from a request's arrival to its first token, queueing included; after it the answer is 504."""
     itl_timeout_s: float = Field(default=60.0, gt=0)

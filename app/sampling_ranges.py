@@ -36,7 +36,7 @@ MAX_STOP_TOKENS = 128
 """Stop tokens, the model's own included: vLLM's ``MAX_NUM_STOP_TOKEN_IDS`` in the same module."""
 
 MAX_LOGPROB_TOKENS = 128
-"""vLLM's ``MAX_LOGPROB_TOKEN_IDS`` (sampling_params.py)."""
+"""vLLM's ``MAX_LOGPROB_TOKEN_IDS`` (vllm/sampling_params.py)."""
 
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 1024

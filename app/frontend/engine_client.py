@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing
 from copy import copy
 from http import HTTPStatus
 from typing import Any, NoReturn, cast, get_args
@@ -18,7 +19,7 @@ import msgspec
 import numpy as np
 import torch
 
-from app.config import ModelConfig
+from app.config import LimitsConfig, ModelConfig
 from app.errors import (
     BatonError,
     DeadlineExceeded,
@@ -30,6 +31,7 @@ from app.errors import (
     ReplicaLost,
 )
 from app.frontend.orchestrator import Orchestrator
+from app.frontend.request_bounds import RequestBounds
 from app.frontend.request_context import RequestContext, current_request
 from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
@@ -79,7 +81,9 @@ _FRONTEND_FIELDS = {
 class PooledEngineClient(EngineClient):
     """One model, served by a decode pool and, unless it is aggregated, a prefill pool."""
 
-    def __init__(self, vllm_config: VllmConfig, model: ModelConfig, orchestrator: Orchestrator) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, model: ModelConfig, orchestrator: Orchestrator, limits: LimitsConfig
+    ) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
@@ -88,6 +92,14 @@ class PooledEngineClient(EngineClient):
         self._model_name = model.name
         self._slo = model.slo
         self._orchestrator = orchestrator
+        self._bounds = RequestBounds(limits, self.model_config.get_vocab_size())
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Refuse a request with too many sequences before its prompt is even rendered."""
+        try:
+            self._bounds.check_sequences(n)
+        except InvalidRequest as error:
+            raise _to_vllm_error(error) from None
 
     async def generate(
         self,
@@ -114,41 +126,85 @@ class PooledEngineClient(EngineClient):
         context = current_request()
         try:
             prefill_mode = _to_prefill_mode(_take_prefill_mode(sampling_params), prompt)
-            request = self._to_engine_request(prompt, sampling_params, request_id, lora_request, priority)
-            request.reasoning_ended = reasoning_ended
-            request.reasoning_parser_kwargs = reasoning_parser_kwargs
-            hints = RoutingHints(session=session_id, explain=context.wants_explanation)
-            queue, tasks = self._start(request, prompt_text, prefill_mode, hints, context)
-            try:
-                is_finished = False
-                while not is_finished:
-                    output = queue.get_nowait() or await queue.get()
-                    assert isinstance(output, RequestOutput)
-                    is_finished = output.finished
-                    context.has_output = True
-                    yield output
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                self._output_processor.abort_requests([request.request_id], internal=True)
-                queue.close()
+            _refuse_what_cannot_be_served(prompt, sampling_params, lora_request)
+            with self._bounds.counted(
+                context,
+                n=sampling_params.n,
+                prompt_tokens=len(prompt["prompt_token_ids"]),
+                prompt_logprobs=sampling_params.prompt_logprobs,
+            ):
+                request = await self._to_engine_request(
+                    prompt, sampling_params, request_id, priority, reasoning_parser_kwargs, context
+                )
+                request.reasoning_ended = reasoning_ended
+                self._bounds.check_values(_to_generate_request(request, prefill_mode))
+                hints = RoutingHints(session=session_id, explain=context.wants_explanation)
+                async with aclosing(self._outputs(request, prompt_text, prefill_mode, hints, context)) as outputs:
+                    async for output in outputs:
+                        context.has_output = True
+                        yield output
+        except (InvalidRequest, Overloaded) as error:
+            if isinstance(error, Overloaded):
+                context.refuse_for(error.retry_after_s)
+            refusal = _to_vllm_error(error)
+            context.failure = create_error_response(refusal).error.model_dump()
+            raise refusal from None
         except Exception as error:
             context.failure = create_error_response(error).error.model_dump()
             raise
 
-    def _to_engine_request(
-        self, prompt: Any, params: SamplingParams, request_id: str, lora_request: LoRARequest | None, priority: int
+    async def _to_engine_request(
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        priority: int,
+        reasoning_parser_kwargs: dict[str, Any] | None,
+        context: RequestContext,
     ) -> EngineCoreRequest:
-        _refuse_what_cannot_be_served(prompt, params, lora_request)
-        request = self.input_processor.process_inputs(
-            request_id, prompt, params, supported_tasks=("generate",), priority=priority
-        )
+        """Have vLLM check and complete a request.  Raises vLLM's errors, InvalidRequest and Overloaded."""
+        await asyncio.sleep(0)  # the request's other prompts are counted before the first of them costs anything
+        self._bounds.check_sums(context)
+        self._bounds.check_fields(params, reasoning_parser_kwargs)
+
+        def process() -> EngineCoreRequest:
+            return self.input_processor.process_inputs(
+                request_id, prompt, params, supported_tasks=("generate",), priority=priority
+            )
+
+        # vLLM translates schemas and grammars here, which takes up to seconds.
+        is_slow = params.structured_outputs is not None
+        request = await self._bounds.beside_the_loop(context, process) if is_slow else process()
         assert request.sampling_params is not None
         # vLLM resolved this field for this process, which has no engine.  The engine resolves it for itself.
         request.sampling_params.watermarking = params.watermarking
+        request.reasoning_parser_kwargs = reasoning_parser_kwargs
         self.input_processor.assign_request_id(request)
         return request
+
+    async def _outputs(
+        self,
+        request: EngineCoreRequest,
+        prompt_text: str | None,
+        prefill_mode: PrefillMode,
+        hints: RoutingHints,
+        context: RequestContext,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Run the sequences of `request` and yield what comes of them.  Closing this cancels them."""
+        queue, tasks = self._start(request, prompt_text, prefill_mode, hints, context)
+        try:
+            is_finished = False
+            while not is_finished:
+                output = queue.get_nowait() or await queue.get()
+                assert isinstance(output, RequestOutput)
+                is_finished = output.finished
+                yield output
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._output_processor.abort_requests([request.request_id], internal=True)
+            queue.close()
 
     def _start(
         self,
@@ -267,6 +323,7 @@ class PooledEngineClient(EngineClient):
         return False
 
     def shutdown(self, timeout: float | None = None) -> None:
+        self._bounds.close()
         self.renderer.shutdown()
 
     async def notify_kv_transfer_request_rejected(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -22,57 +23,130 @@ TIMEOUT_HEADER = b"x-baton-timeout-s"
 _SECONDS = re.compile(rb"[0-9]+(\.[0-9]+)?")
 
 
+BODY_RETRY_AFTER_S = "1"
+"""When to send a body again that did not fit beside others, in seconds: bodies arrive in less than that, mostly."""
+
+
 def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
     """Return the body of an error response in the format of OpenAI's API."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class BodyLimit:
-    """Answers 413 to a body of more than `max_body_bytes`, before anything parses it.
+    """Bounds the bodies of requests before anything parses them: each one, all together, and how long each may take.
 
-    This holds whether or not the request declares the body's length.
+    It answers 413 to a body of more than `max_body_bytes`, whether or not the request declares the body's length.  It
+    answers 429 to a body that does not fit into `max_inflight_bytes` beside those that are arriving at the same time,
+    and 408 to one that has not arrived after `timeout_s`.  A body no longer counts when the application has all of it,
+    or when its request has ended in any other way.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, *, max_inflight_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._max_inflight_bytes = max_inflight_bytes
+        self.timeout_s = timeout_s
+        self.inflight_bytes = 0
+        """What has arrived of bodies that are not all there yet."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._max_body_bytes:
-            await self._refuse(scope, receive, send)
+        if declared.isdigit() and (refusal := self.refusal(int(declared), int(declared))) is not None:
+            await refusal(scope, receive, send)
             return
-        received = 0
-        is_answering = is_refused = False
-
-        async def counting_receive() -> Message:
-            nonlocal received, is_refused
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes and not is_answering and not is_refused:
-                is_refused = True
-                await self._refuse(scope, receive, send)
-            return {"type": "http.disconnect"} if is_refused else message
-
-        async def noting_send(message: Message) -> None:
-            nonlocal is_answering
-            is_answering = True
-            if not is_refused:
-                await send(message)
-
+        body = _ArrivingBody(self, scope, receive, send)
         try:
-            await self._app(scope, counting_receive, noting_send)
+            await self._app(scope, body.receive, body.send)
         except Exception:
-            if not is_refused:
+            if not body.is_refused:
                 raise
+        finally:
+            body.discount()
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        message = f"The request body is larger than {self._max_body_bytes} bytes."
-        response = JSONResponse(error_body(message, "BadRequestError", 413), status_code=413)
-        await response(scope, receive, send)
+    def refusal(self, body_bytes: int, more_bytes: int) -> JSONResponse | None:
+        """Return the answer to a body of so many bytes, if `more_bytes` of it cannot be taken in now."""
+        if body_bytes > self._max_body_bytes:
+            message = f"The request body is larger than {self._max_body_bytes} bytes (limits.max_body_bytes)."
+            return _refusal(message, "BadRequestError", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        if self.inflight_bytes + more_bytes > self._max_inflight_bytes:
+            message = (
+                f"The bodies of all requests that are arriving are larger than {self._max_inflight_bytes} bytes "
+                "(limits.max_inflight_body_bytes); please retry later."
+            )
+            return _refusal(
+                message, "RateLimitError", HTTPStatus.TOO_MANY_REQUESTS, {"retry-after": BODY_RETRY_AFTER_S}
+            )
+        return None
+
+    def too_slow(self) -> JSONResponse:
+        """Return the answer to a body that has not arrived in time."""
+        message = f"The request body took longer than {self.timeout_s:g} s to arrive (limits.body_timeout_s)."
+        return _refusal(message, "RequestTimeout", HTTPStatus.REQUEST_TIMEOUT)
+
+
+class _ArrivingBody:
+    """The body of one request, between the client and the application."""
+
+    def __init__(self, limit: BodyLimit, scope: Scope, receive: Receive, send: Send) -> None:
+        self._limit = limit
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._deadline = asyncio.get_running_loop().time() + limit.timeout_s
+        self._is_arriving = True
+        self._is_answering = False
+        self._num_bytes = 0
+        """What has arrived."""
+        self._num_counted = 0
+        """What of it counts in `BodyLimit.inflight_bytes`."""
+        self.is_refused = False
+
+    async def receive(self) -> Message:
+        if self.is_refused:
+            return {"type": "http.disconnect"}
+        try:
+            async with asyncio.timeout_at(self._deadline if self._is_arriving else None):
+                message = await self._receive()
+        except TimeoutError:
+            return await self._refuse(self._limit.too_slow())
+        num_bytes = len(message.get("body", b""))
+        self._num_bytes += num_bytes
+        if not self._is_answering and (refusal := self._limit.refusal(self._num_bytes, num_bytes)) is not None:
+            return await self._refuse(refusal)
+        self._is_arriving = self._is_arriving and message.get("more_body", False)
+        if self._is_arriving:
+            self._num_counted += num_bytes
+            self._limit.inflight_bytes += num_bytes
+        else:
+            self.discount()
+        return message
+
+    async def send(self, message: Message) -> None:
+        self._is_answering = True
+        if not self.is_refused:
+            await self._send(message)
+
+    def discount(self) -> None:
+        """Let the body count no longer."""
+        self._limit.inflight_bytes -= self._num_counted
+        self._num_counted = 0
+
+    async def _refuse(self, refusal: JSONResponse) -> Message:
+        """Answer with `refusal`, and return what the application gets instead of the body."""
+        self.is_refused = True
+        self.discount()
+        if not self._is_answering:
+            await refusal(self._scope, self._receive, self._send)
+        return {"type": "http.disconnect"}
+
+
+def _refusal(message: str, kind: str, status: HTTPStatus, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return an answer that comes before the body's end, so the connection cannot be used again."""
+    headers = {**(headers or {}), "connection": "close"}
+    return JSONResponse(error_body(message, kind, status), status_code=status, headers=headers)
 
 
 class RoutingHeaders:

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from app.config import BatonConfig, ModelConfig
+from app.config import BatonConfig, LimitsConfig, ModelConfig
 from app.engine_defaults import cpu_defaults
 from app.errors import ConfigError
 from app.frontend.http_middleware import BodyLimit, Deadline, ErrorBeforeStream, RoutingHeaders
@@ -107,29 +107,35 @@ async def build_server(
     vllm_surface.allow_several_greedy_sequences()
     vllm_surface.let_cancellation_through()
     vllm_surface.take_the_user_for_the_session()
+    vllm_surface.leave_structural_tags_to_the_engine_client()
     if len(config.models) > 1:
         vllm_surface.count_tool_calls_by_model()
         vllm_surface.share_http_metrics()
     apps = {
-        model.name: await _build_app(index, model, orchestrator)
+        model.name: await _build_app(index, model, orchestrator, config.limits)
         for index, (model, orchestrator) in enumerate(zip(config.models, orchestrators, strict=True))
     }
     for app in apps.values():
         app.router.routes[:0] = _baton_routes(list(apps.values()), health, stats)
     served: ASGIApp = ModelDispatch(dict(apps)) if len(apps) > 1 else apps[config.models[0].name]
     # These wrap the applications from outside, because vLLM has already closed its own list of middlewares.
-    in_time = Deadline(ErrorBeforeStream(served), config.limits.max_request_s)
-    return BodyLimit(RoutingHeaders(in_time), config.limits.max_body_bytes)
+    limits = config.limits
+    return BodyLimit(
+        RoutingHeaders(Deadline(ErrorBeforeStream(served), limits.max_request_s)),
+        limits.max_body_bytes,
+        max_inflight_bytes=limits.max_inflight_body_bytes,
+        timeout_s=limits.body_timeout_s,
+    )
 
 
-async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator) -> FastAPI:
+async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator, limits: LimitsConfig) -> FastAPI:
     """Make vLLM's server of one model, without the routes that are about an engine in its process."""
     from app.frontend.engine_client import PooledEngineClient
     from app.frontend.vllm_surface import build_app, init_app_state
 
     arguments = server_namespace(model, index)
     vllm_config = frontend_config(arguments)
-    engine = PooledEngineClient(vllm_config, model, orchestrator)
+    engine = PooledEngineClient(vllm_config, model, orchestrator, limits)
     app: FastAPI = build_app(arguments, ("generate",), vllm_config.model_config)
     await init_app_state(engine, app.state, arguments, ("generate",))
     _remove_routes(app, (*WITHOUT_MEANING, "/health"))

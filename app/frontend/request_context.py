@@ -7,6 +7,7 @@ all copies hold the same object.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,11 +33,29 @@ class RequestContext:
         """The ``error`` object that ended the request: ``message``, ``type``, ``param`` and the status as ``code``."""
         self.retry_after_s: int | None = None
         """Whole seconds, at least one; None unless the request was refused for overload."""
+        self.num_sequences = 0
+        """The sequences that the request has at present, over all its prompts; `num_prompt_tokens` and
+        `num_prompt_logprobs` are of these."""
+        self.num_prompt_tokens = 0
+        """A prompt counts once for each of its sequences."""
+        self.num_prompt_logprobs = 0
+        self.refusal = ""
+        """Why the request is refused for what its prompts take together; empty if it is not."""
+        self.schema_lock = asyncio.Lock()
+        """Held while a schema of the request is translated, so that one request has only one thread."""
+        self.schema_s = 0.0
+        """The time that this has taken so far."""
 
     @property
     def early_failure(self) -> dict[str, Any] | None:
         """The failure of the request, if vLLM's server was given no output before it."""
         return None if self.has_output else self.failure
+
+    def add(self, num_sequences: int, num_prompt_tokens: int, num_prompt_logprobs: int) -> None:
+        """Count the sequences of a prompt that begin; negative numbers if they end."""
+        self.num_sequences += num_sequences
+        self.num_prompt_tokens += num_prompt_tokens
+        self.num_prompt_logprobs += num_prompt_logprobs
 
     def refuse_for(self, seconds: float) -> None:
         """Ask the client to try again in so many seconds.  Of several sequences, the longest time counts."""

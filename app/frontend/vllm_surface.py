@@ -42,6 +42,7 @@ with needed("vllm", "serve its API over engines in other processes"):
     check_parameters(validate_api_server_args, "args")
     check_parameters(build_app, "args", "supported_tasks", "model_config")
     check_parameters(init_app_state, "engine_client", "state", "args", "supported_tasks")
+    check_parameters(EngineClient.check_admission, "self", "n", "request_id")
 
 with needed("vllm", "make engine requests of prompts, and answers of engine outputs"):
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -95,6 +96,13 @@ with needed("vllm", "take the user for the session"):
     SESSION_ID = Patch(GenerateBaseServing, "_get_session_id", "request", "raw_request")
     ANTHROPIC_REQUEST = Patch(AnthropicServingMessages, "_build_base_request", "anthropic_request", "openai_messages")
 
+with needed("vllm", "translate structural tags beside the event loop"):
+    from vllm.entrypoints.generate.base import protocol as base_protocol
+
+    STRUCTURAL_TAG_CHECK = Patch(base_protocol, "validate_structural_tag_payload", "payload", "parameter")
+    check_uses(base_protocol.validate_structural_tag_response_format, "validate_structural_tag_payload")
+    check_uses(base_protocol.validate_structured_outputs_structural_tag, "validate_structural_tag_payload")
+
 with needed("vllm", "count a tool call under its own model"):
     from vllm.parser import abstract_parser
     from vllm.parser import metrics as parser_metrics
@@ -138,6 +146,7 @@ __all__ = [
     "count_tool_calls_by_model",
     "create_error_response",
     "init_app_state",
+    "leave_structural_tags_to_the_engine_client",
     "let_cancellation_through",
     "make_arg_parser",
     "renderer_from_config",
@@ -195,6 +204,21 @@ def take_the_user_for_the_session() -> None:
 
     SESSION_ID.apply(staticmethod(session_or_user))
     ANTHROPIC_REQUEST.apply(staticmethod(with_user))
+
+
+def leave_structural_tags_to_the_engine_client() -> None:
+    """Do not translate a structural tag into a grammar while a request's body is parsed.
+
+    vLLM 0.32 does it there, on the event loop, for which all other requests wait, and once more in
+    `InputProcessor.process_inputs`, which the engine client runs in a thread (request_bounds.py).  Can go once vLLM's
+    protocol classes no longer do it.
+    """
+
+    def leave(payload: Any, *, parameter: str) -> None:
+        if not payload:
+            raise VLLMValidationError(f"Invalid {parameter} structural_tag specification.", parameter=parameter)
+
+    STRUCTURAL_TAG_CHECK.apply(leave)
 
 
 def count_tool_calls_by_model() -> None:

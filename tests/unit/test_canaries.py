@@ -222,6 +222,16 @@ def test_the_user_names_no_session_by_itself(surface: Any) -> None:
     assert surface.ANTHROPIC_REQUEST.original(anthropic, messages).user is None
 
 
+def test_vllm_translates_structural_tags_while_it_parses_a_body(surface: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else: `leave_structural_tags_to_the_engine_client` in app/frontend/vllm_surface.py."""
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    check = surface.STRUCTURAL_TAG_CHECK
+    monkeypatch.setattr(check.owner, check.name, check.original)
+    with pytest.raises(surface.VLLMValidationError, match="structural_tag"):
+        CompletionRequest(model="tiny", prompt="hello", structured_outputs={"structural_tag": '{"triggers": 1}'})
+
+
 def test_vllm_counts_tool_calls_under_the_model_that_was_set_up_last(
     surface: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from app.background import BackgroundTasks
 from app.config import ModelConfig, PoolConfig
 from app.engines.base import EngineSpec
 from app.engines.kv_format import kv_format
@@ -79,7 +80,8 @@ class Peers:
 async def test_each_decode_replica_pairs_up_with_its_own_kind(configuration: dict[str, Any], partner: str) -> None:
     decode = Replica("decode", "decode", configuration)
     old, new = Replica("prefill", "old", OLD), Replica("prefill", "new", NEW)
-    keeper = LinkKeeper(decode.spec, decode.engine, Peers(old, new))
+    background = BackgroundTasks("replica_id=decode", lambda death: pytest.fail(str(death)))
+    keeper = LinkKeeper(decode.spec, decode.engine, Peers(old, new), background)
     try:
         for replica in (decode, old, new):
             await replica.start()
@@ -93,6 +95,6 @@ async def test_each_decode_replica_pairs_up_with_its_own_kind(configuration: dic
         )
         assert [keeper.is_usable(name) for name in ("old", "new")] == [partner == "old", partner == "new"]
     finally:
-        await keeper.stop()
+        await background.stop()
         for replica in (decode, old, new):
             await replica.engine.stop()

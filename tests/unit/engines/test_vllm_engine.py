@@ -160,7 +160,7 @@ class Running:
         self.num_asked = 0
         self.config = SimpleNamespace(
             cache_config=SimpleNamespace(enable_prefix_caching=False, num_gpu_blocks=7, block_size=16),
-            model_config=SimpleNamespace(max_model_len=100),
+            model_config=SimpleNamespace(max_model_len=100, get_vocab_size=lambda: 2048),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
         )
         self.core = SimpleNamespace(
@@ -172,7 +172,8 @@ class Running:
             abort_requests_async=self._add,
             shutdown=lambda _: None,
         )
-        made = SimpleNamespace(request_id="r-1")
+        params = SimpleNamespace(all_stop_token_ids=set(), bad_words_token_ids=None)
+        made = SimpleNamespace(request_id="r-1", sampling_params=params)
         processor = SimpleNamespace(process_inputs=lambda *_, **__: made, assign_request_id=lambda request: None)
         monkeypatch.setattr("app.engines.vllm.os", SimpleNamespace(environ={}))
         monkeypatch.setattr(VllmEngine, "_start_core", lambda _: (self.core, processor))

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -21,6 +21,7 @@ from app.frontend.request_context import begin_request, current_request
 from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
 from tests.unit.decisions import decision
+from tests.unit.waiting import until
 
 LIMIT = 10
 EVENT = b'data: {"choices": [{"text": "a"}]}\n\n'
@@ -50,8 +51,12 @@ async def pass_on(request: Request, call_next: Callable[[Request], Any]) -> Resp
     return response
 
 
+def limited(app: ASGIApp, *, max_inflight_bytes: int = 1000, timeout_s: float = DEADLINE_S) -> ASGIApp:
+    return BodyLimit(app, LIMIT, max_inflight_bytes=max_inflight_bytes, timeout_s=timeout_s)
+
+
 def measuring(**options: Any) -> ASGIApp:
-    return BodyLimit(Starlette(routes=[Route("/", measure, methods=["POST"])], **options), LIMIT)
+    return limited(Starlette(routes=[Route("/", measure, methods=["POST"])], **options))
 
 
 async def in_chunks(body: bytes) -> AsyncIterator[bytes]:
@@ -78,7 +83,7 @@ async def test_a_body_that_is_declared_too_large_is_never_read() -> None:
     async def never(scope: Scope, receive: Receive, send: Send) -> None:
         pytest.fail("the application was called")
 
-    response = await fetch(BodyLimit(never, LIMIT), "POST", headers={"content-length": str(LIMIT + 1)})
+    response = await fetch(limited(never), "POST", headers={"content-length": str(LIMIT + 1)})
     assert response.status_code == 413
 
 
@@ -103,8 +108,117 @@ async def test_an_answer_that_has_output_is_not_begun_again() -> None:
             pass
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    response = await fetch(BodyLimit(answers_first, LIMIT), "POST", content=in_chunks(b"x" * (LIMIT + 1)))
+    response = await fetch(limited(answers_first), "POST", content=in_chunks(b"x" * (LIMIT + 1)))
     assert response.status_code == 200
+
+
+class Connection:
+    """A client's side of one request whose body it sends piece by piece."""
+
+    def __init__(self, app: ASGIApp, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+        self._pieces: asyncio.Queue[Message] = asyncio.Queue()
+        self.answer: list[Message] = []
+        scope: Scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": headers or []}
+        self.task = asyncio.ensure_future(app(scope, self._pieces.get, self._take))
+
+    async def _take(self, message: Message) -> None:
+        self.answer.append(message)
+
+    def send(self, piece: bytes, *, is_last: bool = False) -> None:
+        self._pieces.put_nowait({"type": "http.request", "body": piece, "more_body": not is_last})
+
+    def hang_up(self) -> None:
+        self._pieces.put_nowait({"type": "http.disconnect"})
+
+    @property
+    def status(self) -> int | None:
+        return self.answer[0]["status"] if self.answer else None
+
+    @property
+    def header(self) -> dict[bytes, bytes]:
+        return dict(self.answer[0]["headers"])
+
+
+ENDINGS: dict[str, Callable[[Connection], object]] = {
+    "its body is all there": lambda connection: connection.send(b"", is_last=True),
+    "its client hangs up": Connection.hang_up,
+    "it is cancelled": lambda connection: connection.task.cancel(),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_bodies_are_bounded_together_until_they_have_arrived(ending: str) -> None:
+    app = cast(BodyLimit, limited(Starlette(routes=[Route("/", measure, methods=["POST"])]), max_inflight_bytes=15))
+    first = Connection(app)
+    first.send(b"x" * 9)
+    await until(lambda: app.inflight_bytes == 9)
+    second = Connection(app)
+    second.send(b"x" * 7)
+    await asyncio.wait_for(second.task, DEADLINE_S)
+    assert second.status == 429
+    assert (second.header[b"retry-after"], second.header[b"connection"]) == (b"1", b"close")
+    assert b"limits.max_inflight_body_bytes" in second.answer[1]["body"]
+    declared = Connection(app, [(b"content-length", b"7")])
+    await asyncio.wait_for(declared.task, DEADLINE_S)
+    assert declared.status == 429
+    fits = await fetch(app, "POST", content=in_chunks(b"x" * 6))
+    assert fits.status_code == 200
+    assert app.inflight_bytes == 9
+    ENDINGS[ending](first)
+    await asyncio.wait([first.task], timeout=DEADLINE_S)
+    assert app.inflight_bytes == 0
+    again = await fetch(app, "POST", content=in_chunks(b"x" * 10))
+    assert again.status_code == 200
+
+
+async def test_a_body_counts_no_longer_than_until_it_is_all_there() -> None:
+    """An answer may take minutes."""
+    parsed, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: Request) -> Response:
+        await request.body()
+        parsed.set()
+        await go_on.wait()
+        return JSONResponse(None)
+
+    app = cast(BodyLimit, limited(Starlette(routes=[Route("/", slow, methods=["POST"])])))
+    answer = asyncio.create_task(fetch(app, "POST", content=in_chunks(b"x" * LIMIT)))
+    await asyncio.wait_for(parsed.wait(), DEADLINE_S)
+    assert app.inflight_bytes == 0
+    go_on.set()
+    assert (await answer).status_code == 200
+
+
+async def test_a_body_that_comes_too_slowly_is_answered_408() -> None:
+    """The deadline is for all of it: each piece by itself comes in time."""
+    timeout_s = 0.2
+    app = cast(BodyLimit, limited(Starlette(routes=[Route("/", measure, methods=["POST"])]), timeout_s=timeout_s))
+    began = asyncio.get_running_loop().time()
+    connection = Connection(app)
+    while not connection.task.done() and asyncio.get_running_loop().time() - began < DEADLINE_S:
+        if app.inflight_bytes < LIMIT - 1:
+            connection.send(b"x")
+        await asyncio.wait([connection.task], timeout=timeout_s / 20)
+    assert connection.status == 408
+    assert connection.header[b"connection"] == b"close"
+    assert b"limits.body_timeout_s" in connection.answer[1]["body"]
+    assert app.inflight_bytes == 0
+
+
+async def test_the_time_for_a_body_is_not_the_time_for_an_answer() -> None:
+    async def late(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        leaves = asyncio.ensure_future(receive())
+        await asyncio.wait([leaves], timeout=0.2)
+        assert not leaves.done()
+        leaves.cancel()
+        await JSONResponse(None)(scope, receive, send)
+
+    connection = Connection(limited(late, timeout_s=0.05))
+    connection.send(b"x", is_last=True)
+    await asyncio.wait_for(connection.task, DEADLINE_S)
+    assert connection.status == 200
 
 
 @pytest.mark.parametrize("kind", ["websocket", "lifespan"])
@@ -117,7 +231,7 @@ async def test_what_is_not_http_passes(kind: str) -> None:
     async def unused(*_: Any) -> Any:
         raise AssertionError
 
-    await BodyLimit(app, 0)({"type": kind}, unused, unused)
+    await limited(app)({"type": kind}, unused, unused)
     await RoutingHeaders(app)({"type": kind}, unused, unused)
     await Deadline(app, 1.0)({"type": kind}, unused, unused)
     await ErrorBeforeStream(app)({"type": kind}, unused, unused)

@@ -59,7 +59,8 @@ async def _each(chunks: Any) -> AsyncIterator[bytes]:
 
 
 def dispatching() -> ASGIApp:
-    return BodyLimit(ModelDispatch({"a": server("a", "resp_a"), "org/b": server("b", "resp_b")}), LIMIT)
+    dispatch = ModelDispatch({"a": server("a", "resp_a"), "org/b": server("b", "resp_b")})
+    return BodyLimit(dispatch, LIMIT, max_inflight_bytes=2 * LIMIT, timeout_s=5.0)
 
 
 async def fetch(method: str, path: str, app: ASGIApp | None = None, **options: Any) -> httpx.Response:
