@@ -24,7 +24,8 @@ HEADERS_S = 10
 """How long a client may take to send a request's headers, or to send nothing on a new connection."""
 MOST_CONNECTIONS = 32768
 """An idle one takes 1.1 KB of HAProxy (measured), so that many take 40 MB."""
-FILES_PER_CONNECTION = 2
+FILES_PER_CONNECTION = 2.5
+"""The client's, the frontend's, and a share of the pipes for splicing, for which HAProxy asks though it is off."""
 OTHER_FILES = 512
 """Files of HAProxy that belong to no connection of a client: its listeners, logs, threads, health checks."""
 RESERVED_CONNECTIONS = 32
@@ -56,7 +57,7 @@ def max_connections() -> int:
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
         return MOST_CONNECTIONS
-    return max(2 * RESERVED_CONNECTIONS, min(MOST_CONNECTIONS, (files - OTHER_FILES) // FILES_PER_CONNECTION))
+    return max(2 * RESERVED_CONNECTIONS, min(MOST_CONNECTIONS, int((files - OTHER_FILES) / FILES_PER_CONNECTION)))
 
 
 def safer(configuration: str, max_connections: int | None, probe_port: int | None) -> str:

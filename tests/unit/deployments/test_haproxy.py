@@ -29,7 +29,14 @@ PATIENCE_S = 20.0
 SLOW_S = 3.0
 MAXCONN = 100
 HEADERS_S = 2
-RUN = f"from deployments import haproxy; haproxy.HEADERS_S = {HEADERS_S}; haproxy.main()"
+RUN = f"""
+import os, resource
+from deployments import haproxy
+if files := os.environ.get("FILES"):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(files), int(files)))
+haproxy.HEADERS_S = {HEADERS_S}
+haproxy.main()
+"""
 
 
 class Frontend(BaseHTTPRequestHandler):
@@ -96,13 +103,13 @@ def write_serves_file(folder: Path, ports: Ports, frontend: int, timeout_client_
 
 
 @contextmanager
-def haproxy_with(serve_file: Path, ports: Ports) -> Iterator[psutil.Popen]:
+def haproxy_with(serve_file: Path, ports: Ports, **environment: str) -> Iterator[psutil.Popen]:
     """HAProxy as Serve runs it, once it answers."""
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "RAY_SERVE_HAPROXY_MAXCONN"},
         "PYTHONPATH": str(REPOSITORY),
-        "RAY_SERVE_HAPROXY_MAXCONN": str(MAXCONN),
         haproxy.PROBE_PORT: str(ports.probe),
+        **environment,
     }
     process = psutil.Popen([sys.executable, "-c", RUN, "-db", "-f", str(serve_file), "-dR"], env=environment)
     try:
@@ -120,7 +127,7 @@ def serve_file(tmp_path_factory: pytest.TempPathFactory, ports: Ports, frontend:
 
 @pytest.fixture(scope="module")
 def proxy(serve_file: Path, ports: Ports) -> Iterator[psutil.Popen]:
-    with haproxy_with(serve_file, ports) as process:
+    with haproxy_with(serve_file, ports, RAY_SERVE_HAPROXY_MAXCONN=str(MAXCONN)) as process:
         yield process
 
 
@@ -248,14 +255,29 @@ def test_the_admin_socket_is_its_owners_alone(serve_file: Path) -> None:
     assert stat.S_IMODE((serve_file.parent / "admin.sock").stat().st_mode) == 0o600
 
 
-def test_serve_knows_the_process_and_asks_its_socket(proxy: psutil.Popen, serve_file: Path) -> None:
-    assert str(serve_file) in proxy.cmdline()
+def info(folder: Path) -> dict[str, str]:
+    """What HAProxy says of itself at its admin socket."""
     with socket.socket(socket.AF_UNIX) as admin:
-        admin.connect(str(serve_file.parent / "admin.sock"))
+        admin.connect(str(folder / "admin.sock"))
         admin.sendall(b"show info\n")
         answer = b"".join(iter(lambda: admin.recv(4096), b"")).decode()
-    assert f"Pid: {proxy.pid}\n" in answer
-    assert f"Maxconn: {MAXCONN}\n" in answer
+    return dict(line.split(": ", 1) for line in answer.splitlines() if ": " in line)
+
+
+def test_serve_knows_the_process_and_asks_its_socket(proxy: psutil.Popen, serve_file: Path) -> None:
+    assert str(serve_file) in proxy.cmdline()
+    found = info(serve_file.parent)
+    assert (found["Pid"], found["Maxconn"]) == (str(proxy.pid), str(MAXCONN))
+
+
+@pytest.mark.parametrize("files", [600, 2000, 20_000])
+def test_haproxy_may_open_the_files_that_its_connections_need(tmp_path: Path, frontend: int, files: int) -> None:
+    ports = Ports()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < files:
+        pytest.skip(f"this process may open only {limits[1]} files")
+    with haproxy_with(write_serves_file(tmp_path, ports, frontend), ports, FILES=str(files)):
+        assert int(info(tmp_path)["Maxconn"]) == max(64, int((files - 512) / 2.5))
 
 
 def test_the_number_of_connections_follows_the_files_that_may_be_open(
@@ -266,7 +288,7 @@ def test_the_number_of_connections_follows_the_files_that_may_be_open(
     assert "    maxconn 5000\n" in safer.split("defaults")[0]
     assert "timeout http-request 10s" in safer
     for files, expected in (
-        (20_000, 9_744),
+        (20_000, 7_795),
         (1_048_576, haproxy.MOST_CONNECTIONS),
         (resource.RLIM_INFINITY, haproxy.MOST_CONNECTIONS),
         (256, 2 * haproxy.RESERVED_CONNECTIONS),
