@@ -81,6 +81,8 @@ class Channel:
     ) -> None:
         self.channel_id = channel_id
         self.is_closed = False
+        self.num_heard = 0
+        """How often anything has come from the replica."""
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the connection has ended without having been retired."""
         self.on_close: Callable[[], object] = lambda: None
@@ -153,10 +155,10 @@ class Channel:
         if not self._sequences:
             self.close()
 
-    def close(self) -> None:
-        """End the connection, and with it every sequence."""
+    def close(self, detail: str = "its connection was closed") -> None:
+        """End the connection, and with it every sequence, because of `detail`."""
         self._task.cancel()
-        self._end("its connection was closed")
+        self._end(detail)
 
     def _end(self, detail: str) -> None:
         if self.is_closed:
@@ -172,6 +174,7 @@ class Channel:
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         try:
             async for frames in read_frames(reader, MAX_BATCH_BYTES):
+                self.num_heard += 1
                 self._hand_out(_merge([decode_batch(frame) for frame in frames]))
         except (OSError, msgspec.DecodeError) as error:
             logger.warning("replica_id=%s connection broke: %r", self._replica_id, error)

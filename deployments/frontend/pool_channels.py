@@ -1,7 +1,7 @@
 """A frontend's channels to the replicas of one pool, and through them the state of the pool that its router goes by.
 
 A replica is in that state while its channel stands: from the moment that a connection succeeds, which begins with all
-that is known of its load and cache, until the connection breaks or Serve removes the replica.
+that is known of its load and cache, until the connection breaks, it says nothing for too long, or Serve removes it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import msgspec
 from app.background import watch
 from app.channel.client import Channel
 from app.channel.protocol import Backlog
+from app.channel.silence import LOOK_S, Silence
 from app.errors import ReplicaLost
 from app.messages import ReplicaInfo
 from app.routing.pool_state import PoolState
@@ -40,11 +41,13 @@ class PoolChannels:
         self.unreachable: dict[str, str] = {}
         """Why there is no channel to a replica that Serve counts as ready, once it was tried.  /health says this to
         everybody, so no address is in it."""
+        self._silences: dict[str, Silence] = {}
         self._backlog = Backlog()
         self._loop = asyncio.get_running_loop()
         self._ready = ready_replicas_of(deployment_id_of(handle))
         self._ready.on_change = partial(self._loop.call_soon_threadsafe, self._follow_ready_replicas)
         self._follow_ready_replicas()
+        self._loop.call_later(LOOK_S, self._look_for_silence)
 
     def channel(self, replica: str) -> Channel:
         """The channel to a replica of the pool.  Raises ReplicaLost for another."""
@@ -70,6 +73,18 @@ class PoolChannels:
                     _share(self._backlog.sequences, len(self._channels), index),
                 )
             )
+
+    def _look_for_silence(self) -> None:
+        """Close the channel to a replica that has work of this frontend and says nothing for too long.
+
+        Its sequences fail, so that they are tried elsewhere.  It joins the pool again when it answers a new connection.
+        """
+        self._loop.call_later(LOOK_S, self._look_for_silence)
+        for replica, channel in list(self._channels.items()):
+            has_work = self._pool.replicas[replica].sequences.own > 0
+            if self._silences[replica].look(channel.num_heard, has_work=has_work):
+                logger.warning("replica_id=%s has work and says nothing", replica)
+                channel.close("it has work and says nothing")
 
     def _follow_ready_replicas(self) -> None:
         ready = self._ready.metadata()
@@ -121,6 +136,7 @@ class PoolChannels:
         del self._connecting[replica]
         self.unreachable.pop(replica, None)
         self._channels[replica] = channel
+        self._silences[replica] = Silence()
         channel.on_close = partial(self._on_close, replica, metadata, channel)
         self._share_backlog()
 
@@ -132,6 +148,7 @@ class PoolChannels:
 
     def _leave(self, replica: str) -> Channel:
         channel = self._channels.pop(replica)
+        del self._silences[replica]
         self._pool.leave(replica)
         self._share_backlog()
         return channel

@@ -297,3 +297,39 @@ async def test_a_replica_of_another_protocol_is_unreachable_with_the_reason_unti
         await until(lambda: not pool.channels.unreachable)
     pool.consist_of(replica)
     await until(lambda: pool.knows(replica))
+
+
+async def test_a_replica_that_has_work_and_says_nothing_counts_as_gone_until_it_answers(
+    pool: Pool, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does whose process was stopped: its connections stand, and nothing comes."""
+    monkeypatch.setattr(pool_channels, "LOOK_S", 0.005)
+    pool.consist_of(replica)
+    await until(lambda: pool.knows(replica))
+    before = pool.channels.channel("r")
+    pool.channels._look_for_silence()
+    await asyncio.sleep(0.2)
+    assert pool.channels.channel("r") is before, "it has no work of this frontend"
+    sequence = submit(pool, replica, [])
+    with pool.state.replicas["r"].sequences.counting(1):
+        with pytest.raises(ReplicaLost, match="says nothing"):
+            await asyncio.wait_for(sequence.ended, 5)
+        await until(lambda: "r" in pool.state.replicas)
+    assert pool.channels.channel("r") is not before
+
+
+async def test_a_replica_that_tells_its_load_is_not_silent(
+    pool: Pool, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_channels, "LOOK_S", 0.005)
+    pool.consist_of(replica)
+    await until(lambda: pool.knows(replica))
+    before = pool.channels.channel("r")
+    pool.channels._look_for_silence()
+    sequence = submit(pool, replica, [])
+    with pool.state.replicas["r"].sequences.counting(1):
+        for number in range(40):
+            replica.server.publish_load(ReplicaLoad(sequences=3, used_blocks=number))
+            await asyncio.sleep(0.01)
+    assert pool.channels.channel("r") is before
+    before.finish(sequence)
