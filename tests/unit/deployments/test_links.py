@@ -451,7 +451,7 @@ async def test_decode_replicas_probe_one_prefill_replica_in_turns(monkeypatch: p
 
 
 async def test_a_turn_ends_if_whoever_has_it_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.replica.prefill.TURN_S", 0.2)
+    monkeypatch.setattr("deployments.replica.prefill.TURN_S", 1.0)  # the next one waits for a tenth longer
     turns = ProbeTurns()
     await turns.begin("d0")
     async with asyncio.timeout(5):
