@@ -86,6 +86,7 @@ def test_killed_decode_replica_takes_its_engine_along_and_comes_back(real: Baton
     replica = real.replica_process("decode")
     engine = engine_processes(replica)
     assert engine
+    engine[0].suspend()  # it cannot notice by itself that its replica is gone
     replica.kill()
     _, alive = psutil.wait_procs(engine, timeout=10)
     assert not alive, "an engine outlives its replica"
