@@ -26,8 +26,10 @@ OWN = {"model", "prompt", "messages"}
 TOKEN_COUNTS = {"max_tokens", "min_tokens", "max_completion_tokens", "n", "best_of"}
 """Fields whose large values are either refused as all others', or mean a long answer, for which this has no time."""
 
-whole = st.sampled_from([*EDGES, *(-edge for edge in EDGES), 10**30, -(10**30)]) | st.integers(-3, 50)
-real = st.floats() | st.floats(0, 2) | st.sampled_from([1e-320, 1e38, 1e39, 1e308])
+whole = (
+    st.sampled_from([*EDGES, *(-edge for edge in EDGES), 10**30, -(10**30)]) | st.integers(-3, 50) | st.integers(1, 50)
+)
+real = st.floats() | st.floats(0, 2) | st.floats(0.1, 1) | st.sampled_from([1e-320, 1e38, 1e39, 1e308])
 text = st.text(max_size=5) | st.sampled_from(["\ud800", "\x00", "1", "a" * 5000])
 many = st.sampled_from([127, 128, 129, 1023, 1024, 1025, 5000])
 json_value = st.recursive(
@@ -69,17 +71,40 @@ ODD = [
 ]
 
 
-def names(chat: bool) -> list[str]:
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+SUITED = {
+    "StructuredOutputsParams": constraint,
+    "list[int]": tokens,
+    "dict[str, float]": biases,
+    "list[str]": st.lists(text, max_size=3) | many.map(lambda size: ["a"] * size),
+    "StopParam": st.lists(text, max_size=3),
+    "dict": st.dictionaries(st.text("ab", min_size=1), json_value, max_size=3),
+    "bool": st.booleans(),
+    "int": whole,
+    "float": real,
+    "str": text,
+}
+"""What suits a field by what its annotation says, the first that is found: most other values are refused for their
+type, and an engine never sees them."""
 
-    return sorted(set((ChatCompletionRequest if chat else CompletionRequest).model_fields) - OWN)
+
+def suited(annotation: str) -> st.SearchStrategy[Any]:
+    return next((values for name, values in SUITED.items() if name in annotation), anything)
 
 
 def fields(chat: bool) -> st.SearchStrategy[dict[str, Any]]:
-    one = st.sampled_from(names(chat)).flatmap(
-        lambda name: (count if name in TOKEN_COUNTS else anything).map(lambda value: {name: value})
-    )
+    """Some fields of a request, by their names."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    model = ChatCompletionRequest if chat else CompletionRequest
+    annotations = {name: str(field.annotation) for name, field in model.model_fields.items() if name not in OWN}
+
+    def of(name: str) -> st.SearchStrategy[dict[str, Any]]:
+        fitting = suited(annotations[name])
+        values = count if name in TOKEN_COUNTS else st.one_of(*[fitting] * 7, anything)
+        return values.map(lambda value: {name: value})
+
+    one = st.sampled_from(sorted(annotations)).flatmap(of)
     return st.lists(one, min_size=1, max_size=3).map(lambda chosen: {k: v for each in chosen for k, v in each.items()})
 
 
