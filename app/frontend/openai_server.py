@@ -108,6 +108,7 @@ async def build_server(
     vllm_surface.let_cancellation_through()
     vllm_surface.take_the_user_for_the_session()
     vllm_surface.leave_structural_tags_to_the_engine_client()
+    vllm_surface.refuse_what_vllms_checks_cannot_take()
     if len(config.models) > 1:
         vllm_surface.count_tool_calls_by_model()
         vllm_surface.share_http_metrics()

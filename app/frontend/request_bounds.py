@@ -54,7 +54,9 @@ class RequestBounds:
         sized = {
             "stop": params.stop,
             "bad_words": params.bad_words,
-            "structured_outputs": vars(params.structured_outputs) if params.structured_outputs else None,
+            "structured_outputs (response_format, tools)": vars(params.structured_outputs)
+            if params.structured_outputs
+            else None,
             "vllm_xargs": params.extra_args,
             "chat_template_kwargs": reasoning_parser_kwargs,
         }

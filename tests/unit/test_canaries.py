@@ -232,6 +232,14 @@ def test_vllm_translates_structural_tags_while_it_parses_a_body(surface: Any, mo
         CompletionRequest(model="tiny", prompt="hello", structured_outputs={"structural_tag": '{"triggers": 1}'})
 
 
+def test_vllms_checks_fail_at_a_field_of_another_type(surface: Any) -> None:
+    """Else: `refuse_what_vllms_checks_cannot_take` in app/frontend/vllm_surface.py."""
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    with pytest.raises(AttributeError):
+        CompletionRequest(model="tiny", prompt="hello", structured_outputs=1)
+
+
 def test_vllm_counts_tool_calls_under_the_model_that_was_set_up_last(
     surface: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

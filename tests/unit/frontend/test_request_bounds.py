@@ -191,6 +191,13 @@ async def test_a_priority_in_a_header_has_its_range_too(
     assert orchestrator.requests == []
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("value", [1, 0.5, "a", [], [1]])
+async def test_a_field_of_another_type_is_the_clients_fault(ask: Ask, path: str, value: Any) -> None:
+    response = await ask(path=path, structured_outputs=value, messages=[{"role": "user", "content": "hi"}])
+    assert response.status_code == 400, response.text
+
+
 # Schemas
 
 
