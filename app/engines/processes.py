@@ -6,6 +6,9 @@ from contextlib import suppress
 
 import psutil
 
+GUARD = "baton-guard"
+"""An argument of the process that guards a replica (deployments/guard.py)."""
+
 
 class EngineProcesses:
     """What this process and its descendants have started since this object was made: one engine.
@@ -21,7 +24,7 @@ class EngineProcesses:
         """Take note of processes that have come or gone.  This reads the machine's whole table of processes."""
         roots = [psutil.Process(), *self._known]
         found = {child for root in roots for child in _descendants(root)}
-        self._others |= set(filter(_is_tracker, found - self._others - self._known))
+        self._others |= set(filter(_outlives_engines, found - self._others - self._known))
         self._known = {process for process in (found | self._known) - self._others if process.is_running()}
 
     def stopped(self) -> list[int]:
@@ -50,13 +53,14 @@ class EngineProcesses:
                 process.kill()
 
 
-def _is_tracker(process: psutil.Process) -> bool:
-    """Whether it is Python's resource tracker.
+def _outlives_engines(process: psutil.Process) -> bool:
+    """Whether it is the replica's guard, or Python's resource tracker.
 
-    That ends by itself after all who use it, and must outlive them: it removes the shared memory that they leave.
+    The tracker ends by itself after all who use it, and must outlive them: it removes what shared memory they leave.
     """
     with suppress(psutil.NoSuchProcess):
-        return any("multiprocessing.resource_tracker" in argument for argument in process.cmdline())
+        arguments = process.cmdline()
+        return GUARD in arguments or any("multiprocessing.resource_tracker" in argument for argument in arguments)
     return False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -99,9 +99,21 @@ class Job(msgspec.Struct):
 class Attempt:
     """One attempt.  `serve` runs it; if that raises, `fail` or `give_up` draws the conclusions."""
 
-    def __init__(self, pools: Pools, job: Job, decision: Decision, in_flight: InFlight, line: WaitingLine) -> None:
-        """`line` is told when the first token has come, as a replica has more room then."""
+    def __init__(
+        self,
+        pools: Pools,
+        job: Job,
+        decision: Decision,
+        in_flight: InFlight,
+        line: WaitingLine,
+        on_survived: Callable[[], object],
+    ) -> None:
+        """`line` is told when the first token has come, as a replica has more room then.
+
+        `on_survived` is called when the serving engine has computed a token, so that none died of the sequence.
+        """
         self._pools = pools
+        self._on_survived = on_survived
         self._router = pools.router
         self._ejections = pools.router.ejections
         self._job = job
@@ -188,6 +200,8 @@ class Attempt:
         self._line.on_news()
 
     def _on_report(self, report: PrefillReport) -> None:
+        if report.is_complete:
+            self._on_survived()
         if (handoff := self._handoff) is None:
             return
         if report.kind == "remote" and report.is_complete:

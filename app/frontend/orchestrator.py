@@ -23,6 +23,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Collection
+from functools import partial
 
 from app.config import LimitsConfig
 from app.errors import BatonError, EngineDead, NoReplica, PrefillFailed, ReplicaLost
@@ -106,7 +107,9 @@ class Orchestrator:
         decision, in_flight = await self._turn(job)
         try:
             on_decision(decision)
-            attempt = Attempt(self._pools, job, decision, in_flight, self.line)
+            # Not after `serve`: with its last token a sequence is cancelled, mostly before that returns.
+            on_survived = partial(self._quarantine.on_success, job.request)
+            attempt = Attempt(self._pools, job, decision, in_flight, self.line, on_survived)
             try:
                 await attempt.serve()
             except (PrefillFailed, ReplicaLost, EngineDead) as error:
@@ -116,7 +119,6 @@ class Orchestrator:
             except BaseException as error:
                 attempt.give_up(error, token_is_overdue=overdue.what == "token")
                 raise
-            self._quarantine.on_success(job.request)
             return True
         finally:
             in_flight.end()

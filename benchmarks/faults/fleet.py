@@ -23,6 +23,7 @@ TITLES: dict[Target, str] = {
     "HAProxy": "haproxy -",
 }
 """What the command line of a process contains, for what /health does not list."""
+ENGINE_TITLES = ("VLLM::", "sglang::")
 ANSWER_TIMEOUT_S = 10.0
 POLL_S = 0.2
 
@@ -69,17 +70,10 @@ class Fleet:
         replicas = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
         if what == "replica":
             return [[replica] for replica in replicas]
-        return [found for replica in replicas if (found := replica.children(recursive=True))]
+        return [found for replica in replicas if (found := _engine_of(replica))]
 
     def _titled(self, title: str) -> list[psutil.Process]:
-        found = []
-        for process in psutil.Process(self._raylet).children(recursive=True):
-            try:
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+        return _below(self._raylet, title)
 
     async def _health(self) -> dict[str, Any] | None:
         """Return the answer of /health; None if there is none now."""
@@ -123,3 +117,20 @@ class Fleet:
             return None
         held = [replica.get("num_used_blocks") for replica in replicas if replica["model"] == self.model]
         return sum(held) if None not in held else None
+
+
+def _engine_of(replica: psutil.Process) -> list[psutil.Process]:
+    """Return the processes of its engine; it also has a guard (deployments/guard.py)."""
+    return [process for title in ENGINE_TITLES for process in _below(replica.pid, title)]
+
+
+def _below(pid: int, title: str) -> list[psutil.Process]:
+    """Return the descendants of a process whose command lines contain `title`."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found

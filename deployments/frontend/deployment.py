@@ -11,12 +11,14 @@ from typing import Any
 from ray import serve
 from starlette.types import ASGIApp
 
+from app.background import BackgroundTasks
 from app.config import BatonConfig
 from app.frontend.health import overall_status
 from app.frontend.metrics import MetricsServer
 from app.frontend.openai_server import build_server
 from app.messages import Role
 from deployments.frontend.served_model import ServedModel
+from deployments.guard import be_guarded
 from deployments.process import adopt_serve_logging, freeze_heap
 from deployments.serve_hooks import AsgiIngress
 
@@ -40,6 +42,8 @@ class Frontend(AsgiIngress):
         if config.frontend.metrics_port is not None:
             self._metrics = MetricsServer(config.frontend.metrics_port)
             logger.info("metrics at port %d", self._metrics.port)
+        self._background = BackgroundTasks("frontend", logger.error)
+        self._background.keep("guard", be_guarded)
         freeze_heap()
 
     def asgi_app(self) -> ASGIApp:

@@ -29,6 +29,7 @@ from app.pace import Pace
 from app.ports import reserve_port
 from app.recent_load import RecentLoad
 from deployments.detached import spawn_detached
+from deployments.guard import be_guarded
 from deployments.process import adopt_serve_logging, freeze_heap, keep_serve_logging
 from deployments.replica.metrics import WorkerMetrics
 from deployments.replica.publisher import Publisher
@@ -86,6 +87,7 @@ class Worker:
         self._metrics = WorkerMetrics(self._engine, self.num_requests, self._model.name, spec, self._background)
         self._channel_address = await self._server.start(self._node_ip)
         self._background.need("engine-health", self._watch_health)
+        self._background.keep("guard", be_guarded)
         freeze_heap()
         logger.info("role=%s replica_id=%s engine=%s device=%s ready", self.role, self._replica_id, self._info, device)
 
@@ -262,7 +264,8 @@ class Worker:
     async def __del__(self) -> None:
         """Drain and stop.  Serve calls this once no frontend chooses this replica any more.
 
-        If it takes longer than graceful_shutdown_timeout_s, Serve kills the replica.
+        If it takes longer than graceful_shutdown_timeout_s, Serve kills the replica.  After this its guard gets no more
+        signs of life, so it has to exit soon.
         """
         if hasattr(self, "_channel_address"):
             await self.drain()

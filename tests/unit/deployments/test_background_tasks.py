@@ -25,7 +25,7 @@ from deployments.replica.prefill import PrefillWorker
 from deployments.replica.worker import Worker
 from tests.unit.waiting import until
 
-OF_BOTH = {"engine-health", "follow-cache", "sim-progress", "sim-steps", "watch-load", "worker-metrics"}
+OF_BOTH = {"engine-health", "follow-cache", "guard", "sim-progress", "sim-steps", "watch-load", "worker-metrics"}
 OF_DECODE = {"links", "record-links"}
 ENDS_THE_REPLICA = {"engine-health", "sim-steps"}
 """What cannot begin anew; all others do."""
@@ -123,6 +123,7 @@ async def replicas(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.setattr(module, "reserve_port", lambda low, high: SimpleNamespace(number=0))
     monkeypatch.setattr(module, "adopt_serve_logging", lambda: None)
     monkeypatch.setattr(module, "freeze_heap", lambda: None)
+    monkeypatch.setattr(module, "be_guarded", asyncio.Event().wait)  # it would end the tests with the replica
     monkeypatch.setattr(worker_metrics, "Gauge", Gauge)
     monkeypatch.setattr(worker_metrics, "PERIOD_S", 0.05)
     monkeypatch.setattr(decoding, "RayPrefillPeers", Peers)

@@ -320,3 +320,31 @@ async def test_retries_of_a_frontend_stay_within_a_tenth_of_its_requests() -> No
             await served(server, prompt=[number])
     assert len(calls) - 400 <= 400 / 10
     assert len(calls) - 400 >= 10  # single failures are tried again at any load
+
+
+async def test_a_prompt_that_is_served_between_two_deaths_is_no_poison_although_clients_leave_with_the_last_token() -> (
+    None
+):
+    """As vLLM's server does: it cancels what has sent its last token, before the orchestrator hears of the end."""
+
+    class Dying(Decode):
+        dies = False
+
+        async def generate(self, *arguments: Any) -> None:
+            if self.dies:
+                self.dies = False
+                raise EngineDead
+            await super().generate(*arguments)
+            await asyncio.Event().wait()
+
+    decode = Dying(["d0", "d1", "d2", "d3", "d4"])
+    server = orchestrator(FakePrefill("p0"), decode)
+    for _ in range(4):
+        decode.dies = True
+        ended = asyncio.Event()
+        progress = SequenceProgress(lambda delta, ended=ended: ended.set())  # type: ignore[misc]
+        request = GenerateRequest(request_id="r", prompt_token_ids=PROMPT, sampling={})
+        task = asyncio.create_task(server.run(request, progress))
+        await asyncio.wait_for(ended.wait(), DEADLINE_S)
+        task.cancel()
+        await asyncio.wait([task])

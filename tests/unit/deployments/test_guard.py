@@ -1,0 +1,80 @@
+"""A process whose loop stands still is killed, even if it was stopped; no other is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.conftest import REPOSITORY, wait_until
+
+STILL_S = 1.0
+BEATING = f"""
+import asyncio, sys, time
+from deployments.guard import be_guarded
+
+async def main():
+    beating = asyncio.create_task(be_guarded({STILL_S}))
+    await asyncio.sleep(0.3)
+    print("guarded", flush=True)
+    word = await asyncio.to_thread(sys.stdin.readline)
+    if word == "hang\\n":
+        time.sleep(60)
+    elif word == "drain\\n":
+        beating.cancel()
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def guarded() -> Iterator[subprocess.Popen[str]]:
+    """A process with a guard.  It ends in order when told to, or hangs."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BEATING],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "guarded\n"
+    (guard,) = psutil.Process(process.pid).children()
+    yield process
+    process.kill()
+    process.wait()
+    wait_until(lambda: not guard.is_running(), 10, "the guard ends with whom it guards")
+    process.communicate()
+
+
+def tell(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(word)
+    process.stdin.flush()
+
+
+def test_a_stopped_process_is_killed(guarded: subprocess.Popen[str]) -> None:
+    guarded.send_signal(signal.SIGSTOP)
+    assert guarded.wait(20) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("word", ["hang\n", "drain\n"])
+def test_a_loop_that_hangs_and_one_that_has_drained_are_killed(guarded: subprocess.Popen[str], word: str) -> None:
+    tell(guarded, word)
+    assert guarded.wait(20) == -signal.SIGKILL
+
+
+def test_one_that_runs_is_not(guarded: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 3 * STILL_S
+    wait_until(lambda: time.monotonic() > deadline, 30, "three times as long as a loop may stand still")
+    assert guarded.poll() is None
+    tell(guarded, "\n")
+    assert guarded.wait(20) == 0
