@@ -68,6 +68,7 @@ def safer(configuration: str, max_connections: int | None, probe_port: int | Non
     - There are `max_connections` instead of Serve's 4,096; None leaves Serve's number.  Beyond half of them each answer
       ends its connection, so that idle ones do not take up the rest for ``http-keep-alive``.  That time itself stays
       long (90 s), because a load balancer that keeps connections open for 60 s must not find them closed.
+    - While HAProxy has not been told of any application, as after its restart, the answer is 503 instead of 404.
     - The probe port, if it is given, answers ``/-/healthz`` even if clients have all connections that they can have.
 
     Raises ConfigurationChanged if a line that is to be changed is not there exactly once.
@@ -81,6 +82,12 @@ def safer(configuration: str, max_connections: int | None, probe_port: int | Non
         (r"(listen stats\n  bind )\*:(\d+)", r"\g<1>127.0.0.1:\2"),
     ):
         configuration = _replace(pattern, replacement, configuration)
+    if not re.search(r"^    use_backend ", configuration, re.MULTILINE):
+        configuration = _replace(
+            r"(backend default_backend\n    http-request return status )404 .*",
+            r'\g<1>503 content-type text/plain string "Nothing is served yet; please retry." hdr Retry-After 1',
+            configuration,
+        )
     if max_connections is not None:
         configuration = _replace(r"(global\n(?:    .*\n)*?    maxconn )\d+", rf"\g<1>{max_connections}", configuration)
     total = int(_only(r"global\n(?:    .*\n)*?    maxconn (\d+)", configuration)[1])

@@ -15,7 +15,7 @@ A frame is its length (4 bytes, little-endian) followed by msgpack.  The first f
 
 Frontends and replicas of two releases meet during a rolling update.  A field may be added at the end of a message, with
 a default that means what its absence meant: who does not know it skips it.  Any other change needs another
-PROTOCOL_VERSION, and peers with different ones refuse each other (docs/decisions/NEXT-protocol-version.md).
+PROTOCOL_VERSION, and peers with different ones refuse each other (docs/decisions/0027-protocol-version.md).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from random import Random
 from typing import Literal
 from urllib.parse import urlsplit
@@ -85,8 +86,11 @@ class BadAnswer(Exception):
     """A client that misbehaved got what it should not get."""
 
 
+JSON = {"content-type": "application/json"}
+
+
 async def _refused(client: httpx.AsyncClient, body: bytes, statuses: tuple[int, ...]) -> None:
-    answer = await client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    answer = await client.post("/v1/completions", content=body, headers=JSON)
     if answer.status_code not in statuses:
         raise BadAnswer(f"{answer.status_code} instead of {statuses}: {answer.text[:200]}")
 
@@ -117,10 +121,19 @@ async def flood_of_sequences(url: str, model: str) -> None:
 
 
 async def flood_of_bytes(url: str, model: str) -> None:
-    """Bodies of 40 MB, some at a time."""
+    """Bodies of 40 MB, some at a time.
+
+    They are refused before they are there: a client that does not look for an answer while it sends (httpx) sees only
+    that its connection is gone.
+    """
     body = _body(model, user="x" * 40_000_000)
+
+    async def send(client: httpx.AsyncClient) -> None:
+        with suppress(httpx.ReadError, httpx.WriteError):
+            await _refused(client, body, (400, 413, 429))
+
     async with new_async_client(url, 60.0) as client:
-        await asyncio.gather(*(_refused(client, body, (400, 413, 429)) for _ in range(4)))
+        await asyncio.gather(*(send(client) for _ in range(4)))
 
 
 async def silent_clients(url: str, model: str) -> None:
@@ -147,7 +160,10 @@ async def clients_that_leave(url: str, model: str) -> None:
     async def leave(client: httpx.AsyncClient, after_s: float) -> None:
         body = _body(model, max_tokens=200, ignore_eos=True, stream=True)
         try:
-            async with asyncio.timeout(after_s), client.stream("POST", "/v1/completions", content=body) as response:
+            async with (
+                asyncio.timeout(after_s),
+                client.stream("POST", "/v1/completions", content=body, headers=JSON) as response,
+            ):
                 await response.aread()
         except TimeoutError:
             return
@@ -161,7 +177,7 @@ async def overload(url: str, model: str) -> None:
 
     async def ask(client: httpx.AsyncClient, number: int) -> int:
         body = _body(model, prompt=[500 + number % 1000, *range(400, 1000)], max_tokens=16)
-        return (await client.post("/v1/completions", content=body)).status_code
+        return (await client.post("/v1/completions", content=body, headers=JSON)).status_code
 
     async with new_async_client(url, 120.0) as client:
         statuses = set(await asyncio.gather(*(ask(client, number) for number in range(256))))

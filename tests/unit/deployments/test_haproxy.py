@@ -80,8 +80,11 @@ def ports() -> Ports:
     return Ports()
 
 
-def write_serves_file(folder: Path, ports: Ports, frontend: int, timeout_client_s: int = 3600) -> Path:
-    """Write the configuration file as Serve does, for requests on all interfaces.  Returns its path."""
+def write_serves_file(folder: Path, ports: Ports, frontend: int | None, timeout_client_s: int = 3600) -> Path:
+    """Write the configuration file as Serve does, for requests on all interfaces.  Returns its path.
+
+    Without a `frontend`, Serve has no application.
+    """
     configuration = HAProxyConfig(
         http_options=HTTPOptions(host="0.0.0.0", port=ports.requests),
         socket_path=str(folder / "admin.sock"),
@@ -95,10 +98,12 @@ def write_serves_file(folder: Path, ports: Ports, frontend: int, timeout_client_
         has_received_routes=True,
         has_received_servers=True,
     )
-    server = ServerConfig(name="replica", host="127.0.0.1", port=frontend)
-    backend = BackendConfig(name="baton", path_prefix="/", app_name="baton", servers=[server])
+    backends = {}
+    if frontend is not None:
+        server = ServerConfig(name="replica", host="127.0.0.1", port=frontend)
+        backends["baton"] = BackendConfig(name="baton", path_prefix="/", app_name="baton", servers=[server])
     path = folder / "haproxy.cfg"
-    HAProxyApi(configuration, {"baton": backend}, config_file_path=str(path))._generate_config_file_internal()
+    HAProxyApi(configuration, backends, config_file_path=str(path))._generate_config_file_internal()
     return path
 
 
@@ -315,6 +320,25 @@ def test_another_configuration_than_serves_is_refused(serve_file: Path, there: s
     assert there in text
     with pytest.raises(haproxy.ConfigurationChanged):
         haproxy.safer(text.replace(there, instead), None, None)
+
+
+def test_before_any_application_is_known_clients_are_told_to_try_again(
+    tmp_path: Path, ports: Ports, serve_file: Path
+) -> None:
+    path = write_serves_file(tmp_path, ports, frontend=None)
+    safer = haproxy.safer(path.read_text(), None, None)
+    assert 'return status 503 content-type text/plain string "Nothing is served yet' in safer
+    checked = subprocess.run(
+        [sys.executable, "-c", RUN, "-c", "-f", str(path)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert (
+        "return status 404" in haproxy.safer(serve_file.read_text(), None, None).split("\nbackend default_backend\n")[1]
+    )
 
 
 def test_a_refusal_says_what_to_do(serve_file: Path, tmp_path: Path) -> None:
