@@ -18,7 +18,6 @@ Target = Literal[
 """What a fault befalls.  An *engine* is the processes that a replica of vLLM or SGLang has started."""
 
 TITLES: dict[Target, str] = {
-    "frontend": "ray::ServeReplica:baton:frontend",
     "controller": "ray::ServeController",
     "HAProxy": "haproxy -",
 }
@@ -38,10 +37,11 @@ class NotWhole(BatonError):
 class Fleet:
     """One model's replicas and what is around them."""
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, application: str = "baton") -> None:
         self.url = url
         self.model = model
         self._client = new_async_client(url, ANSWER_TIMEOUT_S)
+        self._titles = {**TITLES, "frontend": f"ray::ServeReplica:{application}:frontend"}
         self._raylet = 0
         self.pools: dict[str, int] = {}
         """The number of ready replicas of each pool, as it was at the beginning."""
@@ -58,12 +58,12 @@ class Fleet:
         self.pools = {role: pool["ready"] for role, pool in self._of_model(health)["pools"].items()}
         pid = next(endpoint["pid"] for endpoint in health["endpoints"])
         self._raylet = next(parent.pid for parent in psutil.Process(pid).parents() if parent.name() == "raylet")
-        self._num_frontends = len(self._titled(TITLES["frontend"]))
+        self._num_frontends = len(self._titled(self._titles["frontend"]))
 
     async def processes(self, target: Target) -> list[list[psutil.Process]]:
         """Return the processes that a fault of `target` may befall, those of one victim together."""
-        if target in TITLES:
-            return [[process] for process in self._titled(TITLES[target])]
+        if (title := self._titles.get(target)) is not None:
+            return [[process] for process in self._titled(title)]
         role, what = target.split()
         health = await self._health()
         pids = [] if health is None else [e["pid"] for e in health["endpoints"] if e["role"] == role]
@@ -94,7 +94,7 @@ class Fleet:
             return False
         wanted = {role: {"ready": num, "reachable": num} for role, num in self.pools.items()}
         is_full: bool = self._of_model(health)["pools"] == wanted
-        return is_full and len(self._titled(TITLES["frontend"])) == self._num_frontends
+        return is_full and len(self._titled(self._titles["frontend"])) == self._num_frontends
 
     async def until_whole(self, timeout_s: float) -> float:
         """Wait until `is_whole` three times in a row, as each answer may come from another frontend.

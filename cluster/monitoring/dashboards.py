@@ -293,7 +293,7 @@ PREFILL_AND_DECODE = [
             Panel(
                 "Where prompts were prefilled",
                 "And why it was not as decided, if so: prefill_failed, prefill_timeout, transfer_failed, "
-                "transport_refused, descriptor_expired.",
+                "transport_refused, descriptor_expired, incompatible_kv.",
                 "ops",
                 {rate("baton_prefills_total", "model, kind, reason"): "{{model}} {{kind}} {{reason}}"},
             ),
