@@ -70,7 +70,7 @@ class BodyLimit:
         """Return the answer to a body of so many bytes, if `more_bytes` of it cannot be taken in now."""
         if body_bytes > self._max_body_bytes:
             message = f"The request body is larger than {self._max_body_bytes} bytes (limits.max_body_bytes)."
-            return _refusal(message, "BadRequestError", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            return _refusal(message, "BadRequestError", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {})
         if self.inflight_bytes + more_bytes > self._max_inflight_bytes:
             message = (
                 f"The bodies of all requests that are arriving are larger than {self._max_inflight_bytes} bytes "
@@ -84,7 +84,7 @@ class BodyLimit:
     def too_slow(self) -> JSONResponse:
         """Return the answer to a body that has not arrived in time."""
         message = f"The request body took longer than {self.timeout_s:g} s to arrive (limits.body_timeout_s)."
-        return _refusal(message, "RequestTimeout", HTTPStatus.REQUEST_TIMEOUT)
+        return _refusal(message, "RequestTimeout", HTTPStatus.REQUEST_TIMEOUT, {"connection": "close"})
 
 
 class _ArrivingBody:
@@ -143,10 +143,13 @@ class _ArrivingBody:
         return {"type": "http.disconnect"}
 
 
-def _refusal(message: str, kind: str, status: HTTPStatus, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Return an answer that comes before the body's end, so the connection cannot be used again."""
-    headers = {**(headers or {}), "connection": "close"}
-    return JSONResponse(error_body(message, kind, status), status_code=status, headers=headers)
+def _refusal(message: str, kind: str, status: HTTPStatus, headers: Mapping[str, str]) -> JSONResponse:
+    """Return an answer that comes before the body's end.
+
+    The connection stays, and what still comes of the body is dropped: a client that sends it all before it looks for an
+    answer, as OpenAI's does, would otherwise find only that its connection is gone.
+    """
+    return JSONResponse(error_body(message, kind, status), status_code=status, headers=dict(headers))
 
 
 class RoutingHeaders:

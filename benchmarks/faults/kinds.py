@@ -6,7 +6,6 @@ import asyncio
 import json
 import signal
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
 from random import Random
 from typing import Literal
 from urllib.parse import urlsplit
@@ -121,19 +120,10 @@ async def flood_of_sequences(url: str, model: str) -> None:
 
 
 async def flood_of_bytes(url: str, model: str) -> None:
-    """Bodies of 40 MB, some at a time.
-
-    They are refused before they are there: a client that does not look for an answer while it sends (httpx) sees only
-    that its connection is gone.
-    """
+    """Bodies of 40 MB, some at a time, by a client that sends all before it looks for an answer."""
     body = _body(model, user="x" * 40_000_000)
-
-    async def send(client: httpx.AsyncClient) -> None:
-        with suppress(httpx.ReadError, httpx.WriteError):
-            await _refused(client, body, (400, 413, 429))
-
     async with new_async_client(url, 60.0) as client:
-        await asyncio.gather(*(send(client) for _ in range(4)))
+        await asyncio.gather(*(_refused(client, body, (400, 413, 429)) for _ in range(4)))
 
 
 async def silent_clients(url: str, model: str) -> None:
