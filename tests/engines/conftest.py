@@ -217,8 +217,8 @@ def engine_processes(replica: psutil.Process) -> list[psutil.Process]:
 
 
 def is_of_engine(process: psutil.Process) -> bool:
-    title = " ".join(process.cmdline())
-    return "VLLM" in title or "sglang" in title
+    """Whether it calls itself so; the replica's guard is no part of the engine."""
+    return " ".join(process.cmdline()).startswith(("VLLM::", "sglang::"))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from app.engines import progress
 from app.engines.base import EngineSpec
 from app.engines.registry import create_engine
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
@@ -75,6 +76,8 @@ def engine_process(engine: str, spec: EngineSpec) -> Iterator[EngineProcess]:
 
 def _run(engine: str, spec: bytes, connection: Connection) -> None:
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+    # Tests stop engines for longer than a replica would wait before it kills them.
+    progress.IDLE_FLOOR_S = progress.IDLE_CEILING_S = float("inf")
     asyncio.run(_serve(engine, msgspec.msgpack.decode(spec, type=EngineSpec), connection))
 
 
