@@ -105,10 +105,10 @@ def test_every_prompt_of_a_list_is_answered_from_its_own_kv(real: Baton) -> None
 
 
 def test_min_tokens_binds_decode(real: Baton) -> None:
-    stopped = real.complete(PROMPTS[0], max_tokens=40, extra_body={"stop_token_ids": list(range(2048))})
-    held = real.complete(
-        PROMPTS[0], max_tokens=40, extra_body={"stop_token_ids": list(range(0, 2048, 2)), "min_tokens": 20}
-    )
+    plain = real.complete(PROMPTS[0], max_tokens=40, extra_body={"return_token_ids": True})
+    tokens = plain.choices[0].token_ids
+    stopped = real.complete(PROMPTS[0], max_tokens=40, extra_body={"stop_token_ids": tokens[:1]})
+    held = real.complete(PROMPTS[0], max_tokens=40, extra_body={"stop_token_ids": tokens, "min_tokens": 20})
     assert stopped.usage.completion_tokens == 1
     assert 20 <= held.usage.completion_tokens <= 40
 

@@ -36,8 +36,8 @@ LIMITS = {
 }
 CONFIG = {"models": [{"name": "tiny", "source": "baton:tiny", "decode": {"engine": "sim"}}], "limits": LIMITS}
 SLOW_PATTERN = "((a{1,30}){1,30}b{1,30}){1,30}"
-"""A few bytes from which xgrammar makes a grammar for a second or so."""
-SLOW_SCHEMA = {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": SLOW_PATTERN} for i in range(3)}}
+"""A few bytes from which xgrammar makes a grammar for 0.1 to 0.4 s."""
+SLOW_SCHEMA = {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": SLOW_PATTERN} for i in range(9)}}
 SLOW_TAG = json.dumps(
     {"structures": [{"begin": "<f>", "schema": SLOW_SCHEMA, "end": "</f>"}], "triggers": ["<f>"]},
 )
@@ -55,6 +55,7 @@ class FakeOrchestrator:
         *,
         hints: RoutingHints,
         on_decision: Callable[[Decision], object],
+        deadline: float,
     ) -> None:
         self.requests.append(request)
         on_decision(decision())
