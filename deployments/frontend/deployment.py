@@ -30,6 +30,7 @@ class Frontend(AsgiIngress):
     """The API servers of all models.  Any number of replicas serve the same pools, without talking to each other."""
 
     _metrics: MetricsServer | None = None
+    _background: BackgroundTasks | None = None
 
     async def __init__(self, config: BatonConfig, pools: list[Mapping[Role, Any]]) -> None:  # type: ignore[misc]  # Serve awaits it
         """`pools` holds the handles of each model's pools, in the order of `config.models`."""
@@ -66,6 +67,11 @@ class Frontend(AsgiIngress):
         }
 
     async def __del__(self) -> None:
-        """Close the metrics server.  Serve calls this when all requests of the replica have ended."""
+        """Close the metrics server.  Serve calls this when all requests of the replica have ended.
+
+        After this its guard gets no more signs of life, so it has to exit soon.
+        """
+        if self._background is not None:
+            await self._background.stop()
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
