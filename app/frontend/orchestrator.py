@@ -27,10 +27,7 @@ from functools import partial
 
 from app.config import LimitsConfig
 from app.errors import BatonError, EngineDead, NoReplica, PrefillFailed, ReplicaLost
-from app.frontend.attempt import LOOK_AGAIN_AT as LOOK_AGAIN_AT
-from app.frontend.attempt import LOOK_AGAIN_S as LOOK_AGAIN_S
 from app.frontend.attempt import Attempt, DecodePool, Job, Pools, PrefillPool
-from app.frontend.attempt import Handoff as Handoff
 from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.time_limits import Overdue, in_time
 from app.messages import GenerateRequest

@@ -1,4 +1,4 @@
-"""The pools as a frontend calls them: the Ray half of app/frontend/orchestrator.py.
+"""The pools as a frontend calls them: the Ray half of app/frontend/attempt.py.
 
 Each keeps the router's state of it up to date, by the channels to its replicas (pool_channels.py).  A
 sequence travels on the channel to the replica that decodes it, both ways.  If it has been handed to prefill, Ray brings
@@ -21,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 from app.background import watch
 from app.channel.client import Channel, SubmittedSequence
 from app.errors import BatonError, PrefillFailed, ReplicaLost
-from app.frontend.orchestrator import Handoff
+from app.frontend.attempt import Handoff
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest
 from app.routing.pool_state import PoolState

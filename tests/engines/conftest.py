@@ -25,6 +25,7 @@ import yaml
 from ray import serve
 
 from app.engine_defaults import cpu_dtype
+from benchmarks.faults.fleet import ENGINE_TITLES
 from tests.conftest import REPOSITORY, wait_until
 from tests.engine_contract import Pair
 from tests.engines import workers
@@ -218,7 +219,7 @@ def engine_processes(replica: psutil.Process) -> list[psutil.Process]:
 
 def is_of_engine(process: psutil.Process) -> bool:
     """Whether it calls itself so; the replica's guard is no part of the engine."""
-    return " ".join(process.cmdline()).startswith(("VLLM::", "sglang::"))
+    return " ".join(process.cmdline()).startswith(ENGINE_TITLES)
 
 
 @pytest.fixture(scope="session")

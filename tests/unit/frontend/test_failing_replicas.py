@@ -11,7 +11,8 @@ import pytest
 
 from app import errors
 from app.errors import BatonError, EngineDead, NoReplica, PrefillFailed, ReplicaLost
-from app.frontend.orchestrator import Handoff, Orchestrator
+from app.frontend.attempt import Handoff
+from app.frontend.orchestrator import Orchestrator
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, KvUpdate, PrefillReport, TokenDelta
 from tests.unit.frontend.test_orchestrator import DEADLINE_S, FakeDecode, FakePrefill, orchestrator, served

@@ -21,7 +21,8 @@ from app.errors import (
     Quarantined,
     ReplicaLost,
 )
-from app.frontend.orchestrator import LOOK_AGAIN_AT, LOOK_AGAIN_S, MAX_TTFT_OF_SLO, Handoff, Orchestrator
+from app.frontend.attempt import LOOK_AGAIN_AT, LOOK_AGAIN_S, Handoff
+from app.frontend.orchestrator import MAX_TTFT_OF_SLO, Orchestrator
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, PrefillMode, PrefillReport, ReplicaLoad, Role, TokenDelta
 from app.pace import Pace

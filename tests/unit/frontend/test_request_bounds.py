@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
 from starlette.types import ASGIApp
 
-from app.config import LimitsConfig, parse
+from app.config import LimitsConfig
 from app.errors import InvalidRequest, Overloaded
-from app.frontend.orchestrator import Orchestrator
 from app.frontend.request_bounds import SCHEMA_THREADS, RequestBounds
 from app.frontend.request_context import RequestContext
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, TokenDelta
 from app.routing.decision import Decision, RoutingHints
 from tests.unit.decisions import decision
+from tests.unit.frontend.server import server_over
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -65,18 +64,9 @@ class FakeOrchestrator:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served() -> AsyncIterator[tuple[ASGIApp, FakeOrchestrator]]:
-    from app.frontend.openai_server import build_server
-
-    async def no_stats() -> dict[str, Any]:
-        return {}
-
-    before = dict(os.environ)
     orchestrator = FakeOrchestrator()
-    app = await build_server(parse(CONFIG), [cast(Orchestrator, orchestrator)], dict, no_stats)
-    yield app, orchestrator
-    # vLLM sets variables as it is imported, which is nothing for other tests' processes.
-    os.environ.clear()
-    os.environ.update(before)
+    async with server_over(orchestrator, CONFIG) as app:
+        yield app, orchestrator
 
 
 Ask = Callable[..., Any]

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
@@ -18,15 +17,14 @@ import pytest_asyncio
 from starlette.types import ASGIApp
 
 from app.background import is_watched
-from app.config import parse
 from app.engines.vllm import samples_first_token
 from app.errors import DeadlineExceeded, InvalidRequest, NoReplica, Overloaded, Quarantined
 from app.frontend.http_middleware import error_body
-from app.frontend.orchestrator import Orchestrator
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, PrefillReport, TokenDelta
 from app.routing.decision import Candidate, Decision, RoutingHints
 from tests.unit.decisions import decision
+from tests.unit.frontend.server import server_over
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -93,18 +91,9 @@ class FakeOrchestrator:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served() -> AsyncIterator[tuple[ASGIApp, FakeOrchestrator]]:
-    from app.frontend.openai_server import build_server
-
-    async def no_stats() -> dict[str, Any]:
-        return {}
-
-    before = dict(os.environ)
     orchestrator = FakeOrchestrator()
-    app = await build_server(parse(CONFIG), [cast(Orchestrator, orchestrator)], dict, no_stats)
-    yield app, orchestrator
-    # vLLM sets variables as it is imported, which is nothing for other tests' processes.
-    os.environ.clear()
-    os.environ.update(before)
+    async with server_over(orchestrator, CONFIG) as app:
+        yield app, orchestrator
 
 
 @pytest.fixture
