@@ -9,8 +9,8 @@ from random import Random
 
 from rich.console import Console
 
-from benchmarks.faults.fleet import Fleet, NotWhole
-from benchmarks.faults.kinds import BadAnswer, Fault
+from benchmarks.faults.fleet import BadAnswer, Fleet, NotWhole
+from benchmarks.faults.kinds import Fault
 from benchmarks.faults.load import Load
 from benchmarks.faults.report import Struck
 

@@ -27,6 +27,10 @@ ANSWER_TIMEOUT_S = 10.0
 POLL_S = 0.2
 
 
+class BadAnswer(Exception):
+    """During a fault somebody got what nobody should get."""
+
+
 class NotWhole(BatonError):
     """The application did not come back to what it was."""
 

@@ -1,205 +1,36 @@
-"""The kinds of faults, and how each is made and undone."""
+"""All kinds of faults, and the order in which they come."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
-from typing import Literal
-from urllib.parse import urlsplit
+from typing import Protocol
 
-import httpx
-import msgspec
-import psutil
-
-from app.bench.client import new_async_client
-from benchmarks.faults.fleet import Fleet, Target
-
-REPLICAS: tuple[Target, ...] = ("prefill replica", "decode replica")
-ENGINES: tuple[Target, ...] = ("prefill engine", "decode engine")
-AROUND: tuple[Target, ...] = ("frontend", "HAProxy", "controller")
-STOPS_S = (1.0, 10.0, 60.0)
-"""How long processes are stopped before they go on."""
-FOR_GOOD_S = 300.0
-"""The longest time for which processes stay stopped that have to be replaced."""
+from benchmarks.faults.client_faults import CLIENT_FAULTS
+from benchmarks.faults.fleet import Fleet
+from benchmarks.faults.process_faults import process_faults
 
 
-class ProcessFault(msgspec.Struct, frozen=True):
-    """Signals to the processes of one replica, engine or other part."""
-
-    target: Target
-    act: Literal["kill", "stop"]
-    hold_s: float = 0.0
-    """How long they are stopped; FOR_GOOD_S for processes that nobody lets go on."""
+class Fault(Protocol):
+    """One kind of fault."""
 
     @property
-    def name(self) -> str:
-        if self.act == "kill":
-            return f"kill -9 {self.target}"
-        return f"stop {self.target} " + ("for good" if self.hold_s == FOR_GOOD_S else f"{self.hold_s:g} s")
+    def name(self) -> str: ...
 
     async def strike(self, fleet: Fleet, random: Random) -> None:
-        """Make the fault, and return when it is over.  Stopped processes go on in any case."""
-        victims = await fleet.processes(self.target)
-        if not victims:
-            raise LookupError(f"there is no {self.target}")
-        victim = random.choice(victims)
-        if self.act == "kill":
-            _signal(victim, signal.SIGKILL)
-            return
-        try:
-            _signal(victim, signal.SIGSTOP)
-            _, alive = await asyncio.to_thread(psutil.wait_procs, victim, self.hold_s)
-        finally:
-            _signal(victim, signal.SIGCONT)
-        if self.hold_s == FOR_GOOD_S and alive:
-            raise LookupError(f"a stopped {self.target} was not replaced within {FOR_GOOD_S:.0f} s")
+        """Make the fault, and return when it is over and undone.
 
-
-def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
-    for process in processes:
-        try:
-            process.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue
-
-
-class ClientFault(msgspec.Struct, frozen=True):
-    """Clients that do what they should not."""
-
-    name: str
-    misbehave: Callable[[str, str], Awaitable[None]]
-    """Gets the URL and the model.  Raises BadAnswer."""
-
-    async def strike(self, fleet: Fleet, random: Random) -> None:
-        """Raises BadAnswer."""
-        try:
-            await self.misbehave(fleet.url, fleet.model)
-        except httpx.HTTPError as problem:
-            raise BadAnswer(f"no answer: {problem!r}") from problem
-
-
-class BadAnswer(Exception):
-    """A client that misbehaved got what it should not get."""
-
-
-JSON = {"content-type": "application/json"}
-
-
-async def _refused(client: httpx.AsyncClient, body: bytes, statuses: tuple[int, ...]) -> None:
-    answer = await client.post("/v1/completions", content=body, headers=JSON)
-    if answer.status_code not in statuses:
-        raise BadAnswer(f"{answer.status_code} instead of {statuses}: {answer.text[:200]}")
-
-
-def _body(model: str, **fields: object) -> bytes:
-    return json.dumps({"model": model, "prompt": [400, 401, 402], "max_tokens": 4, **fields}).encode()
-
-
-async def poison(url: str, model: str) -> None:
-    """Values that no field may have, as numbers beyond what the engines' tensors hold."""
-    values: list[dict[str, object]] = [
-        {"top_k": 2**31},
-        {"top_k": 10**30},
-        {"min_tokens": 2**40},
-        {"stop_token_ids": [2**33]},
-        {"logit_bias": {"999999": 1}},
-        {"prompt": [2**31]},
-        {"seed": 2**70},
-    ]
-    async with new_async_client(url, 30.0) as client:
-        for fields in values:
-            await _refused(client, _body(model, **fields), (400, 422))
-
-
-async def flood_of_sequences(url: str, model: str) -> None:
-    async with new_async_client(url, 60.0) as client:
-        await _refused(client, _body(model, prompt=[[400]] * 1024, n=4096), (400, 413, 422, 429))
-
-
-async def flood_of_bytes(url: str, model: str) -> None:
-    """Bodies of 40 MB, some at a time, by a client that sends all before it looks for an answer."""
-    body = _body(model, user="x" * 40_000_000)
-    async with new_async_client(url, 60.0) as client:
-        await asyncio.gather(*(_refused(client, body, (400, 413, 429)) for _ in range(4)))
-
-
-async def silent_clients(url: str, model: str) -> None:
-    """Connections that send half of a request's head and then nothing, while others are served."""
-    address = urlsplit(url)
-    writers = []
-    try:
-        for _ in range(300):
-            _, writer = await asyncio.open_connection(address.hostname, address.port)
-            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
-            writers.append(writer)
-        async with new_async_client(url, 30.0) as client:
-            answer = await client.get("/health")
-            if not answer.is_success:
-                raise BadAnswer(f"/health beside silent clients: {answer.status_code}")
-    finally:
-        for writer in writers:
-            writer.close()
-
-
-async def clients_that_leave(url: str, model: str) -> None:
-    """Streams whose client goes away: at once, before and after the first token."""
-
-    async def leave(client: httpx.AsyncClient, after_s: float) -> None:
-        body = _body(model, max_tokens=200, ignore_eos=True, stream=True)
-        try:
-            async with (
-                asyncio.timeout(after_s),
-                client.stream("POST", "/v1/completions", content=body, headers=JSON) as response,
-            ):
-                await response.aread()
-        except TimeoutError:
-            return
-
-    async with new_async_client(url, 30.0) as client:
-        await asyncio.gather(*(leave(client, after_s / 100) for after_s in range(1, 31)))
-
-
-async def overload(url: str, model: str) -> None:
-    """Four times as many streams as there are slots, for a short time; each answer must be a fair one."""
-
-    async def ask(client: httpx.AsyncClient, number: int) -> int:
-        body = _body(model, prompt=[500 + number % 1000, *range(400, 1000)], max_tokens=16)
-        return (await client.post("/v1/completions", content=body, headers=JSON)).status_code
-
-    async with new_async_client(url, 120.0) as client:
-        statuses = set(await asyncio.gather(*(ask(client, number) for number in range(256))))
-    if not statuses <= {200, 429, 503}:
-        raise BadAnswer(f"statuses under overload: {sorted(statuses)}")
-
-
-CLIENT_FAULTS = (
-    ClientFault("poison", poison),
-    ClientFault("flood of sequences", flood_of_sequences),
-    ClientFault("flood of bytes", flood_of_bytes),
-    ClientFault("silent clients", silent_clients),
-    ClientFault("clients that leave", clients_that_leave),
-    ClientFault("overload", overload),
-)
-
-Fault = ProcessFault | ClientFault
+        Raises LookupError if there is nothing that it could befall, BadAnswer if somebody got what nobody should get.
+        """
+        ...
 
 
 def kinds(*, has_engines: bool) -> list[Fault]:
     """Return all kinds; engines have processes of their own unless they are simulated."""
-    targets = (*REPLICAS, *(ENGINES if has_engines else ()), *AROUND)
-    replaced = (*REPLICAS, *(ENGINES if has_engines else ()))
-    return [
-        *(ProcessFault(target, "kill") for target in targets),
-        *(ProcessFault(target, "stop", hold_s) for target in targets for hold_s in STOPS_S),
-        *(ProcessFault(target, "stop", FOR_GOOD_S) for target in replaced),
-        *CLIENT_FAULTS,
-    ]
+    return [*process_faults(has_engines=has_engines), *CLIENT_FAULTS]
 
 
-def draw(found: list[Fault], num: int, random: Random) -> Iterator[Fault]:
+def draw(found: Sequence[Fault], num: int, random: Random) -> Iterator[Fault]:
     """Yield `num` faults: each kind in turn, in another order each round."""
     round_of: list[Fault] = []
     for _ in range(num):

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.faults.kinds import FOR_GOOD_S, ProcessFault, draw, kinds
+from benchmarks.faults.kinds import draw, kinds
 from benchmarks.faults.load import Answer, End, draw_questions, judge
+from benchmarks.faults.process_faults import FOR_GOOD_S, ProcessFault
 from benchmarks.faults.report import Struck, summarise
 
 RIGHT = "one two three"
