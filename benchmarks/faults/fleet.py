@@ -44,15 +44,15 @@ class Fleet:
     def __init__(self, url: str, model: str, application: str = "baton") -> None:
         self.url = url
         self.model = model
-        self._client = new_async_client(url, ANSWER_TIMEOUT_S)
+        self.client = new_async_client(url, ANSWER_TIMEOUT_S)
         self._titles = {**TITLES, "frontend": f"ray::ServeReplica:{application}:frontend"}
-        self._raylet = 0
+        self.raylet = 0
         self.pools: dict[str, int] = {}
         """The number of ready replicas of each pool, as it was at the beginning."""
         self._num_frontends = 0
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self.client.aclose()
 
     async def learn(self) -> None:
         """Take note of what there is now: the application must be whole.  Raises NotWhole."""
@@ -60,8 +60,7 @@ class Fleet:
         if health is None or health["status"] != "healthy":
             raise NotWhole("the application is not healthy before the first fault")
         self.pools = {role: pool["ready"] for role, pool in self._of_model(health)["pools"].items()}
-        pid = next(endpoint["pid"] for endpoint in health["endpoints"])
-        self._raylet = next(parent.pid for parent in psutil.Process(pid).parents() if parent.name() == "raylet")
+        self.raylet = raylet_of(next(endpoint["pid"] for endpoint in health["endpoints"]))
         self._num_frontends = len(self._titled(self._titles["frontend"]))
 
     async def processes(self, target: Target) -> list[list[psutil.Process]]:
@@ -74,15 +73,15 @@ class Fleet:
         replicas = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
         if what == "replica":
             return [[replica] for replica in replicas]
-        return [found for replica in replicas if (found := _engine_of(replica))]
+        return [found for replica in replicas if (found := engine_of(replica))]
 
     def _titled(self, title: str) -> list[psutil.Process]:
-        return _below(self._raylet, title)
+        return below(self.raylet, title)
 
     async def _health(self) -> dict[str, Any] | None:
         """Return the answer of /health; None if there is none now."""
         try:
-            health: dict[str, Any] = (await self._client.get("/health")).json()
+            health: dict[str, Any] = (await self.client.get("/health")).json()
         except (httpx.HTTPError, ValueError):
             return None
         return health if "models" in health else None
@@ -116,19 +115,25 @@ class Fleet:
     async def held_blocks(self) -> int | None:
         """Return the KV blocks that requests hold in all replicas together; None if a replica does not tell."""
         try:
-            replicas = (await self._client.get("/stats")).json()["replicas"]
+            replicas = (await self.client.get("/stats")).json()["replicas"]
         except (httpx.HTTPError, ValueError):
             return None
         held = [replica.get("num_used_blocks") for replica in replicas if replica["model"] == self.model]
         return sum(held) if None not in held else None
 
 
-def _engine_of(replica: psutil.Process) -> list[psutil.Process]:
+def engine_of(replica: psutil.Process) -> list[psutil.Process]:
     """Return the processes of its engine; it also has a guard (deployments/guard.py)."""
-    return [process for title in ENGINE_TITLES for process in _below(replica.pid, title)]
+    return [process for title in ENGINE_TITLES for process in below(replica.pid, title)]
 
 
-def _below(pid: int, title: str) -> list[psutil.Process]:
+def raylet_of(pid: int) -> int:
+    """Return the process id of the raylet that started a process."""
+    found: int = next(parent.pid for parent in psutil.Process(pid).parents() if parent.name() == "raylet")
+    return found
+
+
+def below(pid: int, title: str) -> list[psutil.Process]:
     """Return the descendants of a process whose command lines contain `title`."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):

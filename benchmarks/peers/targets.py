@@ -248,13 +248,17 @@ def baton_document(document: dict[str, Any], *, is_disaggregated: bool) -> dict[
     return derived
 
 
-def _plan_ray_llm(setup: Setup, folder: Path) -> Plan:
+def plan_ray_llm(setup: Setup, folder: Path) -> Plan:
+    return run_ray_llm(setup, folder, "build_pd_openai_app", ray_llm_pd_args(setup), setup.environment)
+
+
+def ray_llm_pd_args(setup: Setup) -> dict[str, Any]:
+    """Return the arguments of Ray Serve LLM's P/D application, with one replica of each deployment."""
     llm_configs = {}
     for pool, kv_role in (("prefill_config", "kv_producer"), ("decode_config", "kv_consumer")):
         llm_configs[pool] = ray_llm_config(setup, kv_transfer_config=kv_transfer_config(setup.device, kv_role))
         llm_configs[pool]["experimental_configs"] = {"NIXL_SIDE_CHANNEL_PORT_BASE": free_port()}
-    args = {**llm_configs, "ingress_deployment_config": ONE_REPLICA}
-    return run_ray_llm(setup, folder, "build_pd_openai_app", args, setup.environment)
+    return {**llm_configs, "ingress_deployment_config": ONE_REPLICA}
 
 
 ONE_REPLICA = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}}
@@ -292,5 +296,5 @@ TARGETS: dict[str, Planner] = {
     "baton-aggregated": _plan_baton_aggregated,
     "proxy": _plan_proxy,
     "baton": _plan_baton,
-    "ray-llm": _plan_ray_llm,
+    "ray-llm": plan_ray_llm,
 }
