@@ -380,8 +380,9 @@ class LimitsConfig(Settings):
     prefill_timeout_s: float = Field(default=60.0, gt=0)
     """How long decode waits for a handoff before it prefills itself."""
     max_attempts: int = Field(default=3, ge=1)
-    """How often a request may be tried before its first token, the first time included.  Once an attempt has failed on
-    an engine, rather than on the way there, one more is the last one, as the request may have ended that engine."""
+    """How often a sequence may be tried, the first time included; to go on elsewhere after its first token counts too.
+    Once an attempt before that has failed on an engine, rather than on the way there, one more is the last one, as the
+    request may have ended that engine."""
 
 
 class BatonConfig(Settings):

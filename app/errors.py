@@ -66,6 +66,17 @@ class EngineDead(BatonError):
         super().__init__(detail)
 
 
+class CannotResume(BatonError):
+    """The engine cannot go on with a sequence of this kind that another one has begun (see the README's list)."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the sequence cannot be resumed: {self.reason}"
+
+
 class EngineFailed(BatonError):
     """The engine ended one request with an internal error, and goes on serving others."""
 

@@ -45,6 +45,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_ended: bool | None = None
     """Whether structured output applies from the first token on; None leaves that to the engine's reasoning parser."""
     reasoning_parser_kwargs: dict[str, Any] | None = None
+    num_replayed: int = 0
+    """How many tokens at the end of `prompt_token_ids` an earlier attempt has generated, whose replica was lost.  For
+    sampling they are output, so that the sequence goes on as if nothing had happened; they are not sent again."""
     sent_at: float | None = None
     """Unix time in seconds at which the frontend sent the request to prefill; None elsewhere."""
 
@@ -52,6 +55,18 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     def is_load(self) -> bool:
         """Whether it counts as work; Baton's own measurements (app/engines/probe_request.py) do not."""
         return self.expected_cached_tokens < len(self.prompt_token_ids)
+
+    def resumed(self, token_ids: list[int]) -> GenerateRequest:
+        """Return the request that goes on after `token_ids`, all that was generated for this one.
+
+        What is told of the prompt has been told.
+        """
+        return msgspec.structs.replace(
+            self,
+            prompt_token_ids=self.prompt_token_ids + token_ids,
+            num_replayed=len(token_ids),
+            sampling={name: value for name, value in self.sampling.items() if name != "prompt_logprobs"},
+        )
 
 
 UNKNOWN_RANK = 0

@@ -27,10 +27,10 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
+from app.errors import BatonError, CannotResume, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
 from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Which messages this process understands."""
 VERSION_OF_OLD_PEERS = 1
 """The version of the peers that tell none, because they are older than the field."""
@@ -122,7 +122,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
 
 
 ERRORS: dict[str, type[BatonError]] = {
-    kind.__name__: kind for kind in (InvalidRequest, EngineDead, EngineFailed, PrefillFailed)
+    kind.__name__: kind for kind in (InvalidRequest, EngineDead, EngineFailed, PrefillFailed, CannotResume)
 }
 
 _encode = msgspec.msgpack.Encoder().encode

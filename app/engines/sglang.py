@@ -39,7 +39,7 @@ from app.engines.plugins.owner_watch import owner_environment
 from app.engines.processes import EngineProcesses
 from app.engines.progress import ProgressWatch
 from app.engines.prompt_queue import Leave, PromptQueue
-from app.engines.sglang_sampling import Translation, translate
+from app.engines.sglang_sampling import Translation, rest_of, translate
 from app.engines.sglang_surface import Candidates, FinishReason, Load, MetaInfo, Output, TokenLogprob
 from app.engines.transport import watch_transport
 from app.errors import ConfigError, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
@@ -287,7 +287,7 @@ class SglangEngine:
         if request.priority and not arguments.get("enable_priority_scheduling"):
             raise InvalidRequest("priority: the pool's engine_args lack enable_priority_scheduling")
         return translate(
-            request.sampling,
+            rest_of(request.sampling, request.num_replayed),
             reasoning_ended=request.reasoning_ended,
             is_disaggregated=self._spec.is_disaggregated,
             is_deterministic=bool(arguments.get("enable_deterministic_inference")),

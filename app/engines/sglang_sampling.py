@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from app.errors import InvalidRequest
+from app.errors import CannotResume, InvalidRequest
 
 DEFAULT_MAX_TOKENS = 16
 """vLLM's default: a request leaves out what is at vLLM's default."""
@@ -44,6 +44,10 @@ WITHOUT_EFFECT = frozenset(
 log probabilities are asked for)."""
 
 
+COUNTS_OUTPUT = ("presence_penalty", "frequency_penalty", "repetition_penalty", "structured_outputs")
+"""The parameters whose effect depends on which tokens are output.  SGLang takes those of another engine for prompt."""
+
+
 class Translation(msgspec.Struct, frozen=True, kw_only=True):
     """What SGLang's ``async_generate`` takes for one sequence."""
 
@@ -63,6 +67,22 @@ class Translation(msgspec.Struct, frozen=True, kw_only=True):
             "logprob_start_len": -1 if self.num_prompt_logprobs is None else 0,
             "top_logprobs_num": max(self.num_logprobs or 0, self.num_prompt_logprobs or 0),
         }
+
+
+def rest_of(sampling: dict[str, Any], num_replayed: int) -> dict[str, Any]:
+    """Return the parameters for what is left of a sequence after `num_replayed` tokens, which SGLang takes for prompt.
+
+    Raises CannotResume for those that would not go on where they were.
+    """
+    if not num_replayed:
+        return sampling
+    for name in COUNTS_OUTPUT:
+        if sampling.get(name):
+            raise CannotResume(f"{name}: SGLang would count from the first token after the loss")
+    rest = {**sampling, "min_tokens": max(0, sampling.get("min_tokens", 0) - num_replayed)}
+    if (max_tokens := sampling.get("max_tokens", DEFAULT_MAX_TOKENS)) is not None:
+        rest["max_tokens"] = max_tokens - num_replayed
+    return rest
 
 
 def translate(

@@ -27,8 +27,9 @@ from app.background import BackgroundTasks
 from app.engine_defaults import cpu_defaults
 from app.engines.base import EngineInfo, EngineSpec
 from app.engines.kv_events import KvEventFeed, follow
-from app.engines.plugins import cpu_waits, nixl_pull
+from app.engines.plugins import cpu_waits, nixl_pull, vllm_resume
 from app.engines.plugins.owner_watch import owner_environment
+from app.engines.plugins.vllm_resume import REPLAYED
 from app.engines.processes import EngineProcesses
 from app.engines.progress import ProgressWatch
 from app.engines.prompt_queue import PromptQueue
@@ -145,8 +146,12 @@ def _has_plain_attention(model_config: Any) -> bool:
     return not (model_config.use_mla or model_config.is_hybrid)
 
 
-def to_sampling_params(sampling: dict[str, Any], kv_transfer_params: dict[str, Any] | None) -> Any:
+def to_sampling_params(
+    sampling: dict[str, Any], kv_transfer_params: dict[str, Any] | None, num_replayed: int = 0
+) -> Any:
     """Return vLLM's SamplingParams for one sequence whose tokens are detokenized elsewhere.
+
+    The last `num_replayed` tokens of its prompt are output.
 
     Raises InvalidRequest if vLLM refuses them.
     """
@@ -157,6 +162,8 @@ def to_sampling_params(sampling: dict[str, Any], kv_transfer_params: dict[str, A
     extra_args = dict(fields.pop("extra_args", None) or {})
     if kv_transfer_params is not None:
         extra_args["kv_transfer_params"] = kv_transfer_params
+    if num_replayed:
+        extra_args[REPLAYED] = num_replayed
     try:
         if structured := fields.get("structured_outputs"):
             fields["structured_outputs"] = StructuredOutputsParams(**structured)
@@ -239,6 +246,7 @@ class VllmEngine:
             "VLLM_NO_USAGE_STATS": "1",
             **self.transport_watch.environment(),
             **owner_environment(),
+            **vllm_resume.ENVIRONMENT,
         }
         if spec.is_disaggregated and spec.role != "aggregated":
             environment |= nixl_pull.environment(spec.role, spec.device)
@@ -265,7 +273,12 @@ class VllmEngine:
         began = time.monotonic()
         check_request(request, self._vocab_size)
         # The control run has to show in tokens that decode computes from the wrong KV.
-        is_sampled = request.prefill_mode != "corrupted" and self._can_sample and samples_first_token(request.sampling)
+        is_sampled = (
+            request.prefill_mode != "corrupted"
+            and not request.num_replayed  # max_tokens and others count what was generated
+            and self._can_sample
+            and samples_first_token(request.sampling)
+        )
         sampling = {**request.sampling, "max_tokens": 1} if is_sampled else {"max_tokens": 1, "temperature": 0.0}
         outputs: list[Output] = []
         leave_queue = self.prompt_queue.enter(request)
@@ -301,15 +314,22 @@ class VllmEngine:
         if output.kv_transfer_params.get("remote_num_tokens") != num_tokens:
             return None
         delta = _to_delta(output, None)
-        max_model_len = self._live_core().vllm_config.model_config.max_model_len
+        max_model_len = self._max_model_len()
         is_last = request.sampling.get("max_tokens") == 1 or num_tokens + 1 >= max_model_len
         if delta.finish_reason == "length" and not is_last:
             return msgspec.structs.replace(delta, finish_reason=None)
         return delta
 
+    def _max_model_len(self) -> int:
+        return self._live_core().vllm_config.model_config.max_model_len
+
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
         check_request(request, self._vocab_size)
-        params = to_sampling_params(request.sampling, _pull_params(descriptor) if descriptor else None)
+        params = to_sampling_params(
+            request.sampling, _pull_params(descriptor) if descriptor else None, request.num_replayed
+        )
+        if request.num_replayed and params.max_tokens is None:  # vLLM would fill in what is left after these tokens
+            params.max_tokens = self._max_model_len() - len(request.prompt_token_ids) + request.num_replayed
         if descriptor is not None and (first := descriptor.first_token) is not None:
             self._live_core()
             if first.finish_reason is not None:

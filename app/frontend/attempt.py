@@ -84,6 +84,8 @@ class Job(msgspec.Struct):
     """A sequence to serve, and what its attempts have shown so far."""
 
     request: GenerateRequest
+    """What the next attempt is to do: `original`, or the rest of it."""
+    original: GenerateRequest
     hints: RoutingHints
     progress: SequenceProgress
     lost: set[str] = set()

@@ -22,6 +22,7 @@ import torch
 from app.config import LimitsConfig, ModelConfig
 from app.errors import (
     BatonError,
+    CannotResume,
     DeadlineExceeded,
     EngineDead,
     InvalidRequest,
@@ -378,6 +379,8 @@ def _refuse_what_cannot_be_served(prompt: Any, params: SamplingParams, lora_requ
             "kv_transfer_params cannot be set by a client: it would give access to another request's KV cache",
             parameter="kv_transfer_params",
         )
+    if own := [name for name in params.extra_args or {} if name.startswith("baton_")]:
+        raise VLLMValidationError(f"{own[0]} cannot be set by a client", parameter="vllm_xargs")
     if "kv_cache_report_mode" in (params.extra_args or {}):
         raise VLLMValidationError(
             "kv_cache_report_mode cannot be set by a client: routing counts on each cached block being told once",
@@ -515,7 +518,7 @@ def _to_vllm_error(error: BatonError | TimeoutError) -> VLLMError:
         return RetryableRequestError("No replica is ready to serve this request; please retry.")
     if isinstance(error, Overloaded):
         return _TooBusy("Too many prompts wait to be computed; please retry later.", HTTPStatus.TOO_MANY_REQUESTS)
-    if isinstance(error, ReplicaLost | EngineDead):
+    if isinstance(error, ReplicaLost | EngineDead | CannotResume):
         return RetryableRequestError("The replica that generated this answer was lost; please retry.")
     if isinstance(error, DeadlineExceeded):
         message = "The request did not end in the time that `x-baton-timeout-s` or `limits.max_request_s` gives it."

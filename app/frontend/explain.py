@@ -45,7 +45,7 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
     it was predicted to bring, which are to keep ``slo``, and what it lacked, ``prefill`` or ``decode``, if there was no
     room for it.
     """
-    decision, report = record.decision, record.progress.report
+    decision, report = record.decision, record.progress.prompt_report
     if decision is None:
         return None
     return {
@@ -69,6 +69,7 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
         "slo": {"ttft_ms": record.slo.ttft_ms, "itl_ms": record.slo.itl_ms},
         "decided_us": round(decision.decided_in_s * 1e6, 1),
         "attempts": record.num_attempts,
+        "resumed_after_ms": [_ms(gap_s) for gap_s in record.progress.resume_gaps_s],
         "others": {
             role: [_explain_candidate(candidate) for candidate in candidates]
             for role, candidates in decision.others.items()

@@ -69,7 +69,13 @@ HOP_PHASES = Histogram(
 )
 INTER_TOKEN_LATENCY = Histogram(
     "baton_inter_token_latency_seconds",
-    "Gaps between deltas of a sequence, as this frontend got them.",
+    "Gaps between deltas of a sequence, as this frontend got them; those of RESUME_GAP are not among them.",
+    ["model"],
+    buckets=_LATENCY_BUCKETS_S,
+)
+RESUME_GAP = Histogram(
+    "baton_resume_gap_seconds",
+    "How long clients waited for the next token of sequences that were resumed after their replica was lost.",
     ["model"],
     buckets=_LATENCY_BUCKETS_S,
 )

@@ -7,9 +7,9 @@
 3. Give the request and the handoff to the decode replica, which waits for the descriptor, pulls the KV and streams.
    If the prefill fails, decode prefills locally: the request succeeds, and its report says why.  If the engine cannot
    do that (SGLang), or if the prefill replica itself is gone, step 1 is repeated without that replica.
-4. If the decode replica dies before the first token, another one takes its place, with a new prefill.  The handoff
-   cannot be used twice: the first replica may have pulled the KV, which frees it on the prefill replica.
-   After the first token the sequence fails, as tokens that were sent cannot be taken back.
+4. If the decode replica dies, another one takes its place, with a new prefill.  The handoff cannot be used twice: the
+   first replica may have pulled the KV, which frees it on the prefill replica.
+   After the first token the sequence is resumed: what was generated is added to the prompt, and goes on as output.
 5. What failed is left out for a while (app/routing/ejection.py).  A request that may have ended an engine is tried once
    more, and is refused when it has ended two (app/routing/quarantine.py).  All retries together are bounded
    (app/routing/retry_budget.py).
@@ -87,14 +87,14 @@ class Orchestrator:
     ) -> None:
         """Serve the sequence.  `progress` gets its deltas, and `on_decision` the decision of each attempt.
 
-        Before the first delta, raises NoReplica or Overloaded if no replica could serve the sequence; after it,
-        ReplicaLost.  Raises Quarantined if engines died of it, TimeoutError if a token took longer than the limits
-        allow, DeadlineExceeded at `deadline`, in seconds of the clock of `progress`, and whatever
+        Raises NoReplica or Overloaded if no replica could serve the sequence, ReplicaLost or CannotResume if it could
+        not be resumed after its first delta, Quarantined if engines died of it, TimeoutError if a token took longer
+        than the limits allow, DeadlineExceeded at `deadline`, in seconds of the clock of `progress`, and whatever
         `DecodePool.generate` raises.
         """
         self._quarantine.check(request)
         self.retry_budget.count_request()
-        job = Job(request, hints, progress)
+        job = Job(request, request, hints, progress)
         async with in_time(progress, self._limits, deadline) as overdue:
             while not await self._try(job, on_decision, overdue):
                 pass
@@ -105,7 +105,7 @@ class Orchestrator:
         try:
             on_decision(decision)
             # Not after `serve`: with its last token a sequence is cancelled, mostly before that returns.
-            on_survived = partial(self._quarantine.on_success, job.request)
+            on_survived = partial(self._quarantine.on_success, job.original)
             attempt = Attempt(self._pools, job, decision, in_flight, self.line, on_survived)
             try:
                 await attempt.serve()
@@ -125,12 +125,13 @@ class Orchestrator:
         """Raise an error for the client unless the sequence, whose attempt failed by `error`, is to be tried again."""
         was_on_engine = attempt.was_on_engine(error)
         if (died := attempt.death(error)) is not None:
-            self._quarantine.on_death(job.request, died)
+            self._quarantine.on_death(job.original, died)
         elif isinstance(error, PrefillFailed) and attempt.prefill is not None and was_on_engine:
-            self._quarantine.on_failure(job.request, attempt.prefill)
-        self._quarantine.check(job.request)
+            self._quarantine.on_failure(job.original, attempt.prefill)
+        self._quarantine.check(job.original)
         if job.progress.has_first_token:
-            raise ReplicaLost(attempt.serving, str(error)) from error
+            self._resume(job, attempt, error)
+            return
         job.num_failed_on_engines += was_on_engine
         pool = "prefill" if isinstance(error, PrefillFailed) and attempt.prefill is not None else "decode"
         if job.num_attempts == self._limits.max_attempts or job.num_failed_on_engines == MAX_FAILED_ON_ENGINES:
@@ -138,6 +139,19 @@ class Orchestrator:
         if not self.retry_budget.take():
             logger.warning("request_id=%s is not tried again: the retry budget is spent", job.request.request_id)
             raise NoReplica(pool, "failed this request, and too many were tried again lately") from error
+
+    def _resume(self, job: Job, attempt: Attempt, error: BatonError) -> None:
+        """Have the next attempt go on after the tokens that there are.  Raises ReplicaLost if this was the last one.
+
+        It takes nothing from the retry budget: those who lose their replica have been admitted already, and they are
+        no more than it served.
+        """
+        if job.num_attempts == self._limits.max_attempts:
+            raise ReplicaLost(attempt.serving, str(error)) from error
+        job.request = job.original.resumed(job.progress.token_ids)
+        logger.warning(
+            "request_id=%s goes on elsewhere after %d tokens", job.request.request_id, len(job.progress.token_ids)
+        )
 
     async def _turn(self, job: Job) -> tuple[Decision, InFlight]:
         """Wait until replicas have room for the request: if possible others than those that may have failed it.
@@ -157,7 +171,7 @@ class Orchestrator:
         def on_turn(decision: Decision, in_flight: InFlight) -> None:
             turn.set_result((decision, in_flight))
 
-        ticket = self.line.join(job.request, job.hints, lost, job.progress.arrived_at, on_turn, turn.set_exception)
+        ticket = self.line.join(job.request, job.hints, lost, job.progress.waits_since, on_turn, turn.set_exception)
         if ticket is None:
             return turn.result()
         try:

@@ -1,9 +1,11 @@
-"""The progress of one sequence: this is the one place that knows whether and when its first token came."""
+"""The progress of one sequence: this is the one place that knows what was generated, and when."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+
+import msgspec
 
 from app.messages import Emit, PrefillKind, PrefillReport, TokenDelta
 from app.observers import tell
@@ -17,11 +19,16 @@ class SequenceProgress:
     * the arrival of the request, for everything that the client notices: `ttft_s`, the timeouts, the metrics, the log;
     * the start of the present attempt, for what the router learns (`on_first`).  The time of earlier attempts says
       nothing about the replicas that serve this one.
+
+    An attempt that begins after the first token resumes the sequence: it goes on after the tokens that there are.
     """
 
     def __init__(self, emit: Emit, clock: Callable[[], float] = time.monotonic) -> None:
         """`emit` gets each delta after it has been recorded here."""
-        self.arrived_at = self.last_token_at = clock()
+        self.arrived_at = self.last_token_at = self.waits_since = clock()
+        """`waits_since` is when the client began to wait for the next attempt's first token."""
+        self.token_ids: list[int] = []
+        """All tokens that were generated, by all attempts."""
         self.first_token_at: float | None = None
         self.first_token_kind: PrefillKind | None = None
         """How the prompt was prefilled for the first token.  A later report may tell that decode had to prefill too."""
@@ -30,8 +37,13 @@ class SequenceProgress:
         that token is there, and for a local prefill."""
         self.last_gap_s: float | None = None
         """The seconds between the last two deltas; None until there are two."""
+        self.prompt_report: PrefillReport | None = None
+        """How the prompt was prefilled for the answer's first tokens; resuming it does not change that."""
         self.report: PrefillReport | None = None
-        """The latest report.  One comes with the first delta, and another one if the KV came later."""
+        """The latest report of the present attempt.  One comes with its first delta, and another one if the KV came
+        later."""
+        self.resume_gaps_s: list[float] = []
+        """How long the client waited for the next token each time when the sequence was resumed."""
         self.on_first: Callable[[float], object] = lambda attempt_ttft_s: None
         """Called before the first delta is passed on, with the seconds since the start of the attempt."""
         self.on_report: Callable[[PrefillReport], object] = lambda report: None
@@ -39,11 +51,8 @@ class SequenceProgress:
         self._emit = emit
         self._clock = clock
         self.attempt_began_at = self.arrived_at
-
-    @property
-    def has_first_token(self) -> bool:
-        """Whether any delta came.  From then on the sequence cannot be started again on another replica."""
-        return self.first_token_at is not None
+        self.has_first_token = False
+        """Whether a delta of the present attempt came."""
 
     @property
     def waits_for_kv(self) -> bool:
@@ -65,6 +74,9 @@ class SequenceProgress:
     def begin_attempt(self) -> None:
         """Note the start of an attempt: replicas have been chosen, for the first time or again."""
         self.attempt_began_at = self._clock()
+        self.waits_since = self.last_token_at
+        self.has_first_token = False
+        self.report = None
 
     def take(self, delta: TokenDelta) -> None:
         """Record a delta and pass it on, whatever becomes of those who are told of it.  Raises what `emit` raises."""
@@ -72,13 +84,26 @@ class SequenceProgress:
         if delta.report is not None:
             self.report = delta.report
             tell(self.on_report, delta.report)
+        if not self.has_first_token:
+            self._take_first(now)
+        else:
+            self.last_gap_s = now - self.last_token_at
+        if not self.resume_gaps_s:
+            self.prompt_report = self.report
+        elif delta.report is not None:
+            delta = msgspec.structs.replace(delta, report=None)
+        self.token_ids += delta.token_ids
+        self.last_token_at = now
+        self._emit(delta)
+
+    def _take_first(self, now: float) -> None:
+        self.has_first_token = True
         if self.first_token_at is None:
             self.first_token_at = now
             self.first_token_kind = self.report.kind if self.report is not None else None
             if self.report is not None and self.report.kind == "remote":
                 self.waited_for_kv = bool(self.report.transferred_tokens)
-            tell(self.on_first, now - self.attempt_began_at)
         else:
-            self.last_gap_s = now - self.last_token_at
-        self.last_token_at = now
-        self._emit(delta)
+            self.last_gap_s = None
+            self.resume_gaps_s.append(now - self.last_token_at)
+        tell(self.on_first, now - self.attempt_began_at)

@@ -63,6 +63,8 @@ class SequenceRecord:
         self._output_tokens += len(delta.token_ids)
         if (gap_s := self.progress.last_gap_s) is not None:
             self._gaps.observe(gap_s)
+        elif self.progress.resume_gaps_s:
+            _labelled(metrics.RESUME_GAP, self._model).observe(self.progress.resume_gaps_s[-1])
 
     @observing
     def on_end(self, end: str) -> None:
@@ -71,10 +73,11 @@ class SequenceRecord:
         _labelled(metrics.SEQUENCES, self._model, end).inc()
         _labelled(metrics.WITHIN_SLO, self._model).inc(end in GOOD_ENDS and self._is_within_slo())
         _labelled(metrics.GENERATION_TOKENS, self._model).inc(self._output_tokens)
-        if progress.report is not None and progress.ttft_s is not None:
-            self._count_prompt(progress.report, progress.ttft_s)
+        if progress.prompt_report is not None and progress.ttft_s is not None:
+            self._count_prompt(progress.prompt_report, progress.ttft_s)
         logger.info(
-            "request_id=%s model=%s end=%s prompt_tokens=%d output_tokens=%d ttft_ms=%s total_ms=%.1f %s %s session=%s",
+            "request_id=%s model=%s end=%s prompt_tokens=%d output_tokens=%d ttft_ms=%s total_ms=%.1f %s %s "
+            "resumed_after_ms=%s session=%s",
             self._request_id,
             self._model,
             end,
@@ -82,8 +85,9 @@ class SequenceRecord:
             self._output_tokens,
             _ms(progress.ttft_s),
             (progress.now() - progress.arrived_at) * 1e3,
-            _describe_prefill(progress.report),
+            _describe_prefill(progress.prompt_report),
             self._describe_decision(),
+            ",".join(map(_ms, progress.resume_gaps_s)) or "none",
             "yes" if self._has_session else "no",
         )
 

@@ -36,7 +36,7 @@ async def in_time(progress: SequenceProgress, limits: LimitsConfig, deadline: fl
         if progress.has_first_token and not progress.waits_for_kv:
             due = progress.last_token_at + limits.itl_timeout_s
         else:
-            due = progress.arrived_at + limits.ttft_timeout_s
+            due = progress.waits_since + limits.ttft_timeout_s
         if (remaining_s := min(due, deadline) - progress.now()) > 0:
             timer = loop.call_later(min(remaining_s, limits.itl_timeout_s), look)
         else:

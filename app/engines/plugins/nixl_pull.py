@@ -3,9 +3,9 @@
 It also puts nixl_lease.py into effect, in prefill engines too.
 
 1. *Pull what prefill holds.*  When prefill has sampled the first token, that token is part of the prompt that the
-   decode engine gets, and prefill does not hold its KV.  vLLM's NixlConnector would ask for the KV of the whole prompt,
-   and for a block too many if the token begins one.  Here it asks for ``remote_num_tokens``, which vLLM's prefill
-   already sends along and its decode ignores.
+   decode engine gets, and prefill does not hold its KV.  When a sequence is resumed, prefill holds the KV of tokens too
+   that are output for the decode engine.  vLLM's NixlConnector would ask for the KV of the prompt.  Here it asks for
+   ``remote_num_tokens``, which vLLM's prefill already sends along and its decode ignores.
 2. *Look for it often.*  While vLLM's engine core has nothing but requests that wait for KV, it sleeps for 1 ms between
    two looks, and it takes two or three looks from the end of a transfer to the step that uses it.  On a GPU machine
    POLL_S is enough for the threads that this sleep makes room for.  On a CPU the engines need the core themselves.
@@ -80,7 +80,7 @@ def _pull_what_is_held() -> None:
         count, is_async = patch.original(self, request, num_computed_tokens)
         params = request.kv_transfer_params or {}
         if is_async and params.get("do_remote_prefill") and (held := params.get("remote_num_tokens")):
-            count = min(count, held - num_computed_tokens)
+            count = held - num_computed_tokens
         return (count, is_async) if count > 0 else (0, False)
 
     patch.apply(get_num_new_matched_tokens)

@@ -394,6 +394,7 @@ class SimEngine:
             request.prompt_token_ids,
             max_tokens=longest if max_tokens is None else max_tokens,
             min_tokens=sampling.get("min_tokens", 0),
+            num_replayed=0 if fields.get("is_handoff") else request.num_replayed,
             stop_token_ids=sampling.get("stop_token_ids") or (),
             # Greedy output has no seed, as in vLLM.
             sampling_seed=sampling.get("seed") if sampling.get("temperature", 1.0) else None,

@@ -56,6 +56,7 @@ class ScheduledSequence:
         "max_length",
         "min_length",
         "prompt_tokens",
+        "replayed",
         "root",
         "sampling_seed",
         "state",
@@ -72,21 +73,22 @@ class ScheduledSequence:
         *,
         max_tokens: int,
         min_tokens: int = 0,
+        num_replayed: int = 0,
         stop_token_ids: Tokens[int] = (),
         sampling_seed: int | None = None,
         cache_salt: str | None = None,
         is_handoff: bool = False,
         is_pulled: bool = False,
     ) -> None:
-        """Make a sequence that gets at most `max_tokens` more tokens.
+        """Make a sequence of at most `max_tokens` tokens after its prompt, whose last `num_replayed` are of these.
 
         Prompts with different salts share no blocks.  With `is_handoff` the sequence ends with its prompt, and its
         blocks are kept until `cancel`.  With `is_pulled` its KV comes from another engine.
         """
         self.tokens = list(prompt)
         self.prompt_tokens = len(prompt)
-        self.max_length = len(prompt) + max_tokens
-        self.min_length = len(prompt) + min_tokens
+        self.max_length = len(prompt) - num_replayed + max_tokens
+        self.min_length = len(prompt) - num_replayed + min_tokens
         self.stop_token_ids = frozenset(stop_token_ids)
         self.sampling_seed = () if sampling_seed is None else (sampling_seed,)
         self.cache_salt = cache_salt
@@ -95,6 +97,8 @@ class ScheduledSequence:
         self.is_pulled = is_pulled
         self.state: State = "new"
         self.digest = prompt_digest(prompt)
+        self.replayed = self.digest ^ prompt_digest(prompt[:-num_replayed]) if num_replayed else 0
+        """Turns the digest into that of the prompt without what is replayed."""
         self.taint = 0
         self.stream: int | None = None
         self.hashes: list[int] = []
@@ -353,7 +357,9 @@ class Scheduler:
         """Append the next token, and set the finish_reason if it is the last."""
         stream = sequence.stream
         if stream is None:
-            stream = sequence.stream = hash((self._seed, sequence.kv_digest, *sequence.sampling_seed))
+            stream = sequence.stream = hash(
+                (self._seed, sequence.kv_digest ^ sequence.replayed, *sequence.sampling_seed)
+            )
         tokens = sequence.tokens
         vocabulary = self._vocabulary
         token = vocabulary[hash((stream, len(tokens))) % len(vocabulary)]
