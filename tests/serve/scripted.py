@@ -165,18 +165,20 @@ class ScriptedEngine:
             transport="scripted" if descriptor else "",
         )
         try:
-            for position, token in enumerate(source):
+            begin = request.num_replayed
+            prompt = source[: len(source) - begin]
+            for position, token in enumerate(prompt[begin:], start=begin):
                 await self._go_wrong(request.request_id, script, position)
-                if not position:
+                if position == begin:
                     leave_queue(is_computed=True)
                     self._num_transfers += descriptor is not None
                     self._cache(request)
-                is_last = position == len(source) - 1
+                is_last = position == len(prompt) - 1
                 emit(
                     TokenDelta(
                         [token + 1],
                         finish_reason="length" if is_last else None,
-                        report=report if not position else None,
+                        report=report if position == begin else None,
                     )
                 )
                 await asyncio.sleep(0)

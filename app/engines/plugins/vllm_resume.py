@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from app.upstream import Patch, check_attributes, check_uses, needed
+from app.upstream import Patch, check_attributes, check_parameters, check_uses, needed
 
 SWITCH = "BATON_RESUME"
 ENVIRONMENT = {SWITCH: "1"}
@@ -72,7 +72,7 @@ def _tell_workers() -> None:
     from vllm.v1.core.sched.output import NewRequestData
 
     original = NewRequestData.from_request
-    check_uses(original.__func__, "prefill_token_ids")
+    check_parameters(original, "request", "block_ids", "prefill_token_ids")
 
     def from_request(cls: Any, request: Any, *rest: Any, **named: Any) -> Any:
         data = original(request, *rest, **named)

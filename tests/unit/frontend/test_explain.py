@@ -94,6 +94,7 @@ def test_an_explanation_says_what_was_decided_and_by_what() -> None:
         "slo": {"ttft_ms": 500, "itl_ms": 30},
         "decided_us": 120.0,
         "attempts": 1,
+        "resumed_after_ms": [],
         "others": {
             "decode": [
                 {

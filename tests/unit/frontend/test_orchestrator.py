@@ -5,12 +5,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app.config import LimitsConfig, PredictedPlacement, RemotePlacement, RoutingConfig, SloConfig
 from app.errors import (
+    CannotResume,
     DeadlineExceeded,
     EngineDead,
     EngineFailed,
@@ -320,14 +322,55 @@ async def test_before_the_first_token_another_replica_decodes_with_a_prefill_of_
     assert prefill.handoffs[0].is_cancelled
 
 
-async def test_after_the_first_token_the_sequence_fails_and_nothing_is_tried_again() -> None:
-    decode = FakeDecode(["d0", "d1"], [FIRST, LOST])
+async def test_after_the_first_token_the_sequence_goes_on_elsewhere_after_the_tokens_that_there_are() -> None:
+    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], [REMOTE, TokenDelta([20, 21]), LOST], [REMOTE, LAST])
+    received: list[TokenDelta] = []
+    await served(orchestrator(prefill, decode), into=received)
+    assert [token for delta in received for token in delta.token_ids] == [10, 20, 21, 10, 11]
+    assert [delta.report is not None for delta in received] == [True, False, False, False]
+    first, rest = decode.calls
+    assert {first.replica, rest.replica} == {"d0", "d1"}
+    assert rest.request == request().resumed([10, 20, 21])
+    assert (rest.request.prompt_token_ids, rest.request.num_replayed) == ([*PROMPT, 10, 20, 21], 3)
+    assert prefill.prompts == [PROMPT, [*PROMPT, 10, 20, 21]]
+    assert rest.handoff is prefill.handoffs[1]
+
+
+async def test_each_loss_is_resumed_from_all_tokens_until_no_attempt_is_left() -> None:
+    decode = FakeDecode(["d0", "d1", "d2", "d3"], [FIRST, LOST])
     received: list[TokenDelta] = []
     with pytest.raises(ReplicaLost, match="killed") as caught:
-        await served(orchestrator(FakePrefill("p"), decode), into=received)
-    assert received == [FIRST]
-    assert len(decode.calls) == 1
-    assert caught.value.replica_id == decode.calls[0].replica
+        await served(orchestrator(FakePrefill("p"), decode, max_attempts=3), into=received)
+    assert received == [FIRST] * 3
+    assert [call.request.num_replayed for call in decode.calls] == [0, 1, 2]
+    assert len({call.replica for call in decode.calls}) == 3
+    assert caught.value.replica_id == decode.calls[-1].replica
+
+
+async def test_what_an_engine_cannot_resume_ends_with_its_reason() -> None:
+    decode = FakeDecode(["d0", "d1", "d2"], [FIRST, LOST], [CannotResume("penalties")])
+    with pytest.raises(CannotResume, match="penalties"):
+        await served(orchestrator(FakePrefill("p"), decode))
+    assert len(decode.calls) == 2
+
+
+async def test_the_kv_of_a_resumed_sequence_is_given_back_if_it_was_not_pulled() -> None:
+    """Also if the attempt before had pulled its own."""
+    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1", "d2"], [REMOTE, LOST], [LOST], [REMOTE, LAST])
+    await served(orchestrator(prefill, decode))
+    assert [handoff.is_cancelled for handoff in prefill.handoffs] == [False, True, False]
+
+
+async def test_sequences_are_resumed_when_the_retry_budget_is_spent() -> None:
+    server = orchestrator(FakePrefill("p"), FakeDecode(["d0", "d1"], [FIRST, LOST], [FIRST, LAST]))
+    while server.retry_budget.take():
+        pass
+    assert await served(server) == [FIRST, FIRST, LAST]
+
+
+async def test_what_is_told_of_the_prompt_is_not_told_again() -> None:
+    asked = msgspec.structs.replace(request(), sampling={"prompt_logprobs": 3, "logprobs": 2})
+    assert asked.resumed([7]).sampling == {"logprobs": 2}
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("no"), EngineFailed("no")])

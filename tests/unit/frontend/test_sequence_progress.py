@@ -83,3 +83,35 @@ def test_who_is_told_of_a_delta_cannot_keep_it_from_the_client(caplog: pytest.Lo
     assert followed.told == [delta]
     assert followed.progress.first_token_kind == "local"
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_resumed_sequence_keeps_what_the_client_saw_of_its_beginning() -> None:
+    followed = Followed()
+    progress, told = followed.progress, followed.told
+    followed.now += 1.0
+    progress.take(TokenDelta([1], report=report("remote")))
+    followed.now += 0.1
+    progress.take(TokenDelta([2, 3]))
+    followed.now += 4.0
+    progress.begin_attempt()
+    assert (progress.has_first_token, progress.report, progress.waits_for_kv) == (False, None, False)
+    assert progress.waits_since == followed.now - 4.0
+    followed.now += 2.0
+    progress.take(TokenDelta([4], report=report("local")))
+    assert progress.last_gap_s is None
+    assert progress.resume_gaps_s == [pytest.approx(6.0)]
+    followed.now += 0.5
+    progress.take(TokenDelta([5]))
+    assert progress.last_gap_s == pytest.approx(0.5)
+    assert progress.token_ids == [1, 2, 3, 4, 5]
+    assert (progress.ttft_s, progress.first_token_kind) == (1.0, "remote")
+    assert progress.report == report("local")
+    assert progress.prompt_report == report("remote")
+    assert told == [
+        1.0,
+        TokenDelta([1], report=report("remote")),
+        TokenDelta([2, 3]),
+        pytest.approx(2.0),
+        TokenDelta([4]),
+        TokenDelta([5]),
+    ]
