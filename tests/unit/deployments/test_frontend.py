@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from app.config import parse
 from deployments.frontend import deployment
@@ -32,7 +33,13 @@ async def test_a_frontend_that_has_ended_gives_its_guard_no_more_signs_of_life(m
 
     monkeypatch.setattr(deployment, "be_guarded", be_guarded)
     monkeypatch.setattr(deployment, "build_server", build_server)
-    monkeypatch.setattr(deployment, "ServedModel", lambda *_: SimpleNamespace(orchestrator=None))
+    orchestrator = SimpleNamespace(quarantine=None, retry_budget=None)
+    monkeypatch.setattr(
+        deployment, "ServedModel", lambda *_: SimpleNamespace(name="m", router=None, orchestrator=orchestrator)
+    )
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="f-1"))
+    monkeypatch.setattr(deployment, "serve", SimpleNamespace(get_replica_context=lambda: context))
+    monkeypatch.setattr(deployment, "REGISTRY", CollectorRegistry(auto_describe=False))
     for name in ("adopt_serve_logging", "freeze_heap"):
         monkeypatch.setattr(deployment, name, lambda: None)
     config = parse({"models": [{"name": "m", "source": "owner/m", "decode": {"engine": "vllm"}}]})
