@@ -204,6 +204,13 @@ OVERVIEW = [
                     ),
                 },
             ),
+            Panel(
+                "Refused bodies",
+                "Requests per second whose bodies were too large (413), too slow (408), or too much beside others that "
+                "were arriving (429). HTTP responses does not have them.",
+                "reqps",
+                {rate("baton_refused_bodies_total", "service, status", OF_SERVICE): "{{service}} {{status}}"},
+            ),
         ],
     ),
     Row(

@@ -22,7 +22,7 @@ def replica(pace: Pace | None = PACE, role: Any = "decode", **load: Any) -> Repl
 
 
 def slowed(pace: Pace, times: float) -> Pace:
-    fields = ("prefill_base_s", "prefill_s_per_token", "prefill_s_per_token_squared", "step_base_s")
+    fields: tuple[str, ...] = ("prefill_base_s", "prefill_s_per_token", "prefill_s_per_token_squared", "step_base_s")
     fields += ("step_s_per_sequence", "step_s_per_kv_token")
     return msgspec.structs.replace(pace, **{field: times * getattr(pace, field) for field in fields})
 
