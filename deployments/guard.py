@@ -3,7 +3,8 @@
 Serve notices such a replica by its health checks and starts another one, but Ray asks the old process to exit and does
 not look whether it does.  One that was stopped (SIGSTOP, a debugger) or hangs lives on, with its GPU; so did one that
 went on later and had then drained in order, as Ray's word to exit came while it stood still.  So each replica has a
-guard: a process of its own that waits for a sign of life on its standard input, and does nothing else.
+guard: a process of its own that waits for a sign of life on its standard input, and does nothing else.  Whom it has
+killed it says on the replica's standard error, which Ray keeps in a file (worker-*.err).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ while select.select([0], [], [], still_s)[0]:
 try:
     signal.pidfd_send_signal(process, signal.SIGKILL)
 except ProcessLookupError:
-    pass
+    sys.exit()
+os.write(2, f"baton guard: process {sys.argv[1]} gave no sign of life for {still_s:g} s and was killed\\n".encode())
 """
 _guards: list[subprocess.Popen[bytes]] = []
 """Kept for as long as this process lives: their ends would close with them, and an end is taken for this process's."""

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.frontend import metrics
 from app.frontend.explain import explain_header
 from app.frontend.request_context import RequestContext, begin_request, current_request
 
@@ -149,6 +150,7 @@ def _refusal(message: str, kind: str, status: HTTPStatus, headers: Mapping[str, 
     The connection stays, and what still comes of the body is dropped: a client that sends it all before it looks for an
     answer, as OpenAI's does, would otherwise find only that its connection is gone.
     """
+    metrics.REFUSED_BODIES.labels(str(status.value)).inc()
     return JSONResponse(error_body(message, kind, status), status_code=status, headers=dict(headers))
 
 

@@ -42,6 +42,10 @@ class Suspect:
         self.at = 0.0
         """When that was last."""
 
+    @property
+    def is_quarantined(self) -> bool:
+        return len(self.died) >= MAX_DEATHS
+
 
 class Quarantine:
     """The suspects of one model in one frontend."""
@@ -49,6 +53,8 @@ class Quarantine:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._suspects: OrderedDict[bytes, Suspect] = OrderedDict()
+        self.num_quarantines = 0
+        """How many prompts have been quarantined so far."""
 
     def check(self, request: GenerateRequest) -> None:
         """Raise Quarantined if too many engines died of this request's prompt and sampling parameters."""
@@ -56,12 +62,18 @@ class Quarantine:
         if not self._suspects:  # nearly always, so that nothing is hashed
             return
         suspect = self._suspects.get(_key(request))
-        if suspect is not None and len(suspect.died) >= MAX_DEATHS:
+        if suspect is not None and suspect.is_quarantined:
             raise Quarantined(len(suspect.died), math.ceil(suspect.at + REMEMBER_S - self._clock()))
+
+    @property
+    def num_quarantined(self) -> int:
+        """How many prompts are refused now."""
+        self._forget_old()
+        return sum(suspect.is_quarantined for suspect in self._suspects.values())
 
     def on_death(self, request: GenerateRequest, replica: str) -> None:
         """Take note of an engine that died while the request was on it and had no token."""
-        self._suspect(request).died.add(replica)
+        self._died(self._suspect(request), replica)
 
     def on_failure(self, request: GenerateRequest, replica: str) -> None:
         """Take note of a replica that failed the request before its first token, for a reason that is not known."""
@@ -72,12 +84,17 @@ class Quarantine:
         now = self._clock()
         for suspect in self._suspects.values():
             if replica in suspect.failed and suspect.at + GONE_WITHIN_S > now:
-                suspect.died.add(replica)
+                self._died(suspect, replica)
 
     def on_success(self, request: GenerateRequest) -> None:
         """Clear a prompt, as it was served."""
         if self._suspects:
             self._suspects.pop(_key(request), None)
+
+    def _died(self, suspect: Suspect, replica: str) -> None:
+        was_quarantined = suspect.is_quarantined
+        suspect.died.add(replica)
+        self.num_quarantines += suspect.is_quarantined and not was_quarantined
 
     def _forget_old(self) -> None:
         while self._suspects and next(iter(self._suspects.values())).at + REMEMBER_S <= self._clock():

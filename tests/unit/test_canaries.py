@@ -7,8 +7,10 @@ used are there is checked where they are imported (app/upstream.py).
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -120,6 +122,13 @@ def test_serves_haproxy_is_open_to_others(line: str) -> None:
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
     assert line in HAPROXY_CONFIG_TEMPLATE
+
+
+def test_serves_haproxy_makes_500_of_its_own_errors() -> None:
+    """Else: OWN_ERRORS in deployments/haproxy.py."""
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    assert "errorfile 502 {{ config.error_file_path }}" in HAPROXY_CONFIG_TEMPLATE
 
 
 def test_serve_sets_no_time_for_a_requests_headers() -> None:
@@ -257,6 +266,14 @@ def test_http_metrics_count_nothing_for_a_second_application(surface: Any) -> No
     registry = CollectorRegistry()
     assert surface.HTTP_METRICS.original(registry=registry) is not None
     assert surface.HTTP_METRICS.original(registry=registry) is None
+
+
+def test_vllms_server_imports_what_silences_the_root_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else: `build_app` in app/frontend/vllm_surface.py, in favour of vLLM's own."""
+    root = logging.RootLogger(logging.WARNING)
+    monkeypatch.setattr(logging, "getLogger", lambda name=None: root)  # before the import, which sets the level too
+    importlib.import_module("model_hosting_container_standards.logging_config").configure_root_logger()
+    assert root.level == logging.ERROR
 
 
 def test_vllms_server_has_routes_that_speak_of_an_engine_in_its_process(surface: Any) -> None:

@@ -43,16 +43,20 @@ def guarded() -> Iterator[subprocess.Popen[str]]:
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "guarded\n"
     (guard,) = psutil.Process(process.pid).children()
     yield process
+    was_killed = process.poll() == -signal.SIGKILL
     process.kill()
     process.wait()
     wait_until(lambda: not guard.is_running(), 10, "the guard ends with whom it guards")
-    process.communicate()
+    _, said = process.communicate()
+    its_word = f"baton guard: process {process.pid} gave no sign of life for {STILL_S:g} s and was killed\n"
+    assert said == (its_word if was_killed else "")
 
 
 def tell(process: subprocess.Popen[str], word: str) -> None:
