@@ -303,6 +303,11 @@ class TransferConfig(Settings):
     """`port_min` to `port_max` are the side-channel ports that the replicas on one node share."""
     lease_s: int = Field(default=30, ge=12)
     """How long prefill keeps KV for a decode that has not asked for it; vLLM renews the lease every sixth of this."""
+    checksum_rate: float = Field(default=0.0, ge=0, le=1)
+    """The part of the handoffs, chosen at random, whose KV decode compares by checksums with what prefill computed.  If
+    it differs, decode computes the prompt itself, logs an error and counts it (``baton_kv_checksum_mismatches_total``).
+    The sums of such a prompt occupy each of its two engines for a moment (docs/decisions/0029-kv-checksum.md).  0.01
+    costs next to nothing and finds what is wrong all the time; 1 finds every change.  SGLang ignores this."""
 
     @model_validator(mode="after")
     def _ports_in_order(self) -> Self:
