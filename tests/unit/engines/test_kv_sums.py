@@ -15,6 +15,7 @@ from app.engines.plugins.kv_sums import block_sums, layer_weights, word_weights
 BLOCKS, BYTES, LAYERS = 5, 24, 3
 ALL = list(range(BLOCKS))
 
+few = settings(max_examples=30, deadline=None)
 contents = st.binary(min_size=LAYERS * BLOCKS * BYTES, max_size=LAYERS * BLOCKS * BYTES)
 
 
@@ -26,6 +27,7 @@ def differing(one: list[int], other: list[int]) -> set[int]:
     return {index for index, (a, b) in enumerate(zip(one, other, strict=True)) if a != b}
 
 
+@few
 @given(contents, st.integers(0, LAYERS - 1), st.integers(0, BLOCKS - 1), st.integers(0, BYTES - 1), st.integers(1, 255))
 def test_a_change_of_any_byte_is_noticed_in_its_block(
     content: bytes, layer: int, block: int, byte: int, change: int
@@ -36,6 +38,7 @@ def test_a_change_of_any_byte_is_noticed_in_its_block(
     assert differing(before, block_sums(layers, ALL)) == {block}
 
 
+@few
 @given(contents, st.permutations(ALL))
 def test_blocks_that_change_places_are_noticed_unless_they_are_alike(content: bytes, order: list[int]) -> None:
     layers = to_layers(content)
@@ -44,6 +47,7 @@ def test_blocks_that_change_places_are_noticed_unless_they_are_alike(content: by
     assert differing(block_sums(layers, ALL), block_sums(moved, ALL)) == changed
 
 
+@few
 @given(contents, st.permutations(range(LAYERS)))
 def test_layers_that_change_places_are_noticed_unless_they_are_alike(content: bytes, order: list[int]) -> None:
     layers = to_layers(content)
@@ -65,6 +69,7 @@ def test_words_that_change_places_are_noticed_though_they_differ_in_one_bit(word
     assert len(found) == LAYERS * BYTES // 4
 
 
+@few
 @given(contents, st.integers(1, BYTES - 1))
 def test_a_shift_is_noticed(content: bytes, by: int) -> None:
     layers = to_layers(content)
@@ -96,7 +101,7 @@ def test_any_dtype_is_taken_as_bytes(dtype: torch.dtype) -> None:
     assert block_sums([values.view(torch.uint8)], [0]) != block_sums([negated.view(torch.uint8)], [0])
 
 
-@settings(max_examples=20)
+@few
 @given(contents)
 def test_neither_parts_nor_strides_change_the_sums(content: bytes) -> None:
     layers = to_layers(content)

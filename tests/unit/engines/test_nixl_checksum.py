@@ -33,7 +33,8 @@ def worker(**fields):
     vars(made).update(
         storage=storage, engine_id="e", tp_rank=0, world_size=1, pcp_size=1, dcp_size=1, kv_cache_layout="LBHNC",
         vllm_config=SimpleNamespace(cache_config=SimpleNamespace(cache_dtype="auto")),
-        kv_cache_config=SimpleNamespace(transfer_groups=[SimpleNamespace(kv_cache_spec=object())]), block_size=16, use_host_buffer=False,
+        kv_cache_config=SimpleNamespace(transfer_groups=[SimpleNamespace(kv_cache_spec=object())]), block_size=16,
+        use_host_buffer=False,
         _mixed_mem_types=False, _has_mamba=False, _physical_blocks_per_logical_kv_block=1, device_kv_caches=caches,
         region_names=list(caches), region_num_blocks=[BLOCKS] * LAYERS, block_len_per_layer=[BYTES] * LAYERS,
         block_stride_per_layer=[LAYERS * BYTES] * LAYERS, _recving_metadata={}, _recv_failures=set(),
