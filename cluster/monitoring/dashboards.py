@@ -329,6 +329,17 @@ PREFILL_AND_DECODE = [
                     )
                 },
             ),
+            Panel(
+                "KV compared",
+                "Transfers whose KV decode has compared with what prefill computed, per second, by the result: "
+                "`transfer.checksum_rate` of all. Any that differ are wrong; their prompts were computed anew.",
+                "ops",
+                {
+                    rate("ray_baton_kv_checksum_matches_total", "model"): "{{model}} right",
+                    rate("ray_baton_kv_checksum_mismatches_total", "model"): "{{model}} wrong",
+                    rate("ray_baton_kv_checksums_skipped_total", "model"): "{{model}} not comparable",
+                },
+            ),
         ],
     ),
     Row(
@@ -343,7 +354,7 @@ PREFILL_AND_DECODE = [
             Panel(
                 "Where prompts were prefilled",
                 "And why it was not as decided, if so: prefill_failed, prefill_timeout, transfer_failed, "
-                "transport_refused, descriptor_expired, incompatible_kv.",
+                "transport_refused, descriptor_expired, incompatible_kv, kv_changed.",
                 "ops",
                 {rate("baton_prefills_total", "model, kind, reason"): "{{model}} {{kind}} {{reason}}"},
             ),
