@@ -144,7 +144,9 @@ class SglangEngine:
         self._kv_feed: KvEventFeed | None = None
         self._tasks = BackgroundTasks(f"replica_id={spec.replica_id}", self._die)
         self._processes = EngineProcesses()
-        self._progress = ProgressWatch(self._ask, self._processes, lambda: bool(self._under_way))
+        self._progress = ProgressWatch(
+            self._ask, self._processes, lambda: bool(self._under_way), is_on_gpu=spec.device == "cuda"
+        )
         self._under_way: set[asyncio.Timeout] = set()
         """One for each request that SGLang works on; it expires if the engine dies."""
         self._death: EngineDead | None = None

@@ -217,7 +217,7 @@ class VllmEngine:
         self._kv_feed: KvEventFeed | None = None
         self._tasks = BackgroundTasks(f"replica_id={spec.replica_id}", self._die)
         self._processes = EngineProcesses()
-        self._progress = ProgressWatch(self._ask, self._processes)
+        self._progress = ProgressWatch(self._ask, self._processes, is_on_gpu=spec.device == "cuda")
         self._death: EngineDead | None = None
         self._scheduler_stats: SchedulerStats | None = None
         self._moved = ConnectorStats()

@@ -71,7 +71,7 @@ class Orchestrator:
         self._limits = limits
         self.quarantine = Quarantine(router.clock)
         """The prompts of this model that are refused."""
-        router.on_leave(self.quarantine.on_gone)
+        router.on_end(self.quarantine.on_gone)
         self.retry_budget = RetryBudget(router.clock)
         """All orchestrators of a frontend share one (app/frontend/openai_server.py)."""
         max_ttft_ms = limits.max_ttft_ms or MAX_TTFT_OF_SLO * router.slo.ttft_ms
@@ -127,8 +127,8 @@ class Orchestrator:
         was_on_engine = attempt.was_on_engine(error)
         if (died := attempt.death(error)) is not None:
             self.quarantine.on_death(job.request, died)
-        elif isinstance(error, PrefillFailed) and attempt.prefill is not None and was_on_engine:
-            self.quarantine.on_failure(job.request, attempt.prefill)
+        elif (suspected := attempt.suspected_death(error)) is not None:
+            self.quarantine.on_failure(job.request, suspected)
         self.quarantine.check(job.request)
         if job.progress.has_first_token:
             raise ReplicaLost(attempt.serving, str(error)) from error

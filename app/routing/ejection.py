@@ -7,8 +7,8 @@
    success in between: that is what the failures have in common.  A healthy replica whose partners are healthy but for
    one is therefore never blamed.
 
-Nothing here keeps a pool from being used: the router takes an ejected replica if there is no other.  A frontend knows
-only of its own attempts.
+The router takes an ejected replica if there is no other, but one of prefill only where decode cannot do its part.  A
+frontend knows only of its own attempts.
 """
 
 from __future__ import annotations

@@ -163,8 +163,9 @@ class PoolState:
         self._ring = SessionRing()
         self.on_change: Callable[[], object] = lambda: None
         """Called when a replica has come or has told something of itself."""
-        self.on_leave: Callable[[str], object] = lambda replica: None
-        """Called with a replica that is gone."""
+        self.on_end: Callable[[str, str | None], object] = lambda replica, node: None
+        """Called with a replica whose engine died, and None, or that Serve has removed, and its node.  It is not called
+        if only a connection broke."""
 
     @property
     def block_size(self) -> int | None:
@@ -187,7 +188,6 @@ class PoolState:
         self._ids.remove(replica)
         self._ring.remove(replica)
         self.index.forget(replica)
-        self.on_leave(replica)
 
     def on_load(self, replica: str, load: ReplicaLoad) -> None:
         if (state := self.replicas.get(replica)) is not None:

@@ -149,7 +149,7 @@ class Worker:
         """
         if self._death is None:
             self._death = death
-            self._leaving = spawn_detached(self._server.stop(), name="leave")
+            self._leaving = spawn_detached(self._server.stop(str(death)), name="leave")
 
     async def _serve(self, channel: FrontendChannel, call: Submit) -> None:
         self._publisher.poll_soon()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from app.messages import Role
 from app.routing import ejection
 from app.routing.ejection import FIRST_EJECTION_S, LONGEST_EJECTION_S, REMEMBER_S, STRONG, WEAK, Ejections
-from tests.unit.routing.fleet import Fleet, Timers
+from tests.unit.routing.fleet import PACE, Fleet, Timers
 from tests.unit.routing.samples import request
 
 BAD_S = 60.0
@@ -289,3 +289,19 @@ def test_a_pool_whose_replicas_all_fail_is_used_nevertheless() -> None:
         fleet.router.ejections.failed(replica, STRONG, fleet.clock())
     decision: Any = fleet.decide()
     assert decision.serving.replica in ("d0", "d1")
+
+
+@pytest.mark.parametrize("what", ["replica", "pair"])
+@pytest.mark.parametrize("placement", ["remote", "predicted"])
+def test_decode_prefills_itself_while_all_that_prefill_has_is_ejected(what: str, placement: str) -> None:
+    fleet = Fleet(1, 1, placement={"policy": placement}, info={"pace": PACE})
+    fleet.load("decode", "d0", 1, 8000, 0)  # so that remotely would be quicker
+    ejections = fleet.router.ejections
+    if what == "replica":
+        ejections.failed("p0", STRONG, fleet.clock())
+    else:
+        ejections.pair_failed("p0", "d0", STRONG, fleet.clock())
+    decision: Any = fleet.decide(8000)
+    assert (decision.kind, decision.reason) == ("local", "no_prefill_replica")
+    fleet.clock.advance(FIRST_EJECTION_S)
+    assert fleet.decide(8000).kind == "remote"
