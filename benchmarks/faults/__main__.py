@@ -22,7 +22,7 @@ def bench_faults(
     ),
     model: Annotated[str | None, typer.Option(help="By default the first of GET /v1/models.")] = None,
     faults: Annotated[int, typer.Option(min=1, help="How many faults.")] = 100,
-    only: Annotated[str, typer.Option(help="Only kinds whose names contain this.")] = "",
+    only: Annotated[str, typer.Option(help="Only kinds whose names contain one of these, as: kill,stop.")] = "",
     streams: Annotated[int, typer.Option(min=1, help="Streams of requests at a time.")] = 8,
     questions: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 24,
     seed: Annotated[int, typer.Option(help="Of faults, victims and prompts.")] = 0,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from random import Random
 
@@ -22,21 +25,32 @@ WIDTH = 160
 
 
 def choose(kinds: Sequence[Fault], only: str) -> list[Fault]:
-    """Return the kinds whose names contain `only`.  Raises ConfigError if there are none."""
-    found = [kind for kind in kinds if only.lower() in kind.name.lower()]
+    """Return the kinds whose names contain one of the parts of `only`.  Raises ConfigError if there are none."""
+    parts = only.lower().split(",")
+    found = [kind for kind in kinds if any(part in kind.name.lower() for part in parts)]
     if not found:
-        raise ConfigError("--only", f"no kind's name contains {only!r}")
+        raise ConfigError("--only", f"no kind's name contains one of {', '.join(parts)}")
     return found
 
 
-def carry_out(kinds: Sequence[Fault], num: int, fleet: Fleet, load: Load, seed: int, json: Path | None) -> None:
-    """Strike `num` times, print the table and write everything into `json`.
+def carry_out(
+    kinds: Sequence[Fault],
+    num: int,
+    fleet: Fleet,
+    load: Load,
+    seed: int,
+    json: Path | None,
+    most_s: float = math.inf,
+) -> None:
+    """Strike `num` times, but begin nothing more after `most_s`; print the table and write everything into `json`.
 
     Raises typer.Exit if any answer was wrong or hung, if KV leaked, or if a fault showed what should not be.
     """
     console = Console(highlight=False, width=WIDTH)
     campaign, random = Campaign(fleet, load, console), Random(seed)
-    ended_early = asyncio.run(campaign.run(draw(kinds, num, random), random))
+    deadline = time.monotonic() + most_s
+    faults = takewhile(lambda _: time.monotonic() < deadline, draw(kinds, num, random))
+    ended_early = asyncio.run(campaign.run(faults, random))
     rows = summarise(campaign.struck, load.answers, load.right)
     print_rows(rows, campaign.num_leaked, console)
     if ended_early:

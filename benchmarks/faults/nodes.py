@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,10 +25,11 @@ NODES_PER_GROUP = 2
 
 def bench_faults_of_nodes(
     faults: Annotated[int, typer.Option(min=1, help="How many faults.")] = 47,
-    only: Annotated[str, typer.Option(help="Only kinds whose names contain this.")] = "",
+    only: Annotated[str, typer.Option(help="Only kinds whose names contain one of these, as: kill,stop.")] = "",
     streams: Annotated[int, typer.Option(min=1, help="Streams of requests at a time.")] = 8,
     questions: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 24,
     seed: Annotated[int, typer.Option(help="Of faults, victims and prompts.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Begin no more faults after so long.")] = math.inf,
     json: Annotated[Path | None, typer.Option(help="Write everything there.")] = None,
     logs: Annotated[Path | None, typer.Option(help="Keep the nodes' files there.")] = None,
 ) -> None:
@@ -41,7 +43,7 @@ def bench_faults_of_nodes(
     with tempfile.TemporaryDirectory(prefix="baton-nodes-") as folder, cluster(logs or Path(folder)) as nodes:
         fleet = serve(nodes)
         load = Load(fleet.url, fleet.model, draw_questions(questions, seed), streams, fleet.socket)
-        carry_out(choose(network_faults(fleet), only), faults, fleet, load, seed, json)
+        carry_out(choose(network_faults(fleet), only), faults, fleet, load, seed, json, 60 * minutes)
 
 
 def serve(nodes: Cluster) -> ClusterFleet:
