@@ -57,7 +57,7 @@ def send_signal(processes: list[psutil.Process], number: signal.Signals) -> None
     """Send a signal to those that are still there."""
     for process in processes:
         try:
-            process.sendsend_signal(number)
+            process.send_signal(number)
         except psutil.NoSuchProcess:
             continue
 
