@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -42,15 +41,13 @@ def carry_out(
     json: Path | None,
     most_s: float = math.inf,
 ) -> None:
-    """Strike `num` times, but begin nothing more after `most_s`; print the table and write everything into `json`.
+    """Strike `num` times, but begin nothing more `most_s` after the first; print the table, write all into `json`.
 
     Raises typer.Exit if any answer was wrong or hung, if KV leaked, or if a fault showed what should not be.
     """
     console = Console(highlight=False, width=WIDTH)
     campaign, random = Campaign(fleet, load, console), Random(seed)
-    deadline = time.monotonic() + most_s
-    faults = takewhile(lambda _: time.monotonic() < deadline, draw(kinds, num, random))
-    ended_early = asyncio.run(campaign.run(faults, random))
+    ended_early = asyncio.run(campaign.run(_for_some_time(draw(kinds, num, random), most_s), random))
     rows = summarise(campaign.struck, load.answers, load.right)
     print_rows(rows, campaign.num_leaked, console)
     if ended_early:
@@ -61,3 +58,11 @@ def carry_out(
     is_faulty = any(row.ends["wrong"] or row.ends["hung"] or row.problems for row in rows)
     if is_faulty or campaign.num_leaked or ended_early:
         raise typer.Exit(1)
+
+
+def _for_some_time(faults: Iterator[Fault], most_s: float) -> Iterator[Fault]:
+    deadline = time.monotonic() + most_s
+    for fault in faults:
+        if time.monotonic() > deadline:
+            return
+        yield fault
