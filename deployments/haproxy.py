@@ -26,6 +26,12 @@ KEEPALIVE = """    option srvtcpka
     srvtcpka-idle 5s
     srvtcpka-intvl 2s
     srvtcpka-cnt 3"""
+GONE = {
+    502: "The frontend that had this request is gone; please retry.",
+    503: "No frontend can be reached; please retry.",
+    504: "The frontend that had this request does not answer; please retry.",
+}
+"""What clients get, by status, where Serve says 500 for all of these: what is not their fault, they may try again."""
 UNANSWERED_S = 10
 """As KEEPALIVE_S and UNANSWERED_MS of app/channel/protocol.py.  Health checks only keep further requests away from a
 frontend whose machine is gone or cut off; those that wait for its answer would wait for ever."""
@@ -72,6 +78,7 @@ def safer(configuration: str, max_connections: int | None, probe_port: int | Non
 
     - The admin socket is its owner's alone.  Statistics and metrics are for this machine alone; Serve asks the socket.
     - Clients have HEADERS_S to send a request's headers.
+    - If a frontend is gone, the statuses are 502, 503 and 504, which say so, instead of 500 for all of them.
     - A frontend that no packet reaches is given up within 11 s, also by requests that it has.
     - There are `max_connections` instead of Serve's 4,096; None leaves Serve's number.  Beyond half of them each answer
       ends its connection, so that idle ones do not take up the rest for ``http-keep-alive``.  That time itself stays
@@ -92,6 +99,12 @@ def safer(configuration: str, max_connections: int | None, probe_port: int | Non
         configuration = _replace(pattern, replacement, configuration)
     configuration = re.sub(
         r"^    server .* check\b.*", rf"\g<0> tcp-ut {UNANSWERED_S}s", configuration, flags=re.MULTILINE
+    )
+    configuration = re.sub(
+        r"^    errorfile (50[234]) .*",
+        lambda line: f'    http-error status {line[1]} content-type text/plain string "{GONE[int(line[1])]}"',
+        configuration,
+        flags=re.MULTILINE,
     )
     if not re.search(r"^    use_backend ", configuration, re.MULTILINE):
         configuration = _replace(

@@ -83,6 +83,7 @@ class NodeFault(msgspec.Struct, frozen=True):
         if self.act in ("kill", "unplug"):
             await asyncio.to_thread(cluster.kill if self.act == "kill" else cluster.cut, node)
             await asyncio.sleep(self.hold_s)
+            await asyncio.to_thread(cluster.wait_until_missed, node)  # before that all looks whole
             await asyncio.to_thread(cluster.start_anew, node)
         elif self.act == "kill raylet":
             send_signal(self.cluster.part("raylet", node), signal.SIGKILL)

@@ -288,6 +288,10 @@ class Cluster:
         raylets = [node.get("raylet", {}) for node in nodes]  # a node comes before what is known of it
         return {raylet["nodeManagerAddress"] for raylet in raylets if raylet.get("state") == "ALIVE"}
 
+    def wait_until_missed(self, node: Node) -> None:
+        """Return when Ray has noticed that a node is gone.  Raises NoCluster."""
+        _wait_until(lambda: node.address not in self._joined(), START_S, f"{node.address} is missed", every_s=0.5)
+
     def kill(self, node: Node) -> None:
         """All processes of a node end by SIGKILL at once; the kernel closes their connections."""
         node.process.kill()

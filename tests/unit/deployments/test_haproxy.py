@@ -42,13 +42,16 @@ haproxy.main()
 
 
 class Frontend(BaseHTTPRequestHandler):
-    """Answers at once, ``/slow`` after SLOW_S, and ``/pause`` with such a pause in the middle."""
+    """Answers at once, ``/slow`` after SLOW_S, ``/pause`` with such a pause in the middle, and ``/die`` not at all."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         if self.path == "/slow":
             time.sleep(SLOW_S)
+        if self.path == "/die":
+            self.close_connection = True
+            return
         self.send_response(200)
         self.send_header("Content-Length", "2")
         self.end_headers()
@@ -232,6 +235,11 @@ def test_a_frontend_that_no_packet_reaches_is_given_up_by_requests_that_it_has(
         assert times == KEEPALIVE_S
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == UNANSWERED_MS
     waiting.join()
+
+
+def test_a_frontend_that_dies_is_said_by_a_status_at_which_clients_try_again(ports: Ports, proxy: psutil.Popen) -> None:
+    """With Serve's own configuration it is 500."""
+    assert get(ports.requests, "/die") == 502
 
 
 def copy_of(file: int, pid: int) -> socket.socket:
