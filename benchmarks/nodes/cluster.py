@@ -126,6 +126,7 @@ class Network:
         self._holder.kill()
         self._holder.communicate()
         for process in self._started:
+            process.kill()  # nsenter stops with what it has started, and does not go on with it
             process.wait()
 
 
