@@ -34,6 +34,9 @@ RAY_FLAGS = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # An HAProxy that has died is started again after three checks; the default of 10 s makes that half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+    # A connection to another machine that acknowledges nothing ends after 10 s, as the channel's do, and calls on it
+    # fail instead of waiting; with the default of 120 s they still wait when the network has long been whole again.
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
     "RAY_worker_niceness": "0",  # Ray's default is 15: on a busy machine serving would come last
     "RAY_raylet_start_wait_time_s": "120",  # 30 s are not enough on two busy cores
 }

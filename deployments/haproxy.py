@@ -24,6 +24,13 @@ from pathlib import Path
 
 HEADERS_S = 10
 """How long a client may take to send a request's headers, or to send nothing on a new connection."""
+KEEPALIVE = """    option srvtcpka
+    srvtcpka-idle 5s
+    srvtcpka-intvl 2s
+    srvtcpka-cnt 3"""
+UNANSWERED_S = 10
+"""As KEEPALIVE_S and UNANSWERED_MS of app/channel/protocol.py.  Health checks only keep further requests away from a
+frontend whose machine is gone or cut off; those that wait for its answer would wait for ever."""
 MOST_CONNECTIONS = 32768
 """An idle one takes 1.1 KB of HAProxy (measured), so that many take 40 MB."""
 FILES_PER_CONNECTION = 2.5
@@ -73,6 +80,7 @@ def safer(configuration: str, max_connections: int | None, probe_port: int | Non
 
     - The admin socket is its owner's alone.  Statistics and metrics are for this machine alone; Serve asks the socket.
     - Clients have HEADERS_S to send a request's headers.
+    - A frontend that no packet reaches is given up within 11 s, also by requests that it has.
     - There are `max_connections` instead of Serve's 4,096; None leaves Serve's number.  Beyond half of them each answer
       ends its connection, so that idle ones do not take up the rest for ``http-keep-alive``.  That time itself stays
       long (90 s), because a load balancer that keeps connections open for 60 s must not find them closed.
@@ -87,13 +95,16 @@ def safer(configuration: str, max_connections: int | None, probe_port: int | Non
         raise ConfigurationChanged("it has a `timeout http-request` of its own")
     for pattern, replacement in (
         (r"(    stats socket \S+ mode )666( level admin .*)", r"\g<1>600\2"),
-        (r"(    timeout client \d+s)", rf"\1\n    timeout http-request {HEADERS_S}s"),
+        (r"(    timeout client \d+s)", rf"\1\n    timeout http-request {HEADERS_S}s\n{KEEPALIVE}"),
         (r"(frontend prometheus\n    bind ):(\d+)", r"\g<1>127.0.0.1:\2"),
         (r"(listen stats\n  bind )\*:(\d+)", r"\g<1>127.0.0.1:\2"),
     ):
         configuration = _replace(pattern, replacement, configuration)
     for status, message in OWN_ERRORS.items():
         configuration = _replace(rf"    errorfile {status} \S+", _own_error(status, message), configuration)
+    configuration = re.sub(
+        r"^    server .* check\b.*", rf"\g<0> tcp-ut {UNANSWERED_S}s", configuration, flags=re.MULTILINE
+    )
     if not re.search(r"^    use_backend ", configuration, re.MULTILINE):
         configuration = _replace(
             r"(backend default_backend\n    http-request return status )404 .*",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -41,10 +42,11 @@ class NotWhole(BatonError):
 class Fleet:
     """One model's replicas and what is around them."""
 
-    def __init__(self, url: str, model: str, application: str = "baton") -> None:
+    def __init__(self, url: str, model: str, application: str = "baton", socket: Path | None = None) -> None:
+        """`socket`: as `new_async_client`."""
         self.url = url
         self.model = model
-        self.client = new_async_client(url, ANSWER_TIMEOUT_S)
+        self.client = new_async_client(url, ANSWER_TIMEOUT_S, socket)
         self._titles = {**TITLES, "frontend": f"ray::ServeReplica:{application}:frontend"}
         self.raylet = 0
         self.pools: dict[str, int] = {}
@@ -78,10 +80,10 @@ class Fleet:
     def _titled(self, title: str) -> list[psutil.Process]:
         return below(self.raylet, title)
 
-    async def _health(self) -> dict[str, Any] | None:
-        """Return the answer of /health; None if there is none now."""
+    async def _health(self, client: httpx.AsyncClient | None = None) -> dict[str, Any] | None:
+        """Return the answer of /health, by default of `self.client`; None if there is none now."""
         try:
-            health: dict[str, Any] = (await self.client.get("/health")).json()
+            health: dict[str, Any] = (await (client or self.client).get("/health")).json()
         except (httpx.HTTPError, ValueError):
             return None
         return health if "models" in health else None
@@ -92,12 +94,16 @@ class Fleet:
 
     async def is_whole(self) -> bool:
         """Whether all replicas that there were are ready and can be reached again."""
-        health = await self._health()
+        if not self._shows_all(await self._health()):
+            return False
+        return len(self._titled(self._titles["frontend"])) == self._num_frontends
+
+    def _shows_all(self, health: dict[str, Any] | None) -> bool:
         if health is None or health["status"] != "healthy":
             return False
         wanted = {role: {"ready": num, "reachable": num} for role, num in self.pools.items()}
         is_full: bool = self._of_model(health)["pools"] == wanted
-        return is_full and len(self._titled(self._titles["frontend"])) == self._num_frontends
+        return is_full
 
     async def until_whole(self, timeout_s: float) -> float:
         """Wait until `is_whole` three times in a row, as each answer may come from another frontend.

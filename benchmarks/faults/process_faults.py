@@ -42,18 +42,19 @@ class ProcessFault(msgspec.Struct, frozen=True):
             raise LookupError(f"there is no {self.target}")
         victim = random.choice(victims)
         if self.act == "kill":
-            _signal(victim, signal.SIGKILL)
+            send_signal(victim, signal.SIGKILL)
             return
         try:
-            _signal(victim, signal.SIGSTOP)
+            send_signal(victim, signal.SIGSTOP)
             _, alive = await asyncio.to_thread(psutil.wait_procs, victim, self.hold_s)
         finally:
-            _signal(victim, signal.SIGCONT)
+            send_signal(victim, signal.SIGCONT)
         if self.hold_s == FOR_GOOD_S and alive:
             raise LookupError(f"a stopped {self.target} was not replaced within {FOR_GOOD_S:.0f} s")
 
 
-def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
+def send_signal(processes: list[psutil.Process], number: signal.Signals) -> None:
+    """Send a signal to those that are still there."""
     for process in processes:
         try:
             process.send_signal(number)

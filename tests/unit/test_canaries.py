@@ -24,6 +24,8 @@ import pytest
 import ray
 from prometheus_client import CollectorRegistry
 from ray import serve
+from ray.serve._private.request_router.request_router import RequestRouter
+from ray.serve._private.router import AsyncioRouter
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import ServeApplicationSchema
@@ -84,6 +86,12 @@ def test_a_handle_cannot_be_told_which_replica_to_call(name: str) -> None:
     """Else: `ChosenReplicaRouter` in deployments/serve_hooks.py and the whole of deployments/frontend/request_router.py
     but for its keeping of `ReadyReplicas`."""
     assert "replica_id" not in inspect.signature(getattr(DeploymentHandle, name)).parameters
+
+
+def test_serve_asks_replicas_whether_they_take_a_call_whatever_its_router_says() -> None:
+    """Else: `_WithoutRejection` in deployments/serve_hooks.py, as a router may say no by a property of its own."""
+    assert "supports_rejection_protocol" in vars(RequestRouter)
+    assert "supports_rejection_protocol" not in AsyncioRouter._route_and_send_request_once.__code__.co_names
 
 
 def test_an_ingress_that_makes_its_application_itself_needs_a_special_name() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from random import Random
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.faults.kinds import draw, kinds
 from benchmarks.faults.load import Answer, End, draw_questions, judge
-from benchmarks.faults.process_faults import FOR_GOOD_S, ProcessFault
+from benchmarks.faults.process_faults import FOR_GOOD_S, ProcessFault, send_signal
 from benchmarks.faults.report import Struck, summarise
 
 RIGHT = "one two three"
@@ -70,6 +72,14 @@ def test_each_kind_comes_once_a_round_and_the_seed_decides_the_order() -> None:
 def test_simulated_engines_have_no_processes_of_their_own() -> None:
     assert not [kind for kind in kinds(has_engines=False) if "engine" in kind.name]
     assert ProcessFault("decode engine", "stop", FOR_GOOD_S) in kinds(has_engines=True)
+
+
+def test_a_signal_reaches_the_processes_that_are_there() -> None:
+    gone, there = (psutil.Popen(["sleep", "60"]) for _ in range(2))
+    gone.kill()
+    gone.wait()
+    send_signal([gone, there], signal.SIGKILL)
+    assert there.wait(10) == -signal.SIGKILL
 
 
 def test_questions_are_drawn_by_the_seed() -> None:

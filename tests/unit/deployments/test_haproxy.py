@@ -1,5 +1,6 @@
 """Ray Serve's HAProxy with Baton's changes: the real program, with the configuration that Serve writes."""
 
+import ctypes
 import http.client
 import json
 import os
@@ -21,6 +22,7 @@ import pytest
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
 
+from app.channel.protocol import KEEPALIVE_S, UNANSWERED_MS
 from app.ports import free_port
 from deployments import haproxy
 from tests.conftest import REPOSITORY
@@ -217,7 +219,34 @@ def test_who_waits_for_an_answer_longer_than_the_clients_timeout_gets_it(
         assert time.monotonic() - began >= SLOW_S
 
 
-@pytest.mark.usefixtures("proxy")
+def test_a_frontend_that_no_packet_reaches_is_given_up_by_requests_that_it_has(
+    proxy: psutil.Popen, ports: Ports, frontend: int
+) -> None:
+    """Health checks do not do that, and there is no time within which an answer has to come."""
+
+    def connections() -> list[int]:
+        return [each.fd for each in proxy.net_connections("tcp4") if each.raddr and each.raddr.port == frontend]
+
+    waiting = threading.Thread(target=get, args=(ports.requests, "/slow"))
+    waiting.start()
+    until(connections)
+    with copy_of(connections()[0], proxy.pid) as connection:
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        times = {name: connection.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in KEEPALIVE_S}
+        assert times == KEEPALIVE_S
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == UNANSWERED_MS
+    waiting.join()
+
+
+def copy_of(file: int, pid: int) -> socket.socket:
+    """A file of another process as one of this process (``pidfd_getfd``)."""
+    process = os.pidfd_open(pid)
+    copy = ctypes.CDLL(None, use_errno=True).syscall(438, process, file, 0)
+    os.close(process)
+    assert copy >= 0, os.strerror(ctypes.get_errno())
+    return socket.socket(fileno=copy)
+
+
 def test_idle_connections_do_not_keep_a_readiness_probe_waiting(ports: Ports) -> None:
     with ExitStack() as idle:
         for _ in range(2 * MAXCONN):

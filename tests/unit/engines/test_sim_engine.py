@@ -365,6 +365,18 @@ async def test_a_lease_that_runs_out_frees_the_blocks_and_decode_computes_them(s
         assert (await decode.stats()).num_failed_transfers == 1
 
 
+async def test_a_decode_engine_that_never_ends_its_transfer_keeps_no_blocks_beyond_a_lease(start: Any) -> None:
+    """Its machine is gone, and nobody closes the connection."""
+    async with start("prefill", lease_s=0.2) as prefill:
+        params = (await prefill.prefill(request())).params
+        reader, writer = await asyncio.open_connection(params["host"], params["port"])
+        writer.write(f"take {params['handle']}\n".encode())
+        assert await reader.readline()
+        assert await holds_blocks(prefill)
+        await all_blocks_back(prefill)
+        writer.close()
+
+
 async def test_a_prefill_engine_that_is_gone_leaves_decode_to_compute(start: Any) -> None:
     async with start("decode") as decode:
         async with start("prefill") as prefill:
