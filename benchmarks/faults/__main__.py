@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from random import Random
 from typing import Annotated
@@ -30,7 +31,7 @@ def bench_faults(
     ),
     model: Annotated[str | None, typer.Option(help="By default the first of GET /v1/models.")] = None,
     faults: Annotated[int, typer.Option(min=1, help="How many faults.")] = 100,
-    only: Annotated[str, typer.Option(help="Only kinds whose names contain this.")] = "",
+    only: Annotated[str, typer.Option(help="Only kinds whose names match this regular expression.")] = "",
     streams: Annotated[int, typer.Option(min=1, help="Streams of requests at a time.")] = 8,
     questions: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 24,
     seed: Annotated[int, typer.Option(help="Of faults, victims and prompts.")] = 0,
@@ -44,9 +45,9 @@ def bench_faults(
     _, base_url = parse_url("URL", url)
     with new_client(base_url, 30.0) as client:
         card = find_card("URL", client, model)
-    found = [kind for kind in kinds(has_engines=card["engine"] != "sim") if only.lower() in kind.name.lower()]
+    found = [kind for kind in kinds(str(card["engine"])) if re.search(only, kind.name)]
     if not found:
-        raise ConfigError("--only", f"no kind's name contains {only!r}")
+        raise ConfigError("--only", f"no kind's name matches {only!r}")
     console = Console(highlight=False, width=WIDTH)
     load = Load(base_url, str(card["id"]), draw_questions(questions, seed), streams)
     campaign = Campaign(Fleet(base_url, str(card["id"])), load, console)

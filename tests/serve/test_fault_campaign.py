@@ -44,7 +44,7 @@ def strike(url: str, *names: str) -> tuple[dict[str, Row], int]:
     """Return what was seen of each kind of fault, and how many KV blocks leaked."""
 
     async def run() -> tuple[dict[str, Row], int]:
-        found: dict[str, Fault] = {kind.name: kind for kind in kinds(has_engines=False)}
+        found: dict[str, Fault] = {kind.name: kind for kind in kinds("sim")}
         load = Load(url, "tiny", draw_questions(8, seed=1), num_streams=4)
         campaign = Campaign(Fleet(url, "tiny", "faults"), load, Console(quiet=True))
         assert await campaign.run([found[name] for name in names], Random(1)) == ""
