@@ -101,8 +101,8 @@ class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
     """Why the prompt was prefilled locally; empty if it was prefilled remotely.  It is the reason of the decision
     (app/routing/decision.py) if that was for a local prefill, else what stood in the way: ``no_prefill_replica``,
     ``prefill_failed``, ``prefill_timeout``, ``descriptor_expired``, ``transfer_failed``, ``transport_refused``,
-    ``incompatible_kv``, ``kv_changed`` if the KV was not what prefill computed, or ``already_cached`` if decode had the
-    whole prompt."""
+    ``incompatible_kv``, ``descriptor_corrupted``, ``kv_changed`` if the KV was not what prefill computed, or
+    ``already_cached`` if decode had the whole prompt."""
     prefill_replica: str | None
     decode_replica: str
     cached_tokens: int
@@ -187,6 +187,9 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     """The seconds of the hop's phases so far."""
     kv_format: KvFormat | None = None
     """What the KV is like; None before the replica has added it to what its engine wrote."""
+    prompt_digest: bytes = b""
+    seal: bytes = b""
+    """Digests of the prompt, and of all this but `phases` (app/handoff_seal.py); empty before the replica adds them."""
 
     def has_expired(self, waited_s: float) -> bool:
         """Whether pulling now is unsafe: after half the lease prefill may free and reuse the blocks during the read.

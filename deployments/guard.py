@@ -40,13 +40,17 @@ _guards: list[subprocess.Popen[bytes]] = []
 async def be_guarded(still_s: float = STILL_S) -> None:
     """Start a guard and give it signs of life until cancelled; it then kills this process unless it ends in time.
 
-    Raises BrokenPipeError if the guard has ended; call this again then.
+    Raises BrokenPipeError if the guard has ended, and what else went wrong.  Call this again then: the guard is gone.
     """
     # Without site-packages and the environment's settings it takes 9 MB.  A session of its own keeps Ctrl-C from it.
     command = [sys.executable, "-S", "-E", "-c", _GUARD, str(os.getpid()), str(still_s), GUARD]
     guard = await asyncio.to_thread(subprocess.Popen, command, stdin=subprocess.PIPE, start_new_session=True)
     _guards.append(guard)
     assert guard.stdin is not None
-    while True:
-        os.write(guard.stdin.fileno(), b".")
-        await asyncio.sleep(min(BEAT_S, still_s / 4))
+    try:
+        while True:
+            os.write(guard.stdin.fileno(), b".")
+            await asyncio.sleep(min(BEAT_S, still_s / 4))
+    except Exception:
+        guard.kill()  # it gets no more signs of life, but the one that this process will have next does
+        raise

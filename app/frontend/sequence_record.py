@@ -109,7 +109,8 @@ class SequenceRecord:
         if report.transferred_tokens:
             _labelled(metrics.TRANSFERRED_TOKENS, self._model, report.transport).inc(report.transferred_tokens)
         for phase, seconds in report.phases.items():
-            _labelled(metrics.HOP_PHASES, self._model, phase).observe(seconds)
+            # Two wall clocks may disagree, and Prometheus takes a sum that falls for one that began again.
+            _labelled(metrics.HOP_PHASES, self._model, phase).observe(max(0.0, seconds))
         if (decision := self.decision) is None:
             return
         _labelled(metrics.EXPECTED_CACHED_TOKENS, self._model).inc(decision.expected_cached_tokens)

@@ -36,7 +36,7 @@ def bench_faults(
     _, base_url = parse_url("URL", url)
     with new_client(base_url, 30.0) as client:
         card = find_card("URL", client, model)
-    found = choose(kinds(has_engines=card["engine"] != "sim"), only)
+    found = choose(kinds(str(card["engine"])), only)
     model_id = str(card["id"])
     load = Load(base_url, model_id, draw_questions(questions, seed), streams)
     carry_out(found, faults, Fleet(base_url, model_id), load, seed, json)

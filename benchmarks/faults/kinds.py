@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Protocol
 
 from benchmarks.faults.client_faults import CLIENT_FAULTS
 from benchmarks.faults.fleet import Fleet
+from benchmarks.faults.inside_faults import inside_faults
+from benchmarks.faults.machine_faults import machine_faults
 from benchmarks.faults.process_faults import process_faults
+from benchmarks.faults.slow_clients import SLOW_CLIENTS
 
 
 class Fault(Protocol):
@@ -25,9 +29,15 @@ class Fault(Protocol):
         ...
 
 
-def kinds(*, has_engines: bool) -> list[Fault]:
-    """Return all kinds; engines have processes of their own unless they are simulated."""
-    return [*process_faults(has_engines=has_engines), *CLIENT_FAULTS]
+def kinds(engine: str) -> list[Fault]:
+    """Return all kinds for an application on `engine`; only real engines have processes of their own."""
+    return [
+        *process_faults(has_engines=engine != "sim"),
+        *CLIENT_FAULTS,
+        *SLOW_CLIENTS,
+        *inside_faults(engine),
+        *machine_faults(os.environ.get("RAY_TMPDIR")),
+    ]
 
 
 def draw(found: Sequence[Fault], num: int, random: Random) -> Iterator[Fault]:

@@ -23,12 +23,21 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
 HARMLESS = ("poison", "flood of sequences", "flood of bytes", "silent clients", "clients that leave", "overload")
 """What clients do.  Nobody else may notice."""
+INSIDE = (
+    "descriptor: other blocks",
+    "descriptor: older",
+    "descriptor: undecoded",
+    "exception in decode replica's follow-cache",
+    "exception in prefill replica's watch-load",
+    "exception in frontend's channel",
+)
+"""What no client may see."""
 LOSSES = ("kill -9 prefill replica", "kill -9 decode replica", "stop decode replica 1 s")
 
 
 @pytest.fixture(scope="module")
 def url(serve_url: str) -> Iterator[str]:
-    from deployments.build import build
+    from benchmarks.faults.agent_calls import build
 
     config = yaml.safe_load((REPOSITORY / "cluster" / "local" / "sim-faults.yaml").read_text())
     arguments = config["applications"][0]["args"]
@@ -44,7 +53,7 @@ def strike(url: str, *names: str) -> tuple[dict[str, Row], int]:
     """Return what was seen of each kind of fault, and how many KV blocks leaked."""
 
     async def run() -> tuple[dict[str, Row], int]:
-        found: dict[str, Fault] = {kind.name: kind for kind in kinds(has_engines=False)}
+        found: dict[str, Fault] = {kind.name: kind for kind in kinds("sim")}
         load = Load(url, "tiny", draw_questions(8, seed=1), num_streams=4)
         campaign = Campaign(Fleet(url, "tiny", "faults"), load, Console(quiet=True))
         assert await campaign.run([found[name] for name in names], Random(1)) == ""
@@ -59,6 +68,16 @@ def test_nobody_notices_what_clients_do(url: str) -> None:
     for row in rows.values():
         assert row.ends.keys() <= {"right", "refused"}, row
         assert row.ends["refused"] == 0 or row.name == "overload", row
+    assert num_leaked == 0
+
+
+def test_what_goes_wrong_inside_gives_no_wrong_answer(url: str) -> None:
+    rows, num_leaked = strike(url, *INSIDE)
+    assert {name: row.problems for name, row in rows.items()} == {name: [] for name in INSIDE}
+    for row in rows.values():
+        assert row.num_answers > 0
+        assert row.ends.keys() <= {"right", "ended"}, row
+        assert row.ends["ended"] == 0 or row.name == "exception in frontend's channel", row
     assert num_leaked == 0
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client import REGISTRY
 
@@ -210,3 +211,9 @@ def test_metrics_that_fail_end_nothing(model: str, monkeypatch: pytest.MonkeyPat
         record.progress.take(TokenDelta([1, 2]))
     record.on_end("stop")
     assert (record.num_attempts, record._output_tokens) == (1, 4)
+
+
+def test_clocks_that_disagree_do_not_make_a_sum_fall(model: str) -> None:
+    served(model, msgspec.structs.replace(REMOTE, phases={"delivery": -60.0}))
+    assert count("baton_hop_phase_seconds_count", model=model, phase="delivery") == 1
+    assert count("baton_hop_phase_seconds_sum", model=model, phase="delivery") == 0
