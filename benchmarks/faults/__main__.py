@@ -16,6 +16,7 @@ from app.bench.output import check_files
 from app.cli.entry import run_app, to_app
 from app.errors import ConfigError
 from benchmarks.faults.campaign import Campaign
+from benchmarks.faults.deployed import Deployed
 from benchmarks.faults.fleet import Fleet
 from benchmarks.faults.kinds import draw, kinds
 from benchmarks.faults.load import Load, draw_questions
@@ -49,7 +50,7 @@ def bench_faults(
         raise ConfigError("--only", f"no kind's name contains {only!r}")
     console = Console(highlight=False, width=WIDTH)
     load = Load(base_url, str(card["id"]), draw_questions(questions, seed), streams)
-    campaign = Campaign(Fleet(base_url, str(card["id"])), load, console)
+    campaign = Campaign(Fleet(base_url, str(card["id"]), Deployed("baton")), load, console)
     random = Random(seed)
     ended_early = asyncio.run(campaign.run(draw(found, faults, random), random))
     rows = summarise(campaign.struck, load.answers, load.right)

@@ -9,7 +9,8 @@ from random import Random
 
 from rich.console import Console
 
-from benchmarks.faults.fleet import BadAnswer, Fleet, NotWhole
+from benchmarks.faults.deployed import BadAnswer
+from benchmarks.faults.fleet import Fleet, NotWhole
 from benchmarks.faults.kinds import Fault
 from benchmarks.faults.load import Load
 from benchmarks.faults.report import Struck
@@ -62,9 +63,9 @@ class Campaign:
 
     async def _strike(self, fault: Fault, random: Random) -> None:
         await asyncio.sleep(BEFORE_S)
-        began_at, problem, recovery_s = time.monotonic(), "", 0.0
+        began_at, seen, problem, recovery_s = time.monotonic(), "", "", 0.0
         try:
-            await fault.strike(self._fleet, random)
+            seen = await fault.strike(self._fleet, random)
         except (BadAnswer, LookupError) as error:
             problem = str(error)
         try:
@@ -74,8 +75,8 @@ class Campaign:
             self.struck.append(Struck(fault.name, began_at, time.monotonic(), None, problem or "did not come back"))
             raise
         await asyncio.sleep(AFTER_S)
-        self.struck.append(Struck(fault.name, began_at, time.monotonic(), recovery_s, problem))
-        said = f"  {problem}" if problem else ""
+        self.struck.append(Struck(fault.name, began_at, time.monotonic(), recovery_s, problem, seen))
+        said = "".join(f"  {text}" for text in (seen, problem) if text)
         self._console.print(f"{len(self.struck):4d}  {fault.name}: whole after {recovery_s:.1f} s{said}", markup=False)
 
     async def _count_leaked(self) -> None:

@@ -11,6 +11,7 @@ import psutil
 
 from app.bench.client import new_async_client
 from app.errors import BatonError
+from benchmarks.faults.deployed import Deployed
 
 Target = Literal[
     "prefill replica", "decode replica", "prefill engine", "decode engine", "frontend", "HAProxy", "controller"
@@ -27,10 +28,6 @@ ANSWER_TIMEOUT_S = 10.0
 POLL_S = 0.2
 
 
-class BadAnswer(Exception):
-    """During a fault somebody got what nobody should get."""
-
-
 class NotWhole(BatonError):
     """The application did not come back to what it was."""
 
@@ -41,11 +38,12 @@ class NotWhole(BatonError):
 class Fleet:
     """One model's replicas and what is around them."""
 
-    def __init__(self, url: str, model: str, application: str = "baton") -> None:
+    def __init__(self, url: str, model: str, deployed: Deployed) -> None:
         self.url = url
         self.model = model
         self._client = new_async_client(url, ANSWER_TIMEOUT_S)
-        self._titles = {**TITLES, "frontend": f"ray::ServeReplica:{application}:frontend"}
+        self.deployed = deployed
+        self._titles = {**TITLES, "frontend": f"ray::ServeReplica:{deployed.name}:frontend"}
         self._raylet = 0
         self.pools: dict[str, int] = {}
         """The number of ready replicas of each pool, as it was at the beginning."""
@@ -63,6 +61,7 @@ class Fleet:
         pid = next(endpoint["pid"] for endpoint in health["endpoints"])
         self._raylet = next(parent.pid for parent in psutil.Process(pid).parents() if parent.name() == "raylet")
         self._num_frontends = len(self._titled(self._titles["frontend"]))
+        await self.deployed.connect(self._raylet)
 
     async def processes(self, target: Target) -> list[list[psutil.Process]]:
         """Return the processes that a fault of `target` may befall, those of one victim together."""

@@ -8,7 +8,9 @@ from typing import Protocol
 
 from benchmarks.faults.client_faults import CLIENT_FAULTS
 from benchmarks.faults.fleet import Fleet
+from benchmarks.faults.overload import OVERLOADS
 from benchmarks.faults.process_faults import process_faults
+from benchmarks.faults.updates import UPDATES
 
 
 class Fault(Protocol):
@@ -17,8 +19,8 @@ class Fault(Protocol):
     @property
     def name(self) -> str: ...
 
-    async def strike(self, fleet: Fleet, random: Random) -> None:
-        """Make the fault, and return when it is over and undone.
+    async def strike(self, fleet: Fleet, random: Random) -> str:
+        """Make the fault, and return what was measured, or nothing, when it is over and undone.
 
         Raises LookupError if there is nothing that it could befall, BadAnswer if somebody got what nobody should get.
         """
@@ -27,7 +29,8 @@ class Fault(Protocol):
 
 def kinds(*, has_engines: bool) -> list[Fault]:
     """Return all kinds; engines have processes of their own unless they are simulated."""
-    return [*process_faults(has_engines=has_engines), *CLIENT_FAULTS]
+    found: list[Fault] = [*process_faults(has_engines=has_engines), *CLIENT_FAULTS, *OVERLOADS, *UPDATES]
+    return found
 
 
 def draw(found: Sequence[Fault], num: int, random: Random) -> Iterator[Fault]:

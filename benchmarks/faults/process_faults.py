@@ -35,7 +35,7 @@ class ProcessFault(msgspec.Struct, frozen=True):
             return f"kill -9 {self.target}"
         return f"stop {self.target} " + ("for good" if self.hold_s == FOR_GOOD_S else f"{self.hold_s:g} s")
 
-    async def strike(self, fleet: Fleet, random: Random) -> None:
+    async def strike(self, fleet: Fleet, random: Random) -> str:
         """Make the fault, and return when it is over.  Stopped processes go on in any case."""
         victims = await fleet.processes(self.target)
         if not victims:
@@ -43,7 +43,7 @@ class ProcessFault(msgspec.Struct, frozen=True):
         victim = random.choice(victims)
         if self.act == "kill":
             _signal(victim, signal.SIGKILL)
-            return
+            return ""
         try:
             _signal(victim, signal.SIGSTOP)
             _, alive = await asyncio.to_thread(psutil.wait_procs, victim, self.hold_s)
@@ -51,6 +51,7 @@ class ProcessFault(msgspec.Struct, frozen=True):
             _signal(victim, signal.SIGCONT)
         if self.hold_s == FOR_GOOD_S and alive:
             raise LookupError(f"a stopped {self.target} was not replaced within {FOR_GOOD_S:.0f} s")
+        return ""
 
 
 def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:

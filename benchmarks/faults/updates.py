@@ -1,0 +1,121 @@
+"""Updates of the running application under load.  They are no faults: nobody may lose anything."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any, Literal
+
+import msgspec
+
+from benchmarks.faults.deployed import BadAnswer, Deployed
+from benchmarks.faults.fleet import Fleet
+
+Part = Literal["prefill", "decode", "frontend"]
+PARTS: tuple[Part, ...] = ("prefill", "decode", "frontend")
+MARK = "BATON_UPDATE"
+"""An environment variable that means nothing.  Serve replaces the replicas whose environment changes."""
+
+
+def section(arguments: dict[str, Any], part: Part) -> dict[str, Any]:
+    """Return the settings of the frontends, or of a pool of the first model."""
+    if part == "frontend":
+        found: dict[str, Any] = arguments.setdefault("frontend", {})
+    else:
+        found = arguments["models"][0][part]
+    return found
+
+
+class RollingUpdate(msgspec.Struct, frozen=True):
+    """The application is deployed again with a change to some parts or none, and then as it was."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def name(self) -> str:
+        return f"update {' and '.join(self.parts) or 'without a change'}"
+
+    async def strike(self, fleet: Fleet, random: Random) -> str:
+        """Raises BadAnswer if the update fails, or replaces other replicas than it has to."""
+        deployed, before = fleet.deployed, fleet.deployed.arguments()
+        changed = deployed.arguments()
+        for part in self.parts:
+            section(changed, part).setdefault("environment", {})[MARK] = "1"
+        for arguments in (changed, before):
+            old = deployed.replicas()
+            await deployed.update(arguments)
+            self._check(old, deployed.replicas())
+        return ""
+
+    def _check(self, old: dict[str, dict[str, str]], new: dict[str, dict[str, str]]) -> None:
+        for deployment in old:
+            stayed = sorted(old[deployment].keys() & new[deployment].keys())
+            is_updated = deployment.startswith(self.parts)
+            if stayed != ([] if is_updated else sorted(old[deployment])):
+                raise BadAnswer(f"{self.name}: of {deployment} stayed {stayed} of {sorted(old[deployment])}")
+
+
+class Rescale(msgspec.Struct, frozen=True):
+    """A pool loses a replica, gets two and loses one: workers come and go."""
+
+    part: Part
+
+    @property
+    def name(self) -> str:
+        return f"scale {self.part}"
+
+    async def strike(self, fleet: Fleet, random: Random) -> str:
+        """Raises BadAnswer."""
+        deployed = fleet.deployed
+        num = section(deployed.arguments(), self.part)["replicas"]
+        for wanted in (max(1, num - 1), num + 1, num):
+            arguments = deployed.arguments()
+            section(arguments, self.part)["replicas"] = wanted
+            await deployed.update(arguments)
+        return ""
+
+
+class OtherKv(msgspec.Struct, frozen=True):
+    """Both pools are updated to KV that does not fit the old one, one of them sooner than the other; and back.
+
+    Serve updates all deployments at once, each one replica after the other.  So the pool that has one is through first.
+    """
+
+    first: Part
+    last: Part
+
+    @property
+    def name(self) -> str:
+        return f"update to other KV, {self.first} first"
+
+    async def strike(self, fleet: Fleet, random: Random) -> str:
+        """Raises BadAnswer if no pair was refused while both kinds were there, or if one is refused afterwards."""
+        deployed, before = fleet.deployed, fleet.deployed.arguments()
+        apart = deployed.arguments()
+        section(apart, self.first)["replicas"], section(apart, self.last)["replicas"] = 1, 2
+        await deployed.update(apart)
+        engine_args = apart["models"][0].setdefault("engine_args", {})
+        engine_args[BLOCK_SIZE[apart["models"][0]["decode"].get("engine", "vllm")]] = 64
+        try:
+            await self._update(deployed, apart)
+        finally:
+            await self._update(deployed, before)
+        return ""
+
+    async def _update(self, deployed: Deployed, arguments: dict[str, Any]) -> None:
+        problems: set[str] = set()
+        await deployed.update(arguments, lambda: problems.update(deployed.link_problems()))
+        if not any("KV of another kind" in problem for problem in problems):
+            raise BadAnswer(f"no pair was refused for its KV: {sorted(problems)}")
+        if left := deployed.link_problems():
+            raise BadAnswer(f"after the update pairs are still refused: {sorted(left)}")
+
+
+BLOCK_SIZE = {"vllm": "block_size", "sim": "block_size", "sglang": "page_size"}
+
+UPDATES: tuple[RollingUpdate | Rescale | OtherKv, ...] = (
+    RollingUpdate(()),
+    *(RollingUpdate((part,)) for part in PARTS),
+    *map(Rescale, PARTS),
+    OtherKv("prefill", "decode"),
+    OtherKv("decode", "prefill"),
+)
