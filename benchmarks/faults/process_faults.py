@@ -20,6 +20,9 @@ STOPS_S = (1.0, 10.0, 60.0)
 FOR_GOOD_S = 300.0
 """The longest time for which processes stay stopped that have to be replaced."""
 
+GONE_S = 10.0
+"""The longest time until a killed process is gone."""
+
 
 class ProcessFault(msgspec.Struct, frozen=True):
     """Signals to the processes of one replica, engine or other part."""
@@ -43,6 +46,8 @@ class ProcessFault(msgspec.Struct, frozen=True):
         victim = random.choice(victims)
         if self.act == "kill":
             _signal(victim, signal.SIGKILL)
+            # The kernel takes a while on a busy machine, and until then all seems to be whole.
+            await asyncio.to_thread(psutil.wait_procs, victim, GONE_S)
             return ""
         try:
             _signal(victim, signal.SIGSTOP)
