@@ -15,6 +15,9 @@ PARTS: tuple[Part, ...] = ("prefill", "decode", "frontend")
 MARK = "BATON_UPDATE"
 """An environment variable that means nothing.  Serve replaces the replicas whose environment changes."""
 
+OTHER_BLOCKS = {"vllm": {"block_size": 96}, "sim": {"block_size": 96}, "sglang": {"page_size": 64}}
+"""Engine arguments for KV that does not fit that of cluster/local/*-faults.yaml, either way.  They change no output."""
+
 
 def section(arguments: dict[str, Any], part: Part) -> dict[str, Any]:
     """Return the settings of the frontends, or of a pool of the first model."""
@@ -93,8 +96,8 @@ class OtherKv(msgspec.Struct, frozen=True):
         apart = deployed.arguments()
         section(apart, self.first)["replicas"], section(apart, self.last)["replicas"] = 1, 2
         await deployed.update(apart)
-        engine_args = apart["models"][0].setdefault("engine_args", {})
-        engine_args[BLOCK_SIZE[apart["models"][0]["decode"].get("engine", "vllm")]] = 64
+        model = apart["models"][0]
+        model.setdefault("engine_args", {}).update(OTHER_BLOCKS[model["decode"].get("engine", "vllm")])
         try:
             await self._update(deployed, apart)
         finally:
@@ -109,8 +112,6 @@ class OtherKv(msgspec.Struct, frozen=True):
         if left := deployed.link_problems():
             raise BadAnswer(f"after the update pairs are still refused: {sorted(left)}")
 
-
-BLOCK_SIZE = {"vllm": "block_size", "sim": "block_size", "sglang": "page_size"}
 
 UPDATES: tuple[RollingUpdate | Rescale | OtherKv, ...] = (
     RollingUpdate(()),

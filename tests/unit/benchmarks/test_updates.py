@@ -21,7 +21,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "decode-tiny": lambda arguments: arguments["models"][0]["decode"],
     "frontend": lambda arguments: arguments["frontend"],
 }
-KV = "KV of another kind: block_size_tokens is 16 at prefill and 64 at decode"
+KV = "KV of another kind: block_size_tokens is 16 at prefill and 96 at decode"
 
 
 class FakeDeployed(Deployed):
@@ -98,7 +98,7 @@ async def test_other_kv_is_refused_between_the_pairs_that_do_not_fit() -> None:
     await strike(OtherKv("decode", "prefill"), deployed)
     _, apart, changed, after = deployed.history
     assert [SECTIONS[name](apart)["replicas"] for name in ("decode-tiny", "prefill-tiny")] == [1, 2]
-    assert changed == {**apart, "models": [{**apart["models"][0], "engine_args": {"block_size": 64}}]}
+    assert changed == {**apart, "models": [{**apart["models"][0], "engine_args": {"block_size": 96}}]}
     assert after == ARGUMENTS
 
 
