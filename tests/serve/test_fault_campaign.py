@@ -56,6 +56,7 @@ DEPLOYED = DeployedHere("faults")
 def url(serve_url: str) -> Iterator[str]:
     config = yaml.safe_load((REPOSITORY / "cluster" / "local" / "sim-faults.yaml").read_text())
     arguments = config["applications"][0]["args"]
+    arguments["models"][0]["engine_args"]["speed_up"] = 0.5
     arguments["frontend"]["replicas"] = 1  # a second one takes longer to start than all faults of a kind
     DEPLOYED.deploy(arguments)
     url = f"{serve_url}/faults"
