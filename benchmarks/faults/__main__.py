@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from pathlib import Path
 from random import Random
 from typing import Annotated
@@ -31,6 +32,7 @@ def bench_faults(
     ),
     model: Annotated[str | None, typer.Option(help="By default the first of GET /v1/models.")] = None,
     faults: Annotated[int, typer.Option(min=1, help="How many faults.")] = 100,
+    minutes: Annotated[float, typer.Option(min=0.0, help="Begin no other fault after so many minutes.")] = math.inf,
     only: Annotated[str, typer.Option(help="Only kinds whose names contain this.")] = "",
     streams: Annotated[int, typer.Option(min=1, help="Streams of requests at a time.")] = 8,
     questions: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 24,
@@ -52,7 +54,7 @@ def bench_faults(
     load = Load(base_url, str(card["id"]), draw_questions(questions, seed), streams)
     campaign = Campaign(Fleet(base_url, str(card["id"]), Deployed("baton")), load, console)
     random = Random(seed)
-    ended_early = asyncio.run(campaign.run(draw(found, faults, random), random))
+    ended_early = asyncio.run(campaign.run(draw(found, faults, random), random, 60 * minutes))
     rows = summarise(campaign.struck, load.answers, load.right)
     print_rows(rows, campaign.num_leaked, console)
     if ended_early:

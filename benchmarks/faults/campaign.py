@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable
 from random import Random
@@ -35,8 +36,10 @@ class Campaign:
         self.num_leaked = 0
         """KV blocks that were still held when nothing ran."""
 
-    async def run(self, faults: Iterable[Fault], random: Random) -> str:
-        """Strike with each fault.  Returns why that ended early, if the application did not come back; "" otherwise.
+    async def run(self, faults: Iterable[Fault], random: Random, longest_s: float = math.inf) -> str:
+        """Strike with each fault that can begin within `longest_s`.
+
+        Returns why that ended early, if the application did not come back; "" otherwise.
 
         Raises UnsteadyAnswer.
         """
@@ -45,7 +48,7 @@ class Campaign:
             await self._load.ask_undisturbed()
             self._load.start()
             try:
-                await self._strike_all(faults, random)
+                await self._strike_all(faults, random, time.monotonic() + longest_s)
             finally:
                 await self._load.stop()
         except NotWhole as problem:
@@ -54,8 +57,10 @@ class Campaign:
             await self._fleet.close()
         return ""
 
-    async def _strike_all(self, faults: Iterable[Fault], random: Random) -> None:
+    async def _strike_all(self, faults: Iterable[Fault], random: Random, until: float) -> None:
         for number, fault in enumerate(faults, start=1):
+            if time.monotonic() > until:
+                break
             await self._strike(fault, random)
             if number % LEAK_CHECK_EVERY == 0:
                 await self._count_leaked()

@@ -29,7 +29,7 @@ def section(arguments: dict[str, Any], part: Part) -> dict[str, Any]:
 
 
 class RollingUpdate(msgspec.Struct, frozen=True):
-    """The application is deployed again with a change to some parts or none, and then as it was."""
+    """The application is deployed again with a change to some parts or none."""
 
     parts: tuple[Part, ...]
 
@@ -39,14 +39,12 @@ class RollingUpdate(msgspec.Struct, frozen=True):
 
     async def strike(self, fleet: Fleet, random: Random) -> str:
         """Raises BadAnswer if the update fails, or replaces other replicas than it has to."""
-        deployed, before = fleet.deployed, fleet.deployed.arguments()
-        changed = deployed.arguments()
+        deployed = fleet.deployed
+        old, changed = deployed.replicas(), deployed.arguments()
         for part in self.parts:
-            section(changed, part).setdefault("environment", {})[MARK] = "1"
-        for arguments in (changed, before):
-            old = deployed.replicas()
-            await deployed.update(arguments)
-            self._check(old, deployed.replicas())
+            section(changed, part).setdefault("environment", {})[MARK] = str(random.random())
+        await deployed.update(changed)
+        self._check(old, deployed.replicas())
         return ""
 
     def _check(self, old: dict[str, dict[str, str]], new: dict[str, dict[str, str]]) -> None:

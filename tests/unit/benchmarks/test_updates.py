@@ -64,11 +64,10 @@ async def strike(fault: RollingUpdate | Rescale | OtherKv, deployed: FakeDeploye
 
 
 @pytest.mark.parametrize("parts", [(), ("prefill",), ("frontend",), ("prefill", "decode")])
-async def test_an_update_changes_its_parts_and_undoes_that(parts: tuple[Part, ...]) -> None:
+async def test_an_update_changes_its_parts(parts: tuple[Part, ...]) -> None:
     deployed = FakeDeployed()
     await strike(RollingUpdate(parts), deployed)
-    _, changed, after = deployed.history
-    assert after == ARGUMENTS
+    _, changed = deployed.history
     marked = [name for name, section in SECTIONS.items() if section(changed).get("environment")]
     assert [name.removesuffix("-tiny") for name in marked] == list(parts)
 
