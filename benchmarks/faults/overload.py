@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from random import Random
 from statistics import median
@@ -58,12 +59,58 @@ class Overload(msgspec.Struct, frozen=True):
         scaled.setdefault("frontend", {})["replicas"] = self.num_frontends
         await fleet.deployed.update(scaled)
         try:
-            return await _overload(fleet, random)
+            measured = await _overload(fleet, random)
         finally:
             await fleet.deployed.update(before)
+        measured.check()
+        return str(measured)
 
 
-async def _overload(fleet: Fleet, random: Random) -> str:
+class Measured(msgspec.Struct, frozen=True):
+    """What an overload showed."""
+
+    capacity: float
+    """Requests of that kind that are served in a second."""
+    began_at: float
+    """When the first of the replies was asked for, by the monotonic clock."""
+    replies: list[Reply]
+    recovery_s: float
+    growth_bytes: int
+    """By how much the memory of a frontend grew."""
+
+    @property
+    def served(self) -> list[Reply]:
+        """The replies of the time from which the goodput is taken."""
+        good = [reply for reply in self.replies if reply.status == httpx.codes.OK]
+        return [reply for reply in good if SETTLED_S < reply.ended_at - self.began_at < OPEN_S]
+
+    @property
+    def goodput(self) -> float:
+        """Of the capacity, from 0 to 1 and a little more."""
+        return len(self.served) / (OPEN_S - SETTLED_S) / self.capacity
+
+    @property
+    def unfair(self) -> set[int]:
+        """The statuses of refused replies other than 429 and 503, and of those that do not say when to come again."""
+        refused = [reply for reply in self.replies if reply.status != httpx.codes.OK]
+        return {reply.status for reply in refused if reply.status not in (429, 503) or not reply.has_retry_after}
+
+    def __str__(self) -> str:
+        median_s = median(reply.seconds for reply in self.served) if self.served else math.inf
+        return (
+            f"{len(self.replies)} requests at {TIMES_CAPACITY} x {self.capacity:.1f}/s, goodput {self.goodput:.2f} of "
+            f"it, median {median_s:.1f} s, recovery {self.recovery_s:.1f} s, "
+            f"{self.growth_bytes / 2**20:.0f} MiB more in a frontend"
+        )
+
+    def check(self) -> None:
+        """Raises BadAnswer."""
+        is_good = self.goodput >= MIN_GOODPUT and self.recovery_s <= MAX_RECOVERY_S
+        if self.unfair or not is_good or self.growth_bytes > MAX_GROWTH_BYTES:
+            raise BadAnswer(f"unfair {sorted(self.unfair)}; {self}")
+
+
+async def _overload(fleet: Fleet, random: Random) -> Measured:
     frontends = [process for found in await fleet.processes("frontend") for process in found]
     async with new_async_client(fleet.url, WAIT_S) as client:
         undisturbed_s = await _probe_s(client, fleet.model)
@@ -74,19 +121,7 @@ async def _overload(fleet: Fleet, random: Random) -> str:
         recovery_s = await _recover(client, fleet.model, undisturbed_s)
         replies = await asyncio.gather(*asked)
         growth = max(after - before for before, after in zip(sizes, _sizes(frontends), strict=True))
-    served = [r for r in replies if r.status == httpx.codes.OK and SETTLED_S < r.ended_at - began_at < OPEN_S]
-    goodput = len(served) / (OPEN_S - SETTLED_S)
-    seen = (
-        f"{len(replies)} requests at {TIMES_CAPACITY} x {capacity:.1f}/s, goodput {goodput / capacity:.2f} of it, "
-        f"median {median(r.seconds for r in served) if served else 0:.1f} s, recovery {recovery_s:.1f} s, "
-        f"{growth / 2**20:.0f} MiB more in a frontend"
-    )
-    unfair = {
-        r.status for r in replies if r.status not in (200, 429, 503) or (r.status != 200 and not r.has_retry_after)
-    }
-    if unfair or goodput < MIN_GOODPUT * capacity or growth > MAX_GROWTH_BYTES or recovery_s > MAX_RECOVERY_S:
-        raise BadAnswer(f"unfair {sorted(unfair)}; {seen}")
-    return seen
+    return Measured(capacity, began_at, replies, recovery_s, growth)
 
 
 async def _ask(client: httpx.AsyncClient, model: str, prompt: list[int]) -> Reply:
@@ -131,7 +166,7 @@ async def _open_loop(client: httpx.AsyncClient, model: str, random: Random, rate
 async def _probe_s(client: httpx.AsyncClient, model: str) -> float:
     """Return the seconds that a short request takes; infinity if it is refused."""
     reply = await _ask(client, model, [400, 401, 402])
-    return reply.seconds if reply.status == httpx.codes.OK else float("inf")
+    return reply.seconds if reply.status == httpx.codes.OK else math.inf
 
 
 async def _recover(client: httpx.AsyncClient, model: str, undisturbed_s: float) -> float:
