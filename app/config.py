@@ -65,6 +65,10 @@ class DeploymentConfig(Settings):
     health_check_timeout_s: float = Field(default=10.0, gt=0)
     graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0)
     """How long a replica that is being removed may go on with its requests."""
+    max_surge_percent: int = Field(default=1, ge=0, le=100)
+    """How many new replicas an update may start before it stops as many old ones, as a percentage of the pool rounded
+    up: one by default.  Without room for them the update waits, and the old ones serve on.  With 0 an old replica is
+    stopped first, so an update needs no room, but a pool of one serves nothing until its new replica is ready."""
 
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> Self:

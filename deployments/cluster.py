@@ -42,6 +42,16 @@ RAY_FLAGS = {
 }
 """The environment of every Ray and Serve process.  Variables that the user has set take precedence."""
 
+FIXED_PORTS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    # HAProxy sends requests there while an application that is deployed again is being built.  The proxies of several
+    # clusters on one machine all listen on the default port, and another one's answers 404.
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)
+"""Variables with ports that are the same for every cluster unless they are set."""
+
 
 def runs_here() -> bool:
     """Whether Ray is started on this machine.  If RAY_ADDRESS is set, it names a cluster that already runs."""
@@ -50,7 +60,7 @@ def runs_here() -> bool:
 
 def ray_environment() -> dict[str, str]:
     """Return RAY_FLAGS, the path of Baton's HAProxy, and free ports for what would otherwise listen on fixed ones."""
-    ports = {name: str(free_port()) for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")}
+    ports = {name: str(free_port()) for name in FIXED_PORTS}
     return {**RAY_FLAGS, "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy.command(), **ports}
 
 

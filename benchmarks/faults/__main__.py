@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from app.bench.client import find_card, new_client, parse_url
 from app.bench.output import check_files
 from app.cli.entry import run_app, to_app
 from benchmarks.faults.carrying_out import carry_out, choose
+from benchmarks.faults.deployed import Deployed
 from benchmarks.faults.fleet import Fleet
 from benchmarks.faults.kinds import kinds
 from benchmarks.faults.load import Load, draw_questions
@@ -22,6 +24,7 @@ def bench_faults(
     ),
     model: Annotated[str | None, typer.Option(help="By default the first of GET /v1/models.")] = None,
     faults: Annotated[int, typer.Option(min=1, help="How many faults.")] = 100,
+    minutes: Annotated[float, typer.Option(min=0.0, help="Begin no other fault after so many minutes.")] = math.inf,
     only: Annotated[str, typer.Option(help="Only kinds whose names contain one of these, as: kill,stop.")] = "",
     streams: Annotated[int, typer.Option(min=1, help="Streams of requests at a time.")] = 8,
     questions: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 24,
@@ -39,7 +42,7 @@ def bench_faults(
     found = choose(kinds(str(card["engine"])), only)
     model_id = str(card["id"])
     load = Load(base_url, model_id, draw_questions(questions, seed), streams)
-    carry_out(found, faults, Fleet(base_url, model_id), load, seed, json)
+    carry_out(found, faults, Fleet(base_url, model_id, Deployed("baton")), load, seed, json, 60 * minutes)
 
 
 if __name__ == "__main__":

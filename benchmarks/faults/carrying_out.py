@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -47,7 +46,7 @@ def carry_out(
     """
     console = Console(highlight=False, width=WIDTH)
     campaign, random = Campaign(fleet, load, console), Random(seed)
-    ended_early = asyncio.run(campaign.run(_for_some_time(draw(kinds, num, random), most_s), random))
+    ended_early = asyncio.run(campaign.run(draw(kinds, num, random), random, most_s))
     rows = summarise(campaign.struck, load.answers, load.right)
     print_rows(rows, campaign.num_leaked, console)
     if ended_early:
@@ -58,11 +57,3 @@ def carry_out(
     is_faulty = any(row.ends["wrong"] or row.ends["hung"] or row.problems for row in rows)
     if is_faulty or campaign.num_leaked or ended_early:
         raise typer.Exit(1)
-
-
-def _for_some_time(faults: Iterator[Fault], most_s: float) -> Iterator[Fault]:
-    deadline = time.monotonic() + most_s
-    for fault in faults:
-        if time.monotonic() > deadline:
-            return
-        yield fault

@@ -12,7 +12,8 @@ import httpx
 import msgspec
 
 from app.bench.client import new_async_client
-from benchmarks.faults.fleet import BadAnswer, Fleet
+from benchmarks.faults.deployed import BadAnswer
+from benchmarks.faults.fleet import Fleet
 
 
 class ClientFault(msgspec.Struct, frozen=True):
@@ -22,12 +23,13 @@ class ClientFault(msgspec.Struct, frozen=True):
     misbehave: Callable[[str, str], Awaitable[None]]
     """Gets the URL and the model.  Raises BadAnswer."""
 
-    async def strike(self, fleet: Fleet, random: Random) -> None:
+    async def strike(self, fleet: Fleet, random: Random) -> str:
         """Raises BadAnswer."""
         try:
             await self.misbehave(fleet.url, fleet.model)
         except httpx.HTTPError as problem:
             raise BadAnswer(f"no answer: {problem!r}") from problem
+        return ""
 
 
 JSON = {"content-type": "application/json"}
@@ -107,7 +109,7 @@ async def clients_that_leave(url: str, model: str) -> None:
         await asyncio.gather(*(leave(client, after_s / 100) for after_s in range(1, 31)))
 
 
-async def overload(url: str, model: str) -> None:
+async def burst(url: str, model: str) -> None:
     """Four times as many streams as there are slots, for a short time; each answer must be a fair one."""
 
     async def ask(client: httpx.AsyncClient, number: int) -> int:
@@ -117,7 +119,7 @@ async def overload(url: str, model: str) -> None:
     async with new_async_client(url, 120.0) as client:
         statuses = set(await asyncio.gather(*(ask(client, number) for number in range(256))))
     if not statuses <= {200, 429, 503}:
-        raise BadAnswer(f"statuses under overload: {sorted(statuses)}")
+        raise BadAnswer(f"statuses under a burst: {sorted(statuses)}")
 
 
 CLIENT_FAULTS = (
@@ -126,5 +128,5 @@ CLIENT_FAULTS = (
     ClientFault("flood of bytes", flood_of_bytes),
     ClientFault("silent clients", silent_clients),
     ClientFault("clients that leave", clients_that_leave),
-    ClientFault("overload", overload),
+    ClientFault("burst", burst),
 )

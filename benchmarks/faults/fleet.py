@@ -12,6 +12,7 @@ import psutil
 
 from app.bench.client import new_async_client
 from app.errors import BatonError
+from benchmarks.faults.deployed import Deployed
 
 Target = Literal[
     "prefill replica", "decode replica", "prefill engine", "decode engine", "frontend", "HAProxy", "controller"
@@ -24,12 +25,9 @@ TITLES: dict[Target, str] = {
 }
 """What the command line of a process contains, for what /health does not list."""
 ENGINE_TITLES = ("VLLM::", "sglang::")
+APPLICATION = "baton"
 ANSWER_TIMEOUT_S = 10.0
 POLL_S = 0.2
-
-
-class BadAnswer(Exception):
-    """During a fault somebody got what nobody should get."""
 
 
 class NotWhole(BatonError):
@@ -42,16 +40,25 @@ class NotWhole(BatonError):
 class Fleet:
     """One model's replicas and what is around them."""
 
-    def __init__(self, url: str, model: str, application: str = "baton", socket: Path | None = None) -> None:
-        """`socket`: as `new_async_client`."""
+    def __init__(self, url: str, model: str, deployed: Deployed | None = None, socket: Path | None = None) -> None:
+        """`deployed`: what can be deployed anew, if anything can.  `socket`: as `new_async_client`."""
         self.url = url
         self.model = model
         self.client = new_async_client(url, ANSWER_TIMEOUT_S, socket)
+        self._deployed = deployed
+        application = deployed.name if deployed is not None else APPLICATION
         self._titles = {**TITLES, "frontend": f"ray::ServeReplica:{application}:frontend"}
         self.raylet = 0
         self.pools: dict[str, int] = {}
         """The number of ready replicas of each pool, as it was at the beginning."""
         self._num_frontends = 0
+
+    @property
+    def deployed(self) -> Deployed:
+        """The application as it can be deployed anew.  Raises LookupError if it cannot be."""
+        if self._deployed is None:
+            raise LookupError("this application cannot be deployed anew")
+        return self._deployed
 
     async def close(self) -> None:
         await self.client.aclose()
@@ -64,6 +71,8 @@ class Fleet:
         self.pools = {role: pool["ready"] for role, pool in self._of_model(health)["pools"].items()}
         self.raylet = raylet_of(next(endpoint["pid"] for endpoint in health["endpoints"]))
         self._num_frontends = len(self._titled(self._titles["frontend"]))
+        if self._deployed is not None:
+            await self._deployed.connect(self.raylet)
 
     async def processes(self, target: Target) -> list[list[psutil.Process]]:
         """Return the processes that a fault of `target` may befall, those of one victim together."""

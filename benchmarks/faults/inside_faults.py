@@ -13,7 +13,8 @@ import msgspec
 import psutil
 
 from benchmarks.faults.agent_calls import CLOCK_FILE, LIBFAKETIME, call
-from benchmarks.faults.fleet import BadAnswer, Fleet, Target
+from benchmarks.faults.deployed import BadAnswer
+from benchmarks.faults.fleet import Fleet, Target
 from benchmarks.faults.inside import CHANGES
 
 INSIDE = "benchmarks.faults.inside"

@@ -11,8 +11,10 @@ from benchmarks.faults.client_faults import CLIENT_FAULTS
 from benchmarks.faults.fleet import Fleet
 from benchmarks.faults.inside_faults import inside_faults
 from benchmarks.faults.machine_faults import machine_faults
+from benchmarks.faults.overload import OVERLOADS
 from benchmarks.faults.process_faults import process_faults
 from benchmarks.faults.slow_clients import SLOW_CLIENTS
+from benchmarks.faults.updates import UPDATES
 
 
 class Fault(Protocol):
@@ -21,8 +23,8 @@ class Fault(Protocol):
     @property
     def name(self) -> str: ...
 
-    async def strike(self, fleet: Fleet, random: Random) -> None:
-        """Make the fault, and return when it is over and undone.
+    async def strike(self, fleet: Fleet, random: Random) -> str | None:
+        """Make the fault, and return what was measured, if anything was, when it is over and undone.
 
         Raises LookupError if there is nothing that it could befall, BadAnswer if somebody got what nobody should get.
         """
@@ -36,6 +38,8 @@ def kinds(engine: str) -> list[Fault]:
         *CLIENT_FAULTS,
         *SLOW_CLIENTS,
         *inside_faults(engine),
+        *OVERLOADS,
+        *UPDATES,
         *machine_faults(os.environ.get("RAY_TMPDIR")),
     ]
 

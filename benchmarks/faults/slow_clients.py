@@ -13,7 +13,8 @@ import msgspec
 
 from app.bench.client import new_async_client
 from benchmarks.faults.client_faults import completion_body
-from benchmarks.faults.fleet import BadAnswer, Fleet, Target
+from benchmarks.faults.deployed import BadAnswer
+from benchmarks.faults.fleet import Fleet, Target
 
 SLOW_S = 20.0
 """How long they are slow before they leave."""

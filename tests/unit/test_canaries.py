@@ -33,7 +33,7 @@ from starlette.testclient import TestClient
 
 from app.config import parse
 from deployments.build import REPORT_S
-from deployments.cluster import RAY_FLAGS
+from deployments.cluster import FIXED_PORTS, RAY_FLAGS, ray_environment
 
 RAY = Path(ray.__file__).parent
 
@@ -173,6 +173,14 @@ def test_serve_knows_a_flag_and_does_otherwise_without_it(flag: str, defaults: d
     default = defaults.get(flag, defaults.get(flag.removeprefix("RAY_SERVE_")))
     assert default is not None
     assert float(default) != float(RAY_FLAGS[flag])
+
+
+@pytest.mark.parametrize("variable", FIXED_PORTS)
+def test_serve_has_a_port_that_all_clusters_would_share(variable: str, defaults: dict[str, Any]) -> None:
+    """Else: the variable in FIXED_PORTS in deployments/cluster.py, or its name."""
+    source = (RAY / "serve/_private/constants.py").read_text()
+    assert f'"{variable}"' in source
+    assert int(ray_environment()[variable]) != defaults[variable]
 
 
 @pytest.mark.parametrize("flag", [name for name in RAY_FLAGS if not name.startswith("RAY_SERVE_")])

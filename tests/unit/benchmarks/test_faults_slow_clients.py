@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from benchmarks.faults import slow_clients
-from benchmarks.faults.fleet import BadAnswer
+from benchmarks.faults.deployed import BadAnswer
 from benchmarks.faults.slow_clients import SlowReaders, SlowSenders
 from tests.unit.waiting import until
 
