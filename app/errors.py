@@ -103,6 +103,10 @@ class ReplicaLost(BatonError):
         return f"replica {self.replica_id}: {self.detail}"
 
 
+class HandoffNotTaken(ReplicaLost):
+    """A decode replica could not be given a handoff, so that its engine never had the sequence."""
+
+
 class NoReplica(BatonError):
     """A pool that the request needs has no ready replica, or none that could serve it (HTTP 503)."""
 

@@ -34,7 +34,7 @@ from app.channel.protocol import (
     to_frame,
     tune,
 )
-from app.errors import BatonError, EngineFailed, InvalidRequest, ReplicaLost
+from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost
 from app.kv_cache.updates import merge_waiting
 from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta, merge_deltas
 from app.observers import tell
@@ -83,13 +83,14 @@ class Channel:
         self.is_closed = False
         self.num_heard = 0
         """How often anything has come from the replica."""
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when the connection has ended without having been retired."""
+        self.lost: asyncio.Future[EngineDead | ReplicaLost] = asyncio.get_running_loop().create_future()
+        """Why the connection ended, once it has without having been retired."""
         self.on_close: Callable[[], object] = lambda: None
         self._replica_id = replica_id
         self._writer = writer
         self._listener = listener
         self._is_retired = False
+        self._death = ""
         self._backlog = Backlog()
         self._numbers = itertools.count()
         self._sequences: dict[int, SubmittedSequence] = {}
@@ -166,7 +167,7 @@ class Channel:
         self.is_closed = True
         self._writer.close()
         if not self._is_retired:
-            self.lost.set_result(None)
+            self.lost.set_result(EngineDead(self._death) if self._death else ReplicaLost(self._replica_id, detail))
         tell(self.on_close)  # before sequences fail, so that none of them is started here again
         for sequence in self._sequences.values():
             sequence.fail(ReplicaLost(self._replica_id, detail))
@@ -181,6 +182,7 @@ class Channel:
             self._end(type(error).__name__)
 
     def _hand_out(self, batch: Batch) -> None:
+        self._death = batch.death
         for number, delta in batch.deltas:
             # A frame that was on its way may still hold deltas of a sequence that was cancelled or has failed.
             if (sequence := self._sequences.get(number)) is not None and not sequence.ended.done():
@@ -259,4 +261,5 @@ def _merge(batches: list[Batch]) -> Batch:
         loads[-1] if loads else None,
         merge_waiting(kv),
         links[-1] if links else None,
+        batches[-1].death,
     )

@@ -119,6 +119,8 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     kv: KvUpdate | None = None
     links: list[Link] | None = None
     """All links of a decode replica, if they have changed."""
+    death: str = ""
+    """In the last frame of a replica whose engine died: why."""
 
 
 ERRORS: dict[str, type[BatonError]] = {

@@ -307,12 +307,15 @@ class ChannelServer:
         while tasks := [task for channel in self.channels.values() for task in channel.tasks]:
             await asyncio.wait(tasks)
 
-    async def stop(self) -> None:
-        """Send what waits, end every connection and with it every sequence, and stop listening."""
+    async def stop(self, death: str = "") -> None:
+        """Send what waits, end every connection and with it every sequence, and stop listening.
+
+        `death` is why the engine died, if that is the reason.
+        """
         if self._server is not None:
             self._server.close()
         for channel, writer in self._writers.items():
-            _write(channel.frames(channel.take_now()), writer)
+            _write(channel.frames(msgspec.structs.replace(channel.take_now(), death=death)), writer)
             writer.close()
         if self._attending:
             await asyncio.wait(self._attending, timeout=CLOSE_TIMEOUT_S)

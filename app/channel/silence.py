@@ -5,8 +5,9 @@ from __future__ import annotations
 LOOK_S = 1.0
 """The time between two looks."""
 MAX_LOOKS = 10
-"""After so many looks in a row at which nothing had come, a replica with work counts as gone.  One that runs tells its
-load ten times a second while it has any (deployments/replica/publisher.py), whatever its engine does.  A loop that is
+"""After so many looks in a row at which nothing had come, a replica with work counts as gone.  It may have nothing
+to do for that work: prefill until decode has the KV, decode until prefill is nearly done.  So one that runs tells its
+load every second, even if it has none (deployments/replica/publisher.py) and whatever its engine does.  A loop that is
 held up for seconds by a busy machine is no reason yet."""
 
 

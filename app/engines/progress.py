@@ -5,8 +5,9 @@
    at once; one that computes answers when its step is done.
 2. How long the answer may take follows the engine's own: PATIENCE times the longest that it has taken lately, within
    bounds.  For an engine whose processes do nothing meanwhile, or of which a signal has stopped one, they are narrow,
-   and only such time counts.  For one that uses the CPU they are wide: it may compute a long prompt, compile what it
-   runs for the first time, or capture a graph.
+   and only such time counts.  For one that uses the CPU, or waits for it, they are wide: it may compute a long prompt,
+   compile what it runs for the first time, or capture a graph.  So they are for one on a GPU, whose processes may sleep
+   while it computes.
 3. Time in which this process did not run itself counts for nothing.
 """
 
@@ -30,13 +31,16 @@ PATIENCE = 5.0
 MEMORY_S = 300.0
 """How long an answer is remembered."""
 IDLE_FLOOR_S, IDLE_CEILING_S = 5.0, 60.0
-"""The bounds for an engine that does nothing.  Below the floor are what loading a kernel from a disk takes, a
-checkpoint of the host, and an engine that does not get the CPU because others have it.  The ceiling is what clients
-wait for a first token before they give up (``limits.prefill_timeout_s``)."""
+"""The bounds for an engine that does nothing.  Below the floor are what loading a kernel from a disk takes, and a
+checkpoint of the host.  The ceiling is what clients wait for a first token before they give up
+(``limits.prefill_timeout_s``)."""
 WORKING_FLOOR_S, WORKING_CEILING_S = 60.0, 300.0
-"""The bounds for an engine that uses the CPU.  Kernels and graphs that are compiled at first use take up to a minute
-(17 s for vLLM's log probabilities on a CPU); the ceiling is vLLM's own for one step
-(``VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS``)."""
+"""The bounds for an engine that works.  What is compiled at first use may take up to a minute (17 s for vLLM's log
+probabilities on a CPU).  The ceiling is the engines' own for one step (``VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`` of vLLM,
+``watchdog_timeout`` of SGLang)."""
+NUM_FIRST_STEPS = 1000
+"""An engine that works has as long as the ceiling for each of so many steps: most of what it ever compiles is compiled
+in them, which takes minutes for some models (DeepGEMM's kernels)."""
 WORKING_SHARE = 0.1
 """Of one core: the least that an engine uses which computes or compiles.  Threads that only poll use some 0.01."""
 
@@ -59,11 +63,17 @@ class ProgressWatch:
         ask: Callable[[], Awaitable[object]],
         processes: Processes,
         has_work: Callable[[], bool] = lambda: True,
+        *,
+        is_on_gpu: bool = False,
     ) -> None:
-        """`ask` returns when the engine has answered.  It is called only while `has_work`."""
+        """`ask` returns when the engine has answered.  It is called only while `has_work`.
+
+        The processes of an engine that `is_on_gpu` count as working unless one is stopped.
+        """
         self._ask = ask
         self._processes = processes
         self._has_work = has_work
+        self._is_on_gpu = is_on_gpu
         self._num_steps = 0
         self._answers: deque[_Silence] = deque()
 
@@ -83,13 +93,13 @@ class ProgressWatch:
         """Wait until the engine has answered, and none of its processes is stopped.  Raises EngineDead."""
         answer = asyncio.ensure_future(self._ask())
         try:
-            silence = _Silence(self._processes)
+            silence = _Silence(self._processes, self._is_on_gpu)
             num_steps = self._num_steps
             while not answer.done() or (self._has_work() and self._processes.stopped()):
                 await (asyncio.sleep(POLL_S) if answer.done() else asyncio.wait([answer], timeout=POLL_S))
                 silence.go_on()
                 if self._num_steps != num_steps:
-                    num_steps, silence = self._num_steps, _Silence(self._processes)
+                    num_steps, silence = self._num_steps, _Silence(self._processes, self._is_on_gpu)
                 self._check(silence)
             await answer
             self._answers.append(silence)
@@ -105,20 +115,22 @@ class ProgressWatch:
             stopped = self._processes.stopped()
             how = f"processes {stopped} are stopped" if stopped else "its processes do nothing"
             raise EngineDead(f"the engine hangs: it made no step for {silence.seconds:.1f} s, and {how}")
-        if silence.seconds > min(WORKING_CEILING_S, max(WORKING_FLOOR_S, PATIENCE * longest_s)):
+        floor_s = WORKING_FLOOR_S if self._num_steps >= NUM_FIRST_STEPS else WORKING_CEILING_S
+        if silence.seconds > min(WORKING_CEILING_S, max(floor_s, PATIENCE * longest_s)):
             raise EngineDead(f"the engine hangs: it made no step for {silence.seconds:.1f} s")
 
 
 class _Silence:
     """How long an engine has given no sign of life."""
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: Processes, is_on_gpu: bool) -> None:
         self.seconds = 0.0
         self.idle_s = 0.0
         """Since its processes were last seen to work."""
         self.longest_idle_s = 0.0
         self.until = time.monotonic()
         self._processes = processes
+        self._is_on_gpu = is_on_gpu
         self._looked_at_s = 0.0
         self._cpu_s = processes.cpu_s()
 
@@ -134,8 +146,9 @@ class _Silence:
             self.idle_s = 0.0
 
     def _is_working(self) -> bool:
-        """Return whether the engine's processes have used the CPU since the last look."""
+        """Return whether the engine's processes have used the CPU since the last look, or may have used a GPU."""
         self._processes.look()
         before, self._cpu_s = self._cpu_s, self._processes.cpu_s()
         passed_s, self._looked_at_s = self.seconds - self._looked_at_s, self.seconds
-        return not self._processes.stopped() and self._cpu_s - before >= WORKING_SHARE * passed_s
+        has_worked = self._is_on_gpu or self._cpu_s - before >= WORKING_SHARE * passed_s
+        return has_worked and not self._processes.stopped()

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from app.errors import BatonError, EngineDead, EngineFailed, PrefillFailed, ReplicaLost
+from app.errors import BatonError, EngineDead, EngineFailed, HandoffNotTaken, PrefillFailed, ReplicaLost
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, PrefillReport, Role
 from app.routing.decision import Candidate, Decision, RoutingHints
@@ -32,13 +32,17 @@ LATE_S, LATE_OF_PREDICTED = 5.0, 10.0
 and so many times the predicted time to the first token.  Predictions under load are off by less."""
 
 
+Lost = asyncio.Future[EngineDead | ReplicaLost]
+"""Done when a replica is gone: with the error that it told, or ReplicaLost if it told none."""
+
+
 class Handoff(Protocol):
     """A prefill that has been started.  Only the decode replica reads its descriptor."""
 
     replica: str
     """The prefill replica."""
-    lost: asyncio.Future[None]
-    """Done when the prefill replica is gone."""
+    lost: Lost
+    """Of the prefill replica."""
 
     def cancel(self) -> None:
         """Stop the prefill, however far it is.  Safe at any time; it does nothing if decode already has the KV."""
@@ -234,19 +238,31 @@ class Attempt:
 
     def was_on_engine(self, error: BatonError) -> bool:
         """Whether an engine that was sound got the sequence and then failed by `error`: it may have died of it."""
-        return self._handoff is not None if isinstance(error, PrefillFailed) else self._was_sound
+        if isinstance(error, PrefillFailed):
+            return self._handoff is not None
+        return self._was_sound and not isinstance(error, HandoffNotTaken)
 
     def death(self, error: BatonError) -> str | None:
-        """Return a replica whose engine may have died of the sequence, or None.
+        """Return a replica of which it is known that its engine died while it had the sequence, or None.
 
-        It had the sequence when it was lost, and that had no token or was in decode's first step.  Two replicas that
-        are lost at once are one death: their node may have failed.
+        The sequence had no token then, or was in decode's first step.  A prefill and a decode engine that die at once
+        are one death.
         """
         if self._progress.has_first_token and not self._progress.waits_for_kv:
             return None
-        if self._was_sound and isinstance(error, ReplicaLost | EngineDead):
+        if self._was_sound and isinstance(error, EngineDead):
             return self.serving
-        return self._handoff.replica if self._handoff is not None and self._handoff.lost.done() else None
+        handoff = self._handoff
+        if handoff is not None and handoff.lost.done() and isinstance(handoff.lost.result(), EngineDead):
+            return handoff.replica
+        return None
+
+    def suspected_death(self, error: BatonError) -> str | None:
+        """Return a replica whose engine may have died in the same way, or None: only its connection ended, or no KV
+        came from it."""
+        if not self.was_on_engine(error) or (self._progress.has_first_token and not self._progress.waits_for_kv):
+            return None
+        return self.prefill if isinstance(error, PrefillFailed) else self.serving
 
     def give_up(self, error: BaseException, *, token_is_overdue: bool) -> None:
         """Tell the router of an attempt that ends the sequence, and for which no replica need be at fault."""

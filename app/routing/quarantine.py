@@ -2,6 +2,10 @@
 
 One death is no evidence: an engine that dies under fifty sequences makes fifty suspects, and all but one of them, if
 any, are innocent.  The deaths of two different engines under the same prompt are, and its success clears it.
+
+A replica tells why its engine died.  If only its connection broke, that is a death once Serve has removed the replica
+too.  Such replicas may have been lost for one reason that has nothing to do with the prompt, as a node or a switch
+fails; those of one node, or that were lost at about the same time, are one death.
 """
 
 from __future__ import annotations
@@ -9,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 
@@ -21,8 +26,10 @@ REMEMBER_S = 600.0
 """How long a death counts against a prompt, and how long a prompt is refused since the last one.  It may be served
 again after a change of the engines' version or configuration, which takes some minutes too."""
 GONE_WITHIN_S = 60.0
-"""A replica that failed a prompt and is gone so soon afterwards has died of it.  The frontend learns that a prefill
-engine died when Serve replaces its replica, which takes three health checks."""
+"""A replica that failed a prompt and ends so soon afterwards has died of it.  Serve removes a replica after three
+health checks."""
+TOGETHER_S = 5.0
+"""Replicas that were lost within so short a time may have been lost for one reason."""
 MAX_SUSPECTS = 4096
 """How many prompts are remembered; the one without a failure for the longest time is forgotten first."""
 
@@ -32,15 +39,29 @@ _ENCODER = msgspec.msgpack.Encoder()
 class Suspect:
     """A prompt that may be poison."""
 
-    __slots__ = ("at", "died", "failed")
+    __slots__ = ("at", "died", "failed", "gone")
 
     def __init__(self) -> None:
         self.died: set[str] = set()
         """The replicas whose engines died under it."""
-        self.failed: set[str] = set()
-        """Those that failed it, and of which it is not known whether their engines live."""
+        self.failed: dict[str, float] = {}
+        """When which others failed it.  It is not known whether their engines live."""
+        self.gone: list[tuple[str, float]] = []
+        """The nodes of those of them that Serve has removed, and when they failed it; one for each cause."""
         self.at = 0.0
         """When that was last."""
+
+    @property
+    def num_deaths(self) -> int:
+        return len(self.died) + len(self.gone)
+
+    @property
+    def is_quarantined(self) -> bool:
+        return self.num_deaths >= MAX_DEATHS
+
+    def take_gone(self, node: str, failed_at: float) -> None:
+        if all(node != other and abs(failed_at - at) > TOGETHER_S for other, at in self.gone):
+            self.gone.append((node, failed_at))
 
 
 class Quarantine:
@@ -49,6 +70,8 @@ class Quarantine:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._suspects: OrderedDict[bytes, Suspect] = OrderedDict()
+        self.num_quarantines = 0
+        """How many prompts have been quarantined so far."""
 
     def check(self, request: GenerateRequest) -> None:
         """Raise Quarantined if too many engines died of this request's prompt and sampling parameters."""
@@ -56,28 +79,49 @@ class Quarantine:
         if not self._suspects:  # nearly always, so that nothing is hashed
             return
         suspect = self._suspects.get(_key(request))
-        if suspect is not None and len(suspect.died) >= MAX_DEATHS:
-            raise Quarantined(len(suspect.died), math.ceil(suspect.at + REMEMBER_S - self._clock()))
+        if suspect is not None and suspect.is_quarantined:
+            raise Quarantined(suspect.num_deaths, math.ceil(suspect.at + REMEMBER_S - self._clock()))
+
+    @property
+    def num_quarantined(self) -> int:
+        """How many prompts are refused now."""
+        self._forget_old()
+        return sum(suspect.is_quarantined for suspect in self._suspects.values())
 
     def on_death(self, request: GenerateRequest, replica: str) -> None:
         """Take note of an engine that died while the request was on it and had no token."""
-        self._suspect(request).died.add(replica)
+        suspect = self._suspect(request)
+        with self._counting(suspect):
+            suspect.died.add(replica)
 
     def on_failure(self, request: GenerateRequest, replica: str) -> None:
         """Take note of a replica that failed the request before its first token, for a reason that is not known."""
-        self._suspect(request).failed.add(replica)
+        self._suspect(request).failed[replica] = self._clock()
 
-    def on_gone(self, replica: str) -> None:
-        """Take note that a replica is gone."""
-        now = self._clock()
+    def on_gone(self, replica: str, node: str | None) -> None:
+        """Take note that Serve has removed a replica of `node`, or that its engine died (None)."""
+        earliest = self._clock() - GONE_WITHIN_S
         for suspect in self._suspects.values():
-            if replica in suspect.failed and suspect.at + GONE_WITHIN_S > now:
-                suspect.died.add(replica)
+            failed_at = suspect.failed.pop(replica, -math.inf)
+            if failed_at <= earliest:
+                continue
+            with self._counting(suspect):
+                if node is None:
+                    suspect.died.add(replica)
+                else:
+                    suspect.take_gone(node, failed_at)
 
     def on_success(self, request: GenerateRequest) -> None:
         """Clear a prompt, as it was served."""
         if self._suspects:
             self._suspects.pop(_key(request), None)
+
+    @contextmanager
+    def _counting(self, suspect: Suspect) -> Iterator[None]:
+        """Count the quarantine that the block may bring about."""
+        was_quarantined = suspect.is_quarantined
+        yield
+        self.num_quarantines += suspect.is_quarantined and not was_quarantined
 
     def _forget_old(self) -> None:
         while self._suspects and next(iter(self._suspects.values())).at + REMEMBER_S <= self._clock():

@@ -58,10 +58,10 @@ class RouterState:
         for pool in self.pools.values():
             pool.on_change = call
 
-    def on_leave(self, call: Callable[[str], object]) -> None:
-        """Have `call` called with a replica that is gone."""
+    def on_end(self, call: Callable[[str, str | None], object]) -> None:
+        """Have `call` called with each replica that ends, as `PoolState.on_end` says."""
         for pool in self.pools.values():
-            pool.on_leave = call
+            pool.on_end = call
 
     def has_usable_link(self) -> bool:
         """Return whether any decode replica can get KV from any prefill replica."""

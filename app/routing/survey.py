@@ -214,24 +214,30 @@ class Survey:
             cached = self._cached_tokens(pool.block_size) if pool.block_size is not None else {}
             own = pool.own_replica(self._hints.session)
             found = pool.candidates(cached, own, self._lost)
-            if role == "prefill":
-                found = self._linked(found or (pool.candidates(cached, own, ()) if self.local_role is None else []))
+            if role == "prefill" and self.local_role is None:
+                found = self._linked(found or pool.candidates(cached, own, ()))
+            elif role == "prefill":  # decode does better without prefill than with one that is left out
+                found = self._linked([replica for replica in found if not self._state.ejections.is_ejected(replica)])
             self._candidates[role] = found
         return self._candidates[role]
 
     def _linked(self, prefill: list[str]) -> list[str]:
-        """Return those from which a decode candidate can get KV, by pairs that are not ejected if there is any."""
+        """Return those from which a decode candidate can get KV, by pairs that are not ejected.
+
+        If there is none and KV has to come from somewhere, it may be by others.
+        """
         states, is_ejected = self._state.pools["decode"].replicas, self._state.ejections.is_pair_ejected
         decode = self._find_candidates("decode")
         linked = [replica for replica in prefill if any(states[d].can_get_kv_from(replica) for d in decode)]
         self._lacks_link = bool(prefill and decode and not linked)
         if not decode:
             return prefill
-        return [
+        willing = [
             replica
             for replica in linked
             if any(states[d].can_get_kv_from(replica) and not is_ejected(replica, d) for d in decode)
-        ] or linked
+        ]
+        return willing or (linked if self.local_role is None else [])
 
     def _cached_tokens(self, block_size: int) -> dict[str, int]:
         """Return the prompt's cached tokens by replica.  The last token is always computed, for the first new one."""

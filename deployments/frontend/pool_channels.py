@@ -17,8 +17,9 @@ from app.background import watch
 from app.channel.client import Channel
 from app.channel.protocol import Backlog
 from app.channel.silence import LOOK_S, Silence
-from app.errors import ReplicaLost
+from app.errors import EngineDead, ReplicaLost
 from app.messages import ReplicaInfo
+from app.observers import tell
 from app.routing.pool_state import PoolState
 from deployments.detached import spawn_detached
 from deployments.ready_replicas import ready_replicas_of
@@ -44,6 +45,8 @@ class PoolChannels:
         self._silences: dict[str, Silence] = {}
         self._backlog = Backlog()
         self._loop = asyncio.get_running_loop()
+        self._nodes: dict[str, str] = {}
+        """Those of the ready replicas."""
         self._ready = ready_replicas_of(deployment_id_of(handle))
         self._ready.on_change = partial(self._loop.call_soon_threadsafe, self._follow_ready_replicas)
         self._follow_ready_replicas()
@@ -97,6 +100,9 @@ class PoolChannels:
             # What it has runs to its end on this channel.  If Serve brings it back it gets another one, so that the
             # state starts afresh.
             self._leave(replica).retire()
+        for replica in self._nodes.keys() - ready.keys():
+            tell(self._pool.on_end, replica, self._nodes[replica])
+        self._nodes = {replica: metadata["info"]["node_ip"] for replica, metadata in ready.items()}
 
     def _connect_later(self, replica: str, metadata: dict[str, Any], delay_s: float) -> None:
         connecting = spawn_detached(self._connect(replica, metadata, delay_s), name=f"connect-{replica}")
@@ -145,6 +151,8 @@ class PoolChannels:
             self.unreachable[replica] = "its connection ended"
             self._connect_later(replica, metadata, RECONNECT_S)
             self._leave(replica)
+            if isinstance(channel.lost.result(), EngineDead):
+                tell(self._pool.on_end, replica, None)
 
     def _leave(self, replica: str) -> Channel:
         channel = self._channels.pop(replica)

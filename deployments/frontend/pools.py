@@ -20,8 +20,8 @@ from ray.serve.exceptions import RayServeException
 
 from app.background import watch
 from app.channel.client import Channel, SubmittedSequence
-from app.errors import BatonError, PrefillFailed, ReplicaLost
-from app.frontend.attempt import Handoff
+from app.errors import BatonError, HandoffNotTaken, PrefillFailed, ReplicaLost
+from app.frontend.attempt import Handoff, Lost
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest
 from app.routing.pool_state import PoolState
@@ -34,7 +34,7 @@ logger = logging.getLogger("baton.pools")
 CALL_TIMEOUT_S = 10.0
 """How long a replica may take to begin or to answer a call that it can answer at once.  A replica that stands still is
 given up after that."""
-ATTACH_TIMEOUT_S, ATTACH_AGAIN_S, ATTACH_DEADLINE_S = 3.0, 0.2, 20.0
+ATTACH_TIMEOUT_S, ATTACH_AGAIN_S, ATTACH_DEADLINE_S = 3.0, 0.2, 8.0
 """How long one call of `attach` may take; when it is made again if its answer was lost (then after twice as long, and
 so on); how long all that may take.  Decode itself waits longer for the reference (``limits.prefill_timeout_s``)."""
 
@@ -42,7 +42,7 @@ so on); how long all that may take.  Decode itself waits longer for the referenc
 class RayHandoff:
     """A prefill that has been started.  It holds the reference to the descriptor, which this process never resolves."""
 
-    def __init__(self, replica: str, ref: ObjectRef, lost: asyncio.Future[None], abandon: Callable[[], None]) -> None:
+    def __init__(self, replica: str, ref: ObjectRef, lost: Lost, abandon: Callable[[], None]) -> None:
         """`lost` is done when the prefill replica is gone.  Ray itself may notice that half a minute later."""
         self.replica = replica
         self.ref = ref
@@ -175,14 +175,14 @@ class RayDecodePool(ChannelPool):
                     await self._bring(handoff.ref, channel, sequence.number, replica, progress)
             except (BatonError, RayTaskError, TimeoutError) as error:
                 logger.warning("decode_replica=%s attach failed: %r", replica, error)
-                fail(ReplicaLost(replica, f"it cannot be given the handoff: {type(error).__name__}"))
+                fail(HandoffNotTaken(replica, f"it cannot be given the handoff: {type(error).__name__}"))
 
         handoff.lost.add_done_callback(on_lost)
         sequence.ended.add_done_callback(lambda _: handoff.lost.remove_done_callback(on_lost))
         task = spawn_detached(attach(), name="attach")
         self._attaching.add(task)
         task.add_done_callback(self._attaching.discard)
-        watch(task, lambda error: fail(ReplicaLost(replica, type(error).__name__)))
+        watch(task, lambda error: fail(HandoffNotTaken(replica, type(error).__name__)))
 
     async def _bring(
         self, ref: ObjectRef, channel: Channel, number: int, replica: str, progress: SequenceProgress

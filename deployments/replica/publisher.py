@@ -20,9 +20,10 @@ POLL_S = 0.01
 """How often a busy engine is polled, besides the calls of `poll_soon`."""
 POLLS_PER_STATS = 10
 """How many polls there are for each call of the engine's `stats`, which costs more and counts the used blocks."""
-FADE_POLL_S = 0.5
-"""How often an idle replica looks at what is left of its recent load.  It asks its engine nothing for that."""
-
+IDLE_POLL_S = 1.0
+"""How often an idle replica tells its load, for which it asks its engine nothing.  What is left of the past fades
+meanwhile, and a frontend that waits for it, or for decode to read its KV, sees that it does not stand still
+(app/channel/silence.py)."""
 
 NOTHING = KvUpdate([], [], is_reset=True)
 """What is said of a cache of which nothing is known."""
@@ -31,9 +32,9 @@ NOTHING = KvUpdate([], [], is_reset=True)
 class Publisher:
     """Publishes the load when it changes, and each change of the prefix cache.
 
-    While there is any load, it is published again with each call of the engine's `stats`, even if it has not changed.
-    A frontend combines the last message with its own requests that began or ended while the message was on its way,
-    and the next message corrects its errors.
+    If it has not changed it is published all the same: with each call of the engine's `stats` while there is any load,
+    and every IDLE_POLL_S seconds while there is none.  A frontend combines the last message with its own requests that
+    began or ended while the message was on its way, and the next message corrects its errors.
     """
 
     def __init__(
@@ -93,14 +94,13 @@ class Publisher:
             self._poll(always=True)
 
     async def _until_busy(self) -> None:
-        """Wait for work.  Until then publish now and then how what is told of the recent past fades, to its end."""
+        """Wait for work, and publish the load now and then until it comes."""
         while not self._is_busy.is_set():
-            has_faded = not self._load.prefill_share and self._load.slowness == 1.0
             with suppress(TimeoutError):
-                async with asyncio.timeout(None if has_faded else FADE_POLL_S):
+                async with asyncio.timeout(IDLE_POLL_S):
                     await self._is_busy.wait()
             if not self._is_busy.is_set():
-                self._poll()
+                self._poll(always=True)
 
     async def _follow_cache(self, info: EngineInfo) -> None:
         """Publish what happens to the cache, from a state in which nothing is known to be there."""

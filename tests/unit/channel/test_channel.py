@@ -207,6 +207,14 @@ async def test_a_replica_that_goes_away_fails_its_sequences_and_every_later_one(
             await Channel.connect("d", replica.address, Told())
 
 
+async def test_a_replica_whose_engine_died_says_so_with_its_last_word() -> None:
+    async with connected() as (replica, channel):
+        await until(lambda: replica.server.channels)
+        await replica.server.stop("it hangs")
+        assert isinstance(error := await channel.lost, EngineDead)
+        assert str(error) == "it hangs"
+
+
 async def test_a_sequence_that_has_failed_here_gets_nothing_more() -> None:
     """Its first token may be on the way just then, and whoever tries again elsewhere must not have it too."""
     async with connected() as (replica, channel):

@@ -43,16 +43,20 @@ def guarded() -> Iterator[subprocess.Popen[str]]:
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "guarded\n"
     (guard,) = psutil.Process(process.pid).children()
     yield process
+    was_killed = process.poll() == -signal.SIGKILL
     process.kill()
     process.wait()
     wait_until(lambda: not guard.is_running(), 10, "the guard ends with whom it guards")
-    process.communicate()
+    _, said = process.communicate()
+    its_word = f"baton guard: process {process.pid} gave no sign of life for {STILL_S:g} s and was killed\n"
+    assert said == (its_word if was_killed else "")
 
 
 def tell(process: subprocess.Popen[str], word: str) -> None:
@@ -78,3 +82,23 @@ def test_one_that_runs_is_not(guarded: subprocess.Popen[str]) -> None:
     assert guarded.poll() is None
     tell(guarded, "\n")
     assert guarded.wait(20) == 0
+
+
+def test_a_guard_that_gets_no_more_signs_of_life_after_an_error_is_no_danger() -> None:
+    """The task is started again then, with a guard of its own."""
+    code = f"""
+import asyncio
+from deployments import guard
+
+async def main():
+    beating = asyncio.create_task(guard.be_guarded({STILL_S}))
+    await asyncio.sleep(0.3)
+    beating._fut_waiter.set_exception(RuntimeError("thrown in"))
+    await asyncio.wait([beating])
+    assert "thrown in" in str(beating.exception())
+    await asyncio.sleep({3 * STILL_S})
+
+asyncio.run(main())
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment).returncode == 0

@@ -180,6 +180,33 @@ async def test_a_replica_that_serve_removes_leaves_at_once_but_ends_its_sequence
     await until(lambda: not replica.server.channels)
 
 
+@pytest.mark.parametrize(
+    "happens", ["its connection breaks", "its engine dies", "Serve removes it", "Serve removes it once it is lost"]
+)
+async def test_a_replica_has_ended_if_it_says_so_or_serve_does(
+    pool: Pool, replica: Replica, monkeypatch: pytest.MonkeyPatch, happens: str
+) -> None:
+    ended: list[tuple[str, str | None]] = []
+    pool.state.on_end = lambda replica, node: ended.append((replica, node))
+    pool.consist_of(replica)
+    await until(lambda: pool.knows(replica))
+    if happens == "its engine dies":
+        await replica.server.stop("the engine hangs")
+    elif happens == "Serve removes it":
+        pool.consist_of()
+    else:
+        monkeypatch.setattr(pool_channels, "RECONNECT_S", 60)
+        (writer,) = replica.server._writers.values()
+        writer.transport.abort()
+    await until(lambda: not pool.state.replicas)
+    if happens == "Serve removes it once it is lost":
+        assert not ended
+        pool.consist_of()
+    await asyncio.sleep(0.01)
+    node = None if happens == "its engine dies" else "127.0.0.1"
+    assert ended == ([] if happens == "its connection breaks" else [("r", node)])
+
+
 async def test_a_replica_that_serve_brings_back_joins_on_another_connection(pool: Pool, replica: Replica) -> None:
     pool.consist_of(replica)
     await until(lambda: pool.knows(replica))

@@ -11,7 +11,8 @@ import pytest
 from ray.exceptions import RayActorError
 
 from app.channel.client import SubmittedSequence
-from app.errors import PrefillFailed, ReplicaLost
+from app.errors import HandoffNotTaken, PrefillFailed, ReplicaLost
+from app.frontend.attempt import Lost
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, TokenDelta
 from app.routing.pool_state import PoolState
@@ -31,7 +32,7 @@ class FakeChannel:
     channel_id = "channel"
 
     def __init__(self) -> None:
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.lost: Lost = asyncio.get_running_loop().create_future()
         self.sequences: list[SubmittedSequence] = []
         self.submitted: list[dict[str, Any]] = []
         self.finished: list[SubmittedSequence] = []
@@ -54,7 +55,7 @@ class Served:
         self.attached: list[tuple[Any, ...]] = []
         self.answer: asyncio.Future[None] = loop.create_future()
         """Ray's, to `attach`."""
-        self.prefill_lost: asyncio.Future[None] = loop.create_future()
+        self.prefill_lost: Lost = loop.create_future()
         self.deltas: list[TokenDelta] = []
         channels = SimpleNamespace(channel=lambda replica: self.channel)
         monkeypatch.setattr(pools, "PoolChannels", lambda handle, view: channels)
@@ -79,8 +80,8 @@ class Served:
 
 Trouble = Callable[[Served], None]
 TROUBLES: dict[str, tuple[Trouble, type[Exception]]] = {
-    "attach refused": (lambda served: served.answer.set_exception(ReplicaLost("d")), ReplicaLost),
-    "prefill replica gone": (lambda served: served.prefill_lost.set_result(None), PrefillFailed),
+    "attach refused": (lambda served: served.answer.set_exception(ReplicaLost("d")), HandoffNotTaken),
+    "prefill replica gone": (lambda served: served.prefill_lost.set_result(ReplicaLost("p")), PrefillFailed),
 }
 trouble = pytest.mark.parametrize(("strike", "error"), TROUBLES.values(), ids=TROUBLES)
 
@@ -180,7 +181,7 @@ async def test_without_an_answer_and_without_a_token_the_sequence_fails_after_a_
     served = Served(monkeypatch)
     await served.begin()
     lose(served)
-    with pytest.raises(ReplicaLost, match="it cannot be given the handoff"):
+    with pytest.raises(HandoffNotTaken, match="it cannot be given the handoff"):
         await asyncio.wait_for(served.task, DEADLINE_S)
     assert len(served.attached) > 1
     await until(lambda: not attaching())
@@ -250,7 +251,7 @@ async def test_attach_outlives_its_sequence(monkeypatch: pytest.MonkeyPatch, is_
     (task,) = attaching()
     served.answer.set_result(None)
     await asyncio.wait([task])
-    served.prefill_lost.set_result(None)  # nobody listens any more
+    served.prefill_lost.set_result(ReplicaLost("p"))  # nobody listens any more
 
 
 async def test_a_prefill_replica_gets_whole_sequences_on_its_channel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ async def test_a_busy_engine_is_watched_until_it_is_idle(replica: Replica) -> No
 async def test_what_is_left_of_the_recent_load_fades_for_the_frontends_of_an_idle_replica(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "FADE_POLL_S", 0.01)
+    monkeypatch.setattr(publishing, "IDLE_POLL_S", 0.01)
     replica.prefill_share = 1.0
     replica.num_requests = 1
     replica.publisher.poll_soon()
@@ -182,6 +182,17 @@ async def test_what_is_left_of_the_recent_load_fades_for_the_frontends_of_an_idl
     polls = replica.engine.num_polls
     await until(lambda: replica.server._load == load())
     assert replica.engine.num_polls <= polls + 2
+
+
+async def test_an_idle_replica_tells_again_and_again_that_it_runs(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "IDLE_POLL_S", 0.01)
+    replica.publisher.poll_soon()  # its tasks begin
+    for _ in range(3):
+        replica.loads.clear()
+        await until(lambda: replica.heard()[0] == [load()])
+    assert replica.engine.num_polls == 0
 
 
 async def test_a_queue_that_the_engine_works_off_is_noticed_between_polls(

@@ -55,7 +55,7 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     times = {"REST_S": 0.01, "POLL_S": 0.01, "LOOK_S": 0.02, "IDLE_FLOOR_S": FLOOR_S, "IDLE_CEILING_S": CEILING_S}
-    for name, value in {**times, "WORKING_FLOOR_S": 0.5, "WORKING_CEILING_S": CEILING_S}.items():
+    for name, value in {**times, "WORKING_FLOOR_S": 0.5, "WORKING_CEILING_S": CEILING_S, "NUM_FIRST_STEPS": 0}.items():
         monkeypatch.setattr(module, name, value)
     return Engine()
 
@@ -91,6 +91,24 @@ async def test_an_engine_that_does_not_answer_hangs(engine: Engine) -> None:
 async def test_an_engine_that_computes_or_compiles_is_given_more_time_but_not_any(engine: Engine) -> None:
     engine.answers_after_s, engine.uses_cpu = None, True
     assert await lifetime_s(ProgressWatch(engine.ask, engine)) >= 0.5
+
+
+async def test_an_engine_that_compiles_for_its_first_steps_is_given_as_long_as_any(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "NUM_FIRST_STEPS", 2)
+    engine.answers_after_s, engine.uses_cpu = None, True
+    watch = ProgressWatch(engine.ask, engine)
+    watch.on_step()
+    assert await lifetime_s(watch) >= CEILING_S
+    watch.on_step()
+    assert await lifetime_s(watch) < CEILING_S
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+async def test_an_engine_on_a_gpu_may_compute_while_its_processes_do_nothing(engine: Engine, is_stopped: bool) -> None:
+    engine.answers_after_s, engine.pids_stopped = None, [7] if is_stopped else []
+    assert (await lifetime_s(ProgressWatch(engine.ask, engine, is_on_gpu=True)) >= 0.5) is not is_stopped
 
 
 async def test_an_engine_of_which_a_process_is_stopped_hangs_whatever_the_others_do(engine: Engine) -> None:
@@ -247,6 +265,24 @@ def test_all_are_killed_even_if_they_are_stopped_and_their_parent_is_gone(
     processes.kill()
     _, alive = psutil.wait_procs([child], timeout=5)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_process_that_waits_for_the_cpu_counts_as_one_that_uses_it() -> None:
+    processes = EngineProcesses()
+    cpu = min(os.sched_getaffinity(0))
+    idle = f"import os; os.sched_setaffinity(0, [{cpu}]); os.nice(19)\nwhile True: pass"
+    starved = subprocess.Popen([sys.executable, "-c", idle])
+    processes.look()
+    busy = [subprocess.Popen([sys.executable, "-c", idle.replace("os.nice(19)", "")]) for _ in range(2)]
+    try:
+        before, deadline = processes.cpu_s(), time.monotonic() + 10
+        while processes.cpu_s() < before + 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert processes.cpu_s() >= before + 1
+    finally:
+        for process in (starved, *busy):
+            process.kill()
+            process.wait()
 
 
 def test_the_cpu_time_is_that_of_all(tree: tuple[EngineProcesses, list[psutil.Process]]) -> None:

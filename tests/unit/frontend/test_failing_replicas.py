@@ -243,6 +243,44 @@ async def test_a_death_without_a_retry_counts_when_the_client_tries_again() -> N
     assert sum(server._router.ejections.is_ejected(replica) for replica in decode.ready) == 2
 
 
+async def test_replicas_whose_connections_break_have_not_died_of_a_prompt_unless_serve_removes_them_too() -> None:
+    """As when their node fails, or a switch: the prompt is innocent."""
+    broken = ReplicaLost("d", "its connection ended")
+    decode = FakeDecode([f"d{number}" for number in range(6)], [broken])
+    server = orchestrator(None, decode)
+    assert await tries(server, 2) == ["NoReplica"] * 2
+    replicas = [call.replica for call in decode.calls]
+    for replica in replicas:
+        server._router.pools["decode"].leave(replica)
+        server._router.pools["decode"].on_end(replica, "the same node")
+    assert await tries(server, 1) == ["NoReplica"]
+    server._router.pools["decode"].on_end(decode.calls[-1].replica, None)
+    assert await tries(server, 1) == ["Quarantined"]
+
+
+async def test_who_could_not_be_given_the_handoff_has_not_died_of_it() -> None:
+    not_taken = errors.HandoffNotTaken("d", "it cannot be given the handoff")
+    decode = FakeDecode(["d0", "d1", "d2", "d3"], [not_taken])
+    server = orchestrator(FakePrefill("p0"), decode)
+    assert await tries(server, 1) == ["NoReplica"]
+    assert len(decode.calls) == 3, "no engine had it, so it is tried as often as allowed"
+    for call in decode.calls:
+        server._router.pools["decode"].on_end(call.replica, call.replica)
+    assert await tries(server, 1) == ["NoReplica"]
+
+
+async def test_a_prefill_engine_that_says_that_it_died_counts_at_once() -> None:
+    class PrefillDies(Decode):
+        async def generate(self, request: GenerateRequest, handoff: Any, *rest: Any) -> None:
+            handoff.lost.set_result(EngineDead())
+            raise PrefillFailed("the prefill replica is gone")
+
+    prefill = FakePrefill("p0", "p1", "p2")
+    server = sglang(prefill, PrefillDies(["d0"]))
+    assert await tries(server, 2) == ["Quarantined"] * 2
+    assert len(prefill.picked) == 2
+
+
 async def test_prefill_engines_that_die_count_too_as_soon_as_that_is_known() -> None:
     prefill = FakePrefill(*(f"p{number}" for number in range(4)))
     server = sglang(prefill, Decode([f"d{number}" for number in range(4)], prefill=prefill))
@@ -250,6 +288,7 @@ async def test_prefill_engines_that_die_count_too_as_soon_as_that_is_known() -> 
     assert len(prefill.picked) == 2
     for replica in prefill.picked:
         server._router.pools["prefill"].leave(replica)
+        server._router.pools["prefill"].on_end(replica, None)
     assert await tries(server, 2) == ["Quarantined"] * 2
     assert len(prefill.picked) == 2
 
@@ -282,7 +321,7 @@ async def test_a_prefill_and_a_decode_replica_that_are_lost_together_are_one_dea
         async def generate(self, request: GenerateRequest, handoff: Any, *rest: Any) -> None:
             if not self.calls:
                 self.calls.append(handoff)
-                handoff.lost.set_result(None)
+                handoff.lost.set_result(ReplicaLost("p"))
                 raise ReplicaLost(rest[1])
             await super().generate(request, handoff, *rest)
 

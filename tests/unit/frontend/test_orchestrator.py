@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from app.config import LimitsConfig, PredictedPlacement, RemotePlacement, RoutingConfig, SloConfig
 from app.errors import (
+    BatonError,
     CannotResume,
     DeadlineExceeded,
     EngineDead,
@@ -23,7 +24,7 @@ from app.errors import (
     Quarantined,
     ReplicaLost,
 )
-from app.frontend.attempt import LOOK_AGAIN_AT, LOOK_AGAIN_S, Handoff
+from app.frontend.attempt import LOOK_AGAIN_AT, LOOK_AGAIN_S, Handoff, Lost
 from app.frontend.orchestrator import MAX_TTFT_OF_SLO, Orchestrator
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, PrefillMode, PrefillReport, ReplicaLoad, Role, TokenDelta
@@ -64,7 +65,7 @@ REMOTE = first_delta("remote", "")
 class FakeHandoff:
     def __init__(self, replica: str) -> None:
         self.replica = replica
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.lost: Lost = asyncio.get_running_loop().create_future()
         self.is_cancelled = False
 
     def cancel(self) -> None:
@@ -396,9 +397,10 @@ async def test_without_a_decode_replica_no_prefill_is_started() -> None:
 
 
 @pytest.mark.parametrize("max_attempts", [1, 2, 3])
-async def test_after_an_engine_has_died_at_most_one_more_is_tried(max_attempts: int) -> None:
-    decode = FakeDecode([f"d{number}" for number in range(5)], [LOST])
-    with pytest.raises(NoReplica if max_attempts == 1 else Quarantined):
+@pytest.mark.parametrize("error", [LOST, EngineDead()])
+async def test_after_an_engine_has_died_at_most_one_more_is_tried(error: BatonError, max_attempts: int) -> None:
+    decode = FakeDecode([f"d{number}" for number in range(5)], [error])
+    with pytest.raises(NoReplica if max_attempts == 1 or error is LOST else Quarantined):
         await served(orchestrator(FakePrefill("p"), decode, max_attempts=max_attempts))
     assert len(decode.calls) == min(max_attempts, 2)
 
@@ -728,7 +730,7 @@ async def test_the_replica_that_decode_moved_to_is_the_one_to_blame() -> None:
 async def test_a_prefill_replica_that_is_lost_meanwhile_is_replaced() -> None:
     prefill, decode = FakePrefill("p0", "p1"), FakeDecode(["d0", "d1"], [REMOTE, LAST])
     _, task, _ = await prefilling(prefill, decode)
-    prefill.handoffs[0].lost.set_result(None)
+    prefill.handoffs[0].lost.set_result(LOST)
     assert await task == [REMOTE, LAST]
     assert sorted(prefill.picked) == ["p0", "p1"]
     assert [call.handoff for call in decode.calls] == prefill.handoffs[1:]

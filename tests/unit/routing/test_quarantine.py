@@ -6,7 +6,7 @@ import pytest
 
 from app.errors import Quarantined
 from app.routing import quarantine
-from app.routing.quarantine import GONE_WITHIN_S, REMEMBER_S, Quarantine
+from app.routing.quarantine import GONE_WITHIN_S, REMEMBER_S, TOGETHER_S, Quarantine
 from tests.unit.routing.fleet import Timers
 from tests.unit.routing.samples import request
 
@@ -65,26 +65,57 @@ def test_success_clears_a_prompt(known: Quarantine) -> None:
     assert not is_refused(known)
 
 
-def test_a_replica_that_failed_a_prompt_and_is_soon_gone_has_died_of_it(known: Quarantine, clock: Timers) -> None:
+@pytest.mark.parametrize("are_dead", [True, False], ids=["they said so", "Serve removed them"])
+def test_replicas_that_failed_a_prompt_and_soon_end_have_died_of_it(
+    known: Quarantine, clock: Timers, are_dead: bool
+) -> None:
+    node_of: dict[str, str | None] = {"p0": None, "p1": None} if are_dead else {"p0": "node0", "p1": "node1"}
     known.on_failure(request(), "p0")
+    clock.advance(TOGETHER_S + 1)
     known.on_failure(request(), "p1")
     known.on_failure(request(start=1), "p1")
-    known.on_gone("p2")
-    clock.advance(GONE_WITHIN_S - 1)
-    known.on_gone("p0")
+    known.on_gone("p2", None)
+    clock.advance(GONE_WITHIN_S - TOGETHER_S - 2)
+    for _ in range(2):  # Serve removes it after its engine died
+        known.on_gone("p0", node_of["p0"])
     assert not is_refused(known)
-    known.on_gone("p1")
+    known.on_gone("p1", node_of["p1"])
     assert is_refused(known)
     assert not is_refused(known, start=1)
+
+
+@pytest.mark.parametrize(("other_node", "later_s"), [("node0", 2 * TOGETHER_S), ("node1", TOGETHER_S - 1)])
+def test_replicas_of_one_node_or_that_were_lost_at_once_are_one_death(
+    known: Quarantine, clock: Timers, other_node: str, later_s: float
+) -> None:
+    known.on_failure(request(), "d0")
+    clock.advance(later_s)
+    known.on_failure(request(), "d1")
+    known.on_gone("d0", "node0")
+    known.on_gone("d1", other_node)
+    assert not is_refused(known)
+    known.on_death(request(), "d2")
+    assert is_refused(known)
 
 
 def test_a_replica_that_is_gone_much_later_has_not(known: Quarantine, clock: Timers) -> None:
     known.on_failure(request(), "p0")
     known.on_failure(request(), "p1")
     clock.advance(GONE_WITHIN_S + 1)
-    known.on_gone("p0")
-    known.on_gone("p1")
+    known.on_gone("p0", None)
+    known.on_gone("p1", None)
     assert not is_refused(known)
+
+
+def test_quarantined_prompts_are_counted_now_and_so_far(known: Quarantine, clock: Timers) -> None:
+    known.on_death(request(start=1), "d0")
+    known.on_failure(request(), "p0")
+    for replica in ("d0", "d1"):
+        known.on_death(request(), replica)
+    known.on_gone("p0", None)
+    assert (known.num_quarantined, known.num_quarantines) == (1, 1)
+    clock.advance(REMEMBER_S + 1)
+    assert (known.num_quarantined, known.num_quarantines) == (0, 1)
 
 
 def test_what_is_remembered_is_bounded(known: Quarantine, clock: Timers, monkeypatch: pytest.MonkeyPatch) -> None:
