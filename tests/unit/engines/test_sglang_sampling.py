@@ -15,14 +15,16 @@ from xgrammar import Grammar
 from xgrammar.testing import _is_grammar_accept_string as accepts
 
 from app.engines.sglang_sampling import (
+    COUNTS_OUTPUT,
     DEFAULT_MAX_TOKENS,
     MAX_TOP_LOGPROBS_TRANSFERRED,
     RENAMED,
     WITHOUT_EFFECT,
     Translation,
+    rest_of,
     translate,
 )
-from app.errors import InvalidRequest
+from app.errors import CannotResume, InvalidRequest
 from app.frontend.engine_client import _FRONTEND_FIELDS, sampling_fields
 
 FIELDS = [name for name in SamplingParams.__struct_fields__ if not name.startswith("_")]
@@ -341,3 +343,18 @@ def test_an_empty_constraint_is_refused_rather_than_taken_for_none() -> None:
 
 def test_a_switch_that_is_off_asks_for_nothing() -> None:
     assert translated({"watermarking": False}) == translated({})
+
+
+def test_the_rest_of_a_sequence_has_what_is_left_of_its_bounds() -> None:
+    sampling = {"temperature": 0.0, "max_tokens": 40, "min_tokens": 12, "logprobs": 2}
+    assert rest_of(sampling, 0) == sampling
+    assert rest_of(sampling, 10) == {**sampling, "max_tokens": 30, "min_tokens": 2}
+    assert rest_of(sampling, 20) == {**sampling, "max_tokens": 20, "min_tokens": 0}
+    assert rest_of({}, 5)["max_tokens"] == DEFAULT_MAX_TOKENS - 5
+    assert rest_of({"max_tokens": None}, 5)["max_tokens"] is None
+
+
+@pytest.mark.parametrize("name", COUNTS_OUTPUT)
+def test_what_counts_output_tokens_cannot_go_on(name: str) -> None:
+    with pytest.raises(CannotResume, match=name):
+        rest_of({name: {"regex": "a"} if name == "structured_outputs" else 1.5}, 3)
