@@ -59,13 +59,24 @@ class ClusterFleet(Fleet):
         """
         health = await self._health()
         addresses = [] if health is None else [endpoint["kv_address"] for endpoint in health["endpoints"]]
-        return next(int(port) for host, _, port in (a.partition(":") for a in addresses) if host == node.address)
+        found = [
+            int(port) for host, _, port in (address.partition(":") for address in addresses) if host == node.address
+        ]
+        return _first(found, "KV", node)
 
     def channel_port(self, node: Node) -> int:
-        """Return the port at which frontends connect to the decode replica of a node; Raises LookupError."""
-        (replica,) = below(node.process.pid, "ray::ServeReplica:baton:decode")
-        listening = (each.laddr for each in replica.net_connections("tcp4") if each.status == psutil.CONN_LISTEN)
-        return next(int(address.port) for address in listening if address.ip == node.address)
+        """Return the port at which frontends connect to the decode replica of a node.
+
+        Raises LookupError if no replica there listens.
+        """
+        connections = [
+            connection
+            for replica in below(node.process.pid, "ray::ServeReplica:baton:decode")
+            for connection in replica.net_connections("tcp4")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        own = [int(connection.laddr.port) for connection in connections if connection.laddr.ip == node.address]
+        return _first(own, "its channel", node)
 
     async def learn(self) -> None:
         """Wait until everything that was deployed is there.  Raises NotWhole."""
@@ -92,6 +103,12 @@ class ClusterFleet(Fleet):
             return False
         replicas = [replica for each in application["deployments"].values() for replica in each["replicas"]]
         return application["status"] == "RUNNING" and all(replica["state"] == "RUNNING" for replica in replicas)
+
+
+def _first(ports: list[int], what: str, node: Node) -> int:
+    if not ports:
+        raise LookupError(f"no port of {node.address} is known for {what}")
+    return ports[0]
 
 
 def _haproxy() -> object:
