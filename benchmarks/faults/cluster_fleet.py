@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import psutil
@@ -14,6 +18,8 @@ from benchmarks.nodes.cluster import SERVE_PORT, Cluster, Node
 
 TITLES = {"raylet": "/raylet/raylet ", "GCS": "/gcs/gcs_server ", "Redis": "redis-server"}
 """What the command line of a process contains."""
+LISTEN = "0A"
+"""The state in /proc/PID/net/tcp."""
 START_S = 400.0
 """How long the application may take to start."""
 ROUNDS = 4
@@ -69,13 +75,8 @@ class ClusterFleet(Fleet):
 
         Raises LookupError if no replica there listens.
         """
-        connections = [
-            connection
-            for replica in below(node.process.pid, "ray::ServeReplica:baton:decode")
-            for connection in replica.net_connections("tcp4")
-            if connection.status == psutil.CONN_LISTEN
-        ]
-        own = [int(connection.laddr.port) for connection in connections if connection.laddr.ip == node.address]
+        replicas = below(node.process.pid, "ray::ServeReplica:baton:decode")
+        own = [port for replica in replicas for port in listening_ports(replica.pid, node.address)]
         return _first(own, "its channel", node)
 
     async def learn(self) -> None:
@@ -103,6 +104,22 @@ class ClusterFleet(Fleet):
             return False
         replicas = [replica for each in application["deployments"].values() for replica in each["replicas"]]
         return application["status"] == "RUNNING" and all(replica["state"] == "RUNNING" for replica in replicas)
+
+
+def listening_ports(pid: int, address: str) -> list[int]:
+    """Return the ports of an IPv4 address at which a process listens, in its own network: psutil knows ours only."""
+    own = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it has been closed meanwhile
+            own.add(os.readlink(file))
+    there = socket.inet_aton(address)[::-1].hex().upper()
+    found = []
+    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        host, _, port = fields[1].partition(":")
+        if host == there and fields[3] == LISTEN and f"socket:[{fields[9]}]" in own:
+            found.append(int(port, 16))
+    return found
 
 
 def _first(ports: list[int], what: str, node: Node) -> int:
