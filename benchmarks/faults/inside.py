@@ -38,7 +38,7 @@ def throw(task: str) -> str:
     while (name := _on_loop(lambda: _throw(task))) is None:  # it does not wait just now
         if time.monotonic() > deadline:
             raise LookupError(f"no task {task} waits for anything")
-        time.sleep(0.001)
+        threading.Event().wait(0.001)  # with libfaketime 0.9.10 time.sleep may fail with EINVAL
     return name
 
 
