@@ -3,7 +3,8 @@
 Serve notices such a replica by its health checks and starts another one, but Ray asks the old process to exit and does
 not look whether it does.  One that was stopped (SIGSTOP, a debugger) or hangs lives on, with its GPU; so did one that
 went on later and had then drained in order, as Ray's word to exit came while it stood still.  So each replica has a
-guard: a process of its own that waits for a sign of life on its standard input, and does nothing else.
+guard: a process of its own that waits for a sign of life on its standard input, and does nothing else.  It is no child
+of the replica's: SGLang, as it stops, kills all of those, and the replica may hang after that.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import os
 import subprocess
 import sys
 
-from app.engines.processes import GUARD
-
+NAME = "baton-guard"
+"""An argument of a guard, for those who look at the node's processes."""
 BEAT_S = 1.0
 STILL_S = 60.0
 """After so long without a sign of life the process is killed.  Serve has given it up after three failed checks (36 s by
@@ -23,9 +24,12 @@ default), and no loop of Baton's is held up for nearly as long."""
 _GUARD = """
 import os, select, signal, sys
 still_s, process = float(sys.argv[2]), os.pidfd_open(int(sys.argv[1]))
+if os.fork():
+    os._exit(0)
 while select.select([0], [], [], still_s)[0]:
     if not os.read(0, 4096):
         sys.exit()  # the process has ended
+print(f"{sys.argv[3]}: process {sys.argv[1]} gave no sign of life for {still_s} s and is killed", file=sys.stderr)
 try:
     signal.pidfd_send_signal(process, signal.SIGKILL)
 except ProcessLookupError:
@@ -41,9 +45,10 @@ async def be_guarded(still_s: float = STILL_S) -> None:
     Raises BrokenPipeError if the guard has ended; call this again then.
     """
     # Without site-packages and the environment's settings it takes 9 MB.  A session of its own keeps Ctrl-C from it.
-    command = [sys.executable, "-S", "-E", "-c", _GUARD, str(os.getpid()), str(still_s), GUARD]
+    command = [sys.executable, "-S", "-E", "-c", _GUARD, str(os.getpid()), str(still_s), NAME]
     guard = await asyncio.to_thread(subprocess.Popen, command, stdin=subprocess.PIPE, start_new_session=True)
     _guards.append(guard)
+    await asyncio.to_thread(guard.wait)  # the guard is its child, and goes on
     assert guard.stdin is not None
     while True:
         os.write(guard.stdin.fileno(), b".")

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import psutil
 
-GUARD = "baton-guard"
-"""An argument of the process that guards a replica (deployments/guard.py)."""
-
 
 class EngineProcesses:
     """What this process and its descendants have started since this object was made: one engine.
@@ -25,7 +22,7 @@ class EngineProcesses:
     def look(self) -> None:
         """Take note of processes that have come or gone.  This reads the machine's whole table of processes."""
         found = _descendants([psutil.Process(), *filter(psutil.Process.is_running, self._known)])
-        self._others |= set(filter(_outlives_engines, found - self._others - self._known))
+        self._others |= set(filter(_is_resource_tracker, found - self._others - self._known))
         self._known = {process for process in (found | self._known) - self._others if process.is_running()}
 
     def stopped(self) -> list[int]:
@@ -55,14 +52,11 @@ class EngineProcesses:
                 process.kill()
 
 
-def _outlives_engines(process: psutil.Process) -> bool:
-    """Whether it is the replica's guard, or Python's resource tracker.
-
-    The tracker ends by itself after all who use it, and must outlive them: it removes what shared memory they leave.
-    """
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    """Whether it is Python's, which ends by itself after all who use it, and must outlive them: it removes what shared
+    memory they leave."""
     with suppress(psutil.NoSuchProcess):
-        arguments = process.cmdline()
-        return GUARD in arguments or any("multiprocessing.resource_tracker" in argument for argument in arguments)
+        return any("multiprocessing.resource_tracker" in argument for argument in process.cmdline())
     return False
 
 
