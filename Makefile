@@ -4,6 +4,7 @@ PEERS ?= .baton/peers
 TRACE ?= conversation_trace.jsonl
 FAULTS ?= 300
 ENGINE_FAULTS ?= 40
+NODE_FAULTS ?= 100
 
 # For test-gpu and bench-gpu.  GPU_PYTHON is an interpreter that already has Baton's requirements, vLLM for CUDA and, for
 # the tests, pytest; without it .venv is made and used.
@@ -53,8 +54,9 @@ check: lint  ## for every commit: lint, types and unit tests (2 to 4 minutes on 
 test: lint setup-sglang packages  ## set up, lint, then all tests (17 to 31 minutes on 2 cores)
 	$(BIN)/pytest
 
-test-faults: setup setup-sglang  ## FAULTS faults under load on simulated engines, then some on vLLM and SGLang (hours); port 8000
+test-faults: setup setup-sglang packages  ## FAULTS faults under load on simulated engines, then some of nodes, vLLM, SGLang (hours)
 	bash scripts/with_baton.sh cluster/local/sim-faults.yaml $(faults) --faults $(FAULTS) --json faults-sim.json
+	$(faults).nodes --faults $(NODE_FAULTS) --json faults-nodes.json
 	bash scripts/with_baton.sh cluster/local/vllm-faults.yaml $(faults) --faults $(ENGINE_FAULTS) --streams 4 --json faults-vllm.json
 	bash scripts/with_baton.sh cluster/local/sglang-faults.yaml $(faults) --faults $(ENGINE_FAULTS) --streams 4 --json faults-sglang.json
 

@@ -65,6 +65,10 @@ class DeploymentConfig(Settings):
     health_check_timeout_s: float = Field(default=10.0, gt=0)
     graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0)
     """How long a replica that is being removed may go on with its requests."""
+    max_surge_percent: int = Field(default=1, ge=0, le=100)
+    """How many new replicas an update may start before it stops as many old ones, as a percentage of the pool rounded
+    up: one by default.  Without room for them the update waits, and the old ones serve on.  With 0 an old replica is
+    stopped first, so an update needs no room, but a pool of one serves nothing until its new replica is ready."""
 
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> Self:
@@ -303,6 +307,12 @@ class TransferConfig(Settings):
     """`port_min` to `port_max` are the side-channel ports that the replicas on one node share."""
     lease_s: int = Field(default=30, ge=12)
     """How long prefill keeps KV for a decode that has not asked for it; vLLM renews the lease every sixth of this."""
+    checksum_rate: float = Field(default=0.0, ge=0, le=1)
+    """The part of the handoffs, chosen at random, whose KV decode compares by checksums with what prefill computed.  If
+    it differs, decode computes the prompt itself, logs an error and counts it (``baton_kv_checksum_mismatches_total``).
+    The sums of such a prompt occupy each of its two engines for a moment (docs/decisions/0029-kv-checksum.md).  0.01
+    costs next to nothing and finds what is wrong all the time; 1 finds every change.  SGLang takes 0 or 1, has its own
+    checksums, for GPUs only, and tries such a request again."""
 
     @model_validator(mode="after")
     def _ports_in_order(self) -> Self:
@@ -410,6 +420,20 @@ class BatonConfig(Settings):
                     f"({model.deployment_name('decode')}): rename one",
                 )
         return models
+
+    @field_validator("transfer")
+    @classmethod
+    def _sglang_compares_all_or_none(
+        cls, transfer: TransferConfig | None, info: ValidationInfo
+    ) -> TransferConfig | None:
+        for index, model in enumerate(info.data.get("models", [])):
+            is_of_sglang = model.is_disaggregated and model.engine == "sglang"
+            if is_of_sglang and transfer is not None and 0 < transfer.checksum_rate < 1:
+                raise ValueError(
+                    f"checksum_rate {transfer.checksum_rate}: SGLang (models.{index}) compares all handoffs or none: "
+                    "set 1 or 0"
+                )
+        return transfer
 
     @field_validator("transfer")
     @classmethod

@@ -101,7 +101,7 @@ class PrefillReport(msgspec.Struct, frozen=True, array_like=True):
     """Why the prompt was prefilled locally; empty if it was prefilled remotely.  It is the reason of the decision
     (app/routing/decision.py) if that was for a local prefill, else what stood in the way: ``no_prefill_replica``,
     ``prefill_failed``, ``prefill_timeout``, ``descriptor_expired``, ``transfer_failed``, ``transport_refused``,
-    ``incompatible_kv``, or
+    ``incompatible_kv``, ``descriptor_corrupted``, ``kv_changed`` if the KV was not what prefill computed, or
     ``already_cached`` if decode had the whole prompt."""
     prefill_replica: str | None
     decode_replica: str
@@ -162,7 +162,7 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     """Where a prompt's KV lies on a prefill replica and until when.
 
     `params` belongs to the engine that wrote it, and is opaque to everything else.  For vLLM its size grows by one
-    integer for each KV block of the prompt and by nothing else.
+    integer for each KV block of the prompt, by another one for each rank if it has checksums, and by nothing else.
     """
 
     engine: str
@@ -187,6 +187,9 @@ class TransferDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     """The seconds of the hop's phases so far."""
     kv_format: KvFormat | None = None
     """What the KV is like; None before the replica has added it to what its engine wrote."""
+    prompt_digest: bytes = b""
+    seal: bytes = b""
+    """Digests of the prompt, and of all this but `phases` (app/handoff_seal.py); empty before the replica adds them."""
 
     def has_expired(self, waited_s: float) -> bool:
         """Whether pulling now is unsafe: after half the lease prefill may free and reuse the blocks during the read.
@@ -240,6 +243,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     transfer_s: float = 0.0
     num_expired_handoffs: int = 0
     """Handoffs whose lease ran out before decode pulled them; on decode, those whose KV it pulled in vain for that."""
+    num_checksum_matches: int = 0
+    """Handoffs whose KV decode has compared with what prefill computed (``transfer.checksum_rate``); with tensor
+    parallelism each rank counts, also in the next two."""
+    num_checksum_mismatches: int = 0
+    """Those of which it was not that, so that decode did not use it."""
+    num_checksums_skipped: int = 0
+    """Those chosen that could not be compared, because the two engines store KV differently."""
     transport: str = ""
 
 

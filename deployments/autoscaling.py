@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
@@ -118,10 +119,11 @@ class PoolPolicy(Policy):
         self._targets = Targets(**targets)
         self._capacity = SeenCapacity()
         self._capacity_at = time.monotonic()
+        self._arrivals = Arrivals()
 
     def plan(self, context: AutoscalingContext) -> Plan:
-        loads = reported_loads(context)
         now = time.monotonic()
+        loads = reported_loads(context, self._arrivals, now)
         self._capacity = measure(loads, self._capacity, self._targets, now - self._capacity_at)
         self._capacity_at = now
         running = len(context.running_replicas)
@@ -129,19 +131,38 @@ class PoolPolicy(Policy):
         return plan_pool(loads, self._capacity, self._targets, replicas)
 
 
-def reported_loads(context: AutoscalingContext) -> list[Load]:
+class Arrivals:
+    """When each replica's latest report came, by the clock of this process: those of the replicas may be wrong."""
+
+    def __init__(self) -> None:
+        self._latest: dict[Any, tuple[float, float]] = {}
+
+    def age_s(self, replica: Any, reported_at: float, now: float) -> float:
+        """Return for how long there has been no newer report than the one that the replica made at `reported_at`."""
+        latest = self._latest.get(replica)
+        if latest is None or latest[0] != reported_at:
+            latest = self._latest[replica] = (reported_at, now)
+        return now - latest[1]
+
+    def keep(self, replicas: Sequence[Any]) -> None:
+        """Forget all other replicas."""
+        self._latest = {replica: latest for replica, latest in self._latest.items() if replica in replicas}
+
+
+def reported_loads(context: AutoscalingContext, arrivals: Arrivals, now: float) -> list[Load]:
     """Return the mean loads of the running replicas over `look_back_period_s`, for which Serve keeps their reports.
 
     A replica is left out if it has not reported twice yet or no longer reports.  One that is being removed does not
-    count as running.
+    count as running.  `now` is of the monotonic clock.
     """
+    arrivals.keep(context.running_replicas)
     patience_s = context.config.look_back_period_s + 2 * context.config.metrics_interval_s
     metrics = context.raw_metrics or {}
     loads = []
     for replica in context.running_replicas:
         reports = [metrics.get(field, {}).get(replica, ()) for field in FIELDS]
         times = [point.timestamp for point in reports[0]]
-        if len(times) < 2 or times[-1] < context.current_time - patience_s:
+        if len(times) < 2 or arrivals.age_s(replica, times[-1], now) > patience_s:
             continue
         first, last = (dict(zip(FIELDS, (points[at].value for points in reports), strict=True)) for at in (0, -1))
         loads.append(mean_load(first, last, times[-1] - times[0]))

@@ -66,7 +66,7 @@ def build(args: dict[str, Any]) -> Application:
     logger.info("device=%s models=%s", device, ",".join(model.source for model in config.models))
     workers: dict[Role, type] = {"decode": DecodeWorker, "prefill": PrefillWorker, "aggregated": AggregatedWorker}
     pools = [build_pools(workers, config, model, device) for model in config.models]
-    given = without_scale(config)
+    given = for_frontends(config)
     frontend = _deployment(Frontend, given).options(
         name="frontend",
         max_ongoing_requests=config.frontend.max_ongoing_requests,
@@ -75,20 +75,21 @@ def build(args: dict[str, Any]) -> Application:
     return frontend.bind(given, pools)
 
 
-def without_scale(config: BatonConfig) -> BatonConfig:
-    """Return the configuration for the frontends, without numbers of replicas.
+def for_frontends(config: BatonConfig) -> BatonConfig:
+    """Return the configuration for the frontends, without what concerns the replicas of one deployment only.
 
-    So a change of these numbers does not change the frontends' version, and they are not restarted.
+    So a change of their number, or of the environment in which a pool's replicas run, does not change the frontends'
+    version, and they are not restarted.
     """
-    unscaled = {"replicas": None, "autoscaling": None}
+    plain = {**{name: field.default for name, field in DeploymentConfig.model_fields.items()}, "python": None}
 
     def strip(model: ModelConfig) -> ModelConfig:
         pools = {role: model.pool(role) for role in get_args(Role)}
         return model.model_copy(
-            update={role: pool.model_copy(update=unscaled) if pool else None for role, pool in pools.items()}
+            update={role: pool.model_copy(update=plain) if pool else None for role, pool in pools.items()}
         )
 
-    frontend = config.frontend.model_copy(update=unscaled)
+    frontend = config.frontend.model_copy(update={"replicas": None, "autoscaling": None})
     return config.model_copy(update={"models": [strip(model) for model in config.models], "frontend": frontend})
 
 
@@ -208,6 +209,7 @@ def _options(deployment: DeploymentConfig, num_gpus: float, autoscaling: dict[st
         "health_check_period_s": deployment.health_check_period_s,
         "health_check_timeout_s": deployment.health_check_timeout_s,
         "graceful_shutdown_timeout_s": deployment.graceful_shutdown_timeout_s,
+        "max_surge_percent": deployment.max_surge_percent,
         **scale,
     }
 

@@ -34,10 +34,23 @@ RAY_FLAGS = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # An HAProxy that has died is started again after three checks; the default of 10 s makes that half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+    # A connection to another machine that acknowledges nothing ends after 10 s, as the channel's do, and calls on it
+    # fail instead of waiting; with the default of 120 s they still wait when the network has long been whole again.
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
     "RAY_worker_niceness": "0",  # Ray's default is 15: on a busy machine serving would come last
     "RAY_raylet_start_wait_time_s": "120",  # 30 s are not enough on two busy cores
 }
 """The environment of every Ray and Serve process.  Variables that the user has set take precedence."""
+
+FIXED_PORTS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    # HAProxy sends requests there while an application that is deployed again is being built.  The proxies of several
+    # clusters on one machine all listen on the default port, and another one's answers 404.
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)
+"""Variables with ports that are the same for every cluster unless they are set."""
 
 
 def runs_here() -> bool:
@@ -47,7 +60,7 @@ def runs_here() -> bool:
 
 def ray_environment() -> dict[str, str]:
     """Return RAY_FLAGS, the path of Baton's HAProxy, and free ports for what would otherwise listen on fixed ones."""
-    ports = {name: str(free_port()) for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")}
+    ports = {name: str(free_port()) for name in FIXED_PORTS}
     return {**RAY_FLAGS, "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy.command(), **ports}
 
 

@@ -14,14 +14,23 @@ Each part can go once Serve's template does the same; tests/unit/test_canaries.p
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import resource
 import sys
+from http import HTTPStatus
 from pathlib import Path
 
 HEADERS_S = 10
 """How long a client may take to send a request's headers, or to send nothing on a new connection."""
+KEEPALIVE = """    option srvtcpka
+    srvtcpka-idle 5s
+    srvtcpka-intvl 2s
+    srvtcpka-cnt 3"""
+UNANSWERED_S = 10
+"""As KEEPALIVE_S and UNANSWERED_MS of app/channel/protocol.py.  Health checks only keep further requests away from a
+frontend whose machine is gone or cut off; those that wait for its answer would wait for ever."""
 MOST_CONNECTIONS = 32768
 """An idle one takes 1.1 KB of HAProxy (measured), so that many take 40 MB."""
 FILES_PER_CONNECTION = 2.5
@@ -30,6 +39,12 @@ OTHER_FILES = 512
 """Files of HAProxy that belong to no connection of a client: its listeners, logs, threads, health checks."""
 RESERVED_CONNECTIONS = 32
 """Connections that clients cannot take: those to the probe port, the statistics and the metrics."""
+OWN_ERRORS = {
+    502: "The frontend that had this request is gone; please retry.",
+    503: "No frontend can be reached now; please retry.",
+    504: "The frontend that has this request does not answer.",
+}
+"""What HAProxy answers itself.  Not 500, with which clients cannot tell that the request was not to blame."""
 PROBE_PORT = "BATON_HAPROXY_PROBE_PORT"
 """Environment variable: the port of a frontend that only answers ``/-/healthz``.  Without it there is none."""
 
@@ -65,10 +80,13 @@ def safer(configuration: str, max_connections: int | None, probe_port: int | Non
 
     - The admin socket is its owner's alone.  Statistics and metrics are for this machine alone; Serve asks the socket.
     - Clients have HEADERS_S to send a request's headers.
+    - A frontend that no packet reaches is given up within 11 s, also by requests that it has.
     - There are `max_connections` instead of Serve's 4,096; None leaves Serve's number.  Beyond half of them each answer
       ends its connection, so that idle ones do not take up the rest for ``http-keep-alive``.  That time itself stays
       long (90 s), because a load balancer that keeps connections open for 60 s must not find them closed.
     - While HAProxy has not been told of any application, as after its restart, the answer is 503 instead of 404.
+    - What HAProxy says for a frontend that is gone, cannot be reached or does not answer has the status that it is, and
+      the form of other errors (OWN_ERRORS); Serve makes a plain 500 of all three.
     - The probe port, if it is given, answers ``/-/healthz`` even if clients have all connections that they can have.
 
     Raises ConfigurationChanged if a line that is to be changed is not there exactly once.
@@ -77,11 +95,16 @@ def safer(configuration: str, max_connections: int | None, probe_port: int | Non
         raise ConfigurationChanged("it has a `timeout http-request` of its own")
     for pattern, replacement in (
         (r"(    stats socket \S+ mode )666( level admin .*)", r"\g<1>600\2"),
-        (r"(    timeout client \d+s)", rf"\1\n    timeout http-request {HEADERS_S}s"),
+        (r"(    timeout client \d+s)", rf"\1\n    timeout http-request {HEADERS_S}s\n{KEEPALIVE}"),
         (r"(frontend prometheus\n    bind ):(\d+)", r"\g<1>127.0.0.1:\2"),
         (r"(listen stats\n  bind )\*:(\d+)", r"\g<1>127.0.0.1:\2"),
     ):
         configuration = _replace(pattern, replacement, configuration)
+    for status, message in OWN_ERRORS.items():
+        configuration = _replace(rf"    errorfile {status} \S+", _own_error(status, message), configuration)
+    configuration = re.sub(
+        r"^    server .* check\b.*", rf"\g<0> tcp-ut {UNANSWERED_S}s", configuration, flags=re.MULTILINE
+    )
     if not re.search(r"^    use_backend ", configuration, re.MULTILINE):
         configuration = _replace(
             r"(backend default_backend\n    http-request return status )404 .*",
@@ -103,6 +126,13 @@ def safer(configuration: str, max_connections: int | None, probe_port: int | Non
         f"{configuration}frontend probe\n    bind {host}:{probe_port}\n    timeout client {HEADERS_S}s\n"
         f"    http-after-response set-header connection close\n{health}    http-request return status 404\n"
     )
+
+
+def _own_error(status: int, message: str) -> str:
+    """Return the line for an error of HAProxy's own, in the format of OpenAI's API."""
+    kind = HTTPStatus(status).phrase.replace(" ", "") + "Error"
+    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}})
+    return f"    http-error status {status} content-type application/json string '{body}' hdr Retry-After 1"
 
 
 def _only(pattern: str, configuration: str) -> re.Match[str]:

@@ -41,6 +41,8 @@ with needed("ray", "call the replica that the frontend has chosen"):
     check_parameters(RequestRouter.update_replicas, "self", "replicas")
     check_parameters(RequestRouter.on_replica_actor_died, "self", "replica_id")
     check_uses(AsyncioRouter._route_and_send_request_once, "_choose_replica_for_request")
+    check_uses(AsyncioRouter._route_and_send_request_once, "is_cross_language")
+    check_parameters(RunningReplica.try_send_request, "self", "pr", "with_rejection")
     check_uses(RequestRouter.__init__, "_deployment_id")
     check_parameters(DeploymentID, "name", "app_name")
     check_attributes(RequestRouter, "curr_replicas")
@@ -129,6 +131,18 @@ def deployment_id_of(handle: Any) -> DeploymentID:
     return DeploymentID(name=handle.deployment_name, app_name=handle.app_name)
 
 
+class _WithoutRejection:
+    """A replica that Serve does not ask whether it takes a call, as it does not ask those in Java."""
+
+    is_cross_language = True
+
+    def __init__(self, replica: RunningReplica) -> None:
+        self._replica = replica
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._replica, name)
+
+
 class ChosenReplicaRouter(RequestRouter):
     """A request router for callers that have already chosen: they name the replica in the call's ``replica_id``.
 
@@ -149,7 +163,8 @@ class ChosenReplicaRouter(RequestRouter):
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
-        return self.find_replica(pending_request.kwargs["replica_id"])
+        found: Any = _WithoutRejection(self.find_replica(pending_request.kwargs["replica_id"]))
+        return found
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

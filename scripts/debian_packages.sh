@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what tests need of Debian, where it is missing; no service is installed, let alone started:
-#   iproute2, util-linux   tests/cluster: nodes in namespaces
+#   iproute2, util-linux   tests/cluster and benchmarks/nodes: nodes in namespaces
 #   kubernetes-client      tests/cluster: kubectl, of Debian 13 or newer (12 has one without today's kustomize)
 #   redis-tools            tests/cluster: where a Ray head keeps its state.  The server is in it under another name; the
 #                          package redis-server adds a link to that, and a service, which nobody here wants.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,10 +36,14 @@ def new_client(url: str, timeout_s: float) -> httpx.Client:
     return httpx.Client(base_url=url, headers=_headers(), timeout=timeout_s)
 
 
-def new_async_client(url: str, timeout_s: float) -> httpx.AsyncClient:
-    """Return an asynchronous client of the endpoint at `url`, with no limit on the number of connections."""
+def new_async_client(url: str, timeout_s: float, socket: Path | None = None) -> httpx.AsyncClient:
+    """Return an asynchronous client of the endpoint at `url`, with no limit on the number of connections.
+
+    With `socket` it connects to this Unix socket, whatever host the URL names.
+    """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(base_url=url, headers=_headers(), timeout=timeout_s, limits=limits)
+    transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=limits) if socket is not None else None
+    return httpx.AsyncClient(base_url=url, headers=_headers(), timeout=timeout_s, limits=limits, transport=transport)
 
 
 def _headers() -> dict[str, str]:

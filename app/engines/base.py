@@ -33,6 +33,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     required_transport: str = "any"
     """The transport by which KV must move, as ``transfer.required_transport`` names it."""
     transfer_lease_s: int = 30
+    transfer_checksum_rate: float = 0.0
+    """The part of the handoffs whose KV decode compares with what prefill computed."""
     transfer_timeout_s: float = 60.0
     """How long decode waits for KV that prefill has promised."""
 

@@ -13,9 +13,9 @@ from app.engines.base import EngineInfo
 from app.engines.transfer_rules import DEFAULT_LAYOUT, LAYOUT, SAME_ARGS, SAME_IF_GIVEN
 from app.messages import EngineName, KvFormat, Role
 
-KV_PROTOCOL = 1
-"""Rises with each change of what a prefill and a decode replica of Baton tell each other: the descriptor, what the
-plug-ins put into its `params`, and what the engines expect of each other's plug-ins."""
+KV_PROTOCOL = 2
+"""Rises with each change of what a prefill and a decode replica of Baton tell each other, unless either may ignore it:
+the descriptor, what the plug-ins put into its `params`, and what the engines expect of each other's plug-ins."""
 
 MODEL_ARGS: dict[EngineName, tuple[str, ...]] = {
     "vllm": ("revision", "hf_overrides"),

@@ -27,6 +27,7 @@ OWNED_ARGS: dict[EngineName, dict[str, str]] = {
         "disaggregation_mode": "the model's prefill pool",
         "disaggregation_transfer_backend": "the transfer section",
         "disaggregation_bootstrap_port": "transfer.port_min and port_max",
+        "disaggregation_enable_kv_checksum": "transfer.checksum_rate",
         "kv_events_config": "nothing: Baton reads the events, for routing",
         "host": "http_options of the Serve config",
         "port": "http_options of the Serve config",

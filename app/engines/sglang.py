@@ -95,7 +95,10 @@ def build_engine_args(spec: EngineSpec) -> dict[str, Any]:
             "disaggregation_mode": spec.role,
             "disaggregation_transfer_backend": "nixl",
             "disaggregation_bootstrap_port": spec.kv_port,
+            "disaggregation_enable_kv_checksum": spec.transfer_checksum_rate > 0,
         }
+        if spec.transfer_checksum_rate > 0 and spec.device == "cpu":
+            raise ConfigError("transfer.checksum_rate", "SGLang's checksums need a GPU: set 0")
         if spec.role == "decode":
             # Then only the new part of a conversation is transferred at its next turn.
             arguments["disaggregation_decode_enable_radix_cache"] = not any(map(spec.engine_args.get, NO_DECODE_CACHE))
@@ -151,6 +154,7 @@ class SglangEngine:
         self._num_transfers = 0
         self._num_failed_transfers = 0
         self._num_expired_handoffs = 0
+        self._num_checksum_mismatches = 0
         self._transferred_bytes = 0
 
     async def start(self) -> EngineInfo:
@@ -378,6 +382,12 @@ class SglangEngine:
         if descriptor is None:
             return EngineFailed(abort["message"])
         self._num_failed_transfers += 1
+        if surface.has_kv_changed(abort):
+            self._num_checksum_mismatches += 1
+            logger.error(
+                "request_id=%s the KV that %s has read from %s is not what was computed there, and is not used",
+                *(descriptor.request_id, self._spec.replica_id, descriptor.replica_id),
+            )
         return PrefillFailed(f"prefill replica {descriptor.replica_id}: {abort['message']}")
 
     def _report(
@@ -419,6 +429,7 @@ class SglangEngine:
             num_failed_transfers=self._num_failed_transfers,
             transferred_bytes=self._transferred_bytes,
             num_expired_handoffs=self._num_expired_handoffs,
+            num_checksum_mismatches=self._num_checksum_mismatches,
             transport=self.transport_watch.transport,
         )
 

@@ -275,9 +275,17 @@ def kv_bytes_per_token(engine: Engine) -> int:
     return int(model.num_hidden_layers * per_layer * itemsize)
 
 
+KV_CHANGED = "KV checksum mismatch"
+
+
 def has_lease_run_out(abort: FinishReason) -> bool:
     """Return whether SGLang ended a prefill because decode had not entered its room in time.
 
     Only the message tells.
     """
     return "timed out" in abort["message"]
+
+
+def has_kv_changed(abort: FinishReason) -> bool:
+    """Return whether SGLang did not decode because KV was not what prefill had computed.  Only the message tells."""
+    return abort["message"].startswith(KV_CHANGED)

@@ -8,6 +8,7 @@
 5. The first token is the one that prefill sampled, where that is the one that decode would sample (SAMPLED_BY_PREFILL).
    It goes out before the KV is pulled, and for vLLM's decode engine it is the prompt's last token.  Otherwise prefill's
    token is dropped, and decode computes the last prompt token again and samples the first token itself.
+6. Of some requests the descriptor has checksums of the KV, and decode compares (plugins/nixl_checksum.py).
 
 This uses vLLM's engine-core client rather than AsyncLLM, for two reasons.  The frontend detokenizes, so AsyncLLM would
 do that work a second time.  And only the core's outputs tell local from transferred tokens.
@@ -18,7 +19,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -30,6 +33,7 @@ from app.engine_defaults import cpu_defaults
 from app.engines.base import EngineInfo, EngineSpec
 from app.engines.kv_events import KvEventFeed, follow
 from app.engines.plugins import cpu_waits, nixl_pull
+from app.engines.plugins.nixl_checksum import CHECKSUMS, SUMS_METHOD
 from app.engines.plugins.owner_watch import owner_environment
 from app.engines.processes import EngineProcesses
 from app.engines.progress import ProgressWatch
@@ -52,6 +56,7 @@ from app.engines.vllm_surface import (
     check_environment,
     check_names,
     dead_error,
+    kv_checks,
     late_reads,
     pull_times,
     rejection,
@@ -72,7 +77,7 @@ from app.messages import (
 )
 from app.sampling_ranges import check_request, check_tokenized
 
-logger = logging.getLogger("baton.vllm")
+logger = logging.getLogger("baton.engines.vllm")
 
 SAMPLED_BY_PREFILL = frozenset(
     {
@@ -101,6 +106,10 @@ TRANSFER_BLOCK_TOKENS = 128
 In a full cache a prompt's blocks are scattered, and each is read by itself.  With vLLM's 16 tokens the reads of one
 prompt keep decode's loop busy for 10 to 50 ms: at 10 prompts of 4,096 tokens a second its tokens came every 8.6 ms, and
 with 128 every 6.0 (docs/benchmarks/2026-11-28-goodput.md).  All of vLLM's kernels for plain attention take it."""
+
+
+CHECKSUM_TIMEOUT_S = 5.0
+"""How long a handoff waits for the checksums of its KV, which take milliseconds, or for the step before them to end."""
 
 
 def samples_first_token(sampling: dict[str, Any]) -> bool:
@@ -187,6 +196,8 @@ class _Running(msgspec.Struct):
     """Whether that was after prefill's lease, so that the KV was not used."""
     is_in_core: bool = True
     """Whether the engine core may still work on it."""
+    changed_blocks: set[int] = msgspec.field(default_factory=set)
+    """The blocks whose KV was not what prefill computed, so that it was not used; the prompt's last one is -1."""
 
     def fail(self, error: BaseException) -> None:
         if not self.ended.done():
@@ -213,6 +224,8 @@ class VllmEngine:
         self._death: EngineDead | None = None
         self._scheduler_stats: SchedulerStats | None = None
         self._moved = ConnectorStats()
+        self._checks: Counter[str] = Counter()
+        """How often KV was compared with what prefill computed, by the result."""
         self._can_sample = not spec.engine_args.get("logits_processors")  # these may look at what was generated
 
     async def start(self) -> EngineInfo:
@@ -284,6 +297,9 @@ class VllmEngine:
         last = outputs[-1]
         if last.kv_transfer_params is None:
             raise EngineFailed("prefill ended without a transfer descriptor")
+        transfer = last.kv_transfer_params
+        if random.random() < self._spec.transfer_checksum_rate:
+            transfer = {**transfer, CHECKSUMS: await self._checksums(request, transfer["remote_block_ids"])}
         return TransferDescriptor(
             engine="vllm",
             replica_id=self._spec.replica_id,
@@ -292,10 +308,27 @@ class VllmEngine:
             cached_tokens=last.prefill_stats.num_cached_tokens if last.prefill_stats else 0,
             ready_at=time.time(),
             lease_s=self._spec.transfer_lease_s,
-            params=last.kv_transfer_params,
+            params=transfer,
             prefill_s=time.monotonic() - began,
             first_token=self._first_token(request, last) if is_sampled else None,
         )
+
+    async def _checksums(self, request: GenerateRequest, block_ids: list[list[int]]) -> list[Any]:
+        """Return what the workers say of the KV in these blocks; empty if they do not.
+
+        To cancel this is too late: prefill holds the KV, and only whoever has the descriptor can have it freed.
+        """
+        core = self._live_core()
+        try:
+            async with asyncio.timeout(CHECKSUM_TIMEOUT_S):
+                return await core.collective_rpc_async(SUMS_METHOD, args=(block_ids,))
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            task.uncancel()
+        except Exception:
+            logger.exception("request_id=%s there are no checksums of its KV", request.request_id)
+        return []
 
     def _first_token(self, request: GenerateRequest, output: Output) -> TokenDelta | None:
         """Return the token that prefill sampled; None if it is not the one after the whole prompt.
@@ -379,6 +412,9 @@ class VllmEngine:
                 reason = "already_cached" if local else "transfer_failed"
                 if running.is_late:
                     reason = "descriptor_expired"
+                if running.changed_blocks:
+                    reason = "kv_changed"
+                    self._tell_change(running.changed_blocks, descriptor)
             return local_prefill(self._spec.replica_id, local, reason)
         return PrefillReport(
             kind="remote",
@@ -389,6 +425,13 @@ class VllmEngine:
             transferred_tokens=transferred,
             transport=self.transport_watch.transport,
             phases=_phases(running, output, time.monotonic()),
+        )
+
+    def _tell_change(self, blocks: set[int], descriptor: TransferDescriptor) -> None:
+        logger.error(
+            "request_id=%s the KV that %s has read from %s is not what was computed there, and is computed anew: "
+            "%d blocks differ, counted from the prompt's end %s",
+            *(descriptor.request_id, self._spec.replica_id, descriptor.replica_id, len(blocks), sorted(blocks)),
         )
 
     async def _run(
@@ -477,6 +520,10 @@ class VllmEngine:
             for request_id in late_reads(stats.kv_connector_stats):
                 if running := self._running.get(request_id):
                     running.is_late = True
+            for check in kv_checks(stats.kv_connector_stats):
+                self._checks[check.result] += 1
+                if running := self._running.get(check.request_id):
+                    running.changed_blocks.update(check.positions)
 
     async def release(self, request_id: str, descriptor: TransferDescriptor | None = None) -> None:
         """Free the KV from the decode side; only a decode engine can.
@@ -501,6 +548,9 @@ class VllmEngine:
             transferred_bytes=int(moved.bytes_transferred),
             transfer_s=moved.transfer_duration,
             num_expired_handoffs=int(moved.num_kv_expired_reqs),
+            num_checksum_matches=self._checks["match"],
+            num_checksum_mismatches=self._checks["mismatch"],
+            num_checksums_skipped=self._checks["skipped"],
             transport=self.transport_watch.transport,
         )
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from app.engines.plugins.nixl_checksum import CHECKS, Result
 from app.engines.plugins.nixl_lease import LATE_READS
 from app.engines.plugins.nixl_pull import TIMES
 from app.messages import TransferDescriptor
@@ -150,6 +151,9 @@ class Core(Protocol):
 
     async def call_utility_async(self, method: str) -> Any: ...
 
+    async def collective_rpc_async(self, method: str, *, args: tuple[Any, ...]) -> list[Any]:
+        """Call a method of each worker between two steps, and return what each of them answers."""
+
     def shutdown(self, timeout: float) -> None: ...
 
 
@@ -188,6 +192,21 @@ def pull_times(lists: dict[str, list[Any]]) -> dict[str, PullTimes]:
 def late_reads(lists: dict[str, list[Any]]) -> set[str]:
     """Return the engine core's ids of the requests whose KV was read after prefill's lease, so that it is not used."""
     return set(lists.get(LATE_READS, ()))
+
+
+class KvCheck(msgspec.Struct, frozen=True, array_like=True):
+    """What one rank found when it compared a request's KV with what prefill had computed."""
+
+    request_id: str
+    """The engine core's."""
+    result: Result
+    positions: list[int]
+    """The blocks that differ; the prompt's last one is -1."""
+
+
+def kv_checks(lists: dict[str, list[Any]]) -> list[KvCheck]:
+    """Return what the workers have compared."""
+    return [KvCheck(*check) for check in lists.get(CHECKS, ())]
 
 
 class ConnectorStats(msgspec.Struct):

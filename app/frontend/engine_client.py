@@ -34,7 +34,7 @@ from app.frontend.orchestrator import Orchestrator
 from app.frontend.request_bounds import RequestBounds
 from app.frontend.request_context import RequestContext, current_request
 from app.frontend.sequence_progress import SequenceProgress
-from app.frontend.sequence_record import SequenceRecord
+from app.frontend.sequence_record import CANCELLED, SequenceRecord
 from app.frontend.vllm_surface import (
     EngineClient,
     EngineCoreOutput,
@@ -285,7 +285,7 @@ class PooledEngineClient(EngineClient):
             queue.put(GenerationError())
             raise
         finally:
-            record.on_end(end or "cancelled")
+            record.on_end(end or CANCELLED)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Nothing to do: a request is aborted by closing its generator."""

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.frontend import metrics
 from app.frontend.explain import explain_header
 from app.frontend.request_context import RequestContext, begin_request, current_request
 
@@ -25,6 +26,9 @@ _SECONDS = re.compile(rb"[0-9]+(\.[0-9]+)?")
 
 BODY_RETRY_AFTER_S = "1"
 """When to send a body again that did not fit beside others, in seconds: bodies arrive in less than that, mostly."""
+REPLACED_S = b"5"
+"""When to come again if no replica could serve a request, in seconds: the others are known to be gone by then, and a
+replica is replaced no sooner."""
 
 
 def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
@@ -149,15 +153,16 @@ def _refusal(message: str, kind: str, status: HTTPStatus, headers: Mapping[str, 
     The connection stays, and what still comes of the body is dropped: a client that sends it all before it looks for an
     answer, as OpenAI's does, would otherwise find only that its connection is gone.
     """
+    metrics.REFUSED_BODIES.labels(str(status.value)).inc()
     return JSONResponse(error_body(message, kind, status), status_code=status, headers=dict(headers))
 
 
 class RoutingHeaders:
     """Adds the headers whose content comes from the engine side of the request (request_context.py).
 
-    They are an explanation, if the request had ``x-baton-explain: 1``, and ``Retry-After`` with a 429.  This middleware
-    has to be outside of `ErrorBeforeStream`, which starts an answer only when its first token is there or when none
-    will come.
+    They are an explanation, if the request had ``x-baton-explain: 1``, and ``Retry-After`` with a 429 or a 503.  This
+    middleware has to be outside of `ErrorBeforeStream`, which starts an answer only when its first token is there or
+    when none will come.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -184,6 +189,8 @@ def _headers(context: RequestContext, status: int) -> Iterator[tuple[bytes, byte
         yield EXPLAIN_HEADER, explain_header(context.sequences).encode("ascii")
     if context.retry_after_s is not None and status == HTTPStatus.TOO_MANY_REQUESTS:
         yield b"retry-after", str(context.retry_after_s).encode("ascii")
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        yield b"retry-after", REPLACED_S
 
 
 class Deadline:

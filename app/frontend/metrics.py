@@ -74,6 +74,11 @@ INTER_TOKEN_LATENCY = Histogram(
     buckets=_LATENCY_BUCKETS_S,
 )
 
+# They are refused before vLLM's server sees them, whose metrics count all other responses.
+REFUSED_BODIES = Counter("baton_refused_bodies", "Request bodies that were refused, by their HTTP status.", ["status"])
+for _status in (408, 413, 429):
+    REFUSED_BODIES.labels(str(_status))  # so that Prometheus sees the first one as an increase
+
 
 class MetricsServer:
     """Serves the metrics of this process on the first free port from `first_port` on."""

@@ -69,8 +69,9 @@ class Orchestrator:
             router, prefill, {"decode": decode, "aggregated": aggregated, "prefill": on_prefill}, hands_over_early
         )
         self._limits = limits
-        self._quarantine = Quarantine(router.clock)
-        router.on_end(self._quarantine.on_gone)
+        self.quarantine = Quarantine(router.clock)
+        """The prompts of this model that are refused."""
+        router.on_end(self.quarantine.on_gone)
         self.retry_budget = RetryBudget(router.clock)
         """All orchestrators of a frontend share one (app/frontend/openai_server.py)."""
         max_ttft_ms = limits.max_ttft_ms or MAX_TTFT_OF_SLO * router.slo.ttft_ms
@@ -92,7 +93,7 @@ class Orchestrator:
         allow, DeadlineExceeded at `deadline`, in seconds of the clock of `progress`, and whatever
         `DecodePool.generate` raises.
         """
-        self._quarantine.check(request)
+        self.quarantine.check(request)
         self.retry_budget.count_request()
         job = Job(request, hints, progress)
         async with in_time(progress, self._limits, deadline) as overdue:
@@ -105,7 +106,7 @@ class Orchestrator:
         try:
             on_decision(decision)
             # Not after `serve`: with its last token a sequence is cancelled, mostly before that returns.
-            on_survived = partial(self._quarantine.on_success, job.request)
+            on_survived = partial(self.quarantine.on_success, job.request)
             attempt = Attempt(self._pools, job, decision, in_flight, self.line, on_survived)
             try:
                 await attempt.serve()
@@ -125,10 +126,10 @@ class Orchestrator:
         """Raise an error for the client unless the sequence, whose attempt failed by `error`, is to be tried again."""
         was_on_engine = attempt.was_on_engine(error)
         if (died := attempt.death(error)) is not None:
-            self._quarantine.on_death(job.request, died)
+            self.quarantine.on_death(job.request, died)
         elif (suspected := attempt.suspected_death(error)) is not None:
-            self._quarantine.on_failure(job.request, suspected)
-        self._quarantine.check(job.request)
+            self.quarantine.on_failure(job.request, suspected)
+        self.quarantine.check(job.request)
         if job.progress.has_first_token:
             raise ReplicaLost(attempt.serving, str(error)) from error
         job.num_failed_on_engines += was_on_engine

@@ -22,6 +22,9 @@ MetricT = TypeVar("MetricT", Counter, Histogram)
 DEFAULT_SLO = SloConfig()
 GOOD_ENDS = ("stop", "length", "repetition")
 """Finish reasons of sequences that got all of their tokens."""
+CANCELLED, GAVE_UP = "cancelled", "gave_up"
+"""How sequences ended whose clients went away.  One that had waited for its next token for longer than `slo.ttft_ms`
+has given up on a service that is slow or hangs: that is a failure.  Any other just had enough, and does not count."""
 
 
 class SequenceRecord:
@@ -66,8 +69,11 @@ class SequenceRecord:
 
     @observing
     def on_end(self, end: str) -> None:
-        """`end` is a finish reason, ``cancelled`` or the name of an error."""
+        """`end` is a finish reason, CANCELLED or the name of an error."""
         progress = self.progress
+        waited_s = progress.now() - progress.last_token_at
+        if end == CANCELLED and waited_s * 1e3 > self.slo.ttft_ms:
+            end = GAVE_UP
         _labelled(metrics.SEQUENCES, self._model, end).inc()
         _labelled(metrics.WITHIN_SLO, self._model).inc(end in GOOD_ENDS and self._is_within_slo())
         _labelled(metrics.GENERATION_TOKENS, self._model).inc(self._output_tokens)
@@ -103,7 +109,8 @@ class SequenceRecord:
         if report.transferred_tokens:
             _labelled(metrics.TRANSFERRED_TOKENS, self._model, report.transport).inc(report.transferred_tokens)
         for phase, seconds in report.phases.items():
-            _labelled(metrics.HOP_PHASES, self._model, phase).observe(seconds)
+            # Two wall clocks may disagree, and Prometheus takes a sum that falls for one that began again.
+            _labelled(metrics.HOP_PHASES, self._model, phase).observe(max(0.0, seconds))
         if (decision := self.decision) is None:
             return
         _labelled(metrics.EXPECTED_CACHED_TOKENS, self._model).inc(decision.expected_cached_tokens)

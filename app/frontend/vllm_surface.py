@@ -10,6 +10,7 @@ it inside a function.
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -19,8 +20,8 @@ with needed("vllm", "serve its API over engines in other processes"):
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.engine.protocol import EngineClient
+    from vllm.entrypoints.launchers import app as launcher
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
@@ -40,7 +41,7 @@ with needed("vllm", "serve its API over engines in other processes"):
     check_parameters(make_arg_parser, "parser")
     check_parameters(validate_parsed_serve_args, "args")
     check_parameters(validate_api_server_args, "args")
-    check_parameters(build_app, "args", "supported_tasks", "model_config")
+    check_parameters(launcher.build_app, "args", "supported_tasks", "model_config")
     check_parameters(init_app_state, "engine_client", "state", "args", "supported_tasks")
     check_parameters(EngineClient.check_admission, "self", "n", "request_id")
 
@@ -161,6 +162,22 @@ __all__ = [
     "validate_api_server_args",
     "validate_parsed_serve_args",
 ]
+
+
+def build_app(arguments: Any, supported_tasks: tuple[str, ...], model_config: Any) -> Any:
+    """Make vLLM's application, and leave the levels of the root logger and its handlers as they are.
+
+    vLLM 0.32 imports model_hosting_container_standards as it does that, which sets them to ERROR: of loggers without a
+    level of their own nobody would see a warning any more.  Can go once that package leaves the root logger alone.
+    """
+    root = logging.getLogger()
+    leveled: list[logging.Logger | logging.Handler] = [root, *root.handlers]
+    levels = [each.level for each in leveled]
+    try:
+        return launcher.build_app(arguments, supported_tasks, model_config)
+    finally:
+        for each, level in zip(leveled, levels, strict=True):
+            each.setLevel(level)
 
 
 def allow_several_greedy_sequences() -> None:

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Generic, Literal, TypeVar
+
+from app.messages import Role
 
 logger = logging.getLogger("baton.ejection")
 
@@ -41,16 +44,29 @@ MAX_REMEMBERED = 4096
 Key = TypeVar("Key", bound=Hashable)
 Pair = tuple[str, str]
 """A prefill and a decode replica."""
+End = Role | Literal["pair"]
+"""What is ejected: a replica of a pool, or a pair."""
 
 
 class Circuit:
     """What lets requests to one replica or over one pair, or does not."""
 
-    __slots__ = ("_name", "_num_ejections", "changed_at", "ejected_at", "evidence", "is_ejected", "is_tried", "until")
+    __slots__ = (
+        "_name",
+        "_num_ejections",
+        "_on_ejection",
+        "changed_at",
+        "ejected_at",
+        "evidence",
+        "is_ejected",
+        "is_tried",
+        "until",
+    )
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, on_ejection: Callable[[], object]) -> None:
         """`name` is for the log."""
         self._name = name
+        self._on_ejection = on_ejection
         self.evidence = 0
         self.is_ejected = False
         self.is_tried = False
@@ -86,6 +102,7 @@ class Circuit:
         self._num_ejections += 1
         self.is_ejected, self.ejected_at, self.until, self.changed_at = True, now, now + seconds, now
         logger.warning("%s is left out for %.0f s", self._name, seconds)
+        self._on_ejection()
 
     def succeed(self, began_at: float) -> None:
         if began_at < self.ejected_at:
@@ -98,8 +115,9 @@ class Circuit:
 class Circuits(Generic[Key]):
     """Those of which something bad is known."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], on_ejection: Callable[[Key], object]) -> None:
         self._clock = clock
+        self._on_ejection = on_ejection
         self._circuits: OrderedDict[Key, Circuit] = OrderedDict()
 
     def __bool__(self) -> bool:
@@ -112,6 +130,11 @@ class Circuits(Generic[Key]):
     def is_ejected(self, key: Key) -> bool:
         circuit = self._circuits.get(key)
         return circuit is not None and circuit.is_ejected
+
+    def ejected(self) -> dict[Key, float]:
+        """Return what is left out, and for how many seconds more; 0 if requests may try it again, one at a time."""
+        now = self._clock()
+        return {key: max(0.0, each.until - now) for key, each in self._circuits.items() if each.is_ejected}
 
     def fail(self, key: Key, evidence: int, began_at: float) -> bool:
         return self._at_fault(key).fail(evidence, began_at, self._clock())
@@ -132,7 +155,7 @@ class Circuits(Generic[Key]):
             or next(iter(self._circuits.values())).changed_at < self._clock() - REMEMBER_S
         ):
             self._circuits.popitem(last=False)
-        circuit = self._circuits.setdefault(key, Circuit(_name(key)))
+        circuit = self._circuits.setdefault(key, Circuit(_name(key), partial(self._on_ejection, key)))
         self._circuits.move_to_end(key)
         return circuit
 
@@ -163,10 +186,29 @@ class Ejections:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._replicas = Circuits[str](clock)
-        self._pairs = Circuits[Pair](clock)
+        self._replicas = Circuits[str](clock, lambda replica: self._count(self.roles[replica]))
+        self._pairs = Circuits[Pair](clock, lambda _: self._count("pair"))
+        self.roles: dict[str, Role] = {}
+        """The roles of all replicas that ever joined a pool: most are ejected when they are gone."""
+        self.counts: Counter[End] = Counter()
+        """The ejections so far."""
         self._failed_with: OrderedDict[str, dict[str, float]] = OrderedDict()
         """For each replica the partners to or from which KV did not move since it last did, and when."""
+
+    def _count(self, end: End) -> None:
+        self.counts[end] += 1
+
+    def describe(self) -> list[dict[str, str | float]]:
+        """Return what is left out now, and for how many seconds more (0: one request at a time tries it)."""
+        replicas: list[dict[str, str | float]] = [
+            {"replica": replica, "role": self.roles[replica], "left_out_s": round(seconds, 1)}
+            for replica, seconds in self._replicas.ejected().items()
+        ]
+        pairs: list[dict[str, str | float]] = [
+            {"prefill": prefill, "decode": decode, "left_out_s": round(seconds, 1)}
+            for (prefill, decode), seconds in self._pairs.ejected().items()
+        ]
+        return replicas + pairs
 
     def is_ejected(self, replica: str) -> bool:
         """Whether a request that comes now is to go to another replica."""

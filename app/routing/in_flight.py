@@ -91,6 +91,8 @@ class InFlight:
         if self._decision.kind == "local":
             predictor.learn_local(expected, ttft_s)
             return
+        if self._prefill is not None and report.prefill_s is not None:
+            self._prefill.prompt_slowness.learn(expected.total_s, report.prefill_s)
         num_moved = report.transferred_tokens or self._num_tokens - self.serving.cached_tokens
         slowness = predictor.learn_remote(
             expected, ttft_s, report.prefill_s, num_moved, waited_for_kv=report.transferred_tokens is not None

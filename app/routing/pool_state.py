@@ -18,6 +18,7 @@ from app.messages import GenerateRequest, KvUpdate, Link, ReplicaInfo, ReplicaLo
 from app.pace import Pace
 from app.routing.affinity import SessionRing
 from app.routing.ejection import Ejections
+from app.routing.learnt_ratio import LearntRatio
 from app.routing.prefix_index import ApproximateCache, PrefixIndex
 
 SMALL_POOL = 16
@@ -82,6 +83,7 @@ class ReplicaState:
         "kv_tokens",
         "load",
         "pace",
+        "prompt_slowness",
         "queued_tokens",
         "sequences",
         "used_blocks",
@@ -99,6 +101,8 @@ class ReplicaState:
         self.kv_tokens = Gauge[int](0)
         self.load = ReplicaLoad()
         """The latest report.  For what frontends count too, the gauges are more up to date."""
+        self.prompt_slowness = LearntRatio()
+        """How many times as long as by the pace prompts of this frontend took here, if it prefills for others."""
         self._sources: frozenset[str] | None = None
         self._assumed = ApproximateCache(info.num_blocks) if info.prefix_cache == "silent" else None
 
@@ -174,6 +178,7 @@ class PoolState:
         self.replicas[info.replica_id] = ReplicaState(info)
         self._ids.append(info.replica_id)
         self._ring.add(info.replica_id)
+        self._ejections.roles[info.replica_id] = info.role
         self.on_change()
 
     def leave(self, replica: str) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 
@@ -54,6 +55,10 @@ class Suspect:
     def num_deaths(self) -> int:
         return len(self.died) + len(self.gone)
 
+    @property
+    def is_quarantined(self) -> bool:
+        return self.num_deaths >= MAX_DEATHS
+
     def take_gone(self, node: str, failed_at: float) -> None:
         if all(node != other and abs(failed_at - at) > TOGETHER_S for other, at in self.gone):
             self.gone.append((node, failed_at))
@@ -65,6 +70,8 @@ class Quarantine:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._suspects: OrderedDict[bytes, Suspect] = OrderedDict()
+        self.num_quarantines = 0
+        """How many prompts have been quarantined so far."""
 
     def check(self, request: GenerateRequest) -> None:
         """Raise Quarantined if too many engines died of this request's prompt and sampling parameters."""
@@ -72,12 +79,20 @@ class Quarantine:
         if not self._suspects:  # nearly always, so that nothing is hashed
             return
         suspect = self._suspects.get(_key(request))
-        if suspect is not None and suspect.num_deaths >= MAX_DEATHS:
+        if suspect is not None and suspect.is_quarantined:
             raise Quarantined(suspect.num_deaths, math.ceil(suspect.at + REMEMBER_S - self._clock()))
+
+    @property
+    def num_quarantined(self) -> int:
+        """How many prompts are refused now."""
+        self._forget_old()
+        return sum(suspect.is_quarantined for suspect in self._suspects.values())
 
     def on_death(self, request: GenerateRequest, replica: str) -> None:
         """Take note of an engine that died while the request was on it and had no token."""
-        self._suspect(request).died.add(replica)
+        suspect = self._suspect(request)
+        with self._counting(suspect):
+            suspect.died.add(replica)
 
     def on_failure(self, request: GenerateRequest, replica: str) -> None:
         """Take note of a replica that failed the request before its first token, for a reason that is not known."""
@@ -90,15 +105,23 @@ class Quarantine:
             failed_at = suspect.failed.pop(replica, -math.inf)
             if failed_at <= earliest:
                 continue
-            if node is None:
-                suspect.died.add(replica)
-            else:
-                suspect.take_gone(node, failed_at)
+            with self._counting(suspect):
+                if node is None:
+                    suspect.died.add(replica)
+                else:
+                    suspect.take_gone(node, failed_at)
 
     def on_success(self, request: GenerateRequest) -> None:
         """Clear a prompt, as it was served."""
         if self._suspects:
             self._suspects.pop(_key(request), None)
+
+    @contextmanager
+    def _counting(self, suspect: Suspect) -> Iterator[None]:
+        """Count the quarantine that the block may bring about."""
+        was_quarantined = suspect.is_quarantined
+        yield
+        self.num_quarantines += suspect.is_quarantined and not was_quarantined
 
     def _forget_old(self) -> None:
         while self._suspects and next(iter(self._suspects.values())).at + REMEMBER_S <= self._clock():

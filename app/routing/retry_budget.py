@@ -22,6 +22,8 @@ class RetryBudget:
         self._clock = clock
         self._requests = self._retries = 0.0
         self._counted_at = clock()
+        self.num_refused = 0
+        """How many retries there was no budget for so far."""
 
     def count_request(self) -> None:
         self._fade()
@@ -30,10 +32,24 @@ class RetryBudget:
     def take(self) -> bool:
         """Take one retry out of the budget.  Returns whether there was one."""
         self._fade()
-        if self._retries + 1 > max(FLOOR, SHARE * self._requests):
+        if self._left() < 1:
+            self.num_refused += 1
             return False
         self._retries += 1
         return True
+
+    def _left(self) -> float:
+        return max(FLOOR, SHARE * self._requests) - self._retries
+
+    def describe(self) -> dict[str, float]:
+        """Return the recent requests and retries, faded as WINDOW_S says, and how many retries are left."""
+        self._fade()
+        return {
+            "recent_requests": round(self._requests, 1),
+            "recent_retries": round(self._retries, 1),
+            "retries_left": int(self._left()),
+            "refused_so_far": self.num_refused,
+        }
 
     def _fade(self) -> None:
         now = self._clock()

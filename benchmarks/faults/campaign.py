@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable
 from random import Random
 
 from rich.console import Console
 
-from benchmarks.faults.fleet import BadAnswer, Fleet, NotWhole
+from benchmarks.faults.deployed import BadAnswer
+from benchmarks.faults.fleet import Fleet, NotWhole
 from benchmarks.faults.kinds import Fault
 from benchmarks.faults.load import Load
 from benchmarks.faults.report import Struck
@@ -34,8 +36,10 @@ class Campaign:
         self.num_leaked = 0
         """KV blocks that were still held when nothing ran."""
 
-    async def run(self, faults: Iterable[Fault], random: Random) -> str:
-        """Strike with each fault.  Returns why that ended early, if the application did not come back; "" otherwise.
+    async def run(self, faults: Iterable[Fault], random: Random, longest_s: float = math.inf) -> str:
+        """Strike with each fault that can begin within `longest_s`.
+
+        Returns why that ended early, if the application did not come back; "" otherwise.
 
         Raises UnsteadyAnswer.
         """
@@ -44,7 +48,7 @@ class Campaign:
             await self._load.ask_undisturbed()
             self._load.start()
             try:
-                await self._strike_all(faults, random)
+                await self._strike_all(faults, random, time.monotonic() + longest_s)
             finally:
                 await self._load.stop()
         except NotWhole as problem:
@@ -53,8 +57,10 @@ class Campaign:
             await self._fleet.close()
         return ""
 
-    async def _strike_all(self, faults: Iterable[Fault], random: Random) -> None:
+    async def _strike_all(self, faults: Iterable[Fault], random: Random, until: float) -> None:
         for number, fault in enumerate(faults, start=1):
+            if time.monotonic() > until:
+                break
             await self._strike(fault, random)
             if number % LEAK_CHECK_EVERY == 0:
                 await self._count_leaked()
@@ -62,9 +68,9 @@ class Campaign:
 
     async def _strike(self, fault: Fault, random: Random) -> None:
         await asyncio.sleep(BEFORE_S)
-        began_at, problem, recovery_s = time.monotonic(), "", 0.0
+        began_at, seen, problem, recovery_s = time.monotonic(), "", "", 0.0
         try:
-            await fault.strike(self._fleet, random)
+            seen = await fault.strike(self._fleet, random) or ""
         except (BadAnswer, LookupError) as error:
             problem = str(error)
         try:
@@ -74,8 +80,8 @@ class Campaign:
             self.struck.append(Struck(fault.name, began_at, time.monotonic(), None, problem or "did not come back"))
             raise
         await asyncio.sleep(AFTER_S)
-        self.struck.append(Struck(fault.name, began_at, time.monotonic(), recovery_s, problem))
-        said = f"  {problem}" if problem else ""
+        self.struck.append(Struck(fault.name, began_at, time.monotonic(), recovery_s, problem, seen))
+        said = "".join(f"  {text}" for text in (seen, problem) if text)
         self._console.print(f"{len(self.struck):4d}  {fault.name}: whole after {recovery_s:.1f} s{said}", markup=False)
 
     async def _count_leaked(self) -> None:

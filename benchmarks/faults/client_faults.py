@@ -12,7 +12,8 @@ import httpx
 import msgspec
 
 from app.bench.client import new_async_client
-from benchmarks.faults.fleet import BadAnswer, Fleet
+from benchmarks.faults.deployed import BadAnswer
+from benchmarks.faults.fleet import Fleet
 
 
 class ClientFault(msgspec.Struct, frozen=True):
@@ -22,12 +23,13 @@ class ClientFault(msgspec.Struct, frozen=True):
     misbehave: Callable[[str, str], Awaitable[None]]
     """Gets the URL and the model.  Raises BadAnswer."""
 
-    async def strike(self, fleet: Fleet, random: Random) -> None:
+    async def strike(self, fleet: Fleet, random: Random) -> str:
         """Raises BadAnswer."""
         try:
             await self.misbehave(fleet.url, fleet.model)
         except httpx.HTTPError as problem:
             raise BadAnswer(f"no answer: {problem!r}") from problem
+        return ""
 
 
 JSON = {"content-type": "application/json"}
@@ -39,7 +41,7 @@ async def _refused(client: httpx.AsyncClient, body: bytes, statuses: tuple[int, 
         raise BadAnswer(f"{answer.status_code} instead of {statuses}: {answer.text[:200]}")
 
 
-def _body(model: str, **fields: object) -> bytes:
+def completion_body(model: str, **fields: object) -> bytes:
     return json.dumps({"model": model, "prompt": [400, 401, 402], "max_tokens": 4, **fields}).encode()
 
 
@@ -56,17 +58,17 @@ async def poison(url: str, model: str) -> None:
     ]
     async with new_async_client(url, 30.0) as client:
         for fields in values:
-            await _refused(client, _body(model, **fields), (400, 422))
+            await _refused(client, completion_body(model, **fields), (400, 422))
 
 
 async def flood_of_sequences(url: str, model: str) -> None:
     async with new_async_client(url, 60.0) as client:
-        await _refused(client, _body(model, prompt=[[400]] * 1024, n=4096), (400, 413, 422, 429))
+        await _refused(client, completion_body(model, prompt=[[400]] * 1024, n=4096), (400, 413, 422, 429))
 
 
 async def flood_of_bytes(url: str, model: str) -> None:
     """Bodies of 40 MB, some at a time, by a client that sends all before it looks for an answer."""
-    body = _body(model, user="x" * 40_000_000)
+    body = completion_body(model, user="x" * 40_000_000)
     async with new_async_client(url, 60.0) as client:
         await asyncio.gather(*(_refused(client, body, (400, 413, 429)) for _ in range(4)))
 
@@ -93,7 +95,7 @@ async def clients_that_leave(url: str, model: str) -> None:
     """Streams whose client goes away: at once, before and after the first token."""
 
     async def leave(client: httpx.AsyncClient, after_s: float) -> None:
-        body = _body(model, max_tokens=200, ignore_eos=True, stream=True)
+        body = completion_body(model, max_tokens=200, ignore_eos=True, stream=True)
         try:
             async with (
                 asyncio.timeout(after_s),
@@ -107,17 +109,17 @@ async def clients_that_leave(url: str, model: str) -> None:
         await asyncio.gather(*(leave(client, after_s / 100) for after_s in range(1, 31)))
 
 
-async def overload(url: str, model: str) -> None:
+async def burst(url: str, model: str) -> None:
     """Four times as many streams as there are slots, for a short time; each answer must be a fair one."""
 
     async def ask(client: httpx.AsyncClient, number: int) -> int:
-        body = _body(model, prompt=[500 + number % 1000, *range(400, 1000)], max_tokens=16)
+        body = completion_body(model, prompt=[500 + number % 1000, *range(400, 1000)], max_tokens=16)
         return (await client.post("/v1/completions", content=body, headers=JSON)).status_code
 
     async with new_async_client(url, 120.0) as client:
         statuses = set(await asyncio.gather(*(ask(client, number) for number in range(256))))
     if not statuses <= {200, 429, 503}:
-        raise BadAnswer(f"statuses under overload: {sorted(statuses)}")
+        raise BadAnswer(f"statuses under a burst: {sorted(statuses)}")
 
 
 CLIENT_FAULTS = (
@@ -126,5 +128,5 @@ CLIENT_FAULTS = (
     ClientFault("flood of bytes", flood_of_bytes),
     ClientFault("silent clients", silent_clients),
     ClientFault("clients that leave", clients_that_leave),
-    ClientFault("overload", overload),
+    ClientFault("burst", burst),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -11,6 +12,7 @@ import psutil
 
 from app.bench.client import new_async_client
 from app.errors import BatonError
+from benchmarks.faults.deployed import Deployed
 
 Target = Literal[
     "prefill replica", "decode replica", "prefill engine", "decode engine", "frontend", "HAProxy", "controller"
@@ -23,12 +25,9 @@ TITLES: dict[Target, str] = {
 }
 """What the command line of a process contains, for what /health does not list."""
 ENGINE_TITLES = ("VLLM::", "sglang::")
+APPLICATION = "baton"
 ANSWER_TIMEOUT_S = 10.0
 POLL_S = 0.2
-
-
-class BadAnswer(Exception):
-    """During a fault somebody got what nobody should get."""
 
 
 class NotWhole(BatonError):
@@ -41,15 +40,25 @@ class NotWhole(BatonError):
 class Fleet:
     """One model's replicas and what is around them."""
 
-    def __init__(self, url: str, model: str, application: str = "baton") -> None:
+    def __init__(self, url: str, model: str, deployed: Deployed | None = None, socket: Path | None = None) -> None:
+        """`deployed`: what can be deployed anew, if anything can.  `socket`: as `new_async_client`."""
         self.url = url
         self.model = model
-        self.client = new_async_client(url, ANSWER_TIMEOUT_S)
+        self.client = new_async_client(url, ANSWER_TIMEOUT_S, socket)
+        self._deployed = deployed
+        application = deployed.name if deployed is not None else APPLICATION
         self._titles = {**TITLES, "frontend": f"ray::ServeReplica:{application}:frontend"}
         self.raylet = 0
         self.pools: dict[str, int] = {}
         """The number of ready replicas of each pool, as it was at the beginning."""
         self._num_frontends = 0
+
+    @property
+    def deployed(self) -> Deployed:
+        """The application as it can be deployed anew.  Raises LookupError if it cannot be."""
+        if self._deployed is None:
+            raise LookupError("this application cannot be deployed anew")
+        return self._deployed
 
     async def close(self) -> None:
         await self.client.aclose()
@@ -62,6 +71,8 @@ class Fleet:
         self.pools = {role: pool["ready"] for role, pool in self._of_model(health)["pools"].items()}
         self.raylet = raylet_of(next(endpoint["pid"] for endpoint in health["endpoints"]))
         self._num_frontends = len(self._titled(self._titles["frontend"]))
+        if self._deployed is not None:
+            await self._deployed.connect(self.raylet)
 
     async def processes(self, target: Target) -> list[list[psutil.Process]]:
         """Return the processes that a fault of `target` may befall, those of one victim together."""
@@ -78,10 +89,10 @@ class Fleet:
     def _titled(self, title: str) -> list[psutil.Process]:
         return below(self.raylet, title)
 
-    async def _health(self) -> dict[str, Any] | None:
-        """Return the answer of /health; None if there is none now."""
+    async def _health(self, client: httpx.AsyncClient | None = None) -> dict[str, Any] | None:
+        """Return the answer of /health, by default of `self.client`; None if there is none now."""
         try:
-            health: dict[str, Any] = (await self.client.get("/health")).json()
+            health: dict[str, Any] = (await (client or self.client).get("/health")).json()
         except (httpx.HTTPError, ValueError):
             return None
         return health if "models" in health else None
@@ -92,12 +103,16 @@ class Fleet:
 
     async def is_whole(self) -> bool:
         """Whether all replicas that there were are ready and can be reached again."""
-        health = await self._health()
+        if not self._shows_all(await self._health()):
+            return False
+        return len(self._titled(self._titles["frontend"])) == self._num_frontends
+
+    def _shows_all(self, health: dict[str, Any] | None) -> bool:
         if health is None or health["status"] != "healthy":
             return False
         wanted = {role: {"ready": num, "reachable": num} for role, num in self.pools.items()}
         is_full: bool = self._of_model(health)["pools"] == wanted
-        return is_full and len(self._titled(self._titles["frontend"])) == self._num_frontends
+        return is_full
 
     async def until_whole(self, timeout_s: float) -> float:
         """Wait until `is_whole` three times in a row, as each answer may come from another frontend.

@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
@@ -90,13 +91,17 @@ def judge(answer: Answer, right: str) -> End:
 class Load:
     """Streams of requests, from `start` to `stop`; `pause` and `resume` in between."""
 
-    def __init__(self, url: str, model: str, questions: Sequence[Question], num_streams: int) -> None:
+    def __init__(
+        self, url: str, model: str, questions: Sequence[Question], num_streams: int, socket: Path | None = None
+    ) -> None:
+        """`socket`: as `new_async_client`."""
         self.questions = questions
         self.right: list[str] = []
         """The right text of each question; `ask_undisturbed` fills it."""
         self.answers: list[Answer] = []
         self._url = url
         self._model = model
+        self._socket = socket
         self._num_streams = num_streams
         self._may_send = asyncio.Event()
         self._streams: list[asyncio.Task[None]] = []
@@ -113,7 +118,7 @@ class Load:
             async with gate:
                 return await self._ask(client, number)
 
-        async with new_async_client(self._url, HANG_S) as client:
+        async with new_async_client(self._url, HANG_S, self._socket) as client:
             numbers = [*range(len(self.questions))] * 2
             answers = await asyncio.gather(*map(ask, numbers))
         self.right = [answer.text for answer in answers[: len(self.questions)]]
@@ -146,7 +151,7 @@ class Load:
 
     async def _send(self, stream: int) -> None:
         random = Random(stream)
-        async with new_async_client(self._url, HANG_S) as client:
+        async with new_async_client(self._url, HANG_S, self._socket) as client:
             while True:
                 await self._may_send.wait()
                 self._num_open += 1
@@ -194,12 +199,14 @@ class _Reading:
         self._is_whole = self._has_error_event = False
         self._error = ""
         self._longest_gap_s = 0.0
+        self._last_at = time.monotonic()
+        """When the last event came; at first, when the request began: it gets no headers before the first token."""
 
     async def read(self, response: httpx.Response) -> None:
-        parser, last = EventParser(), time.monotonic()
+        parser = EventParser()
         async for chunk in response.aiter_bytes():
             now = time.monotonic()
-            self._longest_gap_s, last = max(self._longest_gap_s, now - last), now
+            self._longest_gap_s, self._last_at = max(self._longest_gap_s, now - self._last_at), now
             for data in parser.feed(chunk):
                 self._take(data)
 

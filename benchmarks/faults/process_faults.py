@@ -20,6 +20,9 @@ STOPS_S = (1.0, 10.0, 60.0)
 FOR_GOOD_S = 300.0
 """The longest time for which processes stay stopped that have to be replaced."""
 
+GONE_S = 10.0
+"""The longest time until a killed process is gone."""
+
 
 class ProcessFault(msgspec.Struct, frozen=True):
     """Signals to the processes of one replica, engine or other part."""
@@ -35,25 +38,29 @@ class ProcessFault(msgspec.Struct, frozen=True):
             return f"kill -9 {self.target}"
         return f"stop {self.target} " + ("for good" if self.hold_s == FOR_GOOD_S else f"{self.hold_s:g} s")
 
-    async def strike(self, fleet: Fleet, random: Random) -> None:
+    async def strike(self, fleet: Fleet, random: Random) -> str:
         """Make the fault, and return when it is over.  Stopped processes go on in any case."""
         victims = await fleet.processes(self.target)
         if not victims:
             raise LookupError(f"there is no {self.target}")
         victim = random.choice(victims)
         if self.act == "kill":
-            _signal(victim, signal.SIGKILL)
-            return
+            send_signal(victim, signal.SIGKILL)
+            # The kernel takes a while on a busy machine, and until then all seems to be whole.
+            await asyncio.to_thread(psutil.wait_procs, victim, GONE_S)
+            return ""
         try:
-            _signal(victim, signal.SIGSTOP)
+            send_signal(victim, signal.SIGSTOP)
             _, alive = await asyncio.to_thread(psutil.wait_procs, victim, self.hold_s)
         finally:
-            _signal(victim, signal.SIGCONT)
+            send_signal(victim, signal.SIGCONT)
         if self.hold_s == FOR_GOOD_S and alive:
             raise LookupError(f"a stopped {self.target} was not replaced within {FOR_GOOD_S:.0f} s")
+        return ""
 
 
-def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
+def send_signal(processes: list[psutil.Process], number: signal.Signals) -> None:
+    """Send a signal to those that are still there."""
     for process in processes:
         try:
             process.send_signal(number)

@@ -42,7 +42,7 @@ class RayLlmFleet(Fleet):
     """Ray Serve LLM's replicas, as Ray's dashboard lists them."""
 
     def __init__(self, url: str, model: str, dashboard: str) -> None:
-        super().__init__(url, model, APPLICATION)
+        super().__init__(url, model)
         self._dashboard = new_async_client(dashboard, ANSWER_TIMEOUT_S)
 
     async def close(self) -> None:

@@ -25,6 +25,8 @@ class Struck(msgspec.Struct, frozen=True):
     """Until all replicas were back; None if that did not happen."""
     problem: str = ""
     """What the fault itself showed to be wrong."""
+    seen: str = ""
+    """What it measured."""
 
 
 class Row(msgspec.Struct):

@@ -71,15 +71,17 @@ OVERVIEW = [
             Panel(
                 "Goodput",
                 "The part of the sequences that ended well and within their model's `slo` (time to the first token, "
-                "mean time between tokens). Those that the client ended or that were invalid do not count.",
+                "mean time between tokens). Invalid ones do not count, and those that the client ended only if it had "
+                "waited for a token for longer than `slo.ttft_ms`.",
                 "percentunit",
                 {GOODPUT: "{{model}}"},
                 maximum=1,
             ),
             Panel(
                 "Sequences by their end",
-                "stop and length are answers, cancelled are clients that went away; the rest are errors: Overloaded is "
-                "a 429, NoReplica a 503, TimeoutError a 504.",
+                "stop and length are answers, cancelled are clients that went away, gave_up those that had waited too "
+                "long; the rest are errors: Overloaded is a 429, NoReplica a 503, TimeoutError and DeadlineExceeded "
+                "are 504s, Quarantined is a 400.",
                 "reqps",
                 {rate("baton_sequences_total", "model, end"): "{{model}} {{end}}"},
             ),
@@ -160,6 +162,54 @@ OVERVIEW = [
                 "Not scheduled yet, or preempted: the engine has no room in its batch or no KV blocks for them.",
                 "short",
                 {total("ray_baton_waiting_sequences", "model, role"): "{{model}} {{role}}"},
+            ),
+        ],
+    ),
+    Row(
+        "Failures",
+        [
+            Panel(
+                "Replicas beside their pool",
+                "How many times as long a replica takes as the median of its pool's others, on the mean over the "
+                "frontends. Less is sent to a slow one; nothing replaces it.",
+                "short",
+                {
+                    f"avg by (model, role, replica) (baton_replica_slowness{{{OF_MODEL}}})": (
+                        "{{model}} {{role}} {{replica}}"
+                    )
+                },
+            ),
+            Panel(
+                "Left out of routing",
+                "How often frontends left out a replica of a role, or a pair of a prefill and a decode replica, in "
+                "each interval. `/stats` says which ones.",
+                "short",
+                {
+                    f"sum by (model, end) (increase(baton_ejections_total{{{OF_MODEL}}}[$__rate_interval]))": (
+                        "{{model}} {{end}}"
+                    )
+                },
+            ),
+            Panel(
+                "Quarantined prompts and refused retries",
+                "In each interval: prompts that two engines died of, and requests that failed and were not tried again "
+                "as more than a tenth of a frontend's requests were.",
+                "short",
+                {
+                    f"sum by (model) (increase(baton_quarantines_total{{{OF_MODEL}}}[$__rate_interval]))": (
+                        "{{model}} quarantined"
+                    ),
+                    f"sum by (service) (increase(baton_retries_refused_total{{{OF_SERVICE}}}[$__rate_interval]))": (
+                        "{{service}} not tried again"
+                    ),
+                },
+            ),
+            Panel(
+                "Refused bodies",
+                "Requests per second whose bodies were too large (413), too slow (408), or too much beside others that "
+                "were arriving (429). HTTP responses does not have them.",
+                "reqps",
+                {rate("baton_refused_bodies_total", "service, status", OF_SERVICE): "{{service}} {{status}}"},
             ),
         ],
     ),
@@ -279,6 +329,17 @@ PREFILL_AND_DECODE = [
                     )
                 },
             ),
+            Panel(
+                "KV compared",
+                "Transfers whose KV decode has compared with what prefill computed, per second, by the result: "
+                "`transfer.checksum_rate` of all. Any that differ are wrong; their prompts were computed anew.",
+                "ops",
+                {
+                    rate("ray_baton_kv_checksum_matches_total", "model"): "{{model}} right",
+                    rate("ray_baton_kv_checksum_mismatches_total", "model"): "{{model}} wrong",
+                    rate("ray_baton_kv_checksums_skipped_total", "model"): "{{model}} not comparable",
+                },
+            ),
         ],
     ),
     Row(
@@ -293,7 +354,7 @@ PREFILL_AND_DECODE = [
             Panel(
                 "Where prompts were prefilled",
                 "And why it was not as decided, if so: prefill_failed, prefill_timeout, transfer_failed, "
-                "transport_refused, descriptor_expired, incompatible_kv.",
+                "transport_refused, descriptor_expired, incompatible_kv, kv_changed.",
                 "ops",
                 {rate("baton_prefills_total", "model, kind, reason"): "{{model}} {{kind}} {{reason}}"},
             ),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
+from prometheus_client import REGISTRY
 from ray import serve
 from starlette.types import ASGIApp
 
@@ -16,6 +17,7 @@ from app.config import BatonConfig
 from app.frontend.health import overall_status
 from app.frontend.metrics import MetricsServer
 from app.frontend.openai_server import build_server
+from app.frontend.routing_metrics import RoutingMetrics
 from app.messages import Role
 from deployments.frontend.served_model import ServedModel
 from deployments.guard import be_guarded
@@ -38,8 +40,12 @@ class Frontend(AsgiIngress):
         self._models = [
             ServedModel(model, handles, config.limits) for model, handles in zip(config.models, pools, strict=True)
         ]
+        self._name = serve.get_replica_context().replica_id.unique_id
         orchestrators = [model.orchestrator for model in self._models]
         self._app = await build_server(config, orchestrators, self._health, self._stats)
+        routers = {model.name: model.router for model in self._models}
+        quarantines = {model.name: model.orchestrator.quarantine for model in self._models}
+        REGISTRY.register(RoutingMetrics(routers, quarantines, orchestrators[0].retry_budget))
         if config.frontend.metrics_port is not None:
             self._metrics = MetricsServer(config.frontend.metrics_port)
             logger.info("metrics at port %d", self._metrics.port)
@@ -59,11 +65,18 @@ class Frontend(AsgiIngress):
         }
 
     async def _stats(self) -> dict[str, Any]:
+        """Return what replicas say of themselves, and beside that what this frontend alone knows."""
         answers = await asyncio.gather(*(model.stats() for model in self._models))
         return {
             "replicas": list(chain.from_iterable(answers)),
             "learnt": {model.name: model.router.predictor.ratios() for model in self._models},
             "waiting": {model.name: model.describe_line() for model in self._models},
+            "frontend": {
+                "replica_id": self._name,
+                "scope": "this frontend only, as are `view`, `learnt` and `waiting`; others have seen other requests",
+                "retry_budget": self._models[0].orchestrator.retry_budget.describe(),
+                "failures": {model.name: model.describe_failures() for model in self._models},
+            },
         }
 
     async def __del__(self) -> None:

@@ -34,7 +34,7 @@ logger = logging.getLogger("baton.pools")
 CALL_TIMEOUT_S = 10.0
 """How long a replica may take to begin or to answer a call that it can answer at once.  A replica that stands still is
 given up after that."""
-ATTACH_TIMEOUT_S, ATTACH_AGAIN_S, ATTACH_DEADLINE_S = 3.0, 0.2, 20.0
+ATTACH_TIMEOUT_S, ATTACH_AGAIN_S, ATTACH_DEADLINE_S = 3.0, 0.2, 8.0
 """How long one call of `attach` may take; when it is made again if its answer was lost (then after twice as long, and
 so on); how long all that may take.  Decode itself waits longer for the reference (``limits.prefill_timeout_s``)."""
 

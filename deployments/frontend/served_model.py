@@ -16,6 +16,7 @@ from app.frontend.health import model_state
 from app.frontend.orchestrator import Orchestrator
 from app.messages import Role
 from app.routing.router import Router
+from app.routing.slowness import slowness
 from deployments.frontend.pools import ChannelPool, RayDecodePool, RayPrefillPool
 from deployments.ready_replicas import ready_replicas_of
 from deployments.serve_hooks import deployment_id_of
@@ -82,12 +83,27 @@ class ServedModel:
         return described
 
     def endpoints(self) -> list[dict[str, Any]]:
-        """Return what each ready replica recorded about itself."""
+        """Return what each ready replica recorded about itself, and how slow it is beside others of its pool."""
         return [
-            {"status": "ready", **metadata["info"]}
-            for pool in self._ready.values()
-            for metadata in pool.metadata().values()
+            {"status": "ready", **metadata["info"], "slowness": slow.get(replica)}
+            for role, pool in self._ready.items()
+            for slow in [self._slowness(role)]
+            for replica, metadata in pool.metadata().items()
         ]
+
+    def _slowness(self, role: Role) -> dict[str, float]:
+        known = slowness(self.router.pools[role].replicas)
+        return {replica: round(ratio, 2) for replica, ratio in known.items()}
+
+    def describe_failures(self) -> dict[str, Any]:
+        """Return what this frontend leaves out of routing and refuses, for what it has seen itself."""
+        ejections, quarantine = self.router.ejections, self.orchestrator.quarantine
+        return {
+            "left_out": ejections.describe(),
+            "ejections_so_far": dict(ejections.counts),
+            "quarantined_prompts": quarantine.num_quarantined,
+            "quarantines_so_far": quarantine.num_quarantines,
+        }
 
     async def stats(self) -> list[dict[str, Any]]:
         """Ask every ready replica for its present stats, and return them beside this frontend's pool state."""
@@ -125,7 +141,7 @@ class ServedModel:
         line = self.orchestrator.line
         return {"requests": line.num_waiting, "queued_tokens": line.queued_tokens, "lacks": line.lacks or None}
 
-    def _describe_state(self, role: Role, replica: str) -> dict[str, int] | None:
+    def _describe_state(self, role: Role, replica: str) -> dict[str, Any] | None:
         """What this frontend believes of a replica; None if it has no connection to it."""
         pool = self.router.pools[role]
         if (state := pool.replicas.get(replica)) is None:
@@ -135,4 +151,5 @@ class ServedModel:
             **{name: gauge.value for name, gauge in gauges.items()},
             **{f"own_{name}": gauge.own for name, gauge in gauges.items()},
             "cached_blocks": pool.index.num_blocks(replica),
+            "slowness": self._slowness(role).get(replica),
         }

@@ -19,6 +19,7 @@ from app.config import BatonConfig
 from app.engines.base import EngineSpec
 from app.engines.kv_format import mismatch
 from app.errors import InvalidRequest
+from app.handoff_seal import damage, misplacement
 from app.messages import (
     EngineStats,
     GenerateRequest,
@@ -102,6 +103,10 @@ class DecodeWorker(Worker):
             logger.warning("request_id=%s %s: %s", request.request_id, descriptor.replica_id, problem)
             await self._release(descriptor)
             return None, "incompatible_kv"
+        if problem := damage(descriptor) or misplacement(descriptor, request):
+            # Nobody knows any more where the KV lies that was promised; its lease frees it.
+            logger.error("request_id=%s %s", request.request_id, problem)
+            return None, "descriptor_corrupted"
         if self._links is None or self._links.is_usable(descriptor.replica_id):
             return descriptor, ""
         # The frontend that chose this pair does not know yet what the latest probe found.
@@ -147,7 +152,13 @@ class DecodeWorker(Worker):
         await super().__del__()
 
     async def _release(self, descriptor: TransferDescriptor) -> None:
-        """Free KV that nobody will pull.  What another engine's descriptor says only that engine understands."""
+        """Free KV that nobody will pull, except by a descriptor that may name KV of others.
+
+        What another engine's descriptor says only that engine understands.
+        """
+        if problem := damage(descriptor):
+            logger.error("the lease has to free KV: %s", problem)
+            return
         if descriptor.engine != self._info.engine:
             logger.warning("request_id=%s the lease has to free KV of %s", descriptor.request_id, descriptor.engine)
             return

@@ -27,6 +27,12 @@ OF_ENGINE = {
     "transferred_bytes": ("baton_kv_transferred_bytes_total", "Bytes of KV that moved."),
     "transfer_s": ("baton_kv_transfer_seconds_total", "Seconds that transfers took, added up over them."),
     "num_expired_handoffs": ("baton_expired_handoffs_total", "Handoffs whose lease ran out before decode pulled them."),
+    "num_checksum_matches": (
+        "baton_kv_checksum_matches_total",
+        "KV transfers that decode found to be right.",
+    ),
+    "num_checksum_mismatches": ("baton_kv_checksum_mismatches_total", "KV that was not what prefill computed."),
+    "num_checksums_skipped": ("baton_kv_checksums_skipped_total", "Chosen KV transfers that could not be compared."),
 }
 """The gauges, by the field of `EngineStats`.  Those ending in ``_total`` only grow.  They are not counters of Ray, for
 two reasons.  Ray's counters begin with their first event, so Prometheus does not see that event as an increase.  And a

@@ -10,6 +10,7 @@ import msgspec
 
 from app.config import BatonConfig
 from app.errors import BatonError, PrefillFailed
+from app.handoff_seal import seal
 from app.messages import (
     EngineStats,
     GenerateRequest,
@@ -87,7 +88,7 @@ class PrefillWorker(Worker):
         try:
             descriptor = await task
             phases = _phases(request, arrived_at, descriptor)
-            return msgspec.structs.replace(descriptor, phases=phases, kv_format=self.kv_format)
+            return seal(msgspec.structs.replace(descriptor, phases=phases, kv_format=self.kv_format), request)
         finally:
             del self._running[request.request_id]
             self._publisher.poll_soon()

@@ -106,6 +106,7 @@ class Worker:
             transfer_backends=transfer.backends if transfer else [],
             required_transport=transfer.required_transport if transfer else "any",
             transfer_lease_s=transfer.lease_s if transfer else 0,
+            transfer_checksum_rate=transfer.checksum_rate if transfer else 0.0,
             transfer_timeout_s=self._config.limits.prefill_timeout_s,
         )
 

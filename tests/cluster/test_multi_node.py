@@ -20,7 +20,8 @@ import httpx
 import pytest
 import yaml
 
-from tests.cluster.nodes import HEAD, Cluster, cluster
+from benchmarks.nodes.cluster import HEAD, Cluster, cluster
+from benchmarks.nodes.switch import Wire
 from tests.conftest import REPOSITORY, wait_until
 
 PROFILE = REPOSITORY / "cluster/profiles/sglang-disaggregated-70b/serve_config.yaml"
@@ -295,6 +296,19 @@ def test_more_replicas_come_to_the_nodes_of_their_group_and_restart_no_other(ray
     for group in ("frontend", "prefill"):
         assert now.running(group) == before.running(group)
     stream.ends_complete()
+
+
+def test_a_way_that_is_cut_between_prefill_and_decode_loses_nothing(ray_cluster: Cluster) -> None:
+    """Decode hears nothing of the KV that it asks for, and prefill does not know."""
+    now = status(ray_cluster)
+    (prefill,) = (ray_cluster.nodes[address] for address in now.nodes("prefill"))
+    decode = ray_cluster.nodes[min(now.nodes("decode"))]
+    ray_cluster.set_wires(Wire(prefill.number, decode.number, loss=1.0))
+    with Questions(ray_cluster, now.nodes("frontend")) as questions:
+        wait_until(lambda: sum(questions.kinds.values()) > 20, 30, "requests are answered")
+    ray_cluster.set_wires()
+    questions.were_answered(within_s=15)  # the first ones of this pair wait for 10 s
+    assert status(ray_cluster).replicas == now.replicas
 
 
 def test_a_replica_without_a_place_waits_for_a_node_of_its_group(ray_cluster: Cluster) -> None:

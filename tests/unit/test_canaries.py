@@ -7,8 +7,10 @@ used are there is checked where they are imported (app/upstream.py).
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -22,6 +24,8 @@ import pytest
 import ray
 from prometheus_client import CollectorRegistry
 from ray import serve
+from ray.serve._private.request_router.request_router import RequestRouter
+from ray.serve._private.router import AsyncioRouter
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import ServeApplicationSchema
@@ -29,7 +33,7 @@ from starlette.testclient import TestClient
 
 from app.config import parse
 from deployments.build import REPORT_S
-from deployments.cluster import RAY_FLAGS
+from deployments.cluster import FIXED_PORTS, RAY_FLAGS, ray_environment
 
 RAY = Path(ray.__file__).parent
 
@@ -84,6 +88,12 @@ def test_a_handle_cannot_be_told_which_replica_to_call(name: str) -> None:
     assert "replica_id" not in inspect.signature(getattr(DeploymentHandle, name)).parameters
 
 
+def test_serve_asks_replicas_whether_they_take_a_call_whatever_its_router_says() -> None:
+    """Else: `_WithoutRejection` in deployments/serve_hooks.py, as a router may say no by a property of its own."""
+    assert "supports_rejection_protocol" in vars(RequestRouter)
+    assert "supports_rejection_protocol" not in AsyncioRouter._route_and_send_request_once.__code__.co_names
+
+
 def test_an_ingress_that_makes_its_application_itself_needs_a_special_name() -> None:
     """Else: `AsgiIngress` in deployments/serve_hooks.py."""
     with pytest.raises(ValueError, match="__serve_build_asgi_app__"):
@@ -122,6 +132,13 @@ def test_serves_haproxy_is_open_to_others(line: str) -> None:
     assert line in HAPROXY_CONFIG_TEMPLATE
 
 
+def test_serves_haproxy_makes_500_of_its_own_errors() -> None:
+    """Else: OWN_ERRORS in deployments/haproxy.py."""
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    assert "errorfile 502 {{ config.error_file_path }}" in HAPROXY_CONFIG_TEMPLATE
+
+
 def test_serve_sets_no_time_for_a_requests_headers() -> None:
     """Else: HEADERS_S in deployments/haproxy.py."""
     from ray.serve._private.haproxy import HAProxyConfig
@@ -156,6 +173,14 @@ def test_serve_knows_a_flag_and_does_otherwise_without_it(flag: str, defaults: d
     default = defaults.get(flag, defaults.get(flag.removeprefix("RAY_SERVE_")))
     assert default is not None
     assert float(default) != float(RAY_FLAGS[flag])
+
+
+@pytest.mark.parametrize("variable", FIXED_PORTS)
+def test_serve_has_a_port_that_all_clusters_would_share(variable: str, defaults: dict[str, Any]) -> None:
+    """Else: the variable in FIXED_PORTS in deployments/cluster.py, or its name."""
+    source = (RAY / "serve/_private/constants.py").read_text()
+    assert f'"{variable}"' in source
+    assert int(ray_environment()[variable]) != defaults[variable]
 
 
 @pytest.mark.parametrize("flag", [name for name in RAY_FLAGS if not name.startswith("RAY_SERVE_")])
@@ -257,6 +282,14 @@ def test_http_metrics_count_nothing_for_a_second_application(surface: Any) -> No
     registry = CollectorRegistry()
     assert surface.HTTP_METRICS.original(registry=registry) is not None
     assert surface.HTTP_METRICS.original(registry=registry) is None
+
+
+def test_vllms_server_imports_what_silences_the_root_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else: `build_app` in app/frontend/vllm_surface.py, in favour of vLLM's own."""
+    root = logging.RootLogger(logging.WARNING)
+    monkeypatch.setattr(logging, "getLogger", lambda name=None: root)  # before the import, which sets the level too
+    importlib.import_module("model_hosting_container_standards.logging_config").configure_root_logger()
+    assert root.level == logging.ERROR
 
 
 def test_vllms_server_has_routes_that_speak_of_an_engine_in_its_process(surface: Any) -> None:

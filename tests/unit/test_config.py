@@ -101,6 +101,22 @@ def test_transfer_is_missing_if_any_model_has_a_prefill_pool() -> None:
     assert caught.value.field == "transfer"
 
 
+@pytest.mark.parametrize("rate", [0, 1])
+def test_sglang_compares_all_kv_or_none(rate: int) -> None:
+    pool = {"engine": "sglang"}
+    model = {**MODEL, "prefill": pool, "decode": pool}
+    assert parse({"models": [model], "transfer": {"checksum_rate": rate}})
+    with pytest.raises(ConfigError, match=r"models\.0.*set 1 or 0") as caught:
+        parse({"models": [model], "transfer": {"checksum_rate": 0.01}})
+    assert caught.value.field == "transfer"
+
+
+def test_of_vllms_handoffs_any_part_may_be_compared() -> None:
+    transfer = parse(changed("transfer.checksum_rate", 0.01)).transfer
+    assert transfer is not None
+    assert transfer.checksum_rate == 0.01
+
+
 def test_without_a_prefill_pool_no_transfer_section_is_needed() -> None:
     args = changed("models.0.prefill", REMOVED)
     del args["transfer"]

@@ -1,6 +1,6 @@
 """Makes a vLLM decode engine pull KV without waiting, and tells when each part of it happened.
 
-It also puts nixl_lease.py into effect, in prefill engines too.
+It also puts nixl_lease.py and nixl_checksum.py into effect, in prefill engines too.
 
 1. *Pull what prefill holds.*  When prefill has sampled the first token, that token is part of the prompt that the
    decode engine gets, and prefill does not hold its KV.  vLLM's NixlConnector would ask for the KV of the whole prompt,
@@ -21,7 +21,7 @@ import os
 import time
 from typing import Any
 
-from app.engines.plugins import nixl_lease
+from app.engines.plugins import nixl_checksum, nixl_lease
 from app.messages import Role
 from app.upstream import Patch, check_attributes, check_uses, needed
 
@@ -59,6 +59,8 @@ def register() -> None:
     if os.environ[SWITCH] == PREFILL:
         with needed("vllm", "tell until when prefill keeps KV"):
             nixl_lease.tell_expiry()
+        with needed("vllm", "sum up the KV that prefill holds"):
+            nixl_checksum.offer_sums()
         return
     with needed("vllm", "pull the KV that prefill holds"):
         _pull_what_is_held()
@@ -66,6 +68,8 @@ def register() -> None:
         _tell_times()
     with needed("vllm", "refuse KV that was read too late"):
         nixl_lease.refuse_late_reads()
+    with needed("vllm", "refuse KV that is not what prefill computed"):
+        nixl_checksum.refuse_changed_kv()
     if os.environ[SWITCH] == POLL_QUICKLY:
         with needed("vllm", "look for KV often"):
             _poll_quickly()

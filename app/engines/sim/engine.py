@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Literal, Self
 
@@ -139,6 +141,8 @@ class _Run(msgspec.Struct):
     fault: Fault | None = None
     pull: asyncio.Task[None] | None = None
     is_reported: bool = False
+    has_changed_kv: bool = False
+    """Whether the KV that arrived was not what prefill computed, so that it is not used."""
 
     def fail(self, error: BaseException) -> None:
         if not self.ended.done():
@@ -169,6 +173,8 @@ class SimEngine:
         self._is_hung = False
         self._num_transfers = 0
         self._num_failed_transfers = 0
+        self._checks: Counter[bool] = Counter()
+        """How often KV was compared with what prefill computed, by whether it was that."""
         self._transferred_bytes = 0
         self._transfer_s = 0.0
 
@@ -280,6 +286,8 @@ class SimEngine:
             reason = ""
             if descriptor is not None:
                 reason = "already_cached" if run.pull is None else "transfer_failed"
+                if run.has_changed_kv:
+                    reason = "kv_changed"
             return local_prefill(self._spec.replica_id, sequence.cached_tokens, reason)
         return PrefillReport(
             kind="remote",
@@ -330,6 +338,7 @@ class SimEngine:
                 "handle": self._handoffs.keep(sequence, self._spec.transfer_lease_s),
                 "num_blocks": len(sequence.blocks),
                 "num_bytes": self._num_bytes(sequence.prompt_tokens),
+                "checksum": sequence.kv_digest if random.random() < self._spec.transfer_checksum_rate else None,
             },
             prefill_s=time.monotonic() - began,
         )
@@ -415,16 +424,35 @@ class SimEngine:
             if self._faults.strike("transfer_failure"):
                 await self.release(descriptor.request_id, descriptor)
                 raise TransferFailed("injected")
-            kv_digest = await take(**_address(descriptor), duration_s=_scaled(duration_s, self._args.speed_up))
+            arrived = await take(**_address(descriptor), duration_s=_scaled(duration_s, self._args.speed_up))
+            if self._faults.strike("kv_change"):
+                arrived ^= 1
             self._num_transfers += 1
             self._transferred_bytes += num_bytes
             self._transfer_s += duration_s
+            if self._is_right(arrived, descriptor):
+                kv_digest = arrived
+            else:
+                run.has_changed_kv = True
         except TransferFailed as error:
             logger.warning("the KV of a prompt did not arrive, it is computed here: %s", error)
             self._num_failed_transfers += 1
         finally:
             self._scheduler.end_transfer(sequence, kv_digest)
             self._wake.set()
+
+    def _is_right(self, kv_digest: int, descriptor: TransferDescriptor) -> bool:
+        """Whether KV is what prefill computed, as far as the descriptor tells."""
+        if (checksum := descriptor.params.get("checksum")) is None:
+            return True
+        is_right = bool(kv_digest == checksum)
+        self._checks[is_right] += 1
+        if not is_right:
+            logger.error(
+                "request_id=%s the KV that %s has read from %s is not what was computed there, and is computed anew",
+                *(descriptor.request_id, self._spec.replica_id, descriptor.replica_id),
+            )
+        return is_right
 
     def _num_bytes(self, num_tokens: int) -> int:
         """Return the bytes of the blocks that hold `num_tokens`; only whole blocks move."""
@@ -452,6 +480,8 @@ class SimEngine:
             transferred_bytes=self._transferred_bytes,
             transfer_s=self._transfer_s,
             num_expired_handoffs=self._handoffs.num_expired,
+            num_checksum_matches=self._checks[True],
+            num_checksum_mismatches=self._checks[False],
             transport=TRANSPORT if self._num_transfers else "",
         )
 

@@ -7,7 +7,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-FaultKind = Literal["prefill_error", "decode_error", "engine_death", "hang", "transfer_failure", "slow_step"]
+FaultKind = Literal[
+    "prefill_error", "decode_error", "engine_death", "hang", "transfer_failure", "kv_change", "slow_step"
+]
 
 _SCALE = 2**32
 
@@ -23,6 +25,7 @@ class Fault(BaseModel):
     `engine_death`        the engine is dead from then on               a request
     `hang`                the engine makes no more steps                a request
     `transfer_failure`    the pull fails when it has begun              a pull
+    `kv_change`           other KV arrives than was sent                a pull
     `slow_step`           the step lasts `factor` times as long         a step
     ====================  ============================================  ===========
 

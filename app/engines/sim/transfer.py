@@ -2,7 +2,8 @@
 
 1. The decode engine connects and sends ``take <handle>``.  The answer is the digest of what the KV holds, or ``gone``.
 2. It stays connected while the modelled transfer lasts, so that the transfer ends if a peer dies.
-3. When it closes the connection, whether the transfer succeeded or not, prefill frees the blocks.
+3. When it closes the connection, whether the transfer succeeded or not, prefill frees the blocks.  It does so at the
+   end of another lease, too, as nobody closes a connection to a machine that is gone.
 
 ``release <handle>`` frees the blocks at once.
 """
@@ -34,6 +35,7 @@ class _Kept(msgspec.Struct):
 
     sequence: ScheduledSequence
     expiry: asyncio.TimerHandle
+    lease_s: float
 
 
 class HandoffServer:
@@ -57,7 +59,7 @@ class HandoffServer:
         """Keep a handoff for `lease_s` seconds or until it is pulled.  Returns its handle, unique over all engines."""
         handle = uuid.uuid4().hex
         expiry = asyncio.get_running_loop().call_later(lease_s, self._expire, handle)
-        self._kept[handle] = _Kept(sequence, expiry)
+        self._kept[handle] = _Kept(sequence, expiry, lease_s)
         return handle
 
     def _expire(self, handle: str) -> None:
@@ -66,15 +68,17 @@ class HandoffServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._connections.add(writer)
-        sequence = None
+        sequence, lease_s = None, 0.0
         try:
             command, _, handle = (await reader.readline()).decode().strip().partition(" ")
             if kept := self._kept.pop(handle, None):
                 kept.expiry.cancel()
-                sequence = kept.sequence
+                sequence, lease_s = kept.sequence, kept.lease_s
             if command == "take":
                 writer.write(f"{sequence.kv_digest}\n".encode() if sequence else b"gone\n")
-                await reader.read()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(lease_s):
+                        await reader.read()
         except (ConnectionError, ValueError) as error:
             logger.info("a peer broke off: %r", error)
         finally:

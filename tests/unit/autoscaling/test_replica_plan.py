@@ -377,15 +377,19 @@ DEPLOYMENT = DeploymentID(name="decode-tiny", app_name="baton")
 
 
 def context(
-    *reports: list[dict[str, float]], target: int = 1, at: float = 100.0, config: AutoscalingConfig | None = None
+    *reports: list[dict[str, float]],
+    target: int = 1,
+    at: float = 100.0,
+    newest: float = 100.0,
+    config: AutoscalingConfig | None = None,
 ) -> AutoscalingContext:
-    """One list of reports for each replica, a second apart, the last one now."""
+    """One list of reports for each replica, a second apart, the last one at `newest`."""
     replicas = [ReplicaID(unique_id=str(number), deployment_id=DEPLOYMENT) for number in range(len(reports))]
     raw: dict[str, dict[ReplicaID, Any]] = {field: {} for field in FIELDS}
     for replica, values in zip(replicas, reports, strict=True):
         for field in FIELDS:
             raw[field][replica] = [
-                TimeStampedValue(100.0 - len(values) + 1 + number, value.get(field, 0.0))
+                TimeStampedValue(newest - len(values) + 1 + number, value.get(field, 0.0))
                 for number, value in enumerate(values)
             ]
     return AutoscalingContext(
@@ -435,14 +439,29 @@ BUSY = [{}, {"decoding": 40.0, "generated_tokens": 4000.0, "kv_use": 0.97}]
 
 
 def test_reports_are_integrals_so_two_of_them_tell_the_mean_between() -> None:
-    (load,) = autoscaling.reported_loads(context([{"decoding": 10.0}, {"decoding": 30.0}, {"decoding": 34.0}]))
+    reports = context([{"decoding": 10.0}, {"decoding": 30.0}, {"decoding": 34.0}])
+    (load,) = autoscaling.reported_loads(reports, autoscaling.Arrivals(), 0.0)
     assert load.decoding == 12
 
 
 def test_a_replica_with_one_report_or_old_ones_counts_as_silent() -> None:
-    assert autoscaling.reported_loads(context([{}])) == []
-    assert autoscaling.reported_loads(context(BUSY, at=151.0)) == []
-    assert len(autoscaling.reported_loads(context(BUSY, at=149.0))) == 1
+    arrivals = autoscaling.Arrivals()
+    assert autoscaling.reported_loads(context([{}]), arrivals, 0.0) == []
+    assert len(autoscaling.reported_loads(context(BUSY), arrivals, 0.0)) == 1
+    assert len(autoscaling.reported_loads(context(BUSY), arrivals, 49.0)) == 1
+    assert autoscaling.reported_loads(context(BUSY), arrivals, 51.0) == []
+    assert len(autoscaling.reported_loads(context(BUSY, newest=101.0), arrivals, 52.0)) == 1
+
+
+@pytest.mark.parametrize("skew_s", [-60.0, 60.0])
+def test_the_wall_clock_of_a_replica_does_not_matter(skew_s: float) -> None:
+    """Serve's reports have times by the replica's clock, and this process has its own."""
+    found = [
+        autoscaling.reported_loads(context(BUSY, newest=100.0 + skew), autoscaling.Arrivals(), 0.0)
+        for skew in (0.0, skew_s)
+    ]
+    assert len(found[0]) == 1
+    assert found[0] == found[1]
 
 
 def test_a_plan_is_published_in_log_metrics_and_kv(published: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:

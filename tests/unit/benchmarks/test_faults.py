@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from random import Random
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.faults.kinds import draw, kinds
 from benchmarks.faults.load import Answer, End, draw_questions, judge
-from benchmarks.faults.process_faults import FOR_GOOD_S, ProcessFault
+from benchmarks.faults.process_faults import FOR_GOOD_S, ProcessFault, send_signal
 from benchmarks.faults.report import Struck, summarise
 
 RIGHT = "one two three"
@@ -60,7 +62,7 @@ def test_an_answer_counts_for_the_faults_during_which_it_was_under_way() -> None
 
 
 def test_each_kind_comes_once_a_round_and_the_seed_decides_the_order() -> None:
-    found = kinds(has_engines=True)
+    found = kinds("vllm")
     names = [fault.name for fault in draw(found, 2 * len(found), Random(1))]
     assert sorted(names[: len(found)]) == sorted(names[len(found) :]) == sorted(kind.name for kind in found)
     assert names == [fault.name for fault in draw(found, 2 * len(found), Random(1))]
@@ -68,8 +70,16 @@ def test_each_kind_comes_once_a_round_and_the_seed_decides_the_order() -> None:
 
 
 def test_simulated_engines_have_no_processes_of_their_own() -> None:
-    assert not [kind for kind in kinds(has_engines=False) if "engine" in kind.name]
-    assert ProcessFault("decode engine", "stop", FOR_GOOD_S) in kinds(has_engines=True)
+    assert not [kind for kind in kinds("sim") if isinstance(kind, ProcessFault) and "engine" in kind.target]
+    assert ProcessFault("decode engine", "stop", FOR_GOOD_S) in kinds("vllm")
+
+
+def test_a_signal_reaches_the_processes_that_are_there() -> None:
+    gone, there = (psutil.Popen(["sleep", "60"]) for _ in range(2))
+    gone.kill()
+    gone.wait()
+    send_signal([gone, there], signal.SIGKILL)
+    assert there.wait(10) == -signal.SIGKILL
 
 
 def test_questions_are_drawn_by_the_seed() -> None:

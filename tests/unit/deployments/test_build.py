@@ -191,13 +191,14 @@ def test_wrong_autoscaling_of_an_aggregated_pool_is_refused() -> None:
         (lambda args: args["models"][0]["decode"].update(replicas=3), set()),
         (lambda args: args["models"][0]["decode"].update(autoscaling={"max_replicas": 3}), set()),
         (lambda args: args.update(frontend={"replicas": 2}), set()),
+        (lambda args: args["models"][0]["decode"].update(max_surge_percent=0), set()),
         (lambda args: args["models"].append({**ARGS["models"][1], "name": "new"}), {"frontend", "decode-new"}),
         (lambda args: args["models"].pop(), {"frontend"}),
         (lambda args: args["models"].reverse(), {"frontend"}),
         (lambda args: args["models"][0]["engine_args"].update(max_model_len=256), {"frontend"} | FIRST),
         (lambda args: args["models"][0]["decode"].update(engine_args={"seed": 1}), {"frontend", "decode-org-first"}),
-        (lambda args: args["models"][0]["decode"].update(environment={"A": "1"}), {"frontend", "decode-org-first"}),
-        (lambda args: args["models"][1]["decode"].update(python="/opt/python"), {"frontend"} | SECOND),
+        (lambda args: args["models"][0]["decode"].update(environment={"A": "1"}), {"decode-org-first"}),
+        (lambda args: args["models"][1]["decode"].update(python="/opt/python"), SECOND),
         (lambda args: args["models"][0].update(server_args={"chat_template": "x"}), {"frontend"}),
         (lambda args: args["models"][0].pop("prefill"), {"frontend", "decode-org-first"}),
         (lambda args: args["transfer"].update(lease_s=60), {"frontend"} | FIRST | THIRD_APART),
@@ -218,6 +219,7 @@ def test_wrong_autoscaling_of_an_aggregated_pool_is_refused() -> None:
         "replicas",
         "autoscaling",
         "frontends",
+        "surge",
         "a new model",
         "a model less",
         "another order",
@@ -240,6 +242,13 @@ def test_wrong_autoscaling_of_an_aggregated_pool_is_refused() -> None:
 )
 def test_a_change_restarts_what_it_concerns(change: Callable[[dict[str, Any]], Any], names: set[str]) -> None:
     assert restarted(changed(change)) == names
+
+
+def test_a_new_replica_starts_before_an_old_one_ends_unless_there_is_no_room() -> None:
+    args = changed(lambda args: args["models"][0]["prefill"].update(max_surge_percent=0))
+    surge = {name: found._deployment_config.max_surge_percent for name, found in deployments(args).items()}
+    assert surge.pop("prefill-org-first") == 0
+    assert set(surge.values()) == {1}  # per cent, rounded up to one replica
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,13 @@ def guarded() -> Iterator[subprocess.Popen[str]]:
     assert process.stdout.readline() == "guarded\n"
     (guard,) = guards_of(process)
     yield process
+    was_killed = process.poll() == -signal.SIGKILL
     process.kill()
     process.wait()
     wait_until(lambda: not guard.is_running(), 10, "the guard ends with whom it guards")
-    process.communicate()
+    _, said = process.communicate()
+    its_word = f"baton guard: process {process.pid} gave no sign of life for {STILL_S:g} s and was killed\n"
+    assert said == (its_word if was_killed else "")
 
 
 def tell(process: subprocess.Popen[str], word: str) -> None:
@@ -72,8 +75,6 @@ def tell(process: subprocess.Popen[str], word: str) -> None:
 def test_a_stopped_process_is_killed(guarded: subprocess.Popen[str]) -> None:
     guarded.send_signal(signal.SIGSTOP)
     assert guarded.wait(20) == -signal.SIGKILL
-    assert guarded.stderr is not None
-    assert f"process {guarded.pid} gave no sign of life for {STILL_S} s and is killed" in guarded.stderr.readline()
 
 
 def test_who_kills_all_that_the_process_has_started_does_not_kill_its_guard(guarded: subprocess.Popen[str]) -> None:
@@ -94,3 +95,23 @@ def test_one_that_runs_is_not(guarded: subprocess.Popen[str]) -> None:
     assert guarded.poll() is None
     tell(guarded, "\n")
     assert guarded.wait(20) == 0
+
+
+def test_a_guard_that_gets_no_more_signs_of_life_after_an_error_is_no_danger() -> None:
+    """The task is started again then, with a guard of its own."""
+    code = f"""
+import asyncio
+from deployments import guard
+
+async def main():
+    beating = asyncio.create_task(guard.be_guarded({STILL_S}))
+    await asyncio.sleep(0.3)
+    beating._fut_waiter.set_exception(RuntimeError("thrown in"))
+    await asyncio.wait([beating])
+    assert "thrown in" in str(beating.exception())
+    await asyncio.sleep({3 * STILL_S})
+
+asyncio.run(main())
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment).returncode == 0

@@ -1,6 +1,8 @@
 """Ray Serve's HAProxy with Baton's changes: the real program, with the configuration that Serve writes."""
 
+import ctypes
 import http.client
+import json
 import os
 import resource
 import socket
@@ -10,15 +12,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
 
+from app.channel.protocol import KEEPALIVE_S, UNANSWERED_MS
 from app.ports import free_port
 from deployments import haproxy
 from tests.conftest import REPOSITORY
@@ -40,13 +44,16 @@ haproxy.main()
 
 
 class Frontend(BaseHTTPRequestHandler):
-    """Answers at once, ``/slow`` after SLOW_S, and ``/pause`` with such a pause in the middle."""
+    """Answers at once, ``/slow`` after SLOW_S, and ``/pause`` with such a pause in the middle; dies of ``/gone``."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         if self.path == "/slow":
             time.sleep(SLOW_S)
+        if self.path == "/gone":
+            self.close_connection = True
+            return
         self.send_response(200)
         self.send_header("Content-Length", "2")
         self.end_headers()
@@ -108,8 +115,8 @@ def write_serves_file(folder: Path, ports: Ports, frontend: int | None, timeout_
 
 
 @contextmanager
-def haproxy_with(serve_file: Path, ports: Ports, **environment: str) -> Iterator[psutil.Popen]:
-    """HAProxy as Serve runs it, once it answers."""
+def haproxy_with(serve_file: Path, ports: Ports, *, healthz: int = 200, **environment: str) -> Iterator[psutil.Popen]:
+    """HAProxy as Serve runs it, once it answers ``/-/healthz`` with that status."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "RAY_SERVE_HAPROXY_MAXCONN"},
         "PYTHONPATH": str(REPOSITORY),
@@ -118,7 +125,7 @@ def haproxy_with(serve_file: Path, ports: Ports, **environment: str) -> Iterator
     }
     process = psutil.Popen([sys.executable, "-c", RUN, "-db", "-f", str(serve_file), "-dR"], env=environment)
     try:
-        until(lambda: get(ports.requests, "/-/healthz") == 200)
+        until(lambda: get(ports.requests, "/-/healthz") == healthz)
         yield process
     finally:
         process.kill()
@@ -212,7 +219,34 @@ def test_who_waits_for_an_answer_longer_than_the_clients_timeout_gets_it(
         assert time.monotonic() - began >= SLOW_S
 
 
-@pytest.mark.usefixtures("proxy")
+def test_a_frontend_that_no_packet_reaches_is_given_up_by_requests_that_it_has(
+    proxy: psutil.Popen, ports: Ports, frontend: int
+) -> None:
+    """Health checks do not do that, and there is no time within which an answer has to come."""
+
+    def connections() -> list[int]:
+        return [each.fd for each in proxy.net_connections("tcp4") if each.raddr and each.raddr.port == frontend]
+
+    waiting = threading.Thread(target=get, args=(ports.requests, "/slow"))
+    waiting.start()
+    until(connections)
+    with copy_of(connections()[0], proxy.pid) as connection:
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        times = {name: connection.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in KEEPALIVE_S}
+        assert times == KEEPALIVE_S
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == UNANSWERED_MS
+    waiting.join()
+
+
+def copy_of(file: int, pid: int) -> socket.socket:
+    """A file of another process as one of this process (``pidfd_getfd``)."""
+    process = os.pidfd_open(pid)
+    copy = ctypes.CDLL(None, use_errno=True).syscall(438, process, file, 0)
+    os.close(process)
+    assert copy >= 0, os.strerror(ctypes.get_errno())
+    return socket.socket(fileno=copy)
+
+
 def test_idle_connections_do_not_keep_a_readiness_probe_waiting(ports: Ports) -> None:
     with ExitStack() as idle:
         for _ in range(2 * MAXCONN):
@@ -242,6 +276,37 @@ def test_connections_are_kept_for_further_requests_while_there_are_few(ports: Po
 
 
 @pytest.mark.usefixtures("proxy")
+def refusal(port: int, path: str) -> tuple[int, dict[str, Any], str | None]:
+    """The status, the error in the body, and after how many seconds to come again."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)) as connection:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())["error"], answer.headers["Retry-After"]
+
+
+@pytest.mark.usefixtures("proxy")
+def test_a_frontend_that_dies_of_a_request_is_a_502_in_the_form_of_other_errors(ports: Ports) -> None:
+    """On a connection that was used before HAProxy says nothing, as RFC 9112 (9.3.1) wants it: clients try again."""
+    answers: list[tuple[int, dict[str, Any], str | None]] = []
+
+    def is_answered() -> bool:
+        with suppress(http.client.RemoteDisconnected):
+            answers.append(refusal(ports.requests, "/gone"))
+        return bool(answers)
+
+    until(is_answered)
+    status, error, retry_after = answers[0]
+    assert (status, error["code"], error["type"], retry_after) == (502, 502, "BadGatewayError", "1")
+    assert "is gone; please retry" in error["message"]
+
+
+def test_no_frontend_that_can_be_reached_is_a_503(tmp_path: Path) -> None:
+    ports = Ports()
+    with haproxy_with(write_serves_file(tmp_path, ports, free_port()), ports, healthz=503):
+        status, error, retry_after = refusal(ports.requests, "/")
+    assert (status, error["code"], error["type"], retry_after) == (503, 503, "ServiceUnavailableError", "1")
+
+
 def test_the_probe_port_answers_probes_only(ports: Ports) -> None:
     assert get(ports.probe, "/") == 404
     assert get(ports.probe, "/-/routes") == 404
@@ -311,6 +376,7 @@ def test_the_number_of_connections_follows_the_files_that_may_be_open(
         ("    bind :", "    bind 127.0.0.1:"),
         ("listen stats", "listen statistics"),
         ("    maxconn", "    maxconns"),
+        ("    errorfile 502", "    errorfile 500"),
         ("# Health check endpoint", "# Health"),
         ("frontend http_frontend", "frontend http"),
     ],

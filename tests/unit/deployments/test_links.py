@@ -15,6 +15,7 @@ from app.background import BackgroundTasks
 from app.engines.base import EngineInfo, EngineSpec
 from app.engines.transport import NamedTransport
 from app.errors import ConfigError, EngineDead, PrefillFailed
+from app.handoff_seal import seal
 from app.messages import (
     Emit,
     EngineStats,
@@ -144,7 +145,7 @@ class Peers:
             await asyncio.sleep(3600)
         if (error := self.failing.get(replica)) is not None:
             raise error
-        return TransferDescriptor(
+        descriptor = TransferDescriptor(
             engine="fake",
             replica_id=replica,
             request_id=request.request_id,
@@ -155,6 +156,7 @@ class Peers:
             params={},
             kv_format=self.formats.get(replica, FORMAT),
         )
+        return seal(descriptor, request)
 
     def abandon(self, request_id: str, replica: str) -> None:
         self.abandoned.append(replica)
@@ -412,7 +414,7 @@ async def test_decode_takes_no_kv_that_does_not_fit(decode: Decode, told: KvForm
     await decode.start("p")
     request = GenerateRequest(request_id="r", prompt_token_ids=[1], sampling={})
     await decode.peers.begin_probe("p")
-    descriptor = msgspec.structs.replace(await decode.peers.prefill(request, "p"), kv_format=told)
+    descriptor = seal(msgspec.structs.replace(await decode.peers.prefill(request, "p"), kv_format=told), request)
     released: list[TransferDescriptor] = []
 
     async def receive(*_: object) -> TransferDescriptor:

@@ -6,6 +6,7 @@ The replicas are the real other ends of the channels, and Ray is played by the t
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,12 @@ from app.channel.server import ChannelServer, FrontendChannel
 from app.config import parse
 from app.errors import ReplicaLost
 from app.frontend.sequence_progress import SequenceProgress
-from app.messages import EngineStats, GenerateRequest, ReplicaInfo, Role, TokenDelta
+from app.messages import EngineStats, GenerateRequest, ReplicaInfo, ReplicaLoad, Role, TokenDelta
+from app.routing.ejection import STRONG
 from deployments.frontend import pool_channels, pools, served_model
 from deployments.frontend.served_model import ServedModel
 from deployments.ready_replicas import ReadyReplicas
+from tests.unit.routing.fleet import PACE
 from tests.unit.waiting import PATIENCE_S, until
 
 ROLES: tuple[Role, ...] = ("prefill", "decode")
@@ -155,6 +158,25 @@ async def test_why_a_replica_cannot_be_reached_is_in_health_and_stats(
         (decode,) = [each for each in await cluster.model.stats() if each["role"] == "decode"]
         assert (decode["unreachable"], decode["view"]) == (reason, None)
     await until(lambda: cluster.reachable() == {"prefill": 1, "decode": 1})
+
+
+async def test_how_slow_a_replica_is_is_in_health_and_stats_and_what_is_left_out_in_stats(cluster: Cluster) -> None:
+    def said() -> list[object]:
+        return [endpoint["slowness"] for endpoint in cluster.model.endpoints()]
+
+    assert said() == [None, None]  # they tell no pace
+    pool = cluster.model.router.pools["decode"]
+    for replica, times in (("decode-1", 3.0), ("other", 1.0)):
+        info = msgspec.structs.replace(pool.replicas["decode-1"].info, replica_id=replica, pace=PACE)
+        pool.join(info)
+        pool.on_load(replica, ReplicaLoad(slowness=times))
+    assert said() == [None, 3.0]
+    cluster.answers["decode"]["stats"] = cluster.answers["prefill"]["stats"] = EngineStats
+    assert [each["view"]["slowness"] for each in await cluster.model.stats()] == [None, 3.0]
+    cluster.model.router.ejections.pair_failed("prefill-1", "decode-1", STRONG, time.monotonic())
+    told = cluster.model.describe_failures()
+    assert [(each["prefill"], each["decode"]) for each in told["left_out"]] == [("prefill-1", "decode-1")]
+    assert (told["ejections_so_far"], told["quarantined_prompts"]) == ({"pair": 1}, 0)
 
 
 # Its tasks

@@ -104,6 +104,15 @@ def the_message_of_an_abort_tells_that_a_lease_ran_out() -> None:
     assert not sglang_surface.has_lease_run_out(gone), gone
 
 
+def the_message_of_an_abort_tells_that_kv_has_changed() -> None:
+    """`has_kv_changed` can go by a field once an abort has one for this."""
+    from sglang.srt.disaggregation.decode import SchedulerDisaggregationDecodeMixin
+
+    source = inspect.getsource(SchedulerDisaggregationDecodeMixin._handle_kv_checksum_mismatch)
+    assert f'            "{sglang_surface.KV_CHANGED}",\n' in source, source
+    assert "disaggregation_enable_kv_checksum" in sglang_surface.argument_names()
+
+
 def events_have_what_is_read_of_them() -> None:
     from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
@@ -161,6 +170,7 @@ CANARIES: list[Callable[[], None]] = [
     a_name_that_is_gone_is_said,
     an_environment_variable_that_sglang_does_not_read_is_said,
     the_message_of_an_abort_tells_that_a_lease_ran_out,
+    the_message_of_an_abort_tells_that_kv_has_changed,
     events_have_what_is_read_of_them,
     an_idle_scheduler_looks_once_a_second,
     a_scheduler_that_waits_for_a_transfer_spins,

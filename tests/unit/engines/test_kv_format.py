@@ -92,9 +92,9 @@ def test_only_vllms_decode_takes_smaller_blocks(engine: Any, prefill: int, decod
 
 
 def test_another_protocol_does_not_fit() -> None:
-    new = msgspec.structs.replace(format_of(), protocol=2)
-    assert "protocol is 1 at prefill and 2 at decode" in mismatch(format_of(), new)
-    assert "protocol is 2 at prefill and 1 at decode" in mismatch(new, format_of())
+    new = msgspec.structs.replace(format_of(), protocol=3)
+    assert "protocol is 2 at prefill and 3 at decode" in mismatch(format_of(), new)
+    assert "protocol is 3 at prefill and 2 at decode" in mismatch(new, format_of())
 
 
 def test_a_replica_that_does_not_say_it_does_not_fit() -> None:

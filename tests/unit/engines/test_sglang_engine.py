@@ -380,6 +380,17 @@ async def test_an_abort_before_the_first_token_is_a_failed_prefill(
     assert (await engine.stats()).num_failed_transfers == 1
 
 
+@pytest.mark.parametrize(("message", "num"), [("KV checksum mismatch", 1), ("KV transfer failed", 0)])
+async def test_kv_that_has_changed_on_the_way_is_counted(
+    start: Start, prefill_port: int, message: str, num: int
+) -> None:
+    engine, fake = start()
+    fake.scripts = [[aborted(500, message)]]
+    with pytest.raises(PrefillFailed, match=message):
+        await generate(engine, handoff=descriptor(prefill_port))
+    assert (await engine.stats()).num_checksum_mismatches == num
+
+
 async def test_an_abort_after_the_first_token_is_a_failure_of_decode(start: Start, prefill_port: int) -> None:
     engine, fake = start()
     fake.scripts = [[output(20), aborted(500)]]
@@ -971,7 +982,11 @@ COMMON = {
     "schedule_low_priority_values_first": True,
 }
 DECODE_CACHE = {"disaggregation_decode_enable_radix_cache": True}
-TRANSFER = {"disaggregation_transfer_backend": "nixl", "disaggregation_bootstrap_port": 20000}
+TRANSFER = {
+    "disaggregation_transfer_backend": "nixl",
+    "disaggregation_bootstrap_port": 20000,
+    "disaggregation_enable_kv_checksum": False,
+}
 
 
 @pytest.mark.parametrize(
@@ -1043,3 +1058,11 @@ def test_every_engine_is_known_by_its_name(engine: EngineName) -> None:
     (model,) = parse({"models": [{"name": "tiny", "source": "owner/tiny", "decode": {"engine": engine}}]}).models
     assert model.can_decode_prefill is (engine != "sglang")
     assert OWNED_ARGS[engine]
+
+
+def test_all_kv_is_compared_on_gpus_or_none() -> None:
+    chosen = msgspec.structs.replace(spec(device="cuda"), transfer_checksum_rate=1.0)
+    assert build_engine_args(chosen)["disaggregation_enable_kv_checksum"] is True
+    assert build_engine_args(spec(device="cuda"))["disaggregation_enable_kv_checksum"] is False
+    with pytest.raises(ConfigError, match="need a GPU"):
+        build_engine_args(msgspec.structs.replace(chosen, device="cpu"))

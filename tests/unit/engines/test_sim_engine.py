@@ -51,6 +51,7 @@ def start(model_path: str) -> Any:
     @asynccontextmanager
     async def start(role: str = "decode", **engine_args: Any) -> AsyncIterator[SimEngine]:
         lease_s = engine_args.pop("lease_s", 30)
+        checksum_rate = engine_args.pop("checksum_rate", 0.0)
         spec = EngineSpec(
             role=role,  # type: ignore[arg-type]
             is_disaggregated=True,
@@ -61,6 +62,7 @@ def start(model_path: str) -> Any:
             engine_args={"speed_up": "max", **engine_args},
             kv_host="127.0.0.1",
             transfer_lease_s=lease_s,
+            transfer_checksum_rate=checksum_rate,
         )
         engine = create_engine("sim", spec)
         assert isinstance(engine, SimEngine)
@@ -363,6 +365,18 @@ async def test_a_lease_that_runs_out_frees_the_blocks_and_decode_computes_them(s
         assert (await decode.stats()).num_failed_transfers == 1
 
 
+async def test_a_decode_engine_that_never_ends_its_transfer_keeps_no_blocks_beyond_a_lease(start: Any) -> None:
+    """Its machine is gone, and nobody closes the connection."""
+    async with start("prefill", lease_s=0.2) as prefill:
+        params = (await prefill.prefill(request())).params
+        reader, writer = await asyncio.open_connection(params["host"], params["port"])
+        writer.write(f"take {params['handle']}\n".encode())
+        assert await reader.readline()
+        assert await holds_blocks(prefill)
+        await all_blocks_back(prefill)
+        writer.close()
+
+
 async def test_a_prefill_engine_that_is_gone_leaves_decode_to_compute(start: Any) -> None:
     async with start("decode") as decode:
         async with start("prefill") as prefill:
@@ -372,6 +386,24 @@ async def test_a_prefill_engine_that_is_gone_leaves_decode_to_compute(start: Any
         assert report is not None
         assert report.reason == "transfer_failed"
         await decode.release("r", descriptor)
+
+
+@pytest.mark.parametrize(("checksum_rate", "reason"), [(1.0, "kv_changed"), (0.0, "")])
+async def test_kv_that_changes_on_the_way_is_noticed_if_there_is_a_checksum(
+    start: Any, checksum_rate: float, reason: str
+) -> None:
+    faults = [{"kind": "kv_change", "at": 1}]
+    async with start("prefill", checksum_rate=checksum_rate) as prefill, start("decode", faults=faults) as decode:
+        changed = await generate(decode, request(), await prefill.prefill(request()))
+        report = changed[0].report
+        assert report is not None
+        assert report.reason == reason
+        undisturbed = await generate(decode, request(salt="2"), await prefill.prefill(request(salt="2")))
+        assert (tokens_of(changed) == tokens_of(undisturbed)) == (checksum_rate == 1.0)
+        stats = await decode.stats()
+        counts = (1, 1) if checksum_rate else (0, 0)
+        assert (stats.num_checksum_matches, stats.num_checksum_mismatches) == counts
+        await all_blocks_back(prefill)
 
 
 @pytest.mark.parametrize("answer", [b"", b"hello\n", b"x" * 100_000])

@@ -15,8 +15,9 @@ import msgspec
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from app.engines import progress
+from app.engines import progress, vllm
 from app.engines.base import EngineSpec
+from app.engines.plugins.nixl_checksum import CHECKS, CHECKSUMS, SUMS_METHOD
 from app.engines.plugins.nixl_lease import LATE_READS
 from app.engines.vllm import VllmEngine, _phases, _Running, samples_first_token
 from app.engines.vllm_surface import PullTimes
@@ -602,3 +603,86 @@ async def test_why_kv_was_not_used_is_said(spec: EngineSpec, late: list[str], re
     )
     assert engine._report(computed, running, handoff()).reason == reason
     assert engine._moved.num_kv_expired_reqs == 1
+
+
+@pytest.mark.parametrize("positions", [[-3, -1], []])
+async def test_kv_that_was_not_what_prefill_computed_is_counted_and_said(
+    spec: EngineSpec, positions: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = VllmEngine(spec)
+    running = _Running(lambda *_: None, asyncio.get_running_loop().create_future(), 0.0)
+    engine._running["r-1"] = running
+    result = "mismatch" if positions else "match"
+    checks = [["r-1", result, positions], ["aborted meanwhile", "mismatch", [-1]], ["other", "skipped", []]]
+    engine._record(cast(Any, SimpleNamespace(kv_connector_stats={CHECKS: checks})))
+    computed: Any = SimpleNamespace(
+        prefill_stats=SimpleNamespace(num_local_cached_tokens=0, num_external_cached_tokens=0)
+    )
+    reason = engine._report(computed, running, handoff(replica_id="prefill-7")).reason
+    assert reason == ("kv_changed" if positions else "transfer_failed")
+    assert [engine._checks[name] for name in ("match", "mismatch", "skipped")] == [
+        not positions,
+        1 + bool(positions),
+        1,
+    ]
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == bool(positions)
+    for part in ("replica", "prefill-7", "2 blocks", "[-3, -1]") if positions else ():
+        assert part in said[0]
+
+
+class Workers:
+    """The workers of a prefill engine, which sum up KV when the test lets them."""
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.asked: list[Any] = []
+
+    async def collective_rpc_async(self, method: str, *, args: Any) -> Any:
+        self.asked.append((method, args))
+        return await self.answer
+
+
+async def begin_prefill(spec: EngineSpec, rate: float) -> tuple[Workers, asyncio.Task[TransferDescriptor]]:
+    """Prefill a request, which has been computed when this returns."""
+    engine = Core(msgspec.structs.replace(spec, transfer_checksum_rate=rate))
+    workers = Workers()
+    engine._core = cast(Any, workers)
+    sampling = {"presence_penalty": 1.0}  # so that decode samples the first token
+    engine.outputs.put_nowait(output(remote_host="h", remote_block_ids=[[5, 2]]))
+    engine.outputs.put_nowait(None)
+    task = asyncio.create_task(engine.prefill(msgspec.structs.replace(REQUEST, sampling=sampling)))
+    await asyncio.sleep(0.01)
+    return workers, task
+
+
+async def test_a_descriptor_has_checksums_if_the_request_is_sampled(spec: EngineSpec) -> None:
+    workers, task = await begin_prefill(spec, 1.0)
+    assert not task.done()
+    workers.answer.set_result([["layout", [7, 8]]])
+    assert (await task).params == {
+        "remote_host": "h",
+        "remote_block_ids": [[5, 2]],
+        CHECKSUMS: [["layout", [7, 8]]],
+    }
+    assert workers.asked == [(SUMS_METHOD, ([[5, 2]],))]
+
+
+async def test_nobody_sums_up_kv_of_requests_that_are_not_sampled(spec: EngineSpec) -> None:
+    workers, task = await begin_prefill(spec, 0.0)
+    assert CHECKSUMS not in (await task).params
+    assert workers.asked == []
+
+
+async def test_without_sums_the_descriptor_is_as_good(spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be it that workers fail, that they are slow, or that the request is cancelled: decode has to free the KV."""
+    workers, task = await begin_prefill(spec, 1.0)
+    workers.answer.set_exception(RuntimeError("out of memory"))
+    assert (await task).params[CHECKSUMS] == []
+    workers, task = await begin_prefill(spec, 1.0)
+    task.cancel()
+    assert (await task).params[CHECKSUMS] == []
+    assert task.cancelling() == 0
+    monkeypatch.setattr(vllm, "CHECKSUM_TIMEOUT_S", 0.01)
+    workers, task = await begin_prefill(spec, 1.0)
+    assert (await task).params[CHECKSUMS] == []

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.frontend import metrics
 from app.frontend.http_middleware import BodyLimit, Deadline, ErrorBeforeStream, RoutingHeaders, error_body
 from app.frontend.request_context import begin_request, current_request
 from app.frontend.sequence_progress import SequenceProgress
@@ -73,9 +74,12 @@ async def test_a_body_of_exactly_the_limit_is_accepted(pack: Callable[[bytes], A
 
 @pytest.mark.parametrize("pack", [bytes, in_chunks], ids=["declared", "chunked"])
 async def test_a_body_over_the_limit_is_answered_413(pack: Callable[[bytes], Any]) -> None:
+    counter = metrics.REFUSED_BODIES.labels("413")
+    before = counter._value.get()
     response = await fetch(measuring(), "POST", content=pack(b"x" * (LIMIT + 1)))
     assert response.status_code == 413
     assert response.json()["error"]["code"] == 413
+    assert counter._value.get() == before + 1
     assert f"larger than {LIMIT} bytes" in response.json()["error"]["message"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -273,3 +274,9 @@ async def test_a_request_whose_turn_does_not_come_is_told_to_come_again() -> Non
             except Overloaded:
                 await asyncio.sleep(0.01)
     bounds.close()
+
+
+@pytest.mark.usefixtures("served")
+async def test_a_server_leaves_the_root_logger_as_it_was() -> None:
+    """Whichever test built the first one: others look for warnings in their logs."""
+    assert logging.getLogger().level == logging.WARNING

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client import REGISTRY
 
@@ -177,6 +178,25 @@ def test_a_sequence_within_its_slo_is_goodput(
     assert count("baton_sequences_within_slo_total", model=model) == is_good
 
 
+@pytest.mark.parametrize(
+    ("token_at", "left_at", "end"),
+    [(None, 2.0, "cancelled"), (None, 2.1, "gave_up"), (1.9, 3.9, "cancelled"), (1.9, 4.0, "gave_up")],
+)
+def test_a_client_that_leaves_after_too_long_a_wait_has_given_up_and_any_other_is_no_failure(
+    model: str, token_at: float | None, left_at: float, end: str
+) -> None:
+    """Whether it waits for the first token or, of an engine that hangs in the middle, for another one."""
+    now = 0.0
+    record = begun(model, lambda: now, slo=SloConfig(ttft_ms=2000, itl_ms=50))
+    if token_at is not None:
+        now = token_at
+        record.progress.take(TokenDelta([1]))
+    now = left_at
+    record.on_end("cancelled")
+    counts = {each: count("baton_sequences_total", model=model, end=each) for each in ("cancelled", "gave_up")}
+    assert counts == {"cancelled": 0, "gave_up": 0, end: 1}
+
+
 def test_goodput_is_0_and_not_unknown_where_no_sequence_was_good(model: str) -> None:
     begun(model).on_end("NoReplica")
     assert REGISTRY.get_sample_value("baton_sequences_within_slo_total", {"model": model}) == 0
@@ -191,3 +211,9 @@ def test_metrics_that_fail_end_nothing(model: str, monkeypatch: pytest.MonkeyPat
         record.progress.take(TokenDelta([1, 2]))
     record.on_end("stop")
     assert (record.num_attempts, record._output_tokens) == (1, 4)
+
+
+def test_clocks_that_disagree_do_not_make_a_sum_fall(model: str) -> None:
+    served(model, msgspec.structs.replace(REMOTE, phases={"delivery": -60.0}))
+    assert count("baton_hop_phase_seconds_count", model=model, phase="delivery") == 1
+    assert count("baton_hop_phase_seconds_sum", model=model, phase="delivery") == 0

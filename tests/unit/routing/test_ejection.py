@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.messages import Role
 from app.routing import ejection
 from app.routing.ejection import FIRST_EJECTION_S, LONGEST_EJECTION_S, REMEMBER_S, STRONG, WEAK, Ejections
 from tests.unit.routing.fleet import PACE, Fleet, Timers
@@ -24,9 +25,18 @@ def clock() -> Timers:
     return Timers()
 
 
+class RolesByName(dict[str, Role]):
+    """The roles of replicas that joined no pool, by the first letters of their names."""
+
+    def __missing__(self, replica: str) -> Role:
+        return "prefill" if replica.startswith("p") else "decode"
+
+
 @pytest.fixture
 def known(clock: Timers) -> Ejections:
-    return Ejections(clock)
+    known = Ejections(clock)
+    known.roles = RolesByName()
+    return known
 
 
 def ejected(known: Ejections) -> list[str]:
@@ -178,6 +188,22 @@ def test_what_is_remembered_is_bounded(known: Ejections, clock: Timers, monkeypa
         known.pair_failed(f"p{number}", f"d{number}", STRONG, clock())
         known.failed(f"p{number}", STRONG, clock())
     assert len(known._pairs._circuits) == len(known._replicas._circuits) == len(known._failed_with) == 10
+
+
+def test_what_is_left_out_and_for_how_long_is_told(known: Ejections, clock: Timers) -> None:
+    known.failed("d1", STRONG, clock())
+    clock.advance(1)
+    fail(known, clock, ("p0", "d0"))
+    assert known.describe() == [
+        {"replica": "d1", "role": "decode", "left_out_s": FIRST_EJECTION_S - 1.1},
+        {"prefill": "p0", "decode": "d0", "left_out_s": FIRST_EJECTION_S - 0.1},
+    ]
+    clock.advance(LONGEST_EJECTION_S)
+    assert [each["left_out_s"] for each in known.describe()] == [0, 0]
+    known.pair_succeeded("p0", "d0", clock())
+    known.succeeded("d1", clock())
+    assert known.describe() == []
+    assert known.counts == {"decode": 1, "pair": 1}
 
 
 # Histories

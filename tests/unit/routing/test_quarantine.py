@@ -107,6 +107,17 @@ def test_a_replica_that_is_gone_much_later_has_not(known: Quarantine, clock: Tim
     assert not is_refused(known)
 
 
+def test_quarantined_prompts_are_counted_now_and_so_far(known: Quarantine, clock: Timers) -> None:
+    known.on_death(request(start=1), "d0")
+    known.on_failure(request(), "p0")
+    for replica in ("d0", "d1"):
+        known.on_death(request(), replica)
+    known.on_gone("p0", None)
+    assert (known.num_quarantined, known.num_quarantines) == (1, 1)
+    clock.advance(REMEMBER_S + 1)
+    assert (known.num_quarantined, known.num_quarantines) == (0, 1)
+
+
 def test_what_is_remembered_is_bounded(known: Quarantine, clock: Timers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quarantine, "MAX_SUSPECTS", 10)
     for number in range(100):

@@ -27,6 +27,17 @@ def test_what_is_spent_comes_back_with_time() -> None:
     assert [budget.take() for _ in range(FLOOR)] == [True] * 6 + [False] * 4  # 1 - 1/e of them
 
 
+def test_what_is_left_is_told() -> None:
+    budget = RetryBudget(clock := Timers())
+    for _ in range(200):
+        budget.count_request()
+    assert [budget.take() for _ in range(23)].count(False) == 3
+    told = {"recent_requests": 200, "recent_retries": 20, "retries_left": 0, "refused_so_far": 3}
+    assert budget.describe() == told
+    clock.advance(100 * WINDOW_S)
+    assert budget.describe() == {**told, "recent_requests": 0, "recent_retries": 0, "retries_left": FLOOR}
+
+
 @given(st.integers(1, 200), st.floats(0.001, 0.1))
 def test_under_load_no_more_than_a_tenth_is_tried_again(seconds: int, gap_s: float) -> None:
     clock = Timers()

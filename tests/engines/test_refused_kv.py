@@ -1,4 +1,4 @@
-"""A vLLM decode engine that reads KV when prefill's lease on it is over computes the prompt itself.
+"""A vLLM decode engine computes a prompt itself if it read the KV after prefill's lease, or if that has changed.
 
 The engines are real, and move KV by NIXL.  There is no Ray: a test has to stop decode between two of its steps.
 """
@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgspec
 import pytest
 
 from app.engines.base import EngineSpec
-from app.messages import GenerateRequest, TokenDelta
+from app.engines.plugins.nixl_checksum import CHECKSUMS
+from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
 from app.models.source import local_path
 from app.ports import free_port
+from tests.engines.corruption import Damage
 from tests.engines.engine_process import EngineProcess, engine_process
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -29,7 +32,8 @@ NUM_BLOCKS = 64
 BLOCK_SIZE = 32
 
 
-def spec(role: Any) -> EngineSpec:
+def spec(role: Any, **engine_args: Any) -> EngineSpec:
+    sizes = {"max_model_len": 1536, "block_size": BLOCK_SIZE, "num_gpu_blocks_override": NUM_BLOCKS}
     return EngineSpec(
         role=role,
         is_disaggregated=True,
@@ -37,18 +41,20 @@ def spec(role: Any) -> EngineSpec:
         model_path=local_path("baton:tiny"),
         device="cpu",
         tensor_parallel_size=1,
-        engine_args={"max_model_len": 1536, "block_size": BLOCK_SIZE, "num_gpu_blocks_override": NUM_BLOCKS},
+        engine_args={**sizes, **engine_args},
         kv_host="127.0.0.1",
         kv_port=free_port(),
         transfer_backends=["UCX"],
         transfer_lease_s=LEASE_S,
+        transfer_checksum_rate=1.0,
     )
 
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[tuple[EngineProcess, EngineProcess]]:
     """Prefill has room for two of the prompts, so that it soon uses the blocks of one for another."""
-    with engine_process("vllm", spec("prefill")) as prefill, engine_process("vllm", spec("decode")) as decode:
+    spoilable = spec("decode", worker_extension_cls="tests.engines.corruption.Corruption")
+    with engine_process("vllm", spec("prefill")) as prefill, engine_process("vllm", spoilable) as decode:
         yield prefill, decode
 
 
@@ -118,3 +124,79 @@ def test_a_decode_engine_that_stood_still_goes_on_using_kv(prefill: EngineProces
     deltas = decode.generate(request("after", 4), prefill.prefill(request("after", 4)))
     assert tokens(deltas) == tokens(undisturbed)
     assert last_report(deltas).transferred_tokens == PROMPT_TOKENS
+
+
+def counts(decode: EngineProcess) -> tuple[int, int, int]:
+    """How much KV matched, did not match, and was not compared."""
+    stats = decode.call("stats")
+    return stats.num_checksum_matches, stats.num_checksum_mismatches, stats.num_checksums_skipped
+
+
+def spoil_next_read(decode: EngineProcess, damage: Damage) -> None:
+    decode.call("_core.collective_rpc_async", "spoil_next_read", None, (damage,))
+
+
+def with_checksums(descriptor: TransferDescriptor, change: Callable[[Any], Any]) -> TransferDescriptor:
+    params = {**descriptor.params, CHECKSUMS: change(descriptor.params[CHECKSUMS])}
+    return msgspec.structs.replace(descriptor, params=params)
+
+
+@pytest.mark.parametrize("damage", ["bit", "stale"])
+def test_kv_that_has_changed_on_the_way_is_computed_anew(
+    prefill: EngineProcess, decode: EngineProcess, damage: Damage
+) -> None:
+    name = f"changed-{damage}"
+    undisturbed = decode.generate(request(f"{name}-local", 5), None)
+    matches, mismatches, skipped = counts(decode)
+    descriptor = prefill.prefill(request(name, 5))
+    spoil_next_read(decode, damage)
+    deltas = decode.generate(request(name, 5), descriptor)
+    assert tokens(deltas) == tokens(undisturbed)
+    assert last_report(deltas).reason == "kv_changed"
+    assert counts(decode) == (matches, mismatches + 1, skipped)
+
+
+def test_without_a_checksum_changed_kv_gives_another_answer(prefill: EngineProcess, decode: EngineProcess) -> None:
+    """So the tests above can fail."""
+    undisturbed = decode.generate(request("unseen-local", 5), None)
+    before = counts(decode)
+    descriptor = prefill.prefill(request("unseen", 5))
+    params = {name: value for name, value in descriptor.params.items() if name != CHECKSUMS}
+    spoil_next_read(decode, "stale")
+    deltas = decode.generate(request("unseen", 5), msgspec.structs.replace(descriptor, params=params))
+    assert tokens(deltas) != tokens(undisturbed)
+    assert last_report(deltas).transferred_tokens == PROMPT_TOKENS
+    assert counts(decode) == before
+
+
+@pytest.mark.parametrize("num_cached", [0, 512])
+def test_kv_that_is_right_matches_also_where_decode_has_the_beginning(
+    prefill: EngineProcess, decode: EngineProcess, num_cached: int
+) -> None:
+    salt = f"cached-{num_cached}"
+    whole = msgspec.structs.replace(request(f"{salt}-whole", 6), cache_salt=salt)
+    beginning = msgspec.structs.replace(whole, request_id=salt, prompt_token_ids=whole.prompt_token_ids[:num_cached])
+    if num_cached:
+        decode.generate(beginning, None)
+    matches, mismatches, skipped = counts(decode)
+    deltas = decode.generate(whole, prefill.prefill(whole))
+    assert last_report(deltas).transferred_tokens == PROMPT_TOKENS - num_cached
+    assert counts(decode) == (matches + 1, mismatches, skipped)
+
+
+@pytest.mark.parametrize(
+    ("why", "change"),
+    [
+        ("no sums", lambda ranks: []),
+        ("another layout", lambda ranks: [["of another kind", sums] for _, sums in ranks]),
+        ("too few sums", lambda ranks: [[layout, sums[:2]] for layout, sums in ranks]),
+    ],
+)
+def test_what_cannot_be_compared_is_used(
+    prefill: EngineProcess, decode: EngineProcess, why: str, change: Callable[[Any], Any]
+) -> None:
+    asked = request(why, 7)
+    matches, mismatches, skipped = counts(decode)
+    deltas = decode.generate(asked, with_checksums(prefill.prefill(asked), change))
+    assert last_report(deltas).transferred_tokens == PROMPT_TOKENS
+    assert counts(decode) == (matches, mismatches, skipped + 1)

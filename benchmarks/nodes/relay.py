@@ -1,6 +1,6 @@
 """Lets a process outside a network of namespaces reach a port inside it: a Unix socket for each address and port.
 
-python -m tests.cluster.relay FOLDER HOST:PORT ...      listens on FOLDER/HOST:PORT, and inside passes on
+python -m benchmarks.nodes.relay FOLDER HOST:PORT ...      listens on FOLDER/HOST:PORT, and inside passes on
 """
 
 from __future__ import annotations

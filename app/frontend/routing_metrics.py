@@ -1,0 +1,52 @@
+"""Prometheus metrics of what this frontend's routers know.  They are read when somebody scrapes them, so that a replica
+that is gone leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from app.routing.ejection import End
+from app.routing.quarantine import Quarantine
+from app.routing.retry_budget import RetryBudget
+from app.routing.router import Router
+from app.routing.slowness import slowness
+
+
+class RoutingMetrics(Collector):
+    """What `routers` and `quarantines` know, by the models' names, and the budget of all of them."""
+
+    def __init__(
+        self, routers: Mapping[str, Router], quarantines: Mapping[str, Quarantine], budget: RetryBudget
+    ) -> None:
+        self._routers = routers
+        self._quarantines = quarantines
+        self._budget = budget
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield each metric.  This runs in the thread of the scrape, beside the event loop."""
+        slow = GaugeMetricFamily(
+            "baton_replica_slowness",
+            "How many times as long a replica takes as the median of its pool's others (app/routing/slowness.py).",
+            labels=["model", "role", "replica"],
+        )
+        ejections = CounterMetricFamily(
+            "baton_ejections", "Replicas of a pool, or pairs, that were left out of routing.", labels=["model", "end"]
+        )
+        quarantines = CounterMetricFamily(
+            "baton_quarantines", "Prompts that were refused from then on, as engines died of them.", labels=["model"]
+        )
+        refused = CounterMetricFamily("baton_retries_refused", "Retries for which the frontend had no budget.")
+        for model, router in self._routers.items():
+            for role, pool in router.pools.items():
+                for replica, ratio in slowness(dict(pool.replicas)).items():
+                    slow.add_metric([model, role, replica], ratio)
+            ends: tuple[End, ...] = (*router.pools, "pair")
+            for end in ends:
+                ejections.add_metric([model, end], router.ejections.counts[end])
+            quarantines.add_metric([model], self._quarantines[model].num_quarantines)
+        refused.add_metric([], self._budget.num_refused)
+        yield from (slow, ejections, quarantines, refused)

@@ -1,0 +1,34 @@
+"""How slow each replica of a pool is beside the others: one that lives but is slow is no failure, and nobody ejects it.
+
+Routing sends less there by itself, as it predicts times from each replica's pace and from what it reports of its steps
+(app/routing/capacity.py, app/routing/times.py).  Here is what people are told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+
+from app.routing.pool_state import ReplicaState
+
+PROMPT_TOKENS = 1024
+"""The prompt by which prefill replicas are compared."""
+
+
+def slowness(replicas: Mapping[str, ReplicaState]) -> dict[str, float]:
+    """Return how many times as long as the median of its pool's other replicas each one takes, by their ids.
+
+    It is 1 for one without others.  A replica whose pace is not known is not in the answer.
+    """
+    times = {replica: _time_s(state) for replica, state in replicas.items() if state.info.pace is not None}
+    return {
+        replica: time_s / median([times[other] for other in times if other != replica] or [time_s])
+        for replica, time_s in times.items()
+    }
+
+
+def _time_s(state: ReplicaState) -> float:
+    """Return the seconds that a replica takes for what is the same for all of its pool."""
+    if state.info.role == "prefill":
+        return state.pace.prompt_s(PROMPT_TOKENS) * state.prompt_slowness.value
+    return state.pace.step_s(1, 0) * state.load.slowness

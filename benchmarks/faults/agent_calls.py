@@ -1,0 +1,83 @@
+"""Builds the application with an agent in each process, and calls functions there.
+
+``import_path: benchmarks.faults.agent_calls:build`` deploys what `deployments.build` does, with two additions to the
+environment of its replicas: the agent (agent/sitecustomize.py), and libfaketime if this machine has it (Debian's
+package of that name), so that the campaign can set the wall clock of each pool.
+"""
+
+import json
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
+from ray.serve import Application
+
+from app.messages import Role
+
+AGENT = Path(__file__).parent / "agent"
+LIBFAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+CLOCK_FILE = "FAKETIME_TIMESTAMP_FILE"
+"""The environment variable with the path of the file in which the campaign says how wrong a pool's wall clock is."""
+CALL_TIMEOUT_S = 10.0
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Make the application with agents.  Raises ConfigError."""
+    from deployments.build import build as build_application
+
+    return build_application(with_agents(args))
+
+
+def with_agents(args: dict[str, Any]) -> dict[str, Any]:
+    """Return the application's arguments with the agent in the environment of all of its deployments."""
+    clocks = Path(tempfile.mkdtemp(prefix="baton-clocks-"))
+
+    def add(section: dict[str, Any], name: str) -> dict[str, Any]:
+        return {**section, "environment": {**_environment(clocks / name), **section.get("environment", {})}}
+
+    def add_to_pools(model: dict[str, Any]) -> dict[str, Any]:
+        pools = {role: add(model[role], role) for role in get_args(Role) if model.get(role) is not None}
+        return {**model, **pools}
+
+    frontend = add(args.get("frontend") or {}, "frontend")
+    return {**args, "frontend": frontend, "models": [add_to_pools(model) for model in args["models"]]}
+
+
+def _environment(clock: Path) -> dict[str, str]:
+    paths = [str(AGENT), str(AGENT.parents[2]), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
+    agent = {"PYTHONPATH": ":".join(dict.fromkeys(paths))}
+    if not LIBFAKETIME.is_file():
+        return agent
+    clock.write_text("+0\n")
+    return {
+        **agent,
+        "LD_PRELOAD": str(LIBFAKETIME),
+        CLOCK_FILE: str(clock),
+        "FAKETIME_CACHE_DURATION": "1",  # seconds between two looks into the file
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "FAKETIME_DONT_RESET": "1",
+        "NO_FAKE_STAT": "1",
+    }
+
+
+def call(pid: int, function: str, **arguments: Any) -> Any:
+    """Call ``module:name`` in a process with an agent and return its result, which is JSON.
+
+    Raises LookupError if the process is not there or has no agent, and RuntimeError if the function raised.
+    """
+    module, _, name = function.partition(":")
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(CALL_TIMEOUT_S)
+        try:
+            connection.connect(f"\0baton-faults-{pid}")
+            with connection.makefile("rwb") as stream:
+                stream.write(json.dumps((module, name, arguments)).encode() + b"\n")
+                stream.flush()
+                answer = json.loads(stream.read())
+        except (OSError, ValueError) as problem:
+            raise LookupError(f"process {pid} has no agent that answers: {problem!r}") from problem
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer["result"]

@@ -1,0 +1,148 @@
+"""Faults inside processes: the agent that makes them, and that each of them does what its name says."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from app import background
+from app.background import BackgroundTasks
+from app.handoff_seal import damage, misplacement, seal
+from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
+from benchmarks.faults import inside
+from benchmarks.faults.agent_calls import AGENT, call, with_agents
+from benchmarks.faults.inside_faults import OF_DECODE, OF_ENGINES, OF_REPLICAS
+from benchmarks.faults.machine_faults import MemoryPressure, machine_faults
+from tests.unit.deployments import test_background_tasks as owned
+from tests.unit.waiting import until
+
+
+@pytest.fixture
+def process() -> Iterator[int]:
+    """A process with the agent, as the application's processes have it; its id."""
+    environment = {**os.environ, "PYTHONPATH": str(AGENT)}
+    code = "print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as started:
+        assert started.stdout is not None
+        started.stdout.readline()
+        yield started.pid
+        started.kill()
+
+
+def test_the_agent_calls_functions_in_its_process(process: int) -> None:
+    assert call(process, "os:getpid") == process
+    with pytest.raises(RuntimeError, match="No module named 'nowhere'"):
+        call(process, "nowhere:f")
+    assert call(process, "os:getppid") == os.getpid()
+
+
+def test_without_an_agent_there_is_an_error() -> None:
+    with pytest.raises(LookupError, match="no agent that answers"):
+        call(os.getpid(), "os:getpid")
+
+
+def test_each_deployment_gets_the_agent_and_keeps_its_own_environment() -> None:
+    args: dict[str, Any] = {
+        "models": [{"name": "m", "prefill": {"environment": {"A": "1"}}, "decode": {}}],
+        "limits": {},
+    }
+    made = with_agents(args)
+    (model,) = made["models"]
+    for section in (made["frontend"], model["prefill"], model["decode"]):
+        assert section["environment"]["PYTHONPATH"].startswith(f"{AGENT}:")
+    assert model["prefill"]["environment"]["A"] == "1"
+    assert "aggregated" not in model
+    assert made["limits"] == {}
+    assert args["models"][0]["decode"] == {}, "what was given stays as it was"
+
+
+def test_all_tasks_of_replicas_are_struck() -> None:
+    of_sequences_and_channels = {"send-", "sequence-"}
+    assert {*OF_REPLICAS, *OF_ENGINES["sim"]} - of_sequences_and_channels == owned.OF_BOTH
+    assert set(OF_DECODE) == owned.OF_DECODE
+
+
+async def test_an_exception_arrives_where_a_task_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "FIRST_PAUSE_S", 0.01)
+    begun: list[int] = []
+
+    async def work() -> None:
+        begun.append(1)
+        await asyncio.sleep(3600)
+
+    tasks = BackgroundTasks("test", lambda death: None)
+    tasks.keep("a-task-of-this-test", work)
+    await until(lambda: len(begun) == 1)
+    before = await asyncio.to_thread(inside.tasks)
+    assert before["a-task-of-this-test"].split()[:2] == ["_keep", "work"]
+    assert await asyncio.to_thread(inside.throw, "a-task-of") == "a-task-of-this-test"
+    await until(lambda: len(begun) == 2)
+    assert (await asyncio.to_thread(inside.tasks))["a-task-of-this-test"] == before["a-task-of-this-test"]
+    await tasks.stop()
+
+
+async def test_there_is_no_throwing_into_a_task_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inside, "REPLY_TIMEOUT_S", 0.2)
+    background.watch(waiting := asyncio.create_task(asyncio.sleep(3600), name="here"), lambda _: None)
+    with pytest.raises(LookupError, match="no task elsewhere"):
+        await asyncio.to_thread(inside.throw, "elsewhere")
+    waiting.cancel()
+
+
+REQUEST = GenerateRequest(request_id="new", prompt_token_ids=[1, 2, 3], sampling={})
+VLLM = {"remote_block_ids": [[4, 5]], "remote_engine_id": "a", "remote_host": "h", "remote_port": 5600}
+SIM = {"host": "h", "port": 5600, "handle": "x", "num_blocks": 1}
+
+
+def descriptor(params: dict[str, Any], name: str, ready_at: float) -> TransferDescriptor:
+    made = TransferDescriptor(
+        engine="e",
+        replica_id="p",
+        request_id=name,
+        prompt_tokens=3,
+        cached_tokens=0,
+        ready_at=ready_at,
+        lease_s=12.0,
+        params={**params, "handle": name} if "handle" in params else params,
+        first_token=TokenDelta([7]) if "handle" not in params else None,
+    )
+    return seal(made, msgspec.structs.replace(REQUEST, request_id=name, prompt_token_ids=[len(name)]))
+
+
+@pytest.mark.parametrize("params", [VLLM, SIM], ids=["vllm", "sim"])
+@pytest.mark.parametrize("change", inside.CHANGES)
+def test_decode_notices_each_change_of_a_descriptor(
+    params: dict[str, Any], change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoiler = inside.Spoiler()
+    spoiler._seen = [descriptor(params, "expired", 0.0), descriptor(params, "older", 90.0)]
+    monkeypatch.setattr(inside, "_spoiler", spoiler)
+    right = seal(descriptor(params, "new", 100.0), REQUEST)
+    assert damage(right) == misplacement(right, REQUEST) == ""
+    try:
+        came = inside.CHANGES[change](right)
+    except msgspec.DecodeError:
+        assert change == "truncated"
+        return
+    assert damage(came) or misplacement(came, REQUEST)
+    if change in ("older", "expired"):
+        assert came.request_id == change
+
+
+def test_a_machine_that_is_not_bounded_is_left_alone(tmp_path: Path) -> None:
+    limit = tmp_path / "memory.limit_in_bytes"
+    assert machine_faults(str(tmp_path), tmp_path) == []
+    limit.write_text(str(2**62))
+    assert machine_faults(None, tmp_path) == []
+    limit.write_text(str(2**20))
+    assert machine_faults(None, tmp_path) == [MemoryPressure()]

@@ -1,0 +1,41 @@
+"""What a frontend exports of what its routers know, and that it does not go on with a replica that is gone."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry
+
+from app.frontend.routing_metrics import RoutingMetrics
+from app.routing.ejection import STRONG
+from app.routing.quarantine import Quarantine
+from app.routing.retry_budget import FLOOR, RetryBudget
+from tests.unit.routing.fleet import PACE, Fleet
+from tests.unit.routing.samples import request
+
+
+def test_all_is_there_from_the_beginning_and_a_replica_goes_with_its_slowness() -> None:
+    fleet, budget = Fleet(2, 2, info={"pace": PACE}), RetryBudget()
+    quarantine = Quarantine(fleet.clock)
+    registry = CollectorRegistry()
+    registry.register(RoutingMetrics({"m": fleet.router}, {"m": quarantine}, budget))
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, labels)
+
+    ends = {"prefill", "decode", "pair"}
+    assert {end: value("baton_ejections_total", model="m", end=end) for end in ends} == dict.fromkeys(ends, 0)
+    assert value("baton_quarantines_total", model="m") == value("baton_retries_refused_total") == 0
+
+    fleet.router.ejections.pair_failed("p0", "d0", STRONG, fleet.clock())
+    fleet.router.pools["decode"].leave("d1")
+    fleet.router.ejections.failed("d1", STRONG, fleet.clock())  # as most that fail, it has left
+    assert {end: value("baton_ejections_total", model="m", end=end) for end in ends} == {
+        "prefill": 0,
+        "decode": 1,
+        "pair": 1,
+    }
+    for replica in ("d0", "d1", "d2"):
+        quarantine.on_death(request(), replica)
+    assert value("baton_quarantines_total", model="m") == 1
+    assert [budget.take() for _ in range(FLOOR + 2)].count(False) == value("baton_retries_refused_total") == 2
+    slow = [value("baton_replica_slowness", model="m", role="decode", replica=replica) for replica in ("d0", "d1")]
+    assert slow == [1, None]
