@@ -96,8 +96,10 @@ class PoolChannels:
         ready = self._ready.metadata()
         for replica in ready.keys() - self._channels.keys() - self._connecting.keys():
             self._connect_later(replica, ready[replica], delay_s=0)
+            self._pool.joining[replica] = self._connecting[replica]
         for replica in self._connecting.keys() - ready.keys():
             self._connecting.pop(replica).cancel()
+            self._pool.joining.pop(replica, None)
             self.unreachable.pop(replica, None)
         for replica in self._channels.keys() - ready.keys():
             # What it has runs to its end on this channel.  If Serve brings it back it gets another one, so that the
@@ -135,6 +137,7 @@ class PoolChannels:
             except Exception as error:
                 logger.exception("replica_id=%s cannot be connected to", replica)
                 self.unreachable[replica] = type(error).__name__
+            self._pool.joining.pop(replica, None)  # nobody knows how long it will take
             delay_s = min(max(2 * delay_s, RECONNECT_S), MAX_RECONNECT_S)
 
     def _join(self, replica: str, info: ReplicaInfo, metadata: dict[str, Any], channel: Channel) -> None:
@@ -145,6 +148,7 @@ class PoolChannels:
             channel.close()
             raise
         del self._connecting[replica]
+        self._pool.joining.pop(replica, None)
         self.unreachable.pop(replica, None)
         self._channels[replica] = channel
         self._silences[channel] = Silence()

@@ -112,6 +112,19 @@ async def test_a_replica_joins_with_what_it_knows(pool: Pool, replica: Replica) 
     assert pool.state.replicas["r"].info.num_blocks == 8
 
 
+async def test_a_replica_is_joining_until_it_has_joined_or_failed(pool: Pool, replica: Replica) -> None:
+    pool.consist_of(replica)
+    await until(lambda: pool.state.joining)
+    await asyncio.wait(pool.state.joining.values())
+    assert (pool.knows(replica), pool.state.joining) == (True, {})
+    pool.consist_of()
+    replica.address = {**replica.address, "port": "1"}
+    await until(lambda: not pool.state.replicas)
+    pool.consist_of(replica)
+    await until(lambda: pool.channels.unreachable)
+    assert not pool.state.joining
+
+
 async def test_replicas_that_serve_knew_before_are_connected_too(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
