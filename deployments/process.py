@@ -10,7 +10,13 @@ from logging.handlers import MemoryHandler
 
 
 def adopt_serve_logging() -> None:
-    """Give the ``baton`` loggers the handlers and the level that Serve gave its own in this replica."""
+    """Give the ``baton`` loggers the handlers and the level that Serve gave its own in this replica.
+
+    A line that cannot be written is lost without a word from now on.  Python would tell of it on stderr, Serve makes
+    lines of this log of what comes there, and these cannot be written either: on a full disk that never ended, and the
+    replica with it.
+    """
+    logging.raiseExceptions = False
     serve = logging.getLogger("ray.serve")
     baton = logging.getLogger("baton")
     baton.handlers = serve.handlers

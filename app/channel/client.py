@@ -84,13 +84,13 @@ class Channel:
         self.num_heard = 0
         """How often anything has come from the replica."""
         self.lost: asyncio.Future[EngineDead | ReplicaLost] = asyncio.get_running_loop().create_future()
-        """Why the connection ended, once it has without having been retired."""
+        """Why the connection ended, once it has before the replica had drained."""
         self.on_close: Callable[[], object] = lambda: None
-        self._replica_id = replica_id
+        self.replica_id = replica_id
         self._writer = writer
         self._listener = listener
         self._is_retired = False
-        self._death = ""
+        self._death, self._has_drained = "", False
         self._backlog = Backlog()
         self._numbers = itertools.count()
         self._sequences: dict[int, SubmittedSequence] = {}
@@ -130,7 +130,7 @@ class Channel:
         The caller awaits the sequence's `ended`, and passes it to `finish` whatever happens.
         """
         if self.is_closed:
-            raise ReplicaLost(self._replica_id)
+            raise ReplicaLost(self.replica_id)
         number = next(self._numbers)
         frame = _frame_of(Submit(number, request, has_handoff, local_reason))
         sequence = self._sequences[number] = SubmittedSequence(number, emit)
@@ -141,8 +141,6 @@ class Channel:
         """Forget a sequence, and cancel it if it has not ended."""
         if self._sequences.pop(sequence.number, None) is not None and not self.is_closed:
             self._writer.write(to_frame(Cancel(sequence.number)))
-        if self._is_retired and not self._sequences:
-            self.close()
 
     def tell_backlog(self, backlog: Backlog) -> None:
         """Tell the replica its share of what waits in this process, if that has changed."""
@@ -151,10 +149,9 @@ class Channel:
             self._writer.write(to_frame(backlog))
 
     def retire(self) -> None:
-        """Close as soon as no sequence runs.  From now on the listener is not called."""
+        """Do not call the listener any more.  The replica ends the connection when it has drained."""
         self._is_retired = True
-        if not self._sequences:
-            self.close()
+        self.tell_backlog(Backlog())
 
     def close(self, detail: str = "its connection was closed") -> None:
         """End the connection, and with it every sequence, because of `detail`."""
@@ -166,11 +163,11 @@ class Channel:
             return
         self.is_closed = True
         self._writer.close()
-        if not self._is_retired:
-            self.lost.set_result(EngineDead(self._death) if self._death else ReplicaLost(self._replica_id, detail))
+        if not self._has_drained:
+            self.lost.set_result(EngineDead(self._death) if self._death else ReplicaLost(self.replica_id, detail))
         tell(self.on_close)  # before sequences fail, so that none of them is started here again
         for sequence in self._sequences.values():
-            sequence.fail(ReplicaLost(self._replica_id, detail))
+            sequence.fail(ReplicaLost(self.replica_id, detail))
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         try:
@@ -178,11 +175,11 @@ class Channel:
                 self.num_heard += 1
                 self._hand_out(_merge([decode_batch(frame) for frame in frames]))
         except (OSError, msgspec.DecodeError) as error:
-            logger.warning("replica_id=%s connection broke: %r", self._replica_id, error)
+            logger.warning("replica_id=%s connection broke: %r", self.replica_id, error)
             self._end(type(error).__name__)
 
     def _hand_out(self, batch: Batch) -> None:
-        self._death = batch.death
+        self._death, self._has_drained = batch.death, batch.has_drained
         for number, delta in batch.deltas:
             # A frame that was on its way may still hold deltas of a sequence that was cancelled or has failed.
             if (sequence := self._sequences.get(number)) is not None and not sequence.ended.done():
@@ -200,7 +197,7 @@ class Channel:
         try:
             sequence.emit(delta)
         except Exception as error:
-            logger.exception("replica_id=%s a delta was not taken", self._replica_id)
+            logger.exception("replica_id=%s a delta was not taken", self.replica_id)
             sequence.fail(EngineFailed(f"a delta was not taken: {type(error).__name__}"))
             self.finish(sequence)
             return
@@ -213,12 +210,12 @@ class Channel:
         if self.is_closed or self._is_retired:
             return
         if news.links is not None:
-            tell(self._listener.on_links, self._replica_id, news.links)
-        if news.kv is not None and not tell(self._listener.on_kv, self._replica_id, news.kv):
+            tell(self._listener.on_links, self.replica_id, news.links)
+        if news.kv is not None and not tell(self._listener.on_kv, self.replica_id, news.kv):
             # Later changes would be made to a cache that is not the replica's: better nothing is known of it.
-            tell(self._listener.on_kv, self._replica_id, KvUpdate([], [], is_reset=True))
+            tell(self._listener.on_kv, self.replica_id, KvUpdate([], [], is_reset=True))
         if news.load is not None:
-            tell(self._listener.on_load, self._replica_id, news.load)
+            tell(self._listener.on_load, self.replica_id, news.load)
 
 
 def _check(welcome: Welcome, replica_id: str) -> None:
@@ -262,4 +259,5 @@ def _merge(batches: list[Batch]) -> Batch:
         merge_waiting(kv),
         links[-1] if links else None,
         batches[-1].death,
+        batches[-1].has_drained,
     )

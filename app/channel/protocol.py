@@ -121,6 +121,8 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     """All links of a decode replica, if they have changed."""
     death: str = ""
     """In the last frame of a replica whose engine died: why."""
+    has_drained: bool = False
+    """In the last frame of one that stops: that nobody needs it any more."""
 
 
 ERRORS: dict[str, type[BatonError]] = {

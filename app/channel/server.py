@@ -307,15 +307,16 @@ class ChannelServer:
         while tasks := [task for channel in self.channels.values() for task in channel.tasks]:
             await asyncio.wait(tasks)
 
-    async def stop(self, death: str = "") -> None:
+    async def stop(self, *, death: str = "", has_drained: bool = False) -> None:
         """Send what waits, end every connection and with it every sequence, and stop listening.
 
-        `death` is why the engine died, if that is the reason.
+        The frontends are told the reason: `death`, which is why the engine died, or that the replica `has_drained`.
         """
         if self._server is not None:
             self._server.close()
         for channel, writer in self._writers.items():
-            _write(channel.frames(msgspec.structs.replace(channel.take_now(), death=death)), writer)
+            last = msgspec.structs.replace(channel.take_now(), death=death, has_drained=has_drained)
+            _write(channel.frames(last), writer)
             writer.close()
         if self._attending:
             await asyncio.wait(self._attending, timeout=CLOSE_TIMEOUT_S)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
-
-GUARD = "baton-guard"
-"""An argument of the process that guards a replica (deployments/guard.py)."""
 
 
 class EngineProcesses:
@@ -18,14 +16,13 @@ class EngineProcesses:
     """
 
     def __init__(self) -> None:
-        self._others = set(_descendants(psutil.Process()))
+        self._others = _descendants([psutil.Process()])
         self._known: set[psutil.Process] = set()
 
     def look(self) -> None:
         """Take note of processes that have come or gone.  This reads the machine's whole table of processes."""
-        roots = [psutil.Process(), *self._known]
-        found = {child for root in roots for child in _descendants(root)}
-        self._others |= set(filter(_outlives_engines, found - self._others - self._known))
+        found = _descendants([psutil.Process(), *filter(psutil.Process.is_running, self._known)])
+        self._others |= set(filter(_is_resource_tracker, found - self._others - self._known))
         self._known = {process for process in (found | self._known) - self._others if process.is_running()}
 
     def stopped(self) -> list[int]:
@@ -55,14 +52,11 @@ class EngineProcesses:
                 process.kill()
 
 
-def _outlives_engines(process: psutil.Process) -> bool:
-    """Whether it is the replica's guard, or Python's resource tracker.
-
-    The tracker ends by itself after all who use it, and must outlive them: it removes what shared memory they leave.
-    """
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    """Whether it is Python's, which ends by itself after all who use it, and must outlive them: it removes what shared
+    memory they leave."""
     with suppress(psutil.NoSuchProcess):
-        arguments = process.cmdline()
-        return GUARD in arguments or any("multiprocessing.resource_tracker" in argument for argument in arguments)
+        return any("multiprocessing.resource_tracker" in argument for argument in process.cmdline())
     return False
 
 
@@ -75,8 +69,20 @@ def _waited_for_cpu_s(pid: int) -> float:
     return nanoseconds / 1e9
 
 
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    with suppress(psutil.NoSuchProcess):
-        found: list[psutil.Process] = process.children(recursive=True)
-        return found
-    return []
+def _descendants(roots: Iterable[psutil.Process]) -> set[psutil.Process]:
+    """Return what these have started, and so on, by one reading of the table: that costs far more than the rest."""
+    children: dict[int, list[int]] = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess):
+            children.setdefault(process.ppid(), []).append(process.pid)
+    found: set[psutil.Process] = set()
+    left = [root.pid for root in roots]
+    while left:
+        parent = left.pop()
+        for pid in children.pop(parent, ()):
+            left.append(pid)
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                if process.ppid() == parent:  # otherwise it has ended meanwhile, and another has its number
+                    found.add(process)
+    return found

@@ -22,7 +22,8 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -200,6 +201,8 @@ class _Running(msgspec.Struct):
     """When its KV was pulled."""
     is_late: bool = False
     """Whether that was after prefill's lease, so that the KV was not used."""
+    is_in_core: bool = True
+    """Whether the engine core may still work on it."""
     changed_blocks: set[int] = msgspec.field(default_factory=set)
     """The blocks whose KV was not what prefill computed, so that it was not used; the prompt's last one is -1."""
 
@@ -363,10 +366,10 @@ class VllmEngine:
         return self._live_core().vllm_config.model_config.max_model_len
 
     async def generate(self, request: GenerateRequest, descriptor: TransferDescriptor | None, emit: Emit) -> None:
-        check_request(request, self._vocab_size)
-        params = to_sampling_params(
-            request.sampling, _pull_params(descriptor) if descriptor else None, request.num_replayed
-        )
+        async with self._releasing_if_it_fails(request, descriptor):
+            check_request(request, self._vocab_size)
+            pull = _pull_params(descriptor) if descriptor else None
+            params = to_sampling_params(request.sampling, pull, request.num_replayed)
         if request.num_replayed and params.max_tokens is None:  # vLLM would fill in what is left after these tokens
             params.max_tokens = self._max_model_len() - len(request.prompt_token_ids) + request.num_replayed
         if descriptor is not None and (first := descriptor.first_token) is not None:
@@ -392,9 +395,21 @@ class VllmEngine:
             emit(_to_delta(output, report))
 
         try:
-            await self._run(request, params, on_output)
+            await self._run(request, params, on_output, descriptor)
         finally:
             leave_queue()
+
+    @asynccontextmanager
+    async def _releasing_if_it_fails(
+        self, request: GenerateRequest, descriptor: TransferDescriptor | None
+    ) -> AsyncIterator[None]:
+        """Free the KV on prefill if the block fails or is cancelled, as the engine core will not pull it then."""
+        try:
+            yield
+        except BaseException:
+            with suppress(EngineDead):
+                await self.release(request.request_id, descriptor)
+            raise
 
     def _to_first_delta(self, descriptor: TransferDescriptor, token: TokenDelta) -> TokenDelta:
         """Return the delta with the token that prefill sampled.  If it is the last one too, no KV is pulled."""
@@ -441,14 +456,21 @@ class VllmEngine:
             *(descriptor.request_id, self._spec.replica_id, descriptor.replica_id, len(blocks), sorted(blocks)),
         )
 
-    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Output, _Running], None]) -> None:
-        """Run one request in the engine core.  Cancelling aborts it."""
+    async def _run(
+        self,
+        request: GenerateRequest,
+        params: Any,
+        on_output: Callable[[Output, _Running], None],
+        descriptor: TransferDescriptor | None = None,
+    ) -> None:
+        """Run one request in the engine core, which pulls the KV of `descriptor`.  Cancelling aborts it."""
         core = self._live_core()
         began_at = time.monotonic()
-        if params.structured_outputs is None:
-            core_request = self._process(request, params)
-        else:  # a grammar is translated, which can take a second; the loop serves other requests meanwhile
-            core_request = await asyncio.to_thread(self._process, request, params)
+        async with self._releasing_if_it_fails(request, descriptor):
+            if params.structured_outputs is None:
+                core_request = self._process(request, params)
+            else:  # a grammar is translated, which can take a second; the loop serves other requests meanwhile
+                core_request = await asyncio.to_thread(self._process, request, params)
         core_request.reasoning_ended = request.reasoning_ended
         core_request.reasoning_parser_kwargs = request.reasoning_parser_kwargs
         self._input_processor.assign_request_id(core_request)
@@ -456,13 +478,19 @@ class VllmEngine:
         running = _Running(on_output, asyncio.get_running_loop().create_future(), began_at)
         self._running[core_id] = running
         try:
-            await core.add_request_async(core_request)
+            await self._add(core_request)
             await running.ended  # no deadline: `_die` ends it if the engine does nothing any more
         finally:
             del self._running[core_id]
-            # If this was cancelled, so was the future.  If the core has ended the request, nothing is left to abort.
-            if (not running.ended.done() or running.ended.cancelled()) and self._death is None:
+            if running.is_in_core and self._death is None:
                 await core.abort_requests_async([core_id])
+
+    async def _add(self, core_request: CoreRequest) -> None:
+        """Give the engine core a request.  Raises EngineDead, also before `_pump` has heard of it."""
+        try:
+            await self._live_core().add_request_async(core_request)
+        except dead_error():
+            raise EngineDead from None
 
     def _process(self, request: GenerateRequest, params: Any) -> CoreRequest:
         """Have vLLM check and complete a request.  Raises InvalidRequest if vLLM refuses it or its workers would."""
@@ -526,7 +554,7 @@ class VllmEngine:
         """
         if descriptor is None:
             return
-        await self._live_core().add_request_async(rejection(descriptor))
+        await self._add(rejection(descriptor))
 
     async def stats(self) -> EngineStats:
         num_blocks = self._live_core().vllm_config.cache_config.num_gpu_blocks
@@ -585,12 +613,19 @@ class VllmEngine:
 
 
 def _hand_out(output: Output, running: _Running) -> None:
+    """Give a request its output.  If that cannot be taken, this request fails and is aborted, and no other."""
+    running.is_in_core = not output.finished
     if running.ended.done():  # cancelled, but its task has not run yet
         return
     if str(output.finish_reason) == ENDED_BY_AN_ERROR:
         running.fail(EngineFailed("vLLM ended the request with an internal error"))
         return
-    running.on_output(output, running)
+    try:
+        running.on_output(output, running)
+    except Exception as error:
+        logger.exception("an output was not taken")
+        running.fail(EngineFailed(f"an output was not taken: {type(error).__name__}"))
+        return
     if output.finished:
         running.ended.set_result(None)
 

@@ -42,6 +42,9 @@ logger = logging.getLogger("baton.orchestrator")
 
 MAX_TTFT_OF_SLO = 10
 """The default of ``limits.max_ttft_ms``, in times of the model's ``slo.ttft_ms``."""
+HANDOVER_S = 2.0
+"""How long a request that no replica can serve waits for one to which a connection is being made.  In an update Serve
+may tell of a new replica and of the end of the last old one at the same moment."""
 MAX_FAILED_ON_ENGINES = 2
 """How often a request may fail on an engine; the first time it is tried again."""
 
@@ -155,6 +158,20 @@ class Orchestrator:
         )
 
     async def _turn(self, job: Job) -> tuple[Decision, InFlight]:
+        """Wait until replicas have room for the request, and if there are none for those that are about to join.
+
+        Raises NoReplica, Overloaded or InvalidRequest.
+        """
+        try:
+            return await self._turn_now(job)
+        except NoReplica:
+            joining = [task for pool in self._router.pools.values() for task in pool.joining.values()]
+            if not joining:
+                raise
+            await asyncio.wait(joining, timeout=HANDOVER_S, return_when=asyncio.FIRST_COMPLETED)
+        return await self._turn_now(job)
+
+    async def _turn_now(self, job: Job) -> tuple[Decision, InFlight]:
         """Wait until replicas have room for the request: if possible others than those that may have failed it.
 
         Raises NoReplica, Overloaded or InvalidRequest.

@@ -6,6 +6,7 @@ a frontend's own requests count at once, and those of other frontends after one 
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -157,6 +158,8 @@ class PoolState:
         Pools of one model share `ejections`, which has pairs too.
         """
         self.replicas: dict[str, ReplicaState] = {}
+        self.joining: dict[str, asyncio.Task[None]] = {}
+        """What makes the first connection to a replica that is about to join, and ends when it has joined."""
         self.index = index
         self._ejections = ejections or Ejections(time.monotonic)
         self._ids: list[str] = []

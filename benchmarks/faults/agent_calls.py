@@ -1,14 +1,12 @@
 """Builds the application with an agent in each process, and calls functions there.
 
-``import_path: benchmarks.faults.agent_calls:build`` deploys what `deployments.build` does, with two additions to the
-environment of its replicas: the agent (agent/sitecustomize.py), and libfaketime if this machine has it (Debian's
-package of that name), so that the campaign can set the wall clock of each pool.
+``import_path: benchmarks.faults.agent_calls:build`` deploys what `deployments.build` does, with one addition to the
+environment of its replicas: the agent (agent/sitecustomize.py).
 """
 
 import json
 import os
 import socket
-import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,9 +15,6 @@ from ray.serve import Application
 from app.messages import Role
 
 AGENT = Path(__file__).parent / "agent"
-LIBFAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
-CLOCK_FILE = "FAKETIME_TIMESTAMP_FILE"
-"""The environment variable with the path of the file in which the campaign says how wrong a pool's wall clock is."""
 CALL_TIMEOUT_S = 10.0
 
 
@@ -32,34 +27,17 @@ def build(args: dict[str, Any]) -> Application:
 
 def with_agents(args: dict[str, Any]) -> dict[str, Any]:
     """Return the application's arguments with the agent in the environment of all of its deployments."""
-    clocks = Path(tempfile.mkdtemp(prefix="baton-clocks-"))
-
-    def add(section: dict[str, Any], name: str) -> dict[str, Any]:
-        return {**section, "environment": {**_environment(clocks / name), **section.get("environment", {})}}
-
-    def add_to_pools(model: dict[str, Any]) -> dict[str, Any]:
-        pools = {role: add(model[role], role) for role in get_args(Role) if model.get(role) is not None}
-        return {**model, **pools}
-
-    frontend = add(args.get("frontend") or {}, "frontend")
-    return {**args, "frontend": frontend, "models": [add_to_pools(model) for model in args["models"]]}
-
-
-def _environment(clock: Path) -> dict[str, str]:
     paths = [str(AGENT), str(AGENT.parents[2]), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
     agent = {"PYTHONPATH": ":".join(dict.fromkeys(paths))}
-    if not LIBFAKETIME.is_file():
-        return agent
-    clock.write_text("+0\n")
-    return {
-        **agent,
-        "LD_PRELOAD": str(LIBFAKETIME),
-        CLOCK_FILE: str(clock),
-        "FAKETIME_CACHE_DURATION": "1",  # seconds between two looks into the file
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        "FAKETIME_DONT_RESET": "1",
-        "NO_FAKE_STAT": "1",
-    }
+
+    def add(section: dict[str, Any]) -> dict[str, Any]:
+        return {**section, "environment": {**agent, **section.get("environment", {})}}
+
+    def add_to_pools(model: dict[str, Any]) -> dict[str, Any]:
+        return {**model, **{role: add(model[role]) for role in get_args(Role) if model.get(role) is not None}}
+
+    frontend = add(args.get("frontend") or {})
+    return {**args, "frontend": frontend, "models": [add_to_pools(model) for model in args["models"]]}
 
 
 def call(pid: int, function: str, **arguments: Any) -> Any:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import psutil
@@ -14,6 +18,8 @@ from benchmarks.nodes.cluster import SERVE_PORT, Cluster, Node
 
 TITLES = {"raylet": "/raylet/raylet ", "GCS": "/gcs/gcs_server ", "Redis": "redis-server"}
 """What the command line of a process contains."""
+LISTEN = "0A"
+"""The state in /proc/PID/net/tcp."""
 START_S = 400.0
 """How long the application may take to start."""
 ROUNDS = 4
@@ -59,13 +65,19 @@ class ClusterFleet(Fleet):
         """
         health = await self._health()
         addresses = [] if health is None else [endpoint["kv_address"] for endpoint in health["endpoints"]]
-        return next(int(port) for host, _, port in (a.partition(":") for a in addresses) if host == node.address)
+        found = [
+            int(port) for host, _, port in (address.partition(":") for address in addresses) if host == node.address
+        ]
+        return _first(found, "KV", node)
 
     def channel_port(self, node: Node) -> int:
-        """Return the port at which frontends connect to the decode replica of a node; Raises LookupError."""
-        (replica,) = below(node.process.pid, "ray::ServeReplica:baton:decode")
-        listening = (each.laddr for each in replica.net_connections("tcp4") if each.status == psutil.CONN_LISTEN)
-        return next(int(address.port) for address in listening if address.ip == node.address)
+        """Return the port at which frontends connect to the decode replica of a node.
+
+        Raises LookupError if no replica there listens.
+        """
+        replicas = below(node.process.pid, "ray::ServeReplica:baton:decode")
+        own = [port for replica in replicas for port in listening_ports(replica.pid, node.address)]
+        return _first(own, "its channel", node)
 
     async def learn(self) -> None:
         """Wait until everything that was deployed is there.  Raises NotWhole."""
@@ -92,6 +104,28 @@ class ClusterFleet(Fleet):
             return False
         replicas = [replica for each in application["deployments"].values() for replica in each["replicas"]]
         return application["status"] == "RUNNING" and all(replica["state"] == "RUNNING" for replica in replicas)
+
+
+def listening_ports(pid: int, address: str) -> list[int]:
+    """Return the ports of an IPv4 address at which a process listens, in its own network: psutil knows ours only."""
+    own = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it has been closed meanwhile
+            own.add(os.readlink(file))
+    there = socket.inet_aton(address)[::-1].hex().upper()
+    found = []
+    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        host, _, port = fields[1].partition(":")
+        if host == there and fields[3] == LISTEN and f"socket:[{fields[9]}]" in own:
+            found.append(int(port, 16))
+    return found
+
+
+def _first(ports: list[int], what: str, node: Node) -> int:
+    if not ports:
+        raise LookupError(f"no port of {node.address} is known for {what}")
+    return ports[0]
 
 
 def _haproxy() -> object:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import msgspec
 import psutil
 
-from benchmarks.faults.agent_calls import CLOCK_FILE, LIBFAKETIME, call
+from benchmarks.faults.agent_calls import call
 from benchmarks.faults.deployed import BadAnswer
 from benchmarks.faults.fleet import Fleet, Target
 from benchmarks.faults.inside import CHANGES
@@ -110,7 +110,7 @@ class TaskFault(msgspec.Struct, frozen=True):
 
 
 class ClockFault(msgspec.Struct, frozen=True):
-    """The wall clock of all processes of one pool, or of the frontends, is wrong for some time."""
+    """The wall clock of one replica and of its engine's processes is wrong for some time, as Python shows it."""
 
     target: Target
     skew_s: int
@@ -120,23 +120,17 @@ class ClockFault(msgspec.Struct, frozen=True):
         return f"clock of {self.target} {abs(self.skew_s)} s {'ahead' if self.skew_s > 0 else 'behind'}"
 
     async def strike(self, fleet: Fleet, random: Random) -> None:
-        """Raises LookupError if there is no libfaketime, or if it does not work."""
-        victim = (await _victims(fleet, self.target))[0]
-        if (path := victim.environ().get(CLOCK_FILE)) is None:
-            raise LookupError("no libfaketime: install Debian's package of that name")
-        clock = Path(path)
-        try:
-            _set(clock, self.skew_s)
-            await asyncio.sleep(SKEWED_S)
-            skew_s = await inside(victim, "wall_clock") - time.time()
-        finally:
-            _set(clock, 0)
-        if abs(skew_s - self.skew_s) > 1:
-            raise LookupError(f"the clock was wrong by {skew_s:.1f} s")
+        """Raises LookupError if the replica has no agent, or goes meanwhile."""
+        victim = random.choice(await _victims(fleet, self.target))
+        await self._skew(victim, self.skew_s)
+        await asyncio.sleep(SKEWED_S)
+        await self._skew(victim, 0)
 
-
-def _set(clock: Path, skew_s: int) -> None:
-    clock.write_text(f"{skew_s:+d}\n")
+    async def _skew(self, victim: psutil.Process, skew_s: int) -> None:
+        for child in victim.children(recursive=True):
+            with suppress(LookupError):  # its guard has no agent, nor have tools that its engine has started
+                await inside(child, "skew_clock", skew_s=skew_s)
+        await inside(victim, "skew_clock", skew_s=skew_s)
 
 
 def inside_faults(engine: str) -> list[DescriptorFault | TaskFault | ClockFault]:
@@ -150,6 +144,6 @@ def inside_faults(engine: str) -> list[DescriptorFault | TaskFault | ClockFault]
         *(
             ClockFault(target, skew_s)
             for target in ("prefill replica", "decode replica", "frontend")
-            for skew_s in ((SKEW_S, -SKEW_S) if LIBFAKETIME.is_file() else ())
+            for skew_s in (SKEW_S, -SKEW_S)
         ),
     ]

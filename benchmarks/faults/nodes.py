@@ -24,7 +24,7 @@ NODES_PER_GROUP = 2
 
 
 def bench_faults_of_nodes(
-    faults: Annotated[int, typer.Option(min=1, help="How many faults.")] = 47,
+    faults: Annotated[int, typer.Option(min=1, help="How many faults.")] = 50,
     only: Annotated[str, typer.Option(help="Only kinds whose names contain one of these, as: kill,stop.")] = "",
     streams: Annotated[int, typer.Option(min=1, help="Streams of requests at a time.")] = 8,
     questions: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 24,

@@ -42,7 +42,10 @@ class PoolChannels:
         self.unreachable: dict[str, str] = {}
         """Why there is no channel to a replica that Serve counts as ready, once it was tried.  /health says this to
         everybody, so no address is in it."""
-        self._silences: dict[str, Silence] = {}
+        self._retired: set[Channel] = set()
+        """Those to replicas that Serve has removed.  They stand until the replicas have drained: prefill has no
+        sequence that would show that its KV is still awaited."""
+        self._silences: dict[Channel, Silence] = {}
         self._backlog = Backlog()
         self._loop = asyncio.get_running_loop()
         self._nodes: dict[str, str] = {}
@@ -78,28 +81,32 @@ class PoolChannels:
             )
 
     def _look_for_silence(self) -> None:
-        """Close the channel to a replica that has work of this frontend and says nothing for too long.
+        """Close the channel to a replica that has work of this frontend, or drains, and says nothing for too long.
 
         Its sequences fail, so that they are tried elsewhere.  It joins the pool again when it answers a new connection.
         """
         self._loop.call_later(LOOK_S, self._look_for_silence)
-        for replica, channel in list(self._channels.items()):
-            has_work = self._pool.replicas[replica].sequences.own > 0
-            if self._silences[replica].look(channel.num_heard, has_work=has_work):
-                logger.warning("replica_id=%s has work and says nothing", replica)
+        with_work = [c for replica, c in self._channels.items() if self._pool.replicas[replica].sequences.own > 0]
+        for channel, silence in list(self._silences.items()):
+            if silence.look(channel.num_heard, has_work=channel in self._retired or channel in with_work):
+                logger.warning("replica_id=%s has work and says nothing", channel.replica_id)
                 channel.close("it has work and says nothing")
 
     def _follow_ready_replicas(self) -> None:
         ready = self._ready.metadata()
         for replica in ready.keys() - self._channels.keys() - self._connecting.keys():
             self._connect_later(replica, ready[replica], delay_s=0)
+            self._pool.joining[replica] = self._connecting[replica]
         for replica in self._connecting.keys() - ready.keys():
             self._connecting.pop(replica).cancel()
+            self._pool.joining.pop(replica, None)
             self.unreachable.pop(replica, None)
         for replica in self._channels.keys() - ready.keys():
             # What it has runs to its end on this channel.  If Serve brings it back it gets another one, so that the
             # state starts afresh.
-            self._leave(replica).retire()
+            channel = self._leave(replica)
+            self._retired.add(channel)
+            channel.retire()
         for replica in self._nodes.keys() - ready.keys():
             tell(self._pool.on_end, replica, self._nodes[replica])
         self._nodes = {replica: metadata["info"]["node_ip"] for replica, metadata in ready.items()}
@@ -130,6 +137,7 @@ class PoolChannels:
             except Exception as error:
                 logger.exception("replica_id=%s cannot be connected to", replica)
                 self.unreachable[replica] = type(error).__name__
+            self._pool.joining.pop(replica, None)  # nobody knows how long it will take
             delay_s = min(max(2 * delay_s, RECONNECT_S), MAX_RECONNECT_S)
 
     def _join(self, replica: str, info: ReplicaInfo, metadata: dict[str, Any], channel: Channel) -> None:
@@ -140,23 +148,25 @@ class PoolChannels:
             channel.close()
             raise
         del self._connecting[replica]
+        self._pool.joining.pop(replica, None)
         self.unreachable.pop(replica, None)
         self._channels[replica] = channel
-        self._silences[replica] = Silence()
+        self._silences[channel] = Silence()
         channel.on_close = partial(self._on_close, replica, metadata, channel)
         self._share_backlog()
 
     def _on_close(self, replica: str, metadata: dict[str, Any], channel: Channel) -> None:
+        del self._silences[channel]
+        self._retired.discard(channel)
         if self._channels.get(replica) is channel:
             self.unreachable[replica] = "its connection ended"
             self._connect_later(replica, metadata, RECONNECT_S)
             self._leave(replica)
-            if isinstance(channel.lost.result(), EngineDead):
-                tell(self._pool.on_end, replica, None)
+        if channel.lost.done() and isinstance(channel.lost.result(), EngineDead):
+            tell(self._pool.on_end, replica, None)
 
     def _leave(self, replica: str) -> Channel:
         channel = self._channels.pop(replica)
-        del self._silences[replica]
         self._pool.leave(replica)
         self._share_backlog()
         return channel

@@ -99,7 +99,8 @@ class DecodeWorker(Worker):
                 raise InvalidRequest(error.message) from error
             logger.warning("request_id=%s prefill failed: %r", request.request_id, error)
             return None, "prefill_failed"
-        if problem := mismatch(descriptor.kv_format, self.kv_format):
+        is_descriptor = isinstance(descriptor, TransferDescriptor)  # whatever came through Ray
+        if is_descriptor and (problem := mismatch(descriptor.kv_format, self.kv_format)):
             logger.warning("request_id=%s %s: %s", request.request_id, descriptor.replica_id, problem)
             await self._release(descriptor)
             return None, "incompatible_kv"

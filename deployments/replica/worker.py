@@ -149,7 +149,7 @@ class Worker:
         """
         if self._death is None:
             self._death = death
-            self._leaving = spawn_detached(self._server.stop(str(death)), name="leave")
+            self._leaving = spawn_detached(self._server.stop(death=str(death)), name="leave")
 
     async def _serve(self, channel: FrontendChannel, call: Submit) -> None:
         self._publisher.poll_soon()
@@ -271,6 +271,6 @@ class Worker:
         if hasattr(self, "_channel_address"):
             await self.drain()
             await self._background.stop()
-            await self._server.stop()
+            await self._server.stop(has_drained=True)
         if hasattr(self, "_engine"):
             await self._engine.stop()

@@ -31,6 +31,6 @@ class Corruption:
                 layers[-1][block_ids[3], 17] ^= 1
                 return
             for layer in layers:
-                layer[block_ids[1:]] = layer[block_ids[0]]
+                layer[block_ids[1:]] = layer[block_ids[0]].clone()
 
         worker.nixl_wrapper.release_xfer_handle = spoil

@@ -46,7 +46,7 @@ async def connected(role: str) -> AsyncIterator[PoolChannels]:
     yield channels
     channels._ready.on_change = None
     for replica in list(channels._channels):
-        channels._leave(replica).retire()
+        channels._leave(replica).close()
     for task in channels._connecting.values():
         task.cancel()
 

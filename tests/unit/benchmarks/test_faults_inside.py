@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tests.unit.waiting import until
 @pytest.fixture
 def process() -> Iterator[int]:
     """A process with the agent, as the application's processes have it; its id."""
-    environment = {**os.environ, "PYTHONPATH": str(AGENT)}
+    environment = {**os.environ, "PYTHONPATH": f"{AGENT}:{AGENT.parents[2]}"}
     code = "print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -97,6 +98,13 @@ async def test_there_is_no_throwing_into_a_task_that_is_not_there(monkeypatch: p
     with pytest.raises(LookupError, match="no task elsewhere"):
         await asyncio.to_thread(inside.throw, "elsewhere")
     waiting.cancel()
+
+
+def test_a_wall_clock_is_wrong_in_one_process_only(process: int) -> None:
+    shown = call(process, "benchmarks.faults.inside:skew_clock", skew_s=-60)
+    assert -62 < shown - time.time() < -58
+    assert abs(call(process, "time:time") - shown) < 2
+    assert abs(call(process, "benchmarks.faults.inside:skew_clock", skew_s=0) - time.time()) < 2
 
 
 REQUEST = GenerateRequest(request_id="new", prompt_token_ids=[1, 2, 3], sampling={})

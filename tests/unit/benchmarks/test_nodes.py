@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from benchmarks.faults.cluster_fleet import listening_ports
 from benchmarks.faults.network_faults import LinkFault, network_faults
 from benchmarks.faults.nodes import of_nodes
 from benchmarks.nodes.balancer import configuration
@@ -216,6 +218,11 @@ async def test_a_closed_side_channel_is_the_port_of_the_prefill_node() -> None:
 async def test_a_bad_link_is_bad_both_ways() -> None:
     assert [wire.delay_s for wire in await strike("delay 200 ms frontend - decode")] == [0.2, 0.2]
     assert [wire.loss for wire in await strike("lose 5 % prefill - decode")] == [0.05, 0.05]
+
+
+def test_ports_are_those_at_which_a_process_listens_itself_on_its_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as own, socket.create_server(("0.0.0.0", 0)):
+        assert listening_ports(os.getpid(), "127.0.0.1") == [own.getsockname()[1]]
 
 
 def test_each_replica_takes_a_node_of_its_group() -> None:

@@ -18,15 +18,13 @@ from app.channel.client import Channel
 from app.channel.protocol import (
     MAX_HELLO_BYTES,
     PROTOCOL_VERSION,
-    VERSION_OF_OLD_PEERS,
     Batch,
     Submit,
     read_one,
     to_frame,
 )
 from app.errors import ReplicaLost
-from app.messages import TokenDelta
-from tests.unit.channel.test_channel import LAST, Replica, Told, connected, request, served
+from tests.unit.channel.test_channel import LAST, Replica, Told, connected, served
 from tests.unit.waiting import PATIENCE_S, until
 
 OTHER_VERSION = PROTOCOL_VERSION + 1
@@ -77,34 +75,9 @@ async def old_replica() -> AsyncIterator[dict[str, str]]:
     await asyncio.wait(serving, timeout=PATIENCE_S)
 
 
-async def test_an_old_frontend_is_served_by_this_replica() -> None:
-    assert PROTOCOL_VERSION == VERSION_OF_OLD_PEERS, "then this is to be a refusal: see the tests below"
-    async with connected() as (replica, _), old_frontend(replica) as (replica_id, reader, writer):
-        assert replica_id == "d"
-        replica.script = [LAST]
-        writer.write(to_frame(Submit(0, request(), False, "")))
-        deltas: list[tuple[int, TokenDelta]] = []
-        async with asyncio.timeout(PATIENCE_S):
-            while not deltas:
-                deltas = msgspec.msgpack.decode(await read_one(reader, 1 << 20), type=Batch).deltas
-        assert deltas == [(0, LAST)]
-
-
-async def test_this_frontend_is_served_by_an_old_replica() -> None:
-    async with old_replica() as address:
-        channel = await Channel.connect("d", address, Told())
-        received: list[TokenDelta] = []
-        await served(channel, received)
-        assert received == [LAST]
-        channel.close()
-
-
-async def test_an_old_frontend_is_refused_by_a_replica_of_another_version(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_frontend_from_before_there_were_versions_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     """It cannot understand why, but it must not take the refusal for a connection."""
     async with connected() as (replica, channel):
-        monkeypatch.setattr(server, "PROTOCOL_VERSION", OTHER_VERSION)
         async with old_frontend(replica) as (replica_id, reader, _):
             assert replica_id != "d"  # "... is there instead", to an old frontend
             async with asyncio.timeout(PATIENCE_S):
@@ -114,10 +87,7 @@ async def test_an_old_frontend_is_refused_by_a_replica_of_another_version(
         await served(channel, [])  # the connections that stand are none of this
 
 
-async def test_this_frontend_refuses_an_old_replica_if_it_speaks_another_version(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(client, "PROTOCOL_VERSION", OTHER_VERSION)
+async def test_a_replica_from_before_there_were_versions_is_refused() -> None:
     async with old_replica() as address:
         with pytest.raises(ReplicaLost, match="it speaks version 1 of the channel's protocol, and this frontend 2"):
             await Channel.connect("d", address, Told())
@@ -131,7 +101,7 @@ async def test_peers_of_different_versions_refuse_each_other_with_a_reason_on_bo
         opened: list[Any] = []
         replica.server.on_open = opened.append
         monkeypatch.setattr(newer, "PROTOCOL_VERSION", OTHER_VERSION)
-        has, wants = (1, 2) if newer is client else (2, 1)
+        has, wants = (2, 3) if newer is client else (3, 2)
         reason = f"the replica speaks version {has} of the channel's protocol, not {wants}"
         with pytest.raises(ReplicaLost, match=f"it refuses this frontend: {reason}"):
             await Channel.connect("d", replica.address, Told())

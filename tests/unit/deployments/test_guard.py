@@ -12,16 +12,18 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from deployments.guard import NAME
 from tests.conftest import REPOSITORY, wait_until
 
 STILL_S = 1.0
 BEATING = f"""
 import asyncio, sys, time
-from deployments.guard import be_guarded
+from deployments import guard
 
 async def main():
-    beating = asyncio.create_task(be_guarded({STILL_S}))
-    await asyncio.sleep(0.3)
+    beating = asyncio.create_task(guard.be_guarded({STILL_S}))
+    while not guard._guards or guard._guards[0].returncode is None:
+        await asyncio.sleep(0.01)
     print("guarded", flush=True)
     word = await asyncio.to_thread(sys.stdin.readline)
     if word == "hang\\n":
@@ -32,6 +34,11 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+def guards_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    named = [each for each in psutil.process_iter(["cmdline"]) if NAME in (each.info["cmdline"] or ())]
+    return [each for each in named if str(process.pid) in each.info["cmdline"]]
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ def guarded() -> Iterator[subprocess.Popen[str]]:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "guarded\n"
-    (guard,) = psutil.Process(process.pid).children()
+    (guard,) = guards_of(process)
     yield process
     was_killed = process.poll() == -signal.SIGKILL
     process.kill()
@@ -68,6 +75,12 @@ def tell(process: subprocess.Popen[str], word: str) -> None:
 def test_a_stopped_process_is_killed(guarded: subprocess.Popen[str]) -> None:
     guarded.send_signal(signal.SIGSTOP)
     assert guarded.wait(20) == -signal.SIGKILL
+
+
+def test_who_kills_all_that_the_process_has_started_does_not_kill_its_guard(guarded: subprocess.Popen[str]) -> None:
+    """As SGLang does when it stops."""
+    assert psutil.Process(guarded.pid).children(recursive=True) == []
+    assert len(guards_of(guarded)) == 1
 
 
 @pytest.mark.parametrize("word", ["hang\n", "drain\n"])

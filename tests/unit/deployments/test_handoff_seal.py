@@ -122,7 +122,7 @@ class Replica:
 
 
 async def test_decode_computes_the_prompt_itself_and_frees_nobodys_kv() -> None:
-    for came in CHANGED.values():
+    for came in (*CHANGED.values(), b"\x93\x01", None):
         replica = Replica(came)
         assert await replica.receive(REQUEST) == (None, "descriptor_corrupted")
         await replica.worker._release(came)
@@ -133,6 +133,5 @@ async def test_decode_computes_the_prompt_itself_and_frees_nobodys_kv() -> None:
         assert replica.released == []
     replica = Replica(SEALED)
     assert await replica.receive(REQUEST) == (SEALED, "")
-    await replica.worker._release(b"\x93\x01")
     await replica.worker._release(SEALED)
     assert replica.released == [SEALED]

@@ -284,9 +284,11 @@ def refusal(port: int, path: str) -> tuple[int, dict[str, Any], str | None]:
         return answer.status, json.loads(answer.read())["error"], answer.headers["Retry-After"]
 
 
-@pytest.mark.usefixtures("proxy")
-def test_a_frontend_that_dies_of_a_request_is_a_502_in_the_form_of_other_errors(ports: Ports) -> None:
-    status, error, retry_after = refusal(ports.requests, "/gone")
+def test_a_frontend_that_dies_of_a_request_is_a_502_in_the_form_of_other_errors(tmp_path: Path, frontend: int) -> None:
+    """If the request went there on a new connection, as HAProxy's first does: else HAProxy closes without a word."""
+    ports = Ports()
+    with haproxy_with(write_serves_file(tmp_path, ports, frontend), ports):
+        status, error, retry_after = refusal(ports.requests, "/gone")
     assert (status, error["code"], error["type"], retry_after) == (502, 502, "BadGatewayError", "1")
     assert "is gone; please retry" in error["message"]
 

@@ -112,6 +112,19 @@ async def test_a_replica_joins_with_what_it_knows(pool: Pool, replica: Replica) 
     assert pool.state.replicas["r"].info.num_blocks == 8
 
 
+async def test_a_replica_is_joining_until_it_has_joined_or_failed(pool: Pool, replica: Replica) -> None:
+    pool.consist_of(replica)
+    await until(lambda: pool.state.joining)
+    await asyncio.wait(pool.state.joining.values())
+    assert (pool.knows(replica), pool.state.joining) == (True, {})
+    pool.consist_of()
+    replica.address = {**replica.address, "port": "1"}
+    await until(lambda: not pool.state.replicas)
+    pool.consist_of(replica)
+    await until(lambda: pool.channels.unreachable)
+    assert not pool.state.joining
+
+
 async def test_replicas_that_serve_knew_before_are_connected_too(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,8 +189,25 @@ async def test_a_replica_that_serve_removes_leaves_at_once_but_ends_its_sequence
     await sequence.ended
     channel.finish(sequence)
     assert received == [LAST]
-    assert channel.is_closed
-    await until(lambda: not replica.server.channels)
+    await replica.server.stop(has_drained=True)
+    await until(lambda: channel.is_closed)
+    assert not channel.lost.done()
+
+
+async def test_a_replica_that_serve_has_removed_is_given_up_if_it_says_nothing_as_it_drains(
+    pool: Pool, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_channels, "LOOK_S", 0.005)
+    pool.consist_of(replica)
+    await until(lambda: pool.knows(replica))
+    channel = pool.channels.channel("r")
+    pool.channels._look_for_silence()
+    sequence = submit(pool, replica, [])
+    pool.consist_of()
+    with pytest.raises(ReplicaLost, match="says nothing"):
+        await asyncio.wait_for(sequence.ended, 5)
+    assert channel.lost.done()
+    assert not pool.channels._silences
 
 
 @pytest.mark.parametrize(
@@ -191,7 +221,7 @@ async def test_a_replica_has_ended_if_it_says_so_or_serve_does(
     pool.consist_of(replica)
     await until(lambda: pool.knows(replica))
     if happens == "its engine dies":
-        await replica.server.stop("the engine hangs")
+        await replica.server.stop(death="the engine hangs")
     elif happens == "Serve removes it":
         pool.consist_of()
     else:

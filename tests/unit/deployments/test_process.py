@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import logging.config
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -20,6 +22,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
     file = logging.FileHandler(path)
     buffer = MemoryHandler(1, target=file)
     loggers = [logging.getLogger("ray.serve"), logging.getLogger("baton")]
+    raises = logging.raiseExceptions
     before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
     loggers[0].handlers = [buffer]
     loggers[0].setLevel(logging.INFO)
@@ -27,6 +30,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
     yield path
     buffer.close()
     file.close()
+    logging.raiseExceptions = raises
     for logger, handlers, level, propagate in before:
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
@@ -40,3 +44,24 @@ def test_what_a_replica_logs_is_written_after_its_engine_has_set_up_its_own_log(
         logger.info("meanwhile")
     logger.info("after")
     assert log.read_text().split() == ["before", "meanwhile", "after"]
+
+
+class ToLog:
+    """What Serve puts in the place of stderr."""
+
+    num_lines = 0
+
+    def write(self, text: str) -> None:
+        self.num_lines += 1
+        logging.getLogger("ray.serve").error(text)
+
+
+@pytest.mark.usefixtures("log")
+def test_a_full_disk_does_not_end_the_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = ToLog()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    buffer = next(each for each in logging.getLogger("ray.serve").handlers if isinstance(each, MemoryHandler))
+    with suppress(OSError), Path("/dev/full").open("w") as full:  # closing it fails too
+        buffer.setTarget(logging.StreamHandler(full))
+        logging.getLogger("baton.worker").warning("this cannot be written")
+    assert stderr.num_lines == 0

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -253,6 +254,25 @@ def test_a_stopped_process_is_found(tree: tuple[EngineProcesses, list[psutil.Pro
     while processes.stopped() != [child.pid] and time.monotonic() < deadline:
         time.sleep(0.01)
     assert processes.stopped() == [child.pid]
+
+
+def test_the_table_of_processes_is_read_once_however_many_there_are(
+    tree: tuple[EngineProcesses, list[psutil.Process]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read on the event loop, while the engine gives no sign of life."""
+    processes, of_engine = tree
+    readings: list[object] = []
+    read = psutil.process_iter
+
+    def reading() -> Any:
+        readings.append(None)
+        return read()
+
+    monkeypatch.setattr(psutil, "process_iter", reading)
+    monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: pytest.fail("which reads it for each"))
+    processes.look()
+    assert len(readings) == 1
+    assert processes._known == set(of_engine)
 
 
 def test_all_are_killed_even_if_they_are_stopped_and_their_parent_is_gone(

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -47,7 +48,7 @@ class Core(VllmEngine):
         super().__init__(spec)
         self.outputs: asyncio.Queue[Any] = asyncio.Queue()
 
-    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Any, Any], None]) -> None:
+    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Any, Any], None], *_: Any) -> None:
         while (output := await self.outputs.get()) is not None:
             if isinstance(output, Exception):
                 raise output
@@ -59,6 +60,13 @@ def output(**fields: Any) -> Any:
         ("finish_reason", "stop_reason", "new_logprobs", "new_prompt_logprobs_tensors", "prefill_stats")
     )
     return SimpleNamespace(**usual, new_token_ids=[5], kv_transfer_params=fields)
+
+
+def step_output(request_id: str, finish_reason: str | None) -> Any:
+    """What the engine core puts out for one of several requests."""
+    made = output()
+    made.request_id, made.finish_reason, made.finished = request_id, finish_reason, finish_reason is not None
+    return made
 
 
 async def test_a_handoff_is_queued_until_it_is_ready_and_says_how_long_it_took(spec: EngineSpec) -> None:
@@ -170,12 +178,15 @@ class Running:
             get_output_async=self._output,
             call_utility_async=self._answer,
             add_request_async=self._add,
-            abort_requests_async=self._add,
+            abort_requests_async=self._abort,
             shutdown=lambda _: None,
         )
         params = SimpleNamespace(all_stop_token_ids=set(), bad_words_token_ids=None)
-        made = SimpleNamespace(request_id="r-1", sampling_params=params)
-        processor = SimpleNamespace(process_inputs=lambda *_, **__: made, assign_request_id=lambda request: None)
+        self.made = SimpleNamespace(request_id="r-1", sampling_params=params)
+        self.aborted: list[str] = []
+        processor = SimpleNamespace(
+            process_inputs=lambda *_, **__: copy(self.made), assign_request_id=lambda request: None
+        )
         monkeypatch.setattr("app.engines.vllm.os", SimpleNamespace(environ={}))
         monkeypatch.setattr(VllmEngine, "_start_core", lambda _: (self.core, processor))
         self.engine: Any = VllmEngine(spec)
@@ -195,6 +206,9 @@ class Running:
         return False
 
     async def _add(self, request: Any) -> None: ...
+
+    async def _abort(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
 
     async def begin(self) -> asyncio.Task[None]:
         await self.engine.start()
@@ -222,6 +236,46 @@ async def test_whatever_ends_the_handing_out_of_tokens_ends_the_engine(
     with pytest.raises(EngineDead, match=said):
         await running.engine.check_health()
     assert running.killed, "nobody would read what it puts out"
+    await running.engine.stop()
+
+
+async def test_an_output_that_is_not_taken_fails_its_request_and_no_other(
+    spec: EngineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Running(monkeypatch, spec)
+    taken: list[TokenDelta] = []
+    await running.engine.start()
+    running.made.request_id = "bad"
+    bad = asyncio.create_task(running.engine.generate(REQUEST, None, lambda _: 1 / 0))
+    await until(lambda: "bad" in running.engine._running)
+    running.made.request_id = "good"
+    good = asyncio.create_task(running.engine.generate(REQUEST, None, taken.append))
+    await until(lambda: "good" in running.engine._running)
+    outputs = [step_output("bad", None), step_output("good", None), step_output("good", "stop")]
+    running.outputs.put_nowait(SimpleNamespace(outputs=outputs, scheduler_stats=None))
+    with pytest.raises(EngineFailed, match="an output was not taken: ZeroDivisionError"):
+        await asyncio.wait_for(bad, 5)
+    await asyncio.wait_for(good, 5)
+    assert [delta.finish_reason for delta in taken] == [None, "stop"]
+    assert running.aborted == ["bad"]
+    await running.engine.stop()
+
+
+async def test_a_request_that_comes_as_the_engine_core_dies_hears_of_its_death(
+    spec: EngineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Running(monkeypatch, spec)
+    await running.engine.start()
+
+    async def die(_: Any) -> None:
+        raise EngineDeadError
+
+    running.core.add_request_async = die
+    monkeypatch.setattr("app.engines.vllm.rejection", lambda descriptor: None)
+    with pytest.raises(EngineDead):
+        await running.engine.generate(REQUEST, None, lambda _: None)
+    with pytest.raises(EngineDead):
+        await running.engine.release("r", handoff())
     await running.engine.stop()
 
 
@@ -435,7 +489,7 @@ class Asked(Core):
         self.asked: list[tuple[list[int], Any]] = []
         self.released: list[str] = []
 
-    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Any, Any], None]) -> None:
+    async def _run(self, request: GenerateRequest, params: Any, on_output: Callable[[Any, Any], None], *_: Any) -> None:
         self.asked.append((request.prompt_token_ids, params))
         await super()._run(request, params, on_output)
 
@@ -477,6 +531,42 @@ async def test_no_kv_is_pulled_for_an_answer_of_one_token(spec: EngineSpec) -> N
     assert (delta.token_ids, delta.finish_reason) == ([9], "stop")
     assert delta.report is not None
     assert (delta.report.kind, delta.report.transferred_tokens) == ("remote", 0)
+
+
+@pytest.mark.parametrize("why", ["it is cancelled", "vLLM refuses it", "its parameters are refused"])
+async def test_the_kv_of_a_request_that_the_engine_core_never_gets_is_released(
+    spec: EngineSpec, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    import vllm.sampling_params  # noqa: F401  which takes long
+
+    is_under_way, may_go_on = threading.Event(), threading.Event()
+
+    def process_inputs(*_: Any, **__: Any) -> Any:
+        is_under_way.set()
+        may_go_on.wait(5)
+        raise ValueError("no grammar")
+
+    released: list[Any] = []
+
+    async def add_request_async(request: Any) -> None:
+        released.append(request)
+
+    monkeypatch.setattr("app.engines.vllm.rejection", lambda descriptor: descriptor)
+    engine: Any = VllmEngine(spec)
+    engine._core = SimpleNamespace(add_request_async=add_request_async)
+    engine._input_processor = SimpleNamespace(process_inputs=process_inputs)
+    engine._vocab_size = 2048
+    kind = "regexp" if why == "its parameters are refused" else "regex"
+    request = msgspec.structs.replace(REQUEST, sampling={"structured_outputs": {kind: "a"}})
+    descriptor = handoff()
+    task = asyncio.create_task(engine.generate(request, descriptor, lambda _: None))
+    if why == "it is cancelled":
+        await until(is_under_way.is_set)
+        task.cancel()
+    may_go_on.set()
+    with pytest.raises(asyncio.CancelledError if why == "it is cancelled" else InvalidRequest):
+        await task
+    assert released == [descriptor]
 
 
 async def test_a_dead_engine_passes_no_first_token_on(spec: EngineSpec) -> None:

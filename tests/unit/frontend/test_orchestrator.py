@@ -212,6 +212,26 @@ async def served(
     return received
 
 
+async def test_a_request_waits_for_a_replica_that_is_about_to_join() -> None:
+    """In an update of a pool of one Serve tells of the new replica and of the end of the old one at once."""
+    decode = FakeDecode(["old"], [LAST])
+    server = orchestrator(None, decode)
+    pool = server._router.pools["decode"]
+
+    async def connect() -> None:
+        await asyncio.sleep(0.01)
+        pool.join(replica_info("new", "decode"))
+        pool.joining.clear()
+
+    pool.leave("old")
+    pool.joining["new"] = asyncio.create_task(connect())
+    assert await served(server) == [LAST]
+    assert [call.replica for call in decode.calls] == ["new"]
+    pool.leave("new")
+    with pytest.raises(NoReplica):
+        await served(server)
+
+
 # Placement
 
 
