@@ -31,15 +31,19 @@ def parse_url(option: str, text: str) -> tuple[str, str]:
     return found[1] or found[3], found[2]
 
 
-def new_client(url: str, timeout_s: float) -> httpx.Client:
-    """Return a client of the endpoint at `url`."""
-    return httpx.Client(base_url=url, headers=_headers(), timeout=timeout_s)
+def new_client(url: str, timeout_s: float, socket: Path | None = None) -> httpx.Client:
+    """Return a client of the endpoint at `url`.
+
+    With `socket` it connects to this Unix socket, whatever host the URL names.
+    """
+    transport = httpx.HTTPTransport(uds=str(socket)) if socket is not None else None
+    return httpx.Client(base_url=url, headers=_headers(), timeout=timeout_s, transport=transport)
 
 
 def new_async_client(url: str, timeout_s: float, socket: Path | None = None) -> httpx.AsyncClient:
     """Return an asynchronous client of the endpoint at `url`, with no limit on the number of connections.
 
-    With `socket` it connects to this Unix socket, whatever host the URL names.
+    `socket`: as `new_client`.
     """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=limits) if socket is not None else None

@@ -71,8 +71,8 @@ async def _memory(fleet: Fleet) -> dict[int, int]:
 
 async def _serve_others(fleet: Fleet) -> None:
     """Ask for short answers as long as the slow clients are there.  Raises BadAnswer if one does not come in time."""
-    until = time.monotonic() + SLOW_S
     async with new_async_client(fleet.url, SERVED_WITHIN_S) as client:
+        until = time.monotonic() + SLOW_S
         while time.monotonic() < until:
             try:
                 answer = await client.get("/health")

@@ -31,6 +31,7 @@ import httpx
 import msgspec
 import yaml
 
+from app.bench.client import new_client
 from app.errors import BatonError
 from benchmarks.nodes import switch
 from benchmarks.nodes.switch import Plug, SetWires, Unplug, Wire
@@ -306,9 +307,9 @@ class Cluster:
 
     def http(self, address: str, port: int = SERVE_PORT) -> httpx.Client:
         """A client of one node, with a connection of its own for each request."""
-        transport = httpx.HTTPTransport(uds=str(self.folder / f"{address}:{port}"))
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        return httpx.Client(transport=transport, base_url=f"http://{address}:{port}", headers=headers, timeout=60)
+        client = new_client(f"http://{address}:{port}", 60, self.folder / f"{address}:{port}")
+        client.headers["Authorization"] = f"Bearer {TOKEN}"
+        return client
 
     def dashboard(self) -> httpx.Client:
         """The head's REST API, by which KubeRay deploys."""

@@ -54,6 +54,7 @@ class Server:
 @pytest.fixture
 async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Any]:
     monkeypatch.setattr(slow_clients, "SLOW_S", 0.5)
+    monkeypatch.setattr(slow_clients, "SERVED_WITHIN_S", 30.0)
     made = Server()
     async with await asyncio.start_server(made.serve, "127.0.0.1", 0) as listening:
         made.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
