@@ -7,6 +7,8 @@ descriptor, and decode compares both.  They find mistakes; they do not withstand
 
 from __future__ import annotations
 
+import logging
+import pickle
 from hashlib import blake2b
 from typing import Any
 
@@ -14,11 +16,32 @@ import msgspec
 
 from app.messages import GenerateRequest, TransferDescriptor
 
+logger = logging.getLogger("baton.handoff")
+
 
 def seal(descriptor: TransferDescriptor, request: GenerateRequest) -> TransferDescriptor:
     """Return the descriptor with its digests.  `request` is the one that prefill got."""
     named = msgspec.structs.replace(descriptor, prompt_digest=_prompt_digest(request))
     return msgspec.structs.replace(named, seal=_digest_of(named))
+
+
+def pack(descriptor: TransferDescriptor) -> bytes:
+    """Return the descriptor as a message.
+
+    Ray reads the answer of a call in the process of its caller too, a frontend, which is not to read descriptors.
+    """
+    return pickle.dumps(descriptor)
+
+
+def unpack(message: Any) -> Any:
+    """Return the descriptor in a message, or the message itself if it holds none, for `damage` to say so."""
+    if not isinstance(message, bytes):
+        return message
+    try:
+        return pickle.loads(message)
+    except Exception:
+        logger.exception("a message cannot be read as a transfer descriptor")
+        return message
 
 
 def damage(descriptor: Any) -> str:

@@ -18,13 +18,15 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from app.handoff_seal import unpack
 from app.messages import TransferDescriptor
 from deployments.detached import spawn_detached
 
 logger = logging.getLogger("baton.handoff")
 
-Reference = Awaitable[TransferDescriptor]
-"""Can be awaited more than once.  Raises what the prefill raised; a prefill that failed holds no KV."""
+Reference = Awaitable[Any]
+"""Gives a packed descriptor, and can be awaited more than once.  Raises what the prefill raised; a prefill that failed
+holds no KV."""
 
 REMEMBER_S = 60.0
 """How long after a channel has closed its references may still come."""
@@ -66,8 +68,8 @@ class HandoffRendezvous:
                 self._release_later(reference.result())
         asyncio.get_running_loop().call_later(REMEMBER_S, self._channels.pop, channel_id)
 
-    async def receive(self, channel_id: str, number: int, timeout_s: float) -> TransferDescriptor:
-        """Wait for the descriptor of a sequence and return it.
+    async def receive(self, channel_id: str, number: int, timeout_s: float) -> Any:
+        """Wait for the descriptor of a sequence and return it, or what came in its place.
 
         Raises TimeoutError, DescriptorExpired and whatever the prefill raised.
         """
@@ -76,8 +78,8 @@ class HandoffRendezvous:
         began = clock()
         try:
             async with asyncio.timeout(timeout_s):
-                descriptor = await (await reference)
-            if descriptor.has_expired(clock() - began):
+                descriptor = unpack(await (await reference))
+            if isinstance(descriptor, TransferDescriptor) and descriptor.has_expired(clock() - began):
                 raise DescriptorExpired
         except BaseException:
             if not reference.cancel() and not reference.cancelled():
@@ -122,7 +124,8 @@ class HandoffRendezvous:
 
     async def _release_when_there(self, reference: Reference) -> None:
         try:
-            descriptor = await reference  # no deadline: Serve ends a replica that does not answer, and Ray its calls
+            # No deadline: Serve ends a replica that does not answer, and Ray its calls.
+            descriptor = unpack(await reference)
         except Exception as error:  # noqa: BLE001  a prefill that failed or was cancelled holds no KV
             logger.info("abandoned prefill ended: %s", type(error).__name__)
             return

@@ -10,7 +10,7 @@ import msgspec
 
 from app.config import BatonConfig
 from app.errors import BatonError, PrefillFailed
-from app.handoff_seal import seal
+from app.handoff_seal import pack, seal
 from app.messages import (
     EngineStats,
     GenerateRequest,
@@ -79,7 +79,8 @@ class PrefillWorker(Worker):
         self._turns = ProbeTurns()
         await super().__init__(config, device)
 
-    async def prefill(self, request: GenerateRequest, *, replica_id: str) -> TransferDescriptor:
+    async def prefill(self, request: GenerateRequest, *, replica_id: str) -> bytes:
+        """Return the packed descriptor (app/handoff_seal.py)."""
         self.check_is_me(replica_id)
         arrived_at = time.time()
         task = asyncio.create_task(self._engine.prefill(request), name=request.request_id)
@@ -88,7 +89,7 @@ class PrefillWorker(Worker):
         try:
             descriptor = await task
             phases = _phases(request, arrived_at, descriptor)
-            return seal(msgspec.structs.replace(descriptor, phases=phases, kv_format=self.kv_format), request)
+            return pack(seal(msgspec.structs.replace(descriptor, phases=phases, kv_format=self.kv_format), request))
         finally:
             del self._running[request.request_id]
             self._publisher.poll_soon()

@@ -11,6 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from app.errors import BatonError, PrefillFailed
+from app.handoff_seal import unpack
 from app.messages import GenerateRequest, TransferDescriptor, TransportEvidence
 from deployments.detached import spawn_detached
 from deployments.ready_replicas import ready_replicas_of
@@ -36,7 +37,7 @@ class RayPrefillPeers:
         await self._call("begin_probe", replica, self._decode_replica)
 
     async def prefill(self, request: GenerateRequest, replica: str) -> TransferDescriptor:
-        descriptor: TransferDescriptor = await self._call("prefill", replica, request)
+        descriptor: TransferDescriptor = unpack(await self._call("prefill", replica, request))
         return descriptor
 
     def abandon(self, request_id: str, replica: str) -> None:

@@ -85,6 +85,16 @@ async def collect(app: Application, response: Any, request_id: str, into: list[T
             app.diary.write("tokens_received", request_id)
 
 
+async def until_remote(app: Application) -> None:
+    """Wait until requests go to prefill, which may be left out after an earlier test."""
+
+    async def is_remote() -> bool:
+        report = (await app.run("again"))[0].report
+        return report is not None and report.kind == "remote"
+
+    await eventually(is_remote, 30, "remote prefill")
+
+
 async def test_kv_goes_from_prefill_to_decode(app: Application) -> None:
     await app.wait_for(prefill=1, decode=2)
     deltas = await app.run("plain")
@@ -109,6 +119,7 @@ async def test_descriptor_is_never_unpickled_in_the_frontend(app: Application) -
     [("fail", "prefill_failed"), ("hang", "prefill_timeout"), ("expired", "descriptor_expired")],
 )
 async def test_decode_prefills_itself_when_prefill_does_not_deliver(app: Application, script: str, reason: str) -> None:
+    await until_remote(app)
     deltas = await app.run(f"prefill-{script}", prefill=script)
     assert tokens_of(deltas) == TOKENS
     assert deltas[0].report is not None
@@ -118,6 +129,7 @@ async def test_decode_prefills_itself_when_prefill_does_not_deliver(app: Applica
 
 
 async def test_kv_of_an_expired_handoff_is_released(app: Application) -> None:
+    await until_remote(app)
     before = app.diary.count("released")
     await app.run("expired-release", prefill="expired")
     wait_until(lambda: app.diary.count("released") > before, 5, "release of the expired handoff")
@@ -205,11 +217,7 @@ async def test_prefill_replica_dying_leaves_the_request_to_decode(app: Applicati
     assert deltas[0].report.kind == "local"
     assert tokens_of(await app.run("meanwhile")) == TOKENS
 
-    async def is_remote_again() -> bool:
-        report = (await app.run("again"))[0].report
-        return report is not None and report.kind == "remote"
-
-    await eventually(is_remote_again, 30, "remote prefill resumed")
+    await until_remote(app)
 
 
 async def test_sequences_of_a_frontend_that_died_are_stopped(app: Application) -> None:

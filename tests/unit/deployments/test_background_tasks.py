@@ -15,6 +15,7 @@ from app.channel.client import Channel
 from app.config import parse
 from app.engines import progress
 from app.errors import EngineDead, ReplicaLost
+from app.handoff_seal import unpack
 from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta, TransferDescriptor
 from deployments.replica import decode as decoding
 from deployments.replica import link_record
@@ -68,7 +69,8 @@ class Peers:
         return await self.replicas[replica].end_probe(self._decode_replica, replica_id=replica)
 
     async def prefill(self, request: GenerateRequest, replica: str) -> TransferDescriptor:
-        return await self.replicas[replica].prefill(request, replica_id=replica)
+        descriptor: TransferDescriptor = unpack(await self.replicas[replica].prefill(request, replica_id=replica))
+        return descriptor
 
     def withdraw(self, replica: str) -> None: ...
 

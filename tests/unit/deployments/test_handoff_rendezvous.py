@@ -191,8 +191,7 @@ async def received(*before: str, outcome: str = "succeeds", after: tuple[str, ..
     for event in after:
         await replica.wait(TIMEOUT_S) if event == "timeout" else sequence.do(event)
         await replica.wait()
-    (result,) = await asyncio.gather(task, return_exceptions=True)
-    return result, replica.released
+    return (await asyncio.gather(task, return_exceptions=True))[0], replica.released
 
 
 @pytest.mark.parametrize("num_before", [0, 1, 2], ids=["sequence", "reference", "descriptor"])
@@ -228,8 +227,7 @@ async def received_after(wait_s: float, descriptor: TransferDescriptor) -> Any:
     await replica.wait()
     await replica.wait(wait_s)
     prefill.set_result(descriptor)
-    (result,) = await asyncio.gather(task, return_exceptions=True)
-    return result
+    return (await asyncio.gather(task, return_exceptions=True))[0]
 
 
 @pytest.mark.parametrize("clock_ahead_s", [-3600.0, -60.0, -15.1, 0.0, 15.1, 60.0, 3600.0])
