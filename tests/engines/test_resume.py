@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -111,14 +112,10 @@ async def test_a_resumed_sequence_is_that_of_an_undisturbed_run(engine: VllmEngi
 
 async def test_what_was_generated_counts_for_min_tokens_and_may_stop_after_them(engine: VllmEngine) -> None:
     request = asked({})
-    seen = (await generate(engine, request)).tokens
-    stop_early = {**request.sampling, "min_tokens": 25, "stop_token_ids": sorted(set(seen))[:100]}
-    whole = await check(
-        engine,
-        GenerateRequest(
-            request_id="stops", prompt_token_ids=request.prompt_token_ids, sampling={**stop_early, "ignore_eos": False}
-        ),
-    )
+    prompt = request.prompt_token_ids[:60]
+    seen = (await generate(engine, msgspec.structs.replace(request, prompt_token_ids=prompt))).tokens
+    sampling = {"temperature": 0.0, "max_tokens": 150, "min_tokens": 25, "stop_token_ids": sorted(set(seen))}
+    whole = await check(engine, GenerateRequest(request_id="stops", prompt_token_ids=prompt, sampling=sampling))
     assert whole.end[0] == "stop"
     assert len(whole.tokens) > 25
 

@@ -136,6 +136,7 @@ async def test_kv_of_an_expired_handoff_is_released(app: Application) -> None:
 
 
 async def test_cancel_during_prefill_stops_it(app: Application) -> None:
+    await until_remote(app)
     response = app.start("cancel-prefill", prefill="hang")
     wait_until(lambda: app.diary.count("prefill_started", "cancel-prefill"), 5, "prefill started")
     response.cancel()
@@ -153,6 +154,7 @@ async def test_cancel_during_decode_stops_it(app: Application, position: int) ->
 
 
 async def test_a_prefill_is_abandoned_if_decode_does_not_get_its_kv(app: Application) -> None:
+    await until_remote(app)
     response = app.start("abandon", decode_hangs_at=0)
     wait_until(lambda: app.diary.count("generate_started", "abandon"), 5, "decode started")
     response.cancel()
@@ -160,6 +162,7 @@ async def test_a_prefill_is_abandoned_if_decode_does_not_get_its_kv(app: Applica
 
 
 async def test_a_prefill_is_not_abandoned_once_decode_has_its_kv(app: Application) -> None:
+    await until_remote(app)
     response = app.start("keep", decode_hangs_at=2)
     await anext(response)
     response.cancel()
@@ -210,6 +213,7 @@ async def test_after_the_death_of_an_engine_the_sequence_goes_on_elsewhere(app: 
 
 
 async def test_prefill_replica_dying_leaves_the_request_to_decode(app: Application) -> None:
+    await until_remote(app)
     await app.wait_for(prefill=1)
     deltas = await app.run("prefill-dies", prefill="die")
     assert tokens_of(deltas) == TOKENS

@@ -9,6 +9,8 @@ keeps, and one that comes from another engine lacks, is brought to where it was:
 2. its random numbers: the generator of a sequence with a seed has given one draw for each token,
 3. its grammar: the matcher takes the tokens that were generated, after the reasoning if there is any.
 
+Of the local prefix cache it gets no more than its prompt, as vLLM's scheduler asserts of new requests.
+
 vLLM loads this as a general plug-in in each of its processes.  It can go once vLLM takes the output of a new request;
 tests/unit/engines/test_vllm_resume.py fails then.  It was still needed with vllm 0.32.0.
 """
@@ -40,6 +42,7 @@ def register() -> None:
     _patched = True
     with needed("vllm", "go on with the sequences of an engine that was lost"):
         _make_output()
+        _find_prompt_only()
         _tell_workers()
         _fill_workers_state()
         _advance_grammar()
@@ -65,6 +68,24 @@ def _make_output() -> None:
             self.append_output_token_ids(prompt_token_ids[-num:])
 
     patch.apply(init)
+
+
+def _find_prompt_only() -> None:
+    """Have the scheduler find no more than the prompt of a resumed sequence in its prefix cache."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    find = Patch(Scheduler, "_get_local_prefix_cache_hit", "self", "request")
+    check_parameters(KVCacheManager.truncate_computed_blocks, "self", "blocks", "num_computed_tokens")
+
+    def get_local_prefix_cache_hit(self: Any, request: Any) -> Any:
+        blocks, num_tokens, *rest = find.original(self, request)
+        if num_replayed(request.sampling_params) and num_tokens > request.num_prompt_tokens:
+            num_tokens = request.num_prompt_tokens // self.block_size * self.block_size
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
+        return blocks, num_tokens, *rest
+
+    find.apply(get_local_prefix_cache_hit)
 
 
 def _tell_workers() -> None:
