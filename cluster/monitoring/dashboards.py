@@ -136,6 +136,13 @@ OVERVIEW = [
                 "s",
                 quantiles("baton_inter_token_latency_seconds"),
             ),
+            Panel(
+                "Gap of resumed sequences",
+                "How long clients waited for the next token when the replica of their answer was lost and it went on "
+                "elsewhere.",
+                "s",
+                quantiles("baton_resume_gap_seconds"),
+            ),
         ],
     ),
     Row(
