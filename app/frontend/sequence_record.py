@@ -46,6 +46,7 @@ class SequenceRecord:
         self.num_attempts = 0
         self._model = model
         self._gaps = _labelled(metrics.INTER_TOKEN_LATENCY, model)
+        self._resume_gaps = _labelled(metrics.RESUME_GAP, model)
         self._request_id = request_id
         self._prompt_tokens = prompt_tokens
         self.slo = slo
@@ -67,7 +68,7 @@ class SequenceRecord:
         if (gap_s := self.progress.last_gap_s) is not None:
             self._gaps.observe(gap_s)
         elif self.progress.resume_gaps_s:
-            _labelled(metrics.RESUME_GAP, self._model).observe(self.progress.resume_gaps_s[-1])
+            self._resume_gaps.observe(self.progress.resume_gaps_s[-1])
 
     @observing
     def on_end(self, end: str) -> None:

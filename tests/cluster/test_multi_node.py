@@ -177,12 +177,12 @@ class Stream(threading.Thread):
                 if '"usage":{' in line:
                     self.num_tokens = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
 
-    def ends_complete(self) -> None:
+    def ends_complete(self, longest_gap_s: float = 5) -> None:
         """Fails unless every token came, and none late."""
         self.join(120)
         assert self.error is None
         assert self.num_tokens == self._wanted
-        assert self.longest_gap_s < 5
+        assert self.longest_gap_s < longest_gap_s
 
 
 @pytest.fixture(scope="module")
@@ -353,16 +353,15 @@ def test_the_replica_of_a_node_that_dies_moves_to_another_of_its_group(ray_clust
     wait_until(lambda: ask(ray_cluster, address)["actual"]["kind"] == "remote", 60, "prefilled by the new replica")
 
 
-def test_a_node_that_is_gone_without_a_word_costs_no_more_than_its_own_streams(ray_cluster: Cluster) -> None:
-    """Its connections are not closed: frontends must find out."""
+def test_a_node_that_is_gone_without_a_word_holds_up_its_own_streams_and_ends_none(ray_cluster: Cluster) -> None:
+    """Its connections are not closed: frontends must find out.  Then its streams go on elsewhere."""
     before = status(ray_cluster)
     streams = streams_on(ray_cluster, before.running("decode"), 25)
     lost, kept = before.running("decode")
     with Questions(ray_cluster, before.nodes("frontend")) as questions:
         ray_cluster.cut(ray_cluster.nodes[lost.node])
         for stream in streams[lost.id]:
-            stream.join(20)
-            assert stream.error is not None
+            stream.ends_complete(longest_gap_s=25)
         for stream in streams[kept.id]:
             stream.ends_complete()
         now = wait_until(
