@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 
 import pytest
@@ -10,7 +9,8 @@ import ray
 
 from app.cli import verify
 from app.cli.verify import compare_output
-from app.messages import GenerateRequest, TransferDescriptor
+from app.handoff_seal import unpack
+from app.messages import GenerateRequest
 from tests.engines.conftest import SGLANG_AGGREGATED, Baton
 
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(600)]
@@ -44,10 +44,10 @@ async def test_descriptor_is_small(real: Baton) -> None:
     handle = real.handle("prefill")
     request = GenerateRequest(request_id="size", prompt_token_ids=[7] * 4095, sampling={})
     replica = real.stats("prefill")["replica_id"]
-    descriptor: TransferDescriptor = await handle.prefill.remote(request, replica_id=replica)
+    packed = await handle.prefill.remote(request, replica_id=replica)
     await handle.abandon.remote("size", replica_id=replica)
-    assert descriptor.prompt_tokens == 4095
-    assert len(pickle.dumps(descriptor)) < 4096
+    assert unpack(packed).prompt_tokens == 4095
+    assert len(packed) < 4096
 
 
 def test_kv_never_enters_the_object_store(real: Baton) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.handoff_seal import damage, misplacement, seal
+from app.handoff_seal import damage, misplacement, pack, seal, unpack
 from app.messages import GenerateRequest, KvFormat, TokenDelta, TransferDescriptor
 from deployments.replica.decode import DecodeWorker
 
@@ -60,6 +60,14 @@ MISPLACED = {
 def test_what_prefill_sealed_is_taken_whatever_time_its_hops_took() -> None:
     timed = msgspec.structs.replace(SEALED, phases={"prefill": 1.0})
     assert damage(timed) == misplacement(timed, REQUEST) == ""
+
+
+def test_a_packed_descriptor_is_the_same_and_anything_else_is_noticed() -> None:
+    assert unpack(pack(SEALED)) == SEALED
+    assert not damage(unpack(pack(SEALED)))
+    for message in (pack(SEALED)[:-9], b"", b"\x80\x05what?", None):
+        assert unpack(message) == message
+        assert "no transfer descriptor came" in damage(unpack(message))
 
 
 def test_a_later_attempt_and_the_control_run_of_another_prompt_are_no_mistakes() -> None:
