@@ -20,6 +20,8 @@ from benchmarks.faults.inside import CHANGES
 INSIDE = "benchmarks.faults.inside"
 SPOILT_S, AGED_S = 3.0, 16.0
 """How long descriptors are changed, and how long they are only remembered before that, to hand in expired ones."""
+COMES_S = 90.0
+"""How long the first descriptor that is changed may take to come: prefill may be left out after an earlier fault."""
 RESTART_S, REPLACED_S = 5.0, 90.0
 """How long a task may take to be where it was before it failed, or a process to be replaced that has lost one."""
 SKEW_S, SKEWED_S = 60, 10.0
@@ -58,6 +60,14 @@ class DescriptorFault(msgspec.Struct, frozen=True):
     def name(self) -> str:
         return f"descriptor: {self.change}"
 
+    async def _has_one_come(self, replicas: list[psutil.Process]) -> bool:
+        deadline = time.monotonic() + COMES_S
+        while not any([await inside(replica, "num_spoilt") for replica in replicas]):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.2)
+        return True
+
     async def strike(self, fleet: Fleet, random: Random) -> None:
         """Raises LookupError if no descriptor came meanwhile."""
         replicas = await _victims(fleet, "decode replica")
@@ -65,10 +75,10 @@ class DescriptorFault(msgspec.Struct, frozen=True):
             await self._spoil(replicas, "")
             await asyncio.sleep(AGED_S)
         await self._spoil(replicas, self.change)
+        has_come = await self._has_one_come(replicas)
         await asyncio.sleep(SPOILT_S)
-        num = sum([await inside(replica, "num_spoilt") for replica in replicas])
         await self._spoil(replicas, "")
-        if not num:
+        if not has_come:
             raise LookupError("no descriptor came")
 
     async def _spoil(self, replicas: list[psutil.Process], change: str) -> None:

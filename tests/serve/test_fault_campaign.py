@@ -106,12 +106,11 @@ def test_what_goes_wrong_inside_gives_no_wrong_answer(url: str) -> None:
     assert num_leaked == 0
 
 
-def test_the_loss_of_one_of_two_replicas_costs_at_most_the_answers_that_had_begun_there(url: str) -> None:
+def test_the_loss_of_one_of_two_replicas_costs_no_answer(url: str) -> None:
     rows, num_leaked = strike(url, *LOSSES)
     for row in rows.values():
         assert row.num_answers > 0
-        assert row.ends.keys() <= {"right", "ended"}, row
-        assert row.ends["ended"] == 0 or row.name == "kill -9 decode replica", row
+        assert row.ends.keys() == {"right"}, row
     assert num_leaked == 0
 
 
