@@ -5,6 +5,7 @@ In float32, where tokens do not depend on what else an engine computes, so that 
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import uuid
@@ -21,7 +22,13 @@ from app.engines.vllm import VllmEngine
 from app.messages import GenerateRequest, TokenDelta
 from app.models.source import local_path
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(900),
+    pytest.mark.asyncio(loop_scope="module"),
+    # vLLM's client leaves that to the garbage collector.
+    pytest.mark.filterwarnings("ignore:.*Context.__del__:pytest.PytestUnraisableExceptionWarning"),
+]
 
 SCHEMA = {
     "type": "object",
@@ -74,6 +81,8 @@ async def engine() -> AsyncIterator[VllmEngine]:
             yield engine
         finally:
             await engine.stop()
+            del engine
+            gc.collect()
 
 
 def asked(sampling: dict[str, Any]) -> GenerateRequest:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from app.channel import server
 from app.channel.client import Channel, _merge
-from app.channel.protocol import Backlog, Batch, Hello, Submit, to_frame
+from app.channel.protocol import PROTOCOL_VERSION, Backlog, Batch, Hello, Submit, to_frame
 from app.channel.server import ChannelServer, FrontendChannel
 from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost
 from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta
@@ -298,7 +298,7 @@ async def test_a_frontend_that_does_not_read_holds_up_nobody_else_and_its_tokens
     async with connected() as (replica, channel):
         replica.hangs = True
         reader, writer = await asyncio.open_connection(replica.address["host"], int(replica.address["port"]))
-        writer.write(to_frame(Hello(replica.address["token"], "slow")))
+        writer.write(to_frame(Hello(replica.address["token"], "slow", PROTOCOL_VERSION)))
         writer.write(to_frame(Submit(0, request("slow"), False, "")))
         await replica.started.wait()
         slow = replica.channels[0]

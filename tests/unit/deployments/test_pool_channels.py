@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from app.channel.client import Channel
-from app.channel.protocol import Backlog, Submit
+from app.channel.protocol import PROTOCOL_VERSION, Backlog, Submit
 from app.channel.server import ChannelServer, FrontendChannel
 from app.errors import ReplicaLost
 from app.messages import GenerateRequest, KvUpdate, ReplicaInfo, ReplicaLoad, TokenDelta
@@ -114,7 +114,7 @@ async def test_a_replica_joins_with_what_it_knows(pool: Pool, replica: Replica) 
 
 async def test_a_replica_is_joining_until_it_has_joined_or_failed(pool: Pool, replica: Replica) -> None:
     pool.consist_of(replica)
-    await until(lambda: pool.state.joining)
+    await asyncio.sleep(0)
     await asyncio.wait(pool.state.joining.values())
     assert (pool.knows(replica), pool.state.joining) == (True, {})
     pool.consist_of()
@@ -346,7 +346,7 @@ async def test_a_replica_of_another_protocol_is_unreachable_with_the_reason_unti
     pool: Pool, replica: Replica, monkeypatch: pytest.MonkeyPatch, newer: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"app.channel.{newer}.PROTOCOL_VERSION", 2)
+        patch.setattr(f"app.channel.{newer}.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
         pool.consist_of(replica)
         await until(lambda: "version" in pool.channels.unreachable.get("r", ""))
         assert not pool.state.replicas

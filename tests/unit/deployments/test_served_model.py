@@ -147,12 +147,12 @@ async def test_why_a_replica_cannot_be_reached_is_in_health_and_stats(
     monkeypatch.setattr(pool_channels, "RECONNECT_S", 0.01)
     assert cluster.model.health()["pools"]["decode"] == {"ready": 1, "reachable": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.channel.server.PROTOCOL_VERSION", 2)
+        patch.setattr("app.channel.server.PROTOCOL_VERSION", 3)
         for writer in cluster.servers["decode"]._writers.values():
             writer.transport.abort()
-        await until(lambda: "version 2" in str(cluster.model.health()))
+        await until(lambda: "version 3" in str(cluster.model.health()))
         pool = cluster.model.health()["pools"]["decode"]
-        reason = "it refuses this frontend: the replica speaks version 2 of the channel's protocol, not 1"
+        reason = "it refuses this frontend: the replica speaks version 3 of the channel's protocol, not 2"
         assert pool == {"ready": 1, "reachable": 0, "unreachable": {"decode-1": reason}}
         cluster.answers["decode"]["stats"] = cluster.answers["prefill"]["stats"] = EngineStats
         (decode,) = [each for each in await cluster.model.stats() if each["role"] == "decode"]
