@@ -10,15 +10,13 @@ import socket
 from pathlib import Path
 from typing import Any, get_args
 
-from ray.serve import Application
-
 from app.messages import Role
 
 AGENT = Path(__file__).parent / "agent"
 CALL_TIMEOUT_S = 10.0
 
 
-def build(args: dict[str, Any]) -> Application:
+def build(args: dict[str, Any]) -> Any:
     """Make the application with agents.  Raises ConfigError."""
     from deployments.build import build as build_application
 

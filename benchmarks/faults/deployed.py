@@ -32,9 +32,11 @@ class Deployed:
     def _connect(self, raylet: int) -> None:
         from deployments.cluster import connect
 
-        flag = "--gcs-address="
-        given = next(part for part in psutil.Process(raylet).cmdline() if part.startswith(flag))
+        flag, process = "--gcs-address=", psutil.Process(raylet)
+        given = next(part for part in process.cmdline() if part.startswith(flag))
         os.environ["RAY_ADDRESS"] = given.removeprefix(flag)
+        # Ray itself chooses token authentication only where it finds the cluster by itself.
+        os.environ |= {name: value for name, value in process.environ().items() if name.startswith("RAY_AUTH_")}
         connect()
 
     def arguments(self) -> dict[str, Any]:
