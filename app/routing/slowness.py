@@ -6,8 +6,8 @@ Routing sends less there by itself, as it predicts times from each replica's pac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from statistics import median
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 
 from app.routing.pool_state import ReplicaState
 
@@ -21,10 +21,17 @@ def slowness(replicas: Mapping[str, ReplicaState]) -> dict[str, float]:
     It is 1 for one without others.  A replica whose pace is not known is not in the answer.
     """
     times = {replica: _time_s(state) for replica, state in replicas.items() if state.info.pace is not None}
-    return {
-        replica: time_s / median([times[other] for other in times if other != replica] or [time_s])
-        for replica, time_s in times.items()
-    }
+    if len(times) < 2:
+        return dict.fromkeys(times, 1.0)
+    ordered = sorted(times.values())
+    return {replica: time_s / _median_without(ordered, time_s) for replica, time_s in times.items()}
+
+
+def _median_without(ordered: Sequence[float], one: float) -> float:
+    """Return the median of two or more numbers in order, without one of them."""
+    place, last = bisect_left(ordered, one), len(ordered) - 2
+    low, high = (ordered[index + (index >= place)] for index in (last // 2, (last + 1) // 2))
+    return (low + high) / 2
 
 
 def _time_s(state: ReplicaState) -> float:

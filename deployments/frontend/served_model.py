@@ -107,15 +107,21 @@ class ServedModel:
 
     async def stats(self) -> list[dict[str, Any]]:
         """Ask every ready replica for its present stats, and return them beside this frontend's pool state."""
-        asked = [(role, replica) for role, pool in self._ready.items() for replica in pool.ids()]
-        return await asyncio.gather(*(self._ask(role, replica) for role, replica in asked))
+        asked = [
+            self._ask(role, replica, slow.get(replica))
+            for role, pool in self._ready.items()
+            for slow in [self._slowness(role)]
+            for replica in pool.ids()
+        ]
+        return await asyncio.gather(*asked)
 
-    async def _ask(self, role: Role, replica: str) -> dict[str, Any]:
+    async def _ask(self, role: Role, replica: str, slowness: float | None) -> dict[str, Any]:
+        view = self._describe_state(role, replica)
         about = {
             "model": self._model.name,
             "role": role,
             "replica_id": replica,
-            "view": self._describe_state(role, replica),
+            "view": None if view is None else {**view, "slowness": slowness},
         }
         if (reason := self._pools[role].unreachable.get(replica)) is not None:
             about["unreachable"] = reason
@@ -141,7 +147,7 @@ class ServedModel:
         line = self.orchestrator.line
         return {"requests": line.num_waiting, "queued_tokens": line.queued_tokens, "lacks": line.lacks or None}
 
-    def _describe_state(self, role: Role, replica: str) -> dict[str, Any] | None:
+    def _describe_state(self, role: Role, replica: str) -> dict[str, int] | None:
         """What this frontend believes of a replica; None if it has no connection to it."""
         pool = self.router.pools[role]
         if (state := pool.replicas.get(replica)) is None:
@@ -151,5 +157,4 @@ class ServedModel:
             **{name: gauge.value for name, gauge in gauges.items()},
             **{f"own_{name}": gauge.own for name, gauge in gauges.items()},
             "cached_blocks": pool.index.num_blocks(replica),
-            "slowness": self._slowness(role).get(replica),
         }

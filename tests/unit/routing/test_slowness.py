@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app.messages import ReplicaLoad
 from app.pace import Pace
@@ -32,6 +35,15 @@ def test_a_replica_whose_steps_became_slow_is_compared_with_the_median_of_the_ot
     pool = {f"d{number}": replica(slowness=of_all, sequences=number) for number in range(3)}
     pool["slow"] = replica(slowness=2 * of_all)
     assert slowness(pool) == pytest.approx({"d0": 1, "d1": 1, "d2": 1, "slow": 2})
+
+
+@given(st.lists(st.floats(0.1, 10.0), min_size=2, max_size=9))
+def test_each_replica_is_compared_with_the_median_of_all_others(times: list[float]) -> None:
+    pool = {str(number): replica(slowness=each) for number, each in enumerate(times)}
+    expected = {
+        str(number): each / statistics.median(times[:number] + times[number + 1 :]) for number, each in enumerate(times)
+    }
+    assert slowness(pool) == pytest.approx(expected)
 
 
 def test_the_slow_one_of_two_does_not_hide_in_the_median() -> None:
