@@ -51,7 +51,7 @@ run: setup  ## serve CONFIG; MODEL=<path or name> replaces its model
 check: lint  ## for every commit: lint, types and unit tests (2 to 4 minutes on 2 cores)
 	$(BIN)/pytest tests/unit
 
-test: lint setup-sglang packages  ## set up, lint, then all tests (17 to 31 minutes on 2 cores)
+test: lint setup-sglang packages  ## set up, lint, then all tests (30 to 45 minutes on 2 cores)
 	$(BIN)/pytest
 
 test-faults: setup setup-sglang packages  ## FAULTS faults under load on simulated engines, then some of nodes, vLLM, SGLang (hours)

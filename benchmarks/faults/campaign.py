@@ -11,8 +11,8 @@ from random import Random
 from rich.console import Console
 
 from benchmarks.faults.deployed import BadAnswer
+from benchmarks.faults.fault import Fault
 from benchmarks.faults.fleet import Fleet, NotWhole
-from benchmarks.faults.kinds import Fault
 from benchmarks.faults.load import Load
 from benchmarks.faults.report import Struck
 

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from app.errors import ConfigError
 from benchmarks.faults.campaign import Campaign
+from benchmarks.faults.fault import Fault
 from benchmarks.faults.fleet import Fleet
-from benchmarks.faults.kinds import Fault, draw
+from benchmarks.faults.kinds import draw
 from benchmarks.faults.load import Load
 from benchmarks.faults.report import print_rows, summarise
 

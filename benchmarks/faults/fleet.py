@@ -86,6 +86,12 @@ class Fleet:
             return [[replica] for replica in replicas]
         return [found for replica in replicas if (found := engine_of(replica))]
 
+    async def victims(self, target: Target) -> list[list[psutil.Process]]:
+        """Return `processes`.  Raises LookupError if there are none."""
+        if not (found := await self.processes(target)):
+            raise LookupError(f"there is no {target}")
+        return found
+
     def _titled(self, title: str) -> list[psutil.Process]:
         return below(self.raylet, title)
 

@@ -45,10 +45,7 @@ async def inside(process: psutil.Process, function: str, **arguments: Any) -> An
 
 
 async def _victims(fleet: Fleet, target: Target) -> list[psutil.Process]:
-    victims = [process for (process,) in await fleet.processes(target)]
-    if not victims:
-        raise LookupError(f"there is no {target}")
-    return victims
+    return [process for (process,) in await fleet.victims(target)]
 
 
 class DescriptorFault(msgspec.Struct, frozen=True):
@@ -59,14 +56,6 @@ class DescriptorFault(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         return f"descriptor: {self.change}"
-
-    async def _has_one_come(self, replicas: list[psutil.Process]) -> bool:
-        deadline = time.monotonic() + COMES_S
-        while not any([await inside(replica, "num_spoilt") for replica in replicas]):
-            if time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(0.2)
-        return True
 
     async def strike(self, fleet: Fleet, random: Random) -> None:
         """Raises LookupError if no descriptor came meanwhile."""
@@ -80,6 +69,14 @@ class DescriptorFault(msgspec.Struct, frozen=True):
         await self._spoil(replicas, "")
         if not has_come:
             raise LookupError("no descriptor came")
+
+    async def _has_one_come(self, replicas: list[psutil.Process]) -> bool:
+        deadline = time.monotonic() + COMES_S
+        while not any([await inside(replica, "num_spoilt") for replica in replicas]):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(POLL_S)
+        return True
 
     async def _spoil(self, replicas: list[psutil.Process], change: str) -> None:
         for replica in replicas:

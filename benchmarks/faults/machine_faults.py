@@ -14,12 +14,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
-from typing import Protocol
 
 import msgspec
 import psutil
 
+from benchmarks.faults.fault import Fault
 from benchmarks.faults.fleet import Fleet, Target
+from benchmarks.faults.process_faults import ProcessFault
 
 FULL_S = 15.0
 """How long the disk stays full."""
@@ -45,15 +46,6 @@ while True:
 """
 
 
-class MachineFault(Protocol):
-    """One kind of fault of the machine."""
-
-    @property
-    def name(self) -> str: ...
-
-    async def strike(self, fleet: Fleet, random: Random) -> None: ...
-
-
 class DiskFull(msgspec.Struct, frozen=True):
     """The file system on which Ray and the application write everything is full for some time."""
 
@@ -72,11 +64,7 @@ class DiskFull(msgspec.Struct, frozen=True):
         try:
             await asyncio.to_thread(_fill, path)
             if self.kills is not None:
-                victims = await fleet.processes(self.kills)
-                if not victims:
-                    raise LookupError(f"there is no {self.kills}")
-                for process in random.choice(victims):
-                    process.kill()
+                await ProcessFault(self.kills, "kill").strike(fleet, random)
             await asyncio.sleep(FULL_S)
         finally:
             await asyncio.to_thread(path.unlink, missing_ok=True)
@@ -117,9 +105,9 @@ async def _ballast() -> AsyncIterator[None]:
         await asyncio.to_thread(ballast.wait)
 
 
-def machine_faults(folder: str | None, cgroup: Path = CGROUP) -> list[MachineFault]:
+def machine_faults(folder: str | None, cgroup: Path = CGROUP) -> list[Fault]:
     """Return the kinds that this machine is bounded for; `folder` is RAY_TMPDIR."""
-    found: list[MachineFault] = []
+    found: list[Fault] = []
     if folder is not None and _is_small_disk(folder):
         found += [DiskFull(folder), DiskFull(folder, "decode replica")]
     limit = cgroup / "memory.limit_in_bytes"

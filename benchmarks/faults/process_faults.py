@@ -40,10 +40,7 @@ class ProcessFault(msgspec.Struct, frozen=True):
 
     async def strike(self, fleet: Fleet, random: Random) -> str:
         """Make the fault, and return when it is over.  Stopped processes go on in any case."""
-        victims = await fleet.processes(self.target)
-        if not victims:
-            raise LookupError(f"there is no {self.target}")
-        victim = random.choice(victims)
+        victim = random.choice(await fleet.victims(self.target))
         if self.act == "kill":
             send_signal(victim, signal.SIGKILL)
             # The kernel takes a while on a busy machine, and until then all seems to be whole.

@@ -6,28 +6,25 @@ held for, so leaks cannot be counted.
 
 from __future__ import annotations
 
-import asyncio
+import math
 import re
 import tempfile
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any
 
 import httpx
 import psutil
 import typer
-from rich.console import Console
 
 from app.bench.client import new_async_client
+from app.bench.output import check_files
 from app.cli.check import check_document
 from app.cli.entry import run_app, to_app
 from app.serve_document import load_document
-from benchmarks.faults.campaign import Campaign
+from benchmarks.faults.carrying_out import carry_out, choose
 from benchmarks.faults.fleet import ANSWER_TIMEOUT_S, Fleet, Target, engine_of, raylet_of
-from benchmarks.faults.kinds import draw
 from benchmarks.faults.load import Load, draw_questions
 from benchmarks.faults.process_faults import ProcessFault, process_faults
-from benchmarks.faults.report import print_rows, summarise
 from benchmarks.peers.servers import running
 from benchmarks.peers.targets import ONE_REPLICA, Setup, ray_llm_pd_args, run_ray_llm
 
@@ -35,7 +32,6 @@ APPLICATION = "ray-llm"
 DEPLOYMENTS = {"prefill": "Prefill:", "decode": "Decode:", "frontend": "OpenAiIngress"}
 """What the names of its deployments begin with."""
 NUM_DECODE = 2
-WIDTH = 160
 
 
 class RayLlmFleet(Fleet):
@@ -102,16 +98,20 @@ def strike_ray_llm(
         Path, typer.Option(help="The Serve config file whose model and engine arguments it gets.")
     ] = Path("cluster/local/vllm-faults.yaml"),
     faults: Annotated[int, typer.Option(min=1, help="How many faults.")] = 20,
-    only: Annotated[str, typer.Option(help="Only kinds whose names contain this.")] = "",
+    minutes: Annotated[float, typer.Option(min=0.0, help="Begin no other fault after so many minutes.")] = math.inf,
+    only: Annotated[str, typer.Option(help="Only kinds whose names contain one of these, as: kill,stop.")] = "",
     streams: Annotated[int, typer.Option(min=1, help="Streams of requests at a time.")] = 4,
     questions: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 8,
     seed: Annotated[int, typer.Option(help="Of faults, victims and prompts.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write everything there.")] = None,
 ) -> None:
-    """Start Ray Serve LLM with one prefill and two decode replicas, and kill and stop its processes under load."""
+    """Start Ray Serve LLM with one prefill and two decode replicas, and kill and stop its processes under load.
+
+    Exits with 1 if any answer was wrong or hung, or if the application did not come back.
+    """
+    check_files(json, None)
     document = load_document(config)
     setup = Setup(document, check_document(document), environments.absolute())
-    console = Console(highlight=False, width=WIDTH)
-    random = Random(seed)
     with tempfile.TemporaryDirectory(prefix="baton-faults-") as name:
         folder = Path(name)
         args = ray_llm_pd_args(setup)
@@ -120,12 +120,7 @@ def strike_ray_llm(
         with running(plan, setup.model.name, folder):
             fleet = RayLlmFleet(plan.base_url, setup.model.name, _dashboard(folder / "serve-run.log"))
             load = Load(plan.base_url, setup.model.name, draw_questions(questions, seed), streams)
-            campaign = Campaign(fleet, load, console)
-            found = [kind for kind in ray_llm_faults() if only.lower() in kind.name.lower()]
-            ended_early = asyncio.run(campaign.run(draw(found, faults, random), random))
-    print_rows(summarise(campaign.struck, load.answers, load.right), campaign.num_leaked, console)
-    if ended_early:
-        console.print(ended_early, markup=False, soft_wrap=True)
+            carry_out(choose(ray_llm_faults(), only), faults, fleet, load, seed, json, 60 * minutes)
 
 
 def _dashboard(log: Path) -> str:

@@ -16,8 +16,9 @@ from rich.console import Console
 from app.serve_document import unshared
 from benchmarks.faults.campaign import Campaign
 from benchmarks.faults.deployed import Deployed
+from benchmarks.faults.fault import Fault
 from benchmarks.faults.fleet import Fleet
-from benchmarks.faults.kinds import Fault, kinds
+from benchmarks.faults.kinds import kinds
 from benchmarks.faults.load import Load, draw_questions
 from benchmarks.faults.report import Row, summarise
 from benchmarks.faults.updates import RollingUpdate
