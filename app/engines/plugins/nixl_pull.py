@@ -21,7 +21,7 @@ import os
 import time
 from typing import Any
 
-from app.engines.plugins import nixl_checksum, nixl_lease
+from app.engines.plugins import begins, nixl_checksum, nixl_lease
 from app.messages import Role
 from app.upstream import Patch, check_attributes, check_uses, needed
 
@@ -44,18 +44,13 @@ def environment(role: Role, device: str) -> dict[str, str]:
     return {SWITCH: POLL_QUICKLY if device == "cuda" else "1"}
 
 
-_patched = False
-
-
 def register() -> None:
     """vLLM general plug-in; does nothing without `environment`.  May be called again.
 
     Raises UpstreamChanged if what it patches is not there.
     """
-    global _patched
-    if SWITCH not in os.environ or _patched:
+    if not begins(SWITCH):
         return
-    _patched = True
     if os.environ[SWITCH] == PREFILL:
         with needed("vllm", "tell until when prefill keeps KV"):
             nixl_lease.tell_expiry()

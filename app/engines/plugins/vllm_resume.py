@@ -17,9 +17,9 @@ tests/unit/engines/test_vllm_resume.py fails then.  It was still needed with vll
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+from app.engines.plugins import begins
 from app.upstream import Patch, check_attributes, check_parameters, check_uses, needed
 
 SWITCH = "BATON_RESUME"
@@ -28,18 +28,14 @@ ENVIRONMENT = {SWITCH: "1"}
 REPLAYED = "baton_num_replayed"
 """The key in ``extra_args`` of how many tokens at the prompt's end are output."""
 
-_patched = False
-
 
 def register() -> None:
     """vLLM general plug-in; does nothing without ENVIRONMENT.  May be called again.
 
     Raises UpstreamChanged if what it patches is not there.
     """
-    global _patched
-    if SWITCH not in os.environ or _patched:
+    if not begins(SWITCH):
         return
-    _patched = True
     with needed("vllm", "go on with the sequences of an engine that was lost"):
         _make_output()
         _find_prompt_only()
