@@ -116,7 +116,8 @@ def strike_ray_llm(
         folder = Path(name)
         args = ray_llm_pd_args(setup)
         args["decode_config"]["deployment_config"] = {**ONE_REPLICA, "num_replicas": NUM_DECODE}
-        plan = run_ray_llm(setup, folder, "build_pd_openai_app", args, setup.environment)
+        environment = {**setup.environment, "RAY_AUTH_MODE": "disabled"}  # else the dashboard asks for a token
+        plan = run_ray_llm(setup, folder, "build_pd_openai_app", args, environment)
         with running(plan, setup.model.name, folder):
             fleet = RayLlmFleet(plan.base_url, setup.model.name, _dashboard(folder / "serve-run.log"))
             load = Load(plan.base_url, setup.model.name, draw_questions(questions, seed), streams)
