@@ -15,7 +15,8 @@ from benchmarks.faults.carrying_out import carry_out, choose
 from benchmarks.faults.deployed import Deployed
 from benchmarks.faults.fleet import Fleet
 from benchmarks.faults.kinds import kinds
-from benchmarks.faults.load import Load, draw_questions
+from benchmarks.faults.load import Load
+from benchmarks.faults.questions import SORTS, draw_questions
 
 
 def bench_faults(
@@ -27,7 +28,10 @@ def bench_faults(
     minutes: Annotated[float, typer.Option(min=0.0, help="Begin no other fault after so many minutes.")] = math.inf,
     only: Annotated[str, typer.Option(help="Only kinds whose names contain one of these, as: kill,stop.")] = "",
     streams: Annotated[int, typer.Option(min=1, help="Streams of requests at a time.")] = 8,
-    questions: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 24,
+    questions: Annotated[int, typer.Option(min=1, help="Different ones.")] = 24,
+    all_sorts: Annotated[
+        bool, typer.Option(help="Ask real engines also for structured output, tool calls, penalties and more.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="Of faults, victims and prompts.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write everything there.")] = None,
 ) -> None:
@@ -41,7 +45,8 @@ def bench_faults(
         card = find_card("URL", client, model)
     found = choose(kinds(str(card["engine"])), only)
     model_id = str(card["id"])
-    load = Load(base_url, model_id, draw_questions(questions, seed), streams)
+    sorts = list(SORTS.values()) if all_sorts and card["engine"] != "sim" else [SORTS["plain"]]
+    load = Load(base_url, model_id, draw_questions(questions, seed, sorts), streams)
     carry_out(found, faults, Fleet(base_url, model_id, Deployed("baton")), load, seed, json, 60 * minutes)
 
 

@@ -43,11 +43,14 @@ def carry_out(
 ) -> None:
     """Strike `num` times, but begin nothing more `most_s` after the first; print the table, write all into `json`.
 
-    Raises typer.Exit if any answer was wrong or hung, if KV leaked, or if a fault showed what should not be.
+    Ctrl-C ends it early.  Raises typer.Exit if any answer was wrong or hung, if KV leaked, or if a fault showed what should not be.
     """
     console = Console(highlight=False, width=WIDTH)
     campaign, random = Campaign(fleet, load, console), Random(seed)
-    ended_early = asyncio.run(campaign.run(draw(kinds, num, random), random, most_s))
+    try:
+        ended_early = asyncio.run(campaign.run(draw(kinds, num, random), random, most_s))
+    except KeyboardInterrupt:
+        ended_early = "it was interrupted"
     rows = summarise(campaign.struck, load.answers, load.right)
     print_rows(rows, campaign.num_leaked, console)
     if ended_early:

@@ -13,6 +13,7 @@ from benchmarks.faults.machine_faults import machine_faults
 from benchmarks.faults.overload import OVERLOADS
 from benchmarks.faults.process_faults import process_faults
 from benchmarks.faults.slow_clients import SLOW_CLIENTS
+from benchmarks.faults.storm import storms
 from benchmarks.faults.updates import UPDATES
 
 
@@ -20,6 +21,7 @@ def kinds(engine: str) -> list[Fault]:
     """Return all kinds for an application on `engine`; only real engines have processes of their own."""
     return [
         *process_faults(has_engines=engine != "sim"),
+        *storms(has_engines=engine != "sim"),
         *CLIENT_FAULTS,
         *SLOW_CLIENTS,
         *inside_faults(engine),

@@ -1,8 +1,7 @@
 """A constant load whose right answers are known, so that every answer under faults can be compared.
 
-Each stream asks for one greedy completion after another, of a few prompts that all share.  Each request has a cache
-salt of its own: its KV is computed and moved anew, and the answer stays the same.  What the answer should be is asked
-for before the first fault.
+Each stream asks one question after another, of a few that all share.  What the answer should be is asked for before the
+first fault.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -21,14 +19,14 @@ import msgspec
 
 from app.bench.client import EventParser, new_async_client
 from app.errors import BatonError
+from benchmarks.faults.questions import Question
 
 HANG_S = 100.0
 """An answer of which nothing comes for so long hangs.  It has to be longer than the application's own limits."""
 PAUSE_S = 0.2
 """How long a stream waits after an answer that failed, as a client would."""
-VOCABULARY = range(300, 2000)
-PROMPT_TOKENS, OUTPUT_TOKENS = (40, 700), (8, 48)
-"""The shortest and the longest."""
+CLOSE = 1e-3
+"""By how much log probabilities may differ: sums in another order differ in the last digits."""
 FAIR_STATUS = frozenset({429, 502, 503, 504})
 """The statuses with which a request may fail for what is not its fault: clients try again by themselves."""
 
@@ -41,13 +39,6 @@ without saying why; the tokens were the right ones.  *hung*: nothing came for HA
 status that blames the client or tells nothing."""
 
 
-class Question(msgspec.Struct, frozen=True):
-    """One of the prompts, and how many tokens are asked for."""
-
-    prompt: list[int]
-    max_tokens: int
-
-
 class Answer(msgspec.Struct, frozen=True):
     """What one request got.  Times are in seconds of the monotonic clock."""
 
@@ -56,9 +47,11 @@ class Answer(msgspec.Struct, frozen=True):
     ended_at: float
     status: int = 0
     """The HTTP status; 0 if none came."""
-    text: str = ""
+    texts: list[str] = []
+    """What was generated, for each choice."""
+    logprobs: list[float] = []
     is_whole: bool = False
-    """Whether the stream said that it was finished."""
+    """Whether the stream said of each choice that it was finished."""
     error: str = ""
     """The error event, or what broke the connection."""
     has_error_event: bool = False
@@ -67,22 +60,17 @@ class Answer(msgspec.Struct, frozen=True):
     """The longest time without an event, from the request on."""
 
 
-def draw_questions(num: int, seed: int) -> list[Question]:
-    random = Random(seed)
-    return [
-        Question(random.choices(VOCABULARY, k=random.randint(*PROMPT_TOKENS)), random.randint(*OUTPUT_TOKENS))
-        for _ in range(num)
-    ]
-
-
-def judge(answer: Answer, right: str) -> End:
-    """Say how an answer ended whose text should be `right`."""
+def judge(answer: Answer, right: Answer) -> End:
+    """Say how an answer ended that should be `right`."""
     if answer.has_timed_out:
         return "hung"
-    if not right.startswith(answer.text):
+    begins_right = all(whole.startswith(part) for whole, part in zip(right.texts, answer.texts, strict=False))
+    are_close = all(abs(one - other) < CLOSE for one, other in zip(right.logprobs, answer.logprobs, strict=False))
+    if not (begins_right and are_close):
         return "wrong"
     if answer.is_whole:
-        return "right" if answer.text == right else "wrong"
+        has_all = answer.texts == right.texts and len(answer.logprobs) == len(right.logprobs)
+        return "right" if has_all else "wrong"
     if answer.status not in (0, 200):
         return "refused" if answer.status in FAIR_STATUS else "wrong"
     return "ended" if answer.has_error_event else "cut"
@@ -96,8 +84,8 @@ class Load:
     ) -> None:
         """`socket`: as `new_async_client`."""
         self.questions = questions
-        self.right: list[str] = []
-        """The right text of each question; `ask_undisturbed` fills it."""
+        self.right: list[Answer] = []
+        """The right answer to each question; `ask_undisturbed` fills it."""
         self.answers: list[Answer] = []
         self._url = url
         self._model = model
@@ -121,9 +109,9 @@ class Load:
         async with new_async_client(self._url, HANG_S, self._socket) as client:
             numbers = [*range(len(self.questions))] * 2
             answers = await asyncio.gather(*map(ask, numbers))
-        self.right = [answer.text for answer in answers[: len(self.questions)]]
+        self.right = answers[: len(self.questions)]
         for answer in answers:
-            if judge(answer, self.right[answer.question]) != "right":
+            if not answer.is_whole or judge(answer, self.right[answer.question]) != "right":
                 raise UnsteadyAnswer(answer.question, answer.error or f"status {answer.status}, or another text")
 
     def start(self) -> None:
@@ -165,20 +153,11 @@ class Load:
 
     async def _ask(self, client: httpx.AsyncClient, number: int) -> Answer:
         question = self.questions[number]
-        body = {
-            "model": self._model,
-            "prompt": question.prompt,
-            "max_tokens": question.max_tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            "cache_salt": uuid.uuid4().hex,
-        }
         reading = _Reading()
         began_at = time.monotonic()
         found: dict[str, Any] = {}
         try:
-            async with client.stream("POST", "/v1/completions", json=body) as response:
+            async with client.stream("POST", question.path, json=question.body(self._model)) as response:
                 found["status"] = response.status_code
                 if response.status_code == httpx.codes.OK:
                     await reading.read(response)
@@ -195,8 +174,10 @@ class _Reading:
     """A stream as it is read."""
 
     def __init__(self) -> None:
-        self._text = ""
-        self._is_whole = self._has_error_event = False
+        self._texts: dict[int, str] = {}
+        self._logprobs: dict[int, list[float]] = {}
+        self._unfinished: set[int] = set()
+        self._has_ended = self._has_error_event = False
         self._error = ""
         self._longest_gap_s = 0.0
         self._last_at = time.monotonic()
@@ -212,23 +193,37 @@ class _Reading:
 
     def _take(self, data: bytes) -> None:
         if not data.startswith(b"{"):  # [DONE]
+            self._has_ended = True
             return
         event = json.loads(data)
         if "error" in event:
             self._has_error_event, self._error = True, data.decode()
             return
         for choice in event["choices"]:
-            self._text += choice["text"]
-            self._is_whole = self._is_whole or choice["finish_reason"] is not None
+            index = choice["index"]
+            self._texts[index] = self._texts.get(index, "") + _text(choice)
+            if choice.get("logprobs"):
+                self._logprobs.setdefault(index, []).extend(choice["logprobs"]["token_logprobs"])
+            (self._unfinished.add if choice["finish_reason"] is None else self._unfinished.discard)(index)
 
     def fields(self) -> dict[str, Any]:
         return {
-            "text": self._text,
-            "is_whole": self._is_whole,
+            "texts": [text for _, text in sorted(self._texts.items())],
+            "logprobs": [each for _, logprobs in sorted(self._logprobs.items()) for each in logprobs],
+            "is_whole": self._has_ended and not (self._has_error_event or self._unfinished),
             "has_error_event": self._has_error_event,
             "error": self._error,
             "longest_gap_s": self._longest_gap_s,
         }
+
+
+def _text(choice: dict[str, Any]) -> str:
+    """Return what an event of a completion or a chat adds to a choice: text, or arguments of a tool call."""
+    if "text" in choice:
+        return str(choice["text"])
+    delta = choice["delta"]
+    calls = delta.get("tool_calls") or []
+    return (delta.get("content") or "") + "".join(call["function"].get("arguments") or "" for call in calls)
 
 
 class UnsteadyAnswer(BatonError):

@@ -14,8 +14,9 @@ from app.bench.output import check_files
 from app.cli.entry import run_app, to_app
 from benchmarks.faults.carrying_out import carry_out, choose
 from benchmarks.faults.cluster_fleet import ClusterFleet
-from benchmarks.faults.load import Load, draw_questions
+from benchmarks.faults.load import Load
 from benchmarks.faults.network_faults import network_faults
+from benchmarks.faults.questions import draw_questions
 from benchmarks.nodes.cluster import REPOSITORY, SERVE_PORT, Cluster, cluster
 
 CONFIG = REPOSITORY / "cluster/local/sim-faults.yaml"

@@ -23,8 +23,9 @@ from app.cli.entry import run_app, to_app
 from app.serve_document import load_document
 from benchmarks.faults.carrying_out import carry_out, choose
 from benchmarks.faults.fleet import ANSWER_TIMEOUT_S, Fleet, Target, engine_of, raylet_of
-from benchmarks.faults.load import Load, draw_questions
+from benchmarks.faults.load import Load
 from benchmarks.faults.process_faults import ProcessFault, process_faults
+from benchmarks.faults.questions import draw_questions
 from benchmarks.peers.servers import running
 from benchmarks.peers.targets import ONE_REPLICA, Setup, ray_llm_pd_args, run_ray_llm
 

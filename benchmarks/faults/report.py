@@ -45,7 +45,7 @@ class Row(msgspec.Struct):
         return self.ends.total()
 
 
-def summarise(struck: Sequence[Struck], answers: Sequence[Answer], right: Sequence[str]) -> list[Row]:
+def summarise(struck: Sequence[Struck], answers: Sequence[Answer], right: Sequence[Answer]) -> list[Row]:
     """Return a row for each kind.  An answer counts for each fault during which it was under way."""
     rows: dict[str, Row] = {}
     for fault in struck:

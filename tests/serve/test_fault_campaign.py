@@ -19,7 +19,8 @@ from benchmarks.faults.deployed import Deployed
 from benchmarks.faults.fault import Fault
 from benchmarks.faults.fleet import Fleet
 from benchmarks.faults.kinds import kinds
-from benchmarks.faults.load import Load, draw_questions
+from benchmarks.faults.load import Load
+from benchmarks.faults.questions import draw_questions
 from benchmarks.faults.report import Row, summarise
 from benchmarks.faults.updates import RollingUpdate
 from tests.conftest import REPOSITORY, wait_until

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import signal
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
 
+from benchmarks.faults.fleet import Fleet
 from benchmarks.faults.kinds import draw, kinds
-from benchmarks.faults.load import Answer, End, draw_questions, judge
+from benchmarks.faults.load import Answer, End, judge
 from benchmarks.faults.process_faults import FOR_GOOD_S, ProcessFault, send_signal
+from benchmarks.faults.questions import SORTS, draw_questions
 from benchmarks.faults.report import Struck, summarise
+from benchmarks.faults.storm import Storm
 
-RIGHT = "one two three"
+TEXT = "one two three"
 
 
-def answer(began_at: float = 0.0, ended_at: float = 1.0, **fields: Any) -> Answer:
-    return Answer(0, began_at, ended_at, **{"status": 200, **fields})
+def answer(began_at: float = 0.0, ended_at: float = 1.0, text: str = "", **fields: Any) -> Answer:
+    return Answer(0, began_at, ended_at, **{"status": 200, "texts": [text], **fields})
+
+
+RIGHT = answer(text=TEXT, is_whole=True)
 
 
 @pytest.mark.parametrize(
     ("fields", "end"),
     [
-        ({"text": RIGHT, "is_whole": True}, "right"),
+        ({"text": TEXT, "is_whole": True}, "right"),
         ({"text": "one two", "is_whole": True}, "wrong"),
         ({"text": "one four", "is_whole": True}, "wrong"),
         ({"text": "one four", "has_error_event": True}, "wrong"),
@@ -42,6 +48,16 @@ def test_an_answer_is_judged_by_its_text_and_its_end(fields: dict[str, Any], end
     assert judge(answer(**fields), RIGHT) == end
 
 
+def test_each_choice_and_all_log_probabilities_are_compared() -> None:
+    right = answer(texts=["one two", "three"], logprobs=[-1.0, -2.0, -3.0], is_whole=True)
+    assert judge(answer(texts=["one", "three"], logprobs=[-1.0, -2.0001], has_error_event=True), right) == "ended"
+    assert judge(answer(texts=["one", "two"], has_error_event=True), right) == "wrong"
+    assert judge(answer(texts=right.texts, logprobs=[-1.0, -2.0001, -3.0], is_whole=True), right) == "right"
+    assert judge(answer(texts=right.texts, logprobs=[-1.0, -2.1, -3.0], is_whole=True), right) == "wrong"
+    assert judge(answer(texts=right.texts, logprobs=[-1.0, -2.0], is_whole=True), right) == "wrong"
+    assert judge(answer(texts=right.texts[:1], is_whole=True), right) == "wrong"
+
+
 def test_an_answer_counts_for_the_faults_during_which_it_was_under_way() -> None:
     struck = [
         Struck("kill", 10.0, 20.0, 5.0),
@@ -50,7 +66,7 @@ def test_an_answer_counts_for_the_faults_during_which_it_was_under_way() -> None
     ]
     answers = [
         answer(0.0, 9.0, text="another", is_whole=True),  # before
-        answer(9.0, 11.0, text=RIGHT, is_whole=True, longest_gap_s=1.5),
+        answer(9.0, 11.0, text=TEXT, is_whole=True, longest_gap_s=1.5),
         answer(19.0, 31.0, text="one", has_error_event=True),  # during both
         answer(55.0, 56.0, status=503),
     ]
@@ -82,5 +98,28 @@ def test_a_signal_reaches_the_processes_that_are_there() -> None:
     assert there.wait(10) == -signal.SIGKILL
 
 
+async def test_a_storm_takes_one_after_another_and_never_the_last() -> None:
+    there = [psutil.Popen(["sleep", "60"]) for _ in range(5)]
+
+    class Pool:
+        pools = {"decode": 2}  # noqa: RUF012
+
+        async def processes(self, target: str) -> list[list[psutil.Process]]:
+            return [[process] for process in there if process.poll() is None]
+
+    try:
+        storm = Storm("decode replica", "kill", 4)
+        await storm.strike(cast("Fleet", Pool()), Random(1))
+        running = [process for process in there if process.poll() is None]
+        assert len(running) in (1, 2)  # the last one killed may not be gone yet
+    finally:
+        for process in there:
+            if process.poll() is None:
+                process.kill()
+            process.wait(10)
+
+
 def test_questions_are_drawn_by_the_seed() -> None:
     assert draw_questions(4, 1) == draw_questions(4, 1) != draw_questions(4, 2)
+    sorts = list(SORTS.values())
+    assert len({str(sorted(question.fields)) for question in draw_questions(len(sorts), 1, sorts)}) > 4
