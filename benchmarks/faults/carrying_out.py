@@ -43,7 +43,9 @@ def carry_out(
 ) -> None:
     """Strike `num` times, but begin nothing more `most_s` after the first; print the table, write all into `json`.
 
-    Ctrl-C ends it early.  Raises typer.Exit if any answer was wrong or hung, if KV leaked, or if a fault showed what should not be.
+    Ctrl-C ends it early.
+
+    Raises typer.Exit if any answer was wrong or hung, if KV leaked, or if a fault showed what should not be.
     """
     console = Console(highlight=False, width=WIDTH)
     campaign, random = Campaign(fleet, load, console), Random(seed)
