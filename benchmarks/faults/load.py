@@ -65,6 +65,10 @@ class Answer(msgspec.Struct, frozen=True):
     has_timed_out: bool = False
     longest_gap_s: float = 0.0
     """The longest time without an event, from the request on."""
+    longest_gap_at: float = 0.0
+    """When that ended."""
+    id: str = ""
+    """The completion's id, by which the frontends' logs name it."""
 
 
 def draw_questions(num: int, seed: int) -> list[Question]:
@@ -198,7 +202,8 @@ class _Reading:
         self._text = ""
         self._is_whole = self._has_error_event = False
         self._error = ""
-        self._longest_gap_s = 0.0
+        self._longest_gap_s = self._longest_gap_at = 0.0
+        self._id = ""
         self._last_at = time.monotonic()
         """When the last event came; at first, when the request began: it gets no headers before the first token."""
 
@@ -206,7 +211,9 @@ class _Reading:
         parser = EventParser()
         async for chunk in response.aiter_bytes():
             now = time.monotonic()
-            self._longest_gap_s, self._last_at = max(self._longest_gap_s, now - self._last_at), now
+            if (gap_s := now - self._last_at) > self._longest_gap_s:
+                self._longest_gap_s, self._longest_gap_at = gap_s, now
+            self._last_at = now
             for data in parser.feed(chunk):
                 self._take(data)
 
@@ -217,6 +224,7 @@ class _Reading:
         if "error" in event:
             self._has_error_event, self._error = True, data.decode()
             return
+        self._id = event["id"]
         for choice in event["choices"]:
             self._text += choice["text"]
             self._is_whole = self._is_whole or choice["finish_reason"] is not None
@@ -228,6 +236,8 @@ class _Reading:
             "has_error_event": self._has_error_event,
             "error": self._error,
             "longest_gap_s": self._longest_gap_s,
+            "longest_gap_at": self._longest_gap_at,
+            "id": self._id,
         }
 
 
