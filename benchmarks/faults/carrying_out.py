@@ -48,7 +48,7 @@ def carry_out(
     console = Console(highlight=False, width=WIDTH)
     campaign, random = Campaign(fleet, load, console), Random(seed)
     ended_early = asyncio.run(campaign.run(draw(kinds, num, random), random, most_s))
-    rows = summarise(campaign.struck, load.answers, load.right)
+    rows = summarise(campaign.struck, load.answers, load.right, load.lags)
     print_rows(rows, campaign.num_leaked, console)
     if ended_early:
         console.print(ended_early, markup=False, soft_wrap=True)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 import uuid
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -24,6 +26,7 @@ from app.errors import BatonError
 
 HANG_S = 100.0
 """An answer of which nothing comes for so long hangs.  It has to be longer than the application's own limits."""
+TICK_S = 0.05
 PAUSE_S = 0.2
 """How long a stream waits after an answer that failed, as a client would."""
 VOCABULARY = range(300, 2000)
@@ -63,12 +66,16 @@ class Answer(msgspec.Struct, frozen=True):
     """The error event, or what broke the connection."""
     has_error_event: bool = False
     has_timed_out: bool = False
-    longest_gap_s: float = 0.0
-    """The longest time without an event, from the request on."""
-    longest_gap_at: float = 0.0
-    """When that ended."""
+    heard_at: list[float] = []
+    """When something came."""
     id: str = ""
     """The completion's id, by which the frontends' logs name it."""
+
+    def stall_s(self, since: float = -math.inf, until: float = math.inf) -> float:
+        """Return the longest time without an event, from the request on, of those that lasted within `since` and
+        `until`, if only for a part."""
+        pairs = pairwise([self.began_at, *self.heard_at])
+        return max((late - early for early, late in pairs if late >= since and early <= until), default=0.0)
 
 
 def draw_questions(num: int, seed: int) -> list[Question]:
@@ -103,6 +110,9 @@ class Load:
         self.right: list[str] = []
         """The right text of each question; `ask_undisturbed` fills it."""
         self.answers: list[Answer] = []
+        self.lags: list[tuple[float, float]] = []
+        """How late this process got the CPU at times, in seconds.  What its clients waited for is late by as much, and
+        on a machine that is overloaded the application itself is no better off."""
         self._url = url
         self._model = model
         self._socket = socket
@@ -132,7 +142,8 @@ class Load:
 
     def start(self) -> None:
         self._may_send.set()
-        self._streams = [asyncio.create_task(self._send(n), name=f"load-{n}") for n in range(self._num_streams)]
+        streams = [self._send(number) for number in range(self._num_streams)]
+        self._streams = [asyncio.create_task(each, name=each.__name__) for each in [*streams, self._measure_lags()]]
 
     async def pause(self) -> None:
         """Send nothing more, and return when all answers have ended."""
@@ -152,6 +163,13 @@ class Load:
         for stream in self._streams:
             if not stream.cancelled():
                 stream.result()
+
+    async def _measure_lags(self) -> None:
+        while True:
+            due_at = time.monotonic() + TICK_S
+            await asyncio.sleep(TICK_S)
+            now = time.monotonic()
+            self.lags.append((now, now - due_at))
 
     async def _send(self, stream: int) -> None:
         random = Random(stream)
@@ -202,18 +220,13 @@ class _Reading:
         self._text = ""
         self._is_whole = self._has_error_event = False
         self._error = ""
-        self._longest_gap_s = self._longest_gap_at = 0.0
+        self._heard_at: list[float] = []
         self._id = ""
-        self._last_at = time.monotonic()
-        """When the last event came; at first, when the request began: it gets no headers before the first token."""
 
     async def read(self, response: httpx.Response) -> None:
         parser = EventParser()
         async for chunk in response.aiter_bytes():
-            now = time.monotonic()
-            if (gap_s := now - self._last_at) > self._longest_gap_s:
-                self._longest_gap_s, self._longest_gap_at = gap_s, now
-            self._last_at = now
+            self._heard_at.append(time.monotonic())
             for data in parser.feed(chunk):
                 self._take(data)
 
@@ -235,8 +248,7 @@ class _Reading:
             "is_whole": self._is_whole,
             "has_error_event": self._has_error_event,
             "error": self._error,
-            "longest_gap_s": self._longest_gap_s,
-            "longest_gap_at": self._longest_gap_at,
+            "heard_at": self._heard_at,
             "id": self._id,
         }
 
