@@ -142,8 +142,8 @@ class Load:
 
     def start(self) -> None:
         self._may_send.set()
-        streams = [self._send(number) for number in range(self._num_streams)]
-        self._streams = [asyncio.create_task(each, name=each.__name__) for each in [*streams, self._measure_lags()]]
+        self._streams = [asyncio.create_task(self._send(n), name=f"load-{n}") for n in range(self._num_streams)]
+        self._streams.append(asyncio.create_task(self._measure_lags(), name="load-lags"))
 
     async def pause(self) -> None:
         """Send nothing more, and return when all answers have ended."""
