@@ -95,7 +95,7 @@ class Job(msgspec.Struct):
     lost: set[str] = set()
     """Replicas that are gone.  They must not be tried again."""
     suspects: set[str] = set()
-    """Replicas that took part in a failure whose cause is not known.  Others are preferred."""
+    """Replicas that took part in a failure whose cause is not known, or were too slow.  Others are preferred."""
     num_attempts: int = 0
     """The attempts that have begun."""
     num_failed_on_engines: int = 0
@@ -230,7 +230,10 @@ class Attempt:
                 job.suspects |= {prefill, self.serving}
             self._blame_prefill_or_pair(STRONG)
             return
-        job.lost.add(self.serving)
+        if isinstance(error, HandoffNotTaken):  # it may only be slow: better it again than none
+            job.suspects.add(self.serving)
+        else:
+            job.lost.add(self.serving)
         self._ejections.failed(self.serving, STRONG, self._in_flight.began_at)
         if handoff is not None and has_lost_prefill:
             job.lost.add(handoff.replica)

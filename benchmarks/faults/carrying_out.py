@@ -53,7 +53,7 @@ def carry_out(
         ended_early = asyncio.run(campaign.run(draw(kinds, num, random), random, most_s))
     except KeyboardInterrupt:
         ended_early = "it was interrupted"
-    rows = summarise(campaign.struck, load.answers, load.right)
+    rows = summarise(campaign.struck, load.answers, load.right, load.lags)
     print_rows(rows, campaign.num_leaked, console)
     if ended_early:
         console.print(ended_early, markup=False, soft_wrap=True)

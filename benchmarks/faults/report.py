@@ -36,7 +36,9 @@ class Row(msgspec.Struct):
     num_faults: int
     ends: Counter[str]
     longest_stall_s: float
-    """The longest time that the client of a right answer waited for an event."""
+    """The longest time that the client of a right answer waited for an event, of those that lasted during a fault."""
+    longest_lag_s: float
+    """How late the clients themselves got the CPU, at most."""
     recoveries_s: list[float]
     problems: list[str]
 
@@ -45,29 +47,53 @@ class Row(msgspec.Struct):
         return self.ends.total()
 
 
-def summarise(struck: Sequence[Struck], answers: Sequence[Answer], right: Sequence[Answer]) -> list[Row]:
-    """Return a row for each kind.  An answer counts for each fault during which it was under way."""
+def summarise(
+    struck: Sequence[Struck],
+    answers: Sequence[Answer],
+    right: Sequence[Answer],
+    lags: Sequence[tuple[float, float]] = (),
+) -> list[Row]:
+    """Return a row for each kind.
+
+    An answer counts for each fault during which it was under way, but one that is not right for the last fault that
+    began before its end, and for no other: those before had not kept it from being right.
+    """
     rows: dict[str, Row] = {}
     for fault in struck:
-        row = rows.setdefault(fault.name, Row(fault.name, 0, Counter(), 0.0, [], []))
+        row = rows.setdefault(fault.name, Row(fault.name, 0, Counter(), 0.0, 0.0, [], []))
         row.num_faults += 1
         if fault.recovery_s is not None:
             row.recoveries_s.append(fault.recovery_s)
         if fault.problem:
             row.problems.append(fault.problem)
-        for answer in answers:
-            if answer.began_at > fault.ended_at or answer.ended_at < fault.began_at:
-                continue
-            end = judge(answer, right[answer.question])
+        during = [lag_s for at, lag_s in lags if fault.began_at <= at <= fault.ended_at]
+        row.longest_lag_s = max(row.longest_lag_s, *during, 0.0)
+    for answer in answers:
+        begun = [fault for fault in struck if fault.began_at <= answer.ended_at]
+        if (end := judge(answer, right[answer.question])) != "right":
+            befell = begun[-1:]
+        else:
+            befell = [fault for fault in begun if answer.began_at <= fault.ended_at]
+        for fault in befell:
+            row = rows[fault.name]
             row.ends[end] += 1
             if end == "right":
-                row.longest_stall_s = max(row.longest_stall_s, answer.longest_gap_s)
+                row.longest_stall_s = max(row.longest_stall_s, answer.stall_s(fault.began_at, fault.ended_at))
     return sorted(rows.values(), key=lambda row: row.name)
 
 
 def print_rows(rows: Sequence[Row], num_leaked: int, console: Console) -> None:
     table = Table(
-        "fault", "times", "answers", *ENDS, "right %", "longest stall s", "whole after s", box=None, pad_edge=False
+        "fault",
+        "times",
+        "answers",
+        *ENDS,
+        "right %",
+        "longest stall s",
+        "clients late s",
+        "whole after s",
+        box=None,
+        pad_edge=False,
     )
     total: Counter[str] = Counter()
     for row in rows:
@@ -81,6 +107,7 @@ def print_rows(rows: Sequence[Row], num_leaked: int, console: Console) -> None:
             *(str(row.ends[end]) for end in ENDS),
             share,
             f"{row.longest_stall_s:.1f}",
+            f"{row.longest_lag_s:.1f}",
             recovery,
         )
     console.print(table)

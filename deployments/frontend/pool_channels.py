@@ -87,8 +87,10 @@ class PoolChannels:
         """
         self._loop.call_later(LOOK_S, self._look_for_silence)
         with_work = [c for replica, c in self._channels.items() if self._pool.replicas[replica].sequences.own > 0]
+        speaking = {channel for channel in self._channels.values() if not self._silences[channel].num_looks}
         for channel, silence in list(self._silences.items()):
-            if silence.look(channel.num_heard, has_work=channel in self._retired or channel in with_work):
+            has_work = channel in self._retired or channel in with_work
+            if silence.look(channel.num_heard, has_work=has_work, can_be_replaced=bool(speaking - {channel})):
                 logger.warning("replica_id=%s has work and says nothing", channel.replica_id)
                 channel.close("it has work and says nothing")
 

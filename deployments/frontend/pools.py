@@ -157,9 +157,10 @@ class RayDecodePool(ChannelPool):
     ) -> None:
         """Send decode the reference.  If the handoff fails before the first token, the sequence fails too.
 
-        With the first token decode has all that it needs.  From then on it does not matter if the prefill replica dies
-        or if the answer of `attach` is lost.  `attach` goes on if the request is cancelled, so that decode can release
-        the prefilled KV.
+        With the first token decode has the reference, so that it does not matter if the answer of `attach` is lost; and
+        with the KV all that it needs, so that it does not matter if the prefill replica is gone.  What waits for the KV
+        of a replica that is gone is better resumed: engines notice some seconds later that none comes.  `attach` goes
+        on if the request is cancelled, so that decode can release the prefilled KV.
         """
 
         def fail(error: BatonError) -> None:
@@ -167,7 +168,8 @@ class RayDecodePool(ChannelPool):
                 sequence.fail(error)
 
         def on_lost(_: object) -> None:
-            fail(PrefillFailed("the prefill replica is gone"))
+            if not progress.has_first_token or progress.waits_for_kv:
+                sequence.fail(PrefillFailed("the prefill replica is gone"))
 
         async def attach() -> None:
             try:
@@ -187,7 +189,7 @@ class RayDecodePool(ChannelPool):
     async def _bring(
         self, ref: ObjectRef, channel: Channel, number: int, replica: str, progress: SequenceProgress
     ) -> None:
-        """Call `attach` until it is answered, or until the first token shows that decode has the reference.
+        """Call `attach` until it is answered, the first token shows that decode has the reference, or decode is gone.
 
         That an answer is lost does not say whether decode got the reference, so this asks again: decode takes a
         reference once, however often it comes.  Raises what the replica answered, if no earlier call can have reached
@@ -195,7 +197,7 @@ class RayDecodePool(ChannelPool):
         """
         may_have_it = False
         again_s = ATTACH_AGAIN_S
-        while not progress.has_first_token:
+        while not (progress.has_first_token or channel.is_closed):
             try:
                 async with asyncio.timeout(ATTACH_TIMEOUT_S):
                     await self._attach.remote(channel.channel_id, number, [ref], replica_id=replica)

@@ -51,7 +51,7 @@ FIRST_RETRY_S = 2.0
 LONGEST_RETRY_S = 120.0
 """The pauses before a link that failed is probed again: each is twice the last one, up to this."""
 TURN_WAIT_S = 150.0
-"""How long a turn may be awaited.  A prefill replica that works gives up a little earlier (TURN_S in prefill.py)."""
+"""How long a turn may be awaited.  A prefill replica that works gives up a little earlier."""
 STATS_TIMEOUT_S = 2.0
 """How long after a sequence's end its transfer may be missing from the engine's stats."""
 STATS_POLL_S = 0.02

@@ -26,8 +26,11 @@ logger = logging.getLogger("baton.prefill")
 HELD_KV_POLL_S = 0.1
 """How often a replica that is being removed checks whether decode has pulled its KV."""
 
-TURN_S = 120.0
-"""The longest time that one decode replica may probe while others wait; it may have died."""
+TURN_WAIT_S = 132.0
+"""How long a turn may be awaited while others probe."""
+SILENT_S = 10.0
+"""A turn ends if nothing was heard for so long of the decode replica that has it; it has died then, or stands still.
+One that probes says so every second (prefill_peers.py)."""
 
 
 class ProbeTurns:
@@ -45,7 +48,7 @@ class ProbeTurns:
         """Wait for a turn.  Raises PrefillFailed if there is none in time, or if `end` is called meanwhile."""
         self._waiting.add(decode_replica)
         try:
-            async with asyncio.timeout(1.1 * TURN_S):
+            async with asyncio.timeout(TURN_WAIT_S):
                 await self._lock.acquire()
         except TimeoutError:
             raise PrefillFailed("other decode replicas probe it all the time") from None
@@ -56,7 +59,16 @@ class ProbeTurns:
             self._lock.release()
             raise PrefillFailed("the decode replica has withdrawn")
         self._prober = decode_replica
-        self._expiry = asyncio.get_running_loop().call_later(TURN_S, self.end, decode_replica)
+        self._expire_later()
+
+    def _expire_later(self) -> None:
+        self._expiry = asyncio.get_running_loop().call_later(SILENT_S, self.end, self._prober)
+
+    def keep(self, decode_replica: str) -> None:
+        """Take note that whoever has the turn still probes."""
+        if self._prober == decode_replica and self._expiry is not None:
+            self._expiry.cancel()
+            self._expire_later()
 
     def end(self, decode_replica: str) -> bool:
         """End a turn, or no longer wait for it.  Returns whether it lasted until now."""
@@ -99,6 +111,11 @@ class PrefillWorker(Worker):
         self.check_is_me(replica_id)
         await self._turns.begin(decode_replica)
         self._turns.mark = await self._engine.transport_watch.mark()
+
+    async def keep_probe(self, decode_replica: str, *, replica_id: str) -> None:
+        """Be told that a decode replica that has the turn still probes."""
+        self.check_is_me(replica_id)
+        self._turns.keep(decode_replica)
 
     async def end_probe(self, decode_replica: str, *, replica_id: str) -> TransportEvidence | None:
         """Let the next one probe.  Returns by which transport the engine says that it sent KV meanwhile, if it can."""

@@ -10,12 +10,17 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
+from app.background import watch
 from app.errors import BatonError, PrefillFailed
 from app.handoff_seal import unpack
 from app.messages import GenerateRequest, TransferDescriptor, TransportEvidence
 from deployments.detached import spawn_detached
 from deployments.ready_replicas import ready_replicas_of
 from deployments.serve_hooks import deployment_id_of
+
+BEAT_S = 1.0
+"""How often a prefill replica is told that its turn is still in use.  It gives the turn to another decode replica soon
+after this one has died (SILENT_S in prefill.py)."""
 
 
 class RayPrefillPeers:
@@ -26,6 +31,7 @@ class RayPrefillPeers:
         self._decode_replica = decode_replica
         self._ready = ready_replicas_of(deployment_id_of(handle))
         self._abandoning: set[asyncio.Task[None]] = set()
+        self._keeping: dict[str, asyncio.Task[None]] = {}
 
     def follow(self, on_change: Callable[[], object]) -> None:
         self._ready.on_change = partial(asyncio.get_running_loop().call_soon_threadsafe, on_change)
@@ -35,6 +41,17 @@ class RayPrefillPeers:
 
     async def begin_probe(self, replica: str) -> None:
         await self._call("begin_probe", replica, self._decode_replica)
+        self._keeping[replica] = keeping = spawn_detached(self._keep(replica), name=f"keep-probe-{replica}")
+        watch(keeping, lambda _: None)  # the turn may be over then, and the probe tells
+
+    async def _keep(self, replica: str) -> None:
+        """Say that the turn is in use, until it has ended."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            try:
+                await self._call("keep_probe", replica, self._decode_replica)
+            except BatonError:  # the replica is gone, and its turns with it
+                return
 
     async def prefill(self, request: GenerateRequest, replica: str) -> TransferDescriptor:
         descriptor: TransferDescriptor = unpack(await self._call("prefill", replica, request))
@@ -51,7 +68,12 @@ class RayPrefillPeers:
         except BatonError:  # the replica is gone, and its prefills with it
             return
 
+    def _end_keeping(self, replica: str) -> None:
+        if (keeping := self._keeping.pop(replica, None)) is not None:
+            keeping.cancel()
+
     def withdraw(self, replica: str) -> None:
+        self._end_keeping(replica)
         task = spawn_detached(self._withdraw(replica), name="withdraw-probe")
         self._abandoning.add(task)
         task.add_done_callback(self._abandoning.discard)
@@ -63,6 +85,7 @@ class RayPrefillPeers:
             return
 
     async def end_probe(self, replica: str) -> TransportEvidence | None:
+        self._end_keeping(replica)
         evidence: TransportEvidence | None = await self._call("end_probe", replica, self._decode_replica)
         return evidence
 

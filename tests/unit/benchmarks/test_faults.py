@@ -66,15 +66,19 @@ def test_an_answer_counts_for_the_faults_during_which_it_was_under_way() -> None
     ]
     answers = [
         answer(0.0, 9.0, text="another", is_whole=True),  # before
-        answer(9.0, 11.0, text=TEXT, is_whole=True, longest_gap_s=1.5),
-        answer(19.0, 31.0, text="one", has_error_event=True),  # during both
+        answer(9.0, 11.0, text=TEXT, is_whole=True, heard_at=[9.5, 11.0]),
+        answer(
+            19.0, 45.0, text=TEXT, is_whole=True, heard_at=[19.5, 21.0, 28.0, 33.0]
+        ),  # the first did not make it stall
+        answer(19.0, 31.0, text="one", has_error_event=True),  # nor did it end this one
         answer(55.0, 56.0, status=503),
     ]
-    kill, stop = summarise(struck, answers, [RIGHT])
+    kill, stop = summarise(struck, answers, [RIGHT], lags=[(5.0, 9.0), (15.0, 0.25)])
     assert (kill.name, kill.num_faults, kill.recoveries_s, kill.problems) == ("kill", 2, [5.0, 7.0], [])
-    assert kill.ends == {"right": 1, "ended": 1, "refused": 1}
-    assert kill.longest_stall_s == 1.5
-    assert (stop.ends, stop.recoveries_s, stop.problems) == ({"ended": 1}, [], ["was not replaced"])
+    assert kill.ends == {"right": 2, "refused": 1}
+    assert (kill.longest_stall_s, kill.longest_lag_s) == (1.5, 0.25)
+    assert (stop.ends, stop.recoveries_s, stop.problems) == ({"right": 1, "ended": 1}, [], ["was not replaced"])
+    assert (stop.longest_stall_s, stop.longest_lag_s) == (5.0, 0.0)
 
 
 def test_each_kind_comes_once_a_round_and_the_seed_decides_the_order() -> None:

@@ -453,13 +453,27 @@ async def test_decode_replicas_probe_one_prefill_replica_in_turns(monkeypatch: p
 
 
 async def test_a_turn_ends_if_whoever_has_it_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.replica.prefill.TURN_S", 1.0)  # the next one waits for a tenth longer
+    monkeypatch.setattr("deployments.replica.prefill.SILENT_S", 0.1)
     turns = ProbeTurns()
     await turns.begin("d0")
     async with asyncio.timeout(5):
         await turns.begin("d1")
     assert not turns.end("d0")
     assert turns.end("d1")
+
+
+async def test_a_turn_lasts_while_whoever_has_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.replica.prefill.SILENT_S", 1.0)
+    turns, loop = ProbeTurns(), asyncio.get_running_loop()
+    await turns.begin("d0")
+    await asyncio.sleep(0.2)
+    turns.keep("d1")  # it has none
+    turns.keep("d0")
+    kept_at = loop.time()
+    async with asyncio.timeout(10):
+        await turns.begin("d1")
+    assert loop.time() - kept_at > 0.95
+    turns.end("d1")
 
 
 async def test_a_turn_that_nobody_waits_for_any_more_is_not_taken() -> None:

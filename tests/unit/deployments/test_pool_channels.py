@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from app.channel.client import Channel
 from app.channel.protocol import PROTOCOL_VERSION, Backlog, Submit
 from app.channel.server import ChannelServer, FrontendChannel
+from app.channel.silence import MAX_LOOKS, MIN_LOOKS
 from app.errors import ReplicaLost
 from app.messages import GenerateRequest, KvUpdate, ReplicaInfo, ReplicaLoad, TokenDelta
 from app.routing.pool_state import PoolState
@@ -373,6 +375,27 @@ async def test_a_replica_that_has_work_and_says_nothing_counts_as_gone_until_it_
             await asyncio.wait_for(sequence.ended, 5)
         await until(lambda: "r" in pool.state.replicas)
     assert pool.channels.channel("r") is not before
+
+
+@pytest.mark.parametrize(("other_has_work", "num_looks"), [(False, MIN_LOOKS), (True, MAX_LOOKS)])
+async def test_a_silent_replica_is_left_sooner_if_another_speaks(
+    pool: Pool, replica: Replica, monkeypatch: pytest.MonkeyPatch, other_has_work: bool, num_looks: int
+) -> None:
+    monkeypatch.setattr(pool_channels, "LOOK_S", 600)
+    other = Replica("other")
+    await other.start()
+    pool.consist_of(replica, other)
+    await until(lambda: pool.knows(replica) and pool.knows(other))
+    channel = pool.channels.channel("r")
+    with ExitStack() as working:
+        for each in (replica, other) if other_has_work else (replica,):
+            working.enter_context(pool.state.replicas[each.name].sequences.counting(1))
+        for _ in range(num_looks):  # the first one finds what came at the beginning
+            pool.channels._look_for_silence()
+        assert not channel.is_closed
+        pool.channels._look_for_silence()
+        assert channel.is_closed
+    await other.server.stop()
 
 
 async def test_a_replica_that_tells_its_load_is_not_silent(

@@ -14,7 +14,7 @@ from app.channel.client import SubmittedSequence
 from app.errors import HandoffNotTaken, PrefillFailed, ReplicaLost
 from app.frontend.attempt import Lost
 from app.frontend.sequence_progress import SequenceProgress
-from app.messages import GenerateRequest, TokenDelta
+from app.messages import GenerateRequest, PrefillReport, TokenDelta
 from app.routing.pool_state import PoolState
 from app.routing.prefix_index import PrefixIndex
 from deployments.frontend import pools
@@ -30,6 +30,7 @@ class FakeChannel:
     """One sequence at a time, whose deltas the test puts."""
 
     channel_id = "channel"
+    is_closed = False
 
     def __init__(self) -> None:
         self.lost: Lost = asyncio.get_running_loop().create_future()
@@ -122,6 +123,26 @@ async def test_trouble_after_the_first_token_is_none_of_the_sequences(
     sequence.ended.set_result(None)
     await served.task
     assert served.deltas == [FIRST, LAST]
+
+
+async def test_what_waits_for_kv_of_a_prefill_replica_that_is_gone_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(monkeypatch)
+    await served.begin(TokenDelta([1], report=PrefillReport("remote", "", "p", "d", 0, None, "")))
+    served.prefill_lost.set_result(ReplicaLost("p"))
+    with pytest.raises(PrefillFailed):
+        await asyncio.wait_for(served.task, DEADLINE_S)
+
+
+async def test_attach_is_not_called_again_when_decode_is_gone(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    served = Served(monkeypatch)
+    sequence = await served.begin()
+    served.channel.is_closed = True
+    sequence.fail(ReplicaLost("d"))
+    with pytest.raises(ReplicaLost):
+        await served.task
+    served.answer.set_exception(RayActorError())
+    await until(lambda: not [task for task in asyncio.all_tasks() if task.get_name() == "attach"])
+    assert len(served.attached) == 1
 
 
 @pytest.fixture

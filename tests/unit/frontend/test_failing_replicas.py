@@ -269,6 +269,19 @@ async def test_who_could_not_be_given_the_handoff_has_not_died_of_it() -> None:
     assert await tries(server, 1) == ["NoReplica"]
 
 
+async def test_the_only_replica_gets_a_request_again_that_it_was_too_slow_to_take() -> None:
+    class SlowOnce(Decode):
+        async def generate(self, request: GenerateRequest, *rest: Any) -> None:
+            tried.append(rest[2])
+            if len(tried) == 1:
+                raise errors.HandoffNotTaken("d0", "it cannot be given the handoff")
+            await super().generate(request, *rest)
+
+    tried: list[str] = []
+    assert await outcomes(orchestrator(FakePrefill("p0"), SlowOnce(["d0"])), PROMPT, 1) == Counter(served=1)
+    assert tried == ["d0", "d0"]
+
+
 async def test_a_prefill_engine_that_says_that_it_died_counts_at_once() -> None:
     class PrefillDies(Decode):
         async def generate(self, request: GenerateRequest, handoff: Any, *rest: Any) -> None:
