@@ -45,6 +45,8 @@ class Survey:
     def only_way(self) -> tuple[Way, str] | None:
         """Return the way that this request has to take, and why; None if there is a choice.
 
+        What was demanded is done where it can be: without decode a remote prefill is none, but the request is served.
+
         Raises NoReplica, and InvalidRequest for a local prefill that no replica is capable of.
         """
         state, local_role, wish = self._state, self.local_role, demanded(self._request)
