@@ -247,7 +247,7 @@ class ModelConfig(Settings):
 
     @property
     def can_prefill_decode(self) -> bool:
-        """Whether an engine that prefills for a decode pool can run whole sequences too, when decode is full.
+        """Whether an engine that prefills for a decode pool can run whole sequences too, when decode is full or gone.
 
         SGLang's cannot: its scheduler in ``disaggregation_mode="prefill"`` ends each request with its first token.
         """

@@ -19,7 +19,8 @@ def model_state(model: ModelConfig, ready: Mapping[Role, int]) -> State:
     if all(ready.values()):
         return "ready"
     decode_can_serve = ready["decode"] and (ready["prefill"] or model.can_decode_prefill)
-    return "degraded" if decode_can_serve or ready.get("aggregated") else "unavailable"
+    prefill_can_serve = ready.get("prefill") and model.can_prefill_decode
+    return "degraded" if decode_can_serve or prefill_can_serve or ready.get("aggregated") else "unavailable"
 
 
 def overall_status(states: Iterable[State]) -> Status:

@@ -38,6 +38,13 @@ class RouterState:
         self.clock = clock
         self.has_prefill = has_prefill
         self.can_prefill_decode = has_prefill and can_prefill_decode
+        can_serve_whole: dict[Role, bool] = {
+            "aggregated": has_aggregated,
+            "decode": can_decode_prefill or not has_prefill,
+            "prefill": self.can_prefill_decode,
+        }
+        self.whole_roles = [role for role, can in can_serve_whole.items() if can]
+        """The pools whose replicas can serve a sequence whole, the preferred one first."""
         self.predictor = TimePredictor()
         self.capacity = Capacity(slo.itl_ms / 1e3)
         self.topology = Topology()
@@ -45,7 +52,6 @@ class RouterState:
         self.ejections = Ejections(clock)
         roles: dict[Role, bool] = {"prefill": has_prefill, "decode": True, "aggregated": has_aggregated}
         self.pools = {role: PoolState(self.index, self.ejections) for role, is_there in roles.items() if is_there}
-        self._can_decode_prefill = can_decode_prefill or not has_prefill
         decode_weights = weights_of(config.decode_weights)
         self.weights: dict[Role, tuple[float, ...]] = {
             "prefill": weights_of(config.prefill_weights),
@@ -69,7 +75,6 @@ class RouterState:
         return any(state.can_get_kv_from(replica) for state in decode for replica in prefill)
 
     def local_role(self) -> Role | None:
-        """Return the pool that prefills locally: the aggregated one if any of it is ready; None if there is none."""
-        if "aggregated" in self.pools and self.pools["aggregated"].replicas:
-            return "aggregated"
-        return "decode" if self._can_decode_prefill else None
+        """Return the pool that prefills locally: the first that has a replica of those that can; None if none can."""
+        with_replicas = (role for role in self.whole_roles if self.pools[role].replicas)
+        return next(with_replicas, "decode" if "decode" in self.whole_roles else None)

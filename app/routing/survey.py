@@ -12,6 +12,7 @@ from app.messages import GenerateRequest, Role
 from app.routing.capacity import has_queue_room
 from app.routing.decision import Candidate, Lack, RoutingHints, Way
 from app.routing.placement import demanded
+from app.routing.pool_state import PoolState
 from app.routing.scores import Prompt, Scored, pick, score
 from app.routing.state import RouterState
 from app.routing.times import PromptTimes
@@ -32,33 +33,58 @@ class Survey:
         self._lost = lost
         self._num_tokens = len(request.prompt_token_ids)
         self._cached: dict[int, dict[str, int]] = {}
+        self._usable: dict[Role, list[str]] = {}
         self._candidates: dict[Role, list[str]] = {}
-        self._rankings: dict[Role, list[Scored]] = {}
+        self._rankings: dict[tuple[Role, bool], list[Scored]] = {}
         self._lacks_link = False
         """Whether there are prefill replicas, but no decode replica can get KV from any of them."""
-        self.local_role = state.local_role()
+        self._whole_roles = self._find_whole_roles()
+        """The pools that can serve the sequence whole, the preferred one first."""
+        self.local_role = next(iter(self._whole_roles), None) or state.local_role()
 
     def only_way(self) -> tuple[Way, str] | None:
         """Return the way that this request has to take, and why; None if there is a choice.
+
+        What was demanded is done where it can be: without decode a remote prefill is none, but the request is served.
 
         Raises NoReplica, and InvalidRequest for a local prefill that no replica is capable of.
         """
         state, local_role, wish = self._state, self.local_role, demanded(self._request)
         if not state.has_prefill:
-            return self.local(local_role or "decode"), "aggregated"
+            return self.local("decode"), "aggregated"
         if local_role is None:
             if wish == ("local", "requested"):
                 raise InvalidRequest("baton_prefill: this model's decode engine cannot prefill, so it cannot be local")
             return self.remote(), "only_way"
-        if wish is not None and wish[0] == "local":
+        if wish is not None and wish[0] == "local" and local_role != "prefill":
             return self.local(local_role), wish[1]
-        if not self.ranking("prefill"):
-            return self.local(local_role), "no_usable_link" if self._lacks_link else "no_prefill_replica"
-        if not self.ranking("decode"):
-            return self.local(local_role), "no_decode_replica"
+        if not self.ranking("prefill") and local_role != "prefill":
+            return self._whole(), "no_usable_link" if self._lacks_link else "no_prefill_replica"
+        if not self._has_decode():
+            return self._whole(), "no_decode_replica"
         if wish is not None:
             return self.remote(), wish[1]
-        return None if self.ranking(local_role) else (self.remote(), "only_way")
+        return None if self._whole_roles else (self.remote(), "only_way")
+
+    def _find_whole_roles(self) -> list[Role]:
+        """Return the pools that can serve the sequence whole; those whose replicas are all ejected only if all are."""
+        roles = [role for role in self._state.whole_roles if self._find_usable(role)]
+        return [role for role in roles if not self._is_ejected(role)] or roles
+
+    def _is_ejected(self, role: Role) -> bool:
+        """Whether all usable replicas of a pool are ejected, of which there is one at least."""
+        return self._state.ejections.is_ejected(self._find_usable(role)[0])  # the others are used if any is not
+
+    def _has_decode(self) -> bool:
+        """Whether the decode pool can take the sequence: not if others can, and all of its replicas are ejected."""
+        if not self._find_usable("decode"):
+            return False
+        return not self._is_ejected("decode") or all(map(self._is_ejected, self._whole_roles))
+
+    def _whole(self) -> Way:
+        """Return the best way to serve it whole, in the first pool that has room.  Raises NoReplica."""
+        ways = [self.local(role) for role in self._whole_roles or ["decode"]]
+        return next((way for way in ways if not way.lacks), ways[0])
 
     def ways(self) -> list[Way]:
         """Return a remote and a local way, and if decode has no room for either, one on a prefill replica."""
@@ -94,9 +120,10 @@ class Survey:
         """
 
         def can_prefill(s: Scored) -> bool:
-            return self._can_take_prompt(s) and (not is_optional or self._is_within_budget(s))
+            return self._has_queue_room(s) and (not is_optional or self._is_within_budget(s))
 
-        best = self._best(role, lambda s: self._has_decode_room(s) and can_prefill(s), self._has_decode_room)
+        conditions = (lambda s: self._has_decode_room(s) and can_prefill(s), self._has_decode_room)
+        best = self._best(role, *conditions, is_whole=True)
         lacks: Lack = ""
         if not self._has_decode_room(best):
             lacks = "decode"
@@ -105,13 +132,14 @@ class Survey:
         return self._local_way(best, role, lacks)
 
     def on_prefill(self) -> Way:
-        """Return the best way to serve the sequence whole on a prefill replica.  Raises NoReplica.
+        """Return the best way to serve the sequence whole on a prefill replica beside decode.  Raises NoReplica.
 
         Those that serve sequences already come first, so that the others stay free for prompts.
         """
-        can_serve = [s for s in self.ranking("prefill") if self._can_take_prompt(s) and self._can_serve_whole(s)]
+        ranking = self.ranking("prefill", is_whole=True)
+        can_serve = [s for s in ranking if self._can_take_prompt(s) and self._can_serve_whole(s)]
         best = max(can_serve, key=lambda s: (s.state.num_served, s.total), default=None)
-        return self._local_way(best or self._best("prefill"), "prefill", "" if best else "decode")
+        return self._local_way(best or self._best("prefill", is_whole=True), "prefill", "" if best else "decode")
 
     def _local_way(self, scored: Scored, role: Role, lacks: Lack) -> Way:
         times, learnt, itl_s = self._times(scored), self._state.predictor.local.value, self._state.capacity.itl_s
@@ -132,10 +160,11 @@ class Survey:
         return PromptTimes(state.queue_s, state.pace.prompt_s(self._num_tokens, scored.cached_tokens))
 
     def _can_take_prompt(self, scored: Scored) -> bool:
-        """Whether a replica will soon compute the prompt, and sequences that a prefill replica serves can bear it."""
-        if not has_queue_room(scored.state, self._num_tokens, scored.cached_tokens):
-            return False
-        return scored.state.info.role != "prefill" or self._is_within_budget(scored)
+        """Whether a prefill replica will soon compute the prompt, and the sequences that it serves can bear it."""
+        return self._has_queue_room(scored) and self._is_within_budget(scored)
+
+    def _has_queue_room(self, scored: Scored) -> bool:
+        return has_queue_room(scored.state, self._num_tokens, scored.cached_tokens)
 
     def _is_within_budget(self, scored: Scored, *, joins: bool = False) -> bool:
         uncached = self._num_tokens - scored.cached_tokens
@@ -149,17 +178,17 @@ class Survey:
         """Whether a prefill replica can serve the sequence so that it keeps the time between tokens there."""
         return self._has_decode_room(scored) and self._is_within_budget(scored, joins=True)
 
-    def _best(self, role: Role, *conditions: Callable[[Scored], bool]) -> Scored:
+    def _best(self, role: Role, *conditions: Callable[[Scored], bool], is_whole: bool = False) -> Scored:
         """Return the best replica of those that satisfy the first condition, else the next one, else of all.
 
-        Raises NoReplica.
+        `is_whole` is as for `ranking`.  Raises NoReplica.
         """
-        ranking = self.ranking(role)
+        ranking = self.ranking(role, is_whole=is_whole)
         for condition in conditions:
             if (best := pick([s for s in ranking if condition(s)])) is not None:
                 return best
         if (best := pick(ranking)) is None:
-            if role == "prefill" and self._lacks_link:
+            if role == "prefill" and self._lacks_link and not is_whole:
                 raise NoReplica(role, "has no replica from which a decode replica can get KV (see `baton status`)")
             raise NoReplica(role)
         return best
@@ -191,31 +220,37 @@ class Survey:
         best = max(with_room, key=lambda s: (s.total, s.replica == preferred), default=None)
         return best.candidate() if best is not None else None
 
-    def ranking(self, role: Role) -> list[Scored]:
-        if role not in self._rankings:
-            self._rankings[role] = self._score(role)
-        return self._rankings[role]
+    def ranking(self, role: Role, *, is_whole: bool = False) -> list[Scored]:
+        """Return the replicas to choose from; those of prefill are for a decode replica's prompt unless `is_whole`."""
+        key = role, is_whole and role == "prefill"
+        if key not in self._rankings:
+            self._rankings[key] = self._score(role, self._find_usable(role) if key[1] else self._find_candidates(role))
+        return self._rankings[key]
 
-    def _score(self, role: Role) -> list[Scored]:
-        pool = self._state.pools[role]
-        block_size = pool.block_size
-        if block_size is None:
+    def _score(self, role: Role, replicas: list[str]) -> list[Scored]:
+        if not replicas:
             return []
-        cached = self._cached_tokens(block_size)
-        own = pool.own_replica(self._hints.session)
-        replicas = self._find_candidates(role)
+        pool = self._state.pools[role]
+        cached, own = self._cached_tokens(pool), pool.own_replica(self._hints.session)
         prompt = Prompt(self._num_tokens, own, self._nearness(replicas) if role == "decode" else {})
         return score(prompt, replicas, pool.replicas, cached, self._state.weights[role])
+
+    def _find_usable(self, role: Role) -> list[str]:
+        """Return the replicas of a pool that may be used for this request, which are not ejected if there is any."""
+        if role not in self._usable:
+            self._usable[role] = self._draw(role, self._lost)
+        return self._usable[role]
+
+    def _draw(self, role: Role, lost: Collection[str]) -> list[str]:
+        pool = self._state.pools[role]
+        return pool.candidates(self._cached_tokens(pool), pool.own_replica(self._hints.session), lost)
 
     def _find_candidates(self, role: Role) -> list[str]:
         """Return the replicas of a pool to choose from; of prefill those from which a decode candidate can get KV."""
         if role not in self._candidates:
-            pool = self._state.pools[role]
-            cached = self._cached_tokens(pool.block_size) if pool.block_size is not None else {}
-            own = pool.own_replica(self._hints.session)
-            found = pool.candidates(cached, own, self._lost)
+            found = self._find_usable(role)
             if role == "prefill" and self.local_role is None:
-                found = self._linked(found or pool.candidates(cached, own, ()))
+                found = self._linked(found or self._draw(role, ()))
             elif role == "prefill":  # decode does better without prefill than with one that is left out
                 found = self._linked([replica for replica in found if not self._state.ejections.is_ejected(replica)])
             self._candidates[role] = found
@@ -239,8 +274,10 @@ class Survey:
         ]
         return willing or (linked if self.local_role is None else [])
 
-    def _cached_tokens(self, block_size: int) -> dict[str, int]:
+    def _cached_tokens(self, pool: PoolState) -> dict[str, int]:
         """Return the prompt's cached tokens by replica.  The last token is always computed, for the first new one."""
+        if (block_size := pool.block_size) is None:
+            return {}
         if block_size not in self._cached:
             request = self._request
             hashes = block_hashes(request.prompt_token_ids, block_size, root_hash(request.cache_salt))
@@ -260,6 +297,6 @@ class Survey:
         """Return the next best candidates of each pool that was looked at."""
         return {
             role: [s.candidate() for s in nlargest(NUM_OTHERS, rest, key=lambda s: s.total)]
-            for role, ranking in self._rankings.items()
+            for (role, _), ranking in self._rankings.items()
             if (rest := [s for s in ranking if s.replica not in chosen])
         }

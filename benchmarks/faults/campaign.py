@@ -67,6 +67,7 @@ class Campaign:
         await self._count_leaked()
 
     async def _strike(self, fault: Fault, random: Random) -> None:
+        self._console.print(f"{len(self.struck) + 1:4d}  {fault.name}", markup=False, end="")
         await asyncio.sleep(BEFORE_S)
         began_at, seen, problem, recovery_s = time.monotonic(), "", "", 0.0
         try:
@@ -82,7 +83,7 @@ class Campaign:
         await asyncio.sleep(AFTER_S)
         self.struck.append(Struck(fault.name, began_at, time.monotonic(), recovery_s, problem, seen))
         said = "".join(f"  {text}" for text in (seen, problem) if text)
-        self._console.print(f"{len(self.struck):4d}  {fault.name}: whole after {recovery_s:.1f} s{said}", markup=False)
+        self._console.print(f": whole after {recovery_s:.1f} s{said}", markup=False)
 
     async def _count_leaked(self) -> None:
         await self._load.pause()

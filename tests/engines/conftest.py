@@ -125,9 +125,15 @@ class Baton:
 
     def count_prefills(self, kind: str, reason: str = "") -> float:
         """How many prompts were prefilled so since the frontend started."""
-        labels = f'kind="{kind}",model="{self.model}",reason="{reason}"'
+        return self._metric(f'baton_prefills_total{{kind="{kind}",model="{self.model}",reason="{reason}"}}')
+
+    def count_resumed(self) -> float:
+        """How often a sequence went on elsewhere since the frontend started."""
+        return self._metric(f'baton_resume_gap_seconds_count{{model="{self.model}"}}')
+
+    def _metric(self, sample: str) -> float:
         for line in self.http.get("/metrics").text.splitlines():
-            if line.startswith(f"baton_prefills_total{{{labels}}}"):
+            if line.startswith(sample):
                 return float(line.split()[-1])
         return 0.0
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import pairwise
 from threading import Semaphore
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import openai
@@ -82,19 +83,40 @@ def test_sglang_without_its_prefill_engine_says_so_and_harms_no_other_model(sgla
     assert answer.choices[0].logprobs.token_logprobs == reference.choices[0].logprobs.token_logprobs
 
 
+class WithoutDecode(NamedTuple):
+    """What a model with one decode replica is while that one is gone."""
+
+    state: str
+    status: int
+    """Of a request."""
+    goes_on: bool
+    """Whether its streams do."""
+
+
+WITHOUT_DECODE = {
+    "vllm": WithoutDecode("degraded", 200, goes_on=True),  # its prefill engine serves whole requests
+    "sglang": WithoutDecode("unavailable", 503, goes_on=False),
+}
+
+
 def test_killed_decode_replica_takes_its_engine_along_and_comes_back(real: Baton) -> None:
     replica = real.replica_process("decode")
     engine = engine_processes(replica)
     assert engine
-    engine[0].suspend()  # it cannot notice by itself that its replica is gone
-    replica.kill()
-    _, alive = psutil.wait_procs(engine, timeout=10)
-    assert not alive, "an engine outlives its replica"
-    wait_until(lambda: real.health()["state"] == "unavailable", 30, "unavailable without decode")
-    refused = real.post("/v1/completions", prompt="Hello", max_tokens=4)
-    assert refused.status_code == 503
-    assert refused.json()["error"]["code"] == 503
-    real.wait_until_healthy()
+    expected = WITHOUT_DECODE[real.engine]
+    resumed = real.count_resumed()
+    with streaming(real, 4) as streams, Load(real) if expected.goes_on else nullcontext() as load:
+        engine[0].suspend()  # it cannot notice by itself that its replica is gone
+        replica.kill()
+        _, alive = psutil.wait_procs(engine, timeout=10)
+        assert not alive, "an engine outlives its replica"
+        wait_until(lambda: real.health()["state"] == expected.state, 30, "without decode")
+        check_answer(real, expected)
+        check_streams(real, streams, expected)
+        real.wait_until_healthy()
+    if load is not None:
+        load.check()
+        assert real.count_resumed() >= resumed + len(streams)
     assert real.post("/v1/completions", prompt="Hello", max_tokens=4).status_code == 200
     before = real.count_prefills("remote")
     real.complete("Hello again")
@@ -108,18 +130,13 @@ def test_a_decode_engine_that_hangs_is_out_of_routing_soon_and_replaced(real: Ba
     step_s = real.pace.settle_s  # no step of the engine has taken longer
     patience_s = min(progress.IDLE_CEILING_S, max(progress.IDLE_FLOOR_S, progress.PATIENCE * step_s))
     soon_s = progress.REST_S + patience_s + 5
-    with ThreadPoolExecutor(6) as pool:
-        first_tokens = Semaphore(0)
-        streams = [pool.submit(stream, real, number, first_tokens) for number in range(6)]
-        for _ in streams:
-            assert first_tokens.acquire(timeout=60)
+    expected = WITHOUT_DECODE[real.engine]
+    with streaming(real, 6) as streams:
         engine[-1].suspend()
         began = time.monotonic()
-        wait_until(lambda: real.health()["state"] == "unavailable", soon_s, "out of routing")
-        refused = real.post("/v1/completions", prompt="Hello", max_tokens=4)
-        assert refused.status_code == 503
-        for each in streams:
-            assert not each.result(timeout=soon_s), "its tokens could not come"
+        wait_until(lambda: real.health()["state"] == expected.state, soon_s, "out of routing")
+        check_answer(real, expected)
+        check_streams(real, streams, expected)
         print(f"{real.engine}: out of routing and all streams ended {time.monotonic() - began:.1f} s after the stop")
     _, alive = psutil.wait_procs([*engine, replica], timeout=60)
     assert all(map(has_ended, alive)), "a process is left"
@@ -128,17 +145,65 @@ def test_a_decode_engine_that_hangs_is_out_of_routing_soon_and_replaced(real: Ba
     assert real.post("/v1/completions", prompt="Hello", max_tokens=4).status_code == 200
 
 
-def stream(baton: Baton, number: int, first_tokens: Semaphore) -> bool:
-    """Stream an answer that is longer than the test.  Returns whether it came whole."""
-    options: dict[str, Any] = {"max_tokens": 3000, "extra_body": {"ignore_eos": True}, "stream": True}
+def check_answer(baton: Baton, expected: WithoutDecode) -> None:
+    """Send a request that demands what cannot be done without decode."""
+    reason = "no_decode_replica"
+    before = baton.count_prefills("local", reason)
+    body = {"prompt": "Hello", "max_tokens": 4, "vllm_xargs": {"baton_prefill": "remote"}}
+    answer = baton.post("/v1/completions", **body)
+    assert answer.status_code == expected.status, answer.text
+    if expected.goes_on:
+        assert answer.json()["usage"]["completion_tokens"] <= 4
+        assert baton.count_prefills("local", reason) > before
+    else:
+        assert answer.json()["error"]["code"] == expected.status
+
+
+class Streamed(NamedTuple):
+    """What came of a streamed answer."""
+
+    is_whole: bool
+    longest_gap_s: float
+    """The longest time between two of its tokens."""
+
+
+STREAM_TOKENS = 300
+"""More than an engine generates until the test has done to it what it does."""
+
+
+@contextmanager
+def streaming(baton: Baton, num: int) -> Iterator[list[Future[Streamed]]]:
+    """Have `num` answers under way while the block runs: each has a token when it begins."""
+    first_tokens = Semaphore(0)
+    with ThreadPoolExecutor(num) as pool:
+        streams = [pool.submit(stream, baton, number, first_tokens) for number in range(num)]
+        for _ in streams:
+            assert first_tokens.acquire(timeout=60)
+        yield streams
+
+
+def stream(baton: Baton, number: int, first_tokens: Semaphore) -> Streamed:
+    options: dict[str, Any] = {"max_tokens": STREAM_TOKENS, "extra_body": {"ignore_eos": True}, "stream": True}
+    moments, num_tokens, end = [], 0, None
     try:
-        chunks = iter(baton.complete([400 + number, *range(500, 600)], **options))
-        next(chunks)
-        first_tokens.release()
-        *_, last = chunks
-        return bool(last.choices[0].finish_reason == "length")
+        for chunk in baton.complete([400 + number, *range(500, 600)], logprobs=0, **options):
+            moments.append(time.monotonic())
+            num_tokens += len(chunk.choices[0].logprobs.tokens) if chunk.choices[0].logprobs else 0
+            end = chunk.choices[0].finish_reason
+            if len(moments) == 1:
+                first_tokens.release()
     except (openai.APIError, httpx.HTTPError):
-        return False
+        end = None
+    gaps = [later - earlier for earlier, later in pairwise(moments)]
+    return Streamed(end == "length" and num_tokens == STREAM_TOKENS, max(gaps, default=0.0))
+
+
+def check_streams(baton: Baton, streams: Sequence[Future[Streamed]], expected: WithoutDecode) -> None:
+    """Those that have lost decode end as expected."""
+    ended = [each.result(timeout=START_TIMEOUT_S) for each in streams]
+    assert {each.is_whole for each in ended} == {expected.goes_on}
+    if expected.goes_on:
+        print(f"{baton.engine}: the longest stall of a stream took {max(each.longest_gap_s for each in ended):.2f} s")
 
 
 def test_verify_passes_after_restarts(sglang: Baton) -> None:

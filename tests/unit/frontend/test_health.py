@@ -15,7 +15,7 @@ from app.frontend.health import model_state, overall_status
         (None, 0, None, "unavailable", "unavailable"),
         (1, 2, None, "ready", "ready"),
         (0, 2, None, "degraded", "unavailable"),
-        (1, 0, None, "unavailable", "unavailable"),
+        (1, 0, None, "degraded", "unavailable"),
         (0, 0, None, "unavailable", "unavailable"),
         (1, 1, 1, "ready", "ready"),
         (1, 1, 0, "degraded", "degraded"),
@@ -23,7 +23,7 @@ from app.frontend.health import model_state, overall_status
         (0, 1, 1, "degraded", "degraded"),
         (0, 0, 1, "degraded", "degraded"),
         (0, 1, 0, "degraded", "unavailable"),
-        (1, 0, 0, "unavailable", "unavailable"),
+        (1, 0, 0, "degraded", "unavailable"),
         (0, 0, 0, "unavailable", "unavailable"),
     ],
 )

@@ -810,6 +810,43 @@ async def test_a_prefill_replica_that_loses_a_whole_sequence_is_replaced_by_anot
     assert not server._router.ejections.is_ejected(second)
 
 
+async def test_a_prefill_replica_serves_what_the_last_decode_replica_lost_before_its_first_token() -> None:
+    prefill, decode, on_prefill = FakePrefill("p"), FakeDecode(["d"], [LOST]), FakeDecode([], [FIRST, LAST])
+    server = orchestrator(prefill, decode, on_prefill=on_prefill)
+    assert await served(server) == [FIRST, LAST]
+    assert on_prefill.calls == [Call(request(), None, "no_decode_replica", "p")]
+    assert prefill.handoffs[0].is_cancelled
+
+
+async def test_a_prefill_replica_goes_on_with_the_tokens_of_the_last_decode_replica_as_output() -> None:
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [REMOTE, TokenDelta([20]), LOST])
+    on_prefill = FakeDecode([], [LAST])
+    server = orchestrator(prefill, decode, on_prefill=on_prefill)
+    assert [delta.token_ids for delta in await served(server)] == [[10], [20], [11]]
+    assert on_prefill.calls == [Call(request().resumed([10, 20]), None, "no_decode_replica", "p")]
+    assert on_prefill.calls[0].request.num_replayed == 2
+
+
+async def test_what_has_no_room_on_prefill_waits_for_it_while_decode_is_gone() -> None:
+    on_prefill = FakeDecode([], ["hang"], [LAST])
+    server = orchestrator(FakePrefill("p"), FakeDecode([]), on_prefill=on_prefill, info={"num_blocks": 1})
+    running = asyncio.create_task(served(server))
+    await on_prefill.is_hanging.wait()
+    second = await waiting(server)
+    assert server.line.num_waiting == 1
+    await ended(running)
+    assert await second == [LAST]
+
+
+async def test_new_sequences_are_decoded_by_a_decode_replica_that_comes() -> None:
+    prefill, decode, on_prefill = FakePrefill("p"), FakeDecode([], [REMOTE, LAST]), FakeDecode([], [LAST])
+    server = orchestrator(prefill, decode, on_prefill=on_prefill)
+    assert await served(server) == [LAST]
+    server._router.pools["decode"].join(replica_info("d", "decode"))
+    assert await served(server) == [REMOTE, LAST]
+    assert len(on_prefill.calls) == 1
+
+
 # What is told of the decisions
 
 

@@ -63,7 +63,7 @@ class Fleet:
         *,
         has_prefill: bool = True,
         can_decode_prefill: bool = True,
-        can_prefill_decode: bool = True,
+        can_prefill_decode: bool | None = None,
         info: dict[str, Any] | None = None,
         slo: dict[str, float] | None = None,
         clock: Timers | None = None,
@@ -78,7 +78,7 @@ class Fleet:
             has_prefill=has_prefill,
             has_aggregated=num_aggregated is not None,
             can_decode_prefill=can_decode_prefill,
-            can_prefill_decode=can_prefill_decode,
+            can_prefill_decode=can_decode_prefill if can_prefill_decode is None else can_prefill_decode,
             clock=self.clock,
         )
         counts: dict[Role, int] = {"prefill": num_prefill, "decode": num_decode, "aggregated": num_aggregated or 0}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from app.errors import InvalidRequest, NoReplica
 from app.messages import PrefillKind, PrefillReport
 from app.routing.capacity import MIN_BATCH
-from app.routing.decision import RoutingHints, Wait
+from app.routing.decision import Decision, RoutingHints, Wait
 from app.routing.ejection import FIRST_EJECTION_S, STRONG
 from app.routing.learnt_ratio import PATIENCE, WINDOW
 from app.routing.router import NO_HINTS
@@ -149,8 +149,9 @@ def test_one_request_at_a_time_tries_what_is_half_open() -> None:
 def test_lost_replicas_are_never_chosen_again() -> None:
     fleet = Fleet(2, 2, **REMOTE)
     assert {fleet.decide(lost=["d0"]).serving.replica for _ in range(10)} == {"d1"}
+    assert {fleet.decide(lost=["d0", "d1", "p0"]).serving.replica for _ in range(10)} == {"p1"}
     with pytest.raises(NoReplica, match="decode"):
-        fleet.decide(lost=["d0", "d1"], prefill_mode="local")
+        fleet.decide(lost=["d0", "d1", "p0", "p1"])
 
 
 @given(
@@ -363,12 +364,16 @@ def test_the_aggregated_pool_serves_what_the_others_cannot() -> None:
 
 
 def test_a_request_that_lost_all_of_the_aggregated_pool_is_prefilled_remotely() -> None:
-    for can_prefill_decode in (False, True):
-        fleet = Fleet(1, 1, 1, can_decode_prefill=False, can_prefill_decode=can_prefill_decode)
-        assert where(fleet.decide(lost=["a0"])) == ("remote", "only_way")
-        assert where(fleet.decide(lost=["a0"], prefill_mode="remote")) == ("remote", "requested")
-        with pytest.raises(NoReplica, match="aggregated"):
-            fleet.decide(lost=["a0"], prefill_mode="local")
+    fleet = Fleet(1, 1, 1, can_decode_prefill=False)
+    assert where(fleet.decide(lost=["a0"])) == ("remote", "only_way")
+    assert where(fleet.decide(lost=["a0"], prefill_mode="remote")) == ("remote", "requested")
+    with pytest.raises(NoReplica, match="aggregated"):
+        fleet.decide(lost=["a0"], prefill_mode="local")
+
+
+def test_where_decode_can_prefill_it_takes_what_the_aggregated_pool_lost() -> None:
+    decision = Fleet(1, 1, 1).decide(lost=["a0"], prefill_mode="local")
+    assert (*where(decision), decision.serving.replica) == ("local", "requested", "d0")
 
 
 # Room
@@ -481,10 +486,92 @@ def test_it_does_not_where_its_engine_cannot_or_if_nothing_else_is_asked_for_tha
         assert able.lacks(prefill_mode=mode) == "decode"
 
 
-def test_without_a_decode_replica_nothing_is_served_as_health_says() -> None:
-    for num_prefill in (0, 1):
-        with pytest.raises(NoReplica, match="decode"):
-            Fleet(num_prefill, 0, **TIMED).decide()
+WITHOUT_DECODE = ("local", "no_decode_replica", "prefill")
+
+
+def who(decision: Decision) -> tuple[str, str, str]:
+    return decision.kind, decision.reason, decision.serving_role
+
+
+@pytest.mark.parametrize("policy", ["remote", "predicted", "thresholds"])
+def test_without_decode_prefill_replicas_serve_whatever_was_asked_for(policy: str) -> None:
+    fleet = Fleet(2, 1, placement={"policy": policy}, **TIMED)
+    asked: list[dict[str, Any]] = [
+        {},
+        {"prefill_mode": "local"},
+        {"prefill_mode": "remote"},
+        {"sampling": {"prompt_logprobs": 1}},
+        {"num_replayed": 5},
+    ]
+    assert all(fleet.decide(**fields).serving_role == "decode" for fields in asked)
+    assert {who(fleet.decide(lost=["d0"], **fields)) for fields in asked} == {WITHOUT_DECODE}
+    fleet.router.ejections.failed("d0", STRONG, fleet.clock())
+    assert {who(fleet.decide(**fields)) for fields in asked} == {WITHOUT_DECODE}
+    fleet.router.pools["decode"].leave("d0")
+    assert {who(fleet.decide(**fields)) for fields in asked} == {WITHOUT_DECODE}
+    fleet.join("decode", "d1")
+    assert {fleet.decide(**fields).serving.replica for fields in asked} == {"d1"}
+
+
+def test_without_decode_they_share_the_load_and_what_has_no_room_waits() -> None:
+    fleet = Fleet(2, 0, **TIMED)
+    fleet.load("prefill", "p0", 3, 2000, 30, decoding=3)
+    assert {fleet.decide(start=1000 * number).serving.replica for number in range(20)} == {"p1"}
+    fleet.load("prefill", "p1", MIN_BATCH, 0, 1000, decoding=MIN_BATCH)
+    assert fleet.decide().serving.replica == "p0"
+    fleet.load("prefill", "p0", MIN_BATCH, 0, 1000, decoding=MIN_BATCH)
+    assert fleet.lacks() == "decode"
+    busy(fleet, "p0", "p1")
+    assert fleet.lacks() == "prefill"
+
+
+def test_without_decode_links_do_not_matter_and_an_ejected_prefill_replica_is_passed_over() -> None:
+    fleet = Fleet(2, 1, **TIMED)
+    fleet.link("d0", p0="broken", p1="broken")
+    fleet.router.ejections.failed("p0", STRONG, fleet.clock())
+    for _ in range(10):
+        assert fleet.decide(lost=["d0"]).serving.replica == "p1"
+    assert fleet.decide(lost=["d0", "p1"]).serving.replica == "p0"
+
+
+def test_the_aggregated_pool_serves_without_decode_and_prefill_what_has_no_room_there() -> None:
+    fleet = Fleet(1, 0, 1, **TIMED)
+    assert who(fleet.decide()) == ("local", "no_decode_replica", "aggregated")
+    full(fleet, "aggregated", "a0")
+    assert who(fleet.decide()) == WITHOUT_DECODE
+
+
+@given(
+    st.lists(st.sampled_from(["prefill", "decode", "aggregated"]), max_size=6),
+    st.sets(st.integers(0, 5)),
+    st.sets(st.integers(0, 5)),
+    st.sampled_from(["auto", "local", "remote"]),
+    st.sampled_from(["remote", "predicted", "thresholds"]),
+    st.booleans(),
+)
+def test_as_long_as_any_replica_can_be_reached_it_serves(
+    roles: list[Any], lost: set[int], ejected: set[int], mode: str, policy: str, is_linked: bool
+) -> None:
+    """One that is ejected serves only if all are; one that this request has lost never does."""
+    fleet = Fleet(0, 0, 0, placement={"policy": policy}, **TIMED)
+    names = [f"{role}{number}" for number, role in enumerate(roles)]
+    for role, name in zip(roles, names, strict=True):
+        fleet.join(role, name)
+        if role == "decode" and not is_linked:
+            fleet.link(name)
+    for number in ejected & set(range(len(names))):
+        fleet.router.ejections.failed(names[number], STRONG, fleet.clock())
+    left = [name for number, name in enumerate(names) if number not in lost]
+    asked: dict[str, Any] = {"lost": set(names) - set(left), "prefill_mode": mode}
+    if not left:
+        with pytest.raises(NoReplica):
+            fleet.decide(**asked)
+        return
+    decision = fleet.decide(**asked)
+    ends = {decision.serving.replica} | ({decision.prefill.replica} if decision.prefill else set())
+    assert ends <= set(left)
+    if sound := [name for name in left if not fleet.router.ejections.is_ejected(name)]:
+        assert ends <= set(sound)
 
 
 def test_a_prefill_replica_that_has_no_room_either_lets_it_wait() -> None:
