@@ -89,6 +89,11 @@ class PoolConfig(DeploymentConfig):
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
     """How long a replica that is being removed may go on with its sequences, and a prefill replica wait until its KV
     has been pulled."""
+    drain_s: float = Field(default=5.0, ge=0)
+    """After so many seconds, a replica that is being removed (scale-down, update, drain of its node) asks to have its
+    sequences go on elsewhere.  Those for which no other replica has room, and with SGLang those with penalties or
+    structured output, still end there.  Each costs its client a gap, as its prompt and output are prefilled anew; with
+    `graceful_shutdown_timeout_s` or more none is moved (docs/decisions/0034-drain.md)."""
     python: str | None = Field(default=None, min_length=1)
     """The Python interpreter that the replicas run in, if the engine's environment is not that of Ray's workers.  A
     relative path counts from the repository's root.  The default is ``.venv-sglang/bin/python`` for SGLang if that
@@ -250,6 +255,14 @@ class ModelConfig(Settings):
         """Whether an engine that prefills for a decode pool can run whole sequences too, when decode is full.
 
         SGLang's cannot: its scheduler in ``disaggregation_mode="prefill"`` ends each request with its first token.
+        """
+        return self.engine != "sglang"
+
+    @property
+    def can_resume_counting(self) -> bool:
+        """Whether an engine can go on with a sequence of another one whose sampling depends on which tokens are output.
+
+        SGLang's cannot: it takes those tokens for prompt (docs/decisions/0030-resume.md).
         """
         return self.engine != "sglang"
 

@@ -77,6 +77,19 @@ class CannotResume(BatonError):
         return f"the sequence cannot be resumed: {self.reason}"
 
 
+class TakenElsewhere(BatonError):
+    """A sequence goes on at another replica, as its own is being removed and asked for that; nobody failed.
+
+    It only ends the attempt, inside the frontend.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __str__(self) -> str:
+        return "the sequence goes on elsewhere"
+
+
 class EngineFailed(BatonError):
     """The engine ended one request with an internal error, and goes on serving others."""
 

@@ -81,7 +81,8 @@ def for_frontends(config: BatonConfig) -> BatonConfig:
     So a change of their number, or of the environment in which a pool's replicas run, does not change the frontends'
     version, and they are not restarted.
     """
-    plain = {**{name: field.default for name, field in DeploymentConfig.model_fields.items()}, "python": None}
+    of_replicas = [*DeploymentConfig.model_fields, "python", "drain_s"]
+    plain = {name: PoolConfig.model_fields[name].default for name in of_replicas}
 
     def strip(model: ModelConfig) -> ModelConfig:
         pools = {role: model.pool(role) for role in get_args(Role)}
@@ -142,7 +143,10 @@ def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig
     transfers = model.transfers_kv(role)
     pools = {"decode": other, "prefill": other if transfers else None, "aggregated": None}
     pools[role] = PoolConfig(
-        engine=pool.engine, tensor_parallel_size=pool.tensor_parallel_size, engine_args=pool.engine_args
+        engine=pool.engine,
+        tensor_parallel_size=pool.tensor_parallel_size,
+        engine_args=pool.engine_args,
+        drain_s=pool.drain_s,
     )
     return BatonConfig.model_construct(  # unchecked: a user's model could not have an aggregated pool without prefill
         models=[model.model_copy(update={"server_args": {}, "routing": RoutingConfig(), "slo": SloConfig(), **pools})],

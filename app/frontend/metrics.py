@@ -75,8 +75,8 @@ INTER_TOKEN_LATENCY = Histogram(
 )
 RESUME_GAP = Histogram(
     "baton_resume_gap_seconds",
-    "How long clients waited for the next token of sequences that were resumed after their replica was lost.",
-    ["model"],
+    "How long clients waited for the next token of sequences that were resumed, as their replica was lost or drained.",
+    ["model", "reason"],
     buckets=_LATENCY_BUCKETS_S,
 )
 

@@ -52,6 +52,7 @@ class ServedModel:
             aggregated=aggregated,
             on_prefill=prefill,
             hands_over_early=model.hands_over_early,
+            can_resume_counting=model.can_resume_counting,
         )
         by_role: dict[Role, ChannelPool | None] = {"decode": decode, "prefill": prefill, "aggregated": aggregated}
         self._pools = {role: pool for role, pool in by_role.items() if pool is not None}
