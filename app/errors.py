@@ -132,6 +132,17 @@ class NoReplica(BatonError):
         return f"the {self.pool} pool {self.problem}"
 
 
+class Asleep(BatonError):
+    """A model whose pools slept did not wake within ``limits.max_wake_s`` (HTTP 503 with ``Retry-After``)."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"the model is still waking up, for about another {self.retry_after_s} s"
+
+
 class Overloaded(BatonError):
     """No replica will have room in time (HTTP 429 with ``Retry-After``).
 

@@ -103,6 +103,8 @@ class Job(msgspec.Struct):
     """The attempts that failed."""
     num_failed_on_engines: int = 0
     """The attempts that failed when an engine had the sequence, rather than on the way there."""
+    woken_at: float = 0.0
+    """When it last could be served by a model that had slept; until then it waited in no line."""
     why_again: ResumeReason = "lost"
     """Why the last attempt did not serve it."""
     place: tuple[Decision, InFlight] | None = None

@@ -79,6 +79,12 @@ RESUME_GAP = Histogram(
     ["model", "reason"],
     buckets=_LATENCY_BUCKETS_S,
 )
+WAKE = Histogram(
+    "baton_wake_seconds",
+    "How long requests waited for a model that slept.",
+    ["model"],
+    buckets=(*_LATENCY_BUCKETS_S, 120.0, 300.0, 600.0),
+)
 
 # They are refused before vLLM's server sees them, whose metrics count all other responses.
 REFUSED_BODIES = Counter("baton_refused_bodies", "Request bodies that were refused, by their HTTP status.", ["status"])

@@ -1,7 +1,8 @@
 """The order in which one sequence is served: decide, prefill, decode, fail over.
 
-1. Wait, if need be, until replicas have room (app/routing/waiting_line.py), and decide which of them serve it and where
-   its prompt is prefilled (app/routing/router.py).
+1. Wait, if need be, until the model wakes (app/frontend/waking.py) and until replicas have room
+   (app/routing/waiting_line.py).  Decide which of them serve it and where its prompt is prefilled
+   (app/routing/router.py).
 2. If that is remotely, start the prefill.  A handoff comes back at once, before its content exists.
    When it is nearly done, look again which replica is to decode.
 3. Give the request and the handoff to the decode replica, which waits for the descriptor, pulls the KV and streams.
@@ -27,11 +28,14 @@ import math
 from collections.abc import Callable, Collection
 from functools import partial
 
+import msgspec
+
 from app.config import LimitsConfig
 from app.errors import BatonError, EngineDead, InvalidRequest, NoReplica, PrefillFailed, ReplicaLost, TakenElsewhere
 from app.frontend.attempt import Attempt, DecodePool, Job, Pools, PrefillPool
 from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.time_limits import Overdue, in_time
+from app.frontend.waking import Waker
 from app.messages import GenerateRequest
 from app.routing.decision import Decision, RoutingHints, Wait
 from app.routing.in_flight import InFlight
@@ -65,8 +69,9 @@ class Orchestrator:
         on_prefill: DecodePool | None = None,
         hands_over_early: bool = False,
         can_resume_counting: bool = True,
+        waker: Waker | None = None,
     ) -> None:
-        """`on_prefill` are the prefill replicas as they serve whole sequences.
+        """`on_prefill` are the prefill replicas as they serve whole sequences; `waker` is for models that may sleep.
 
         `hands_over_early` says that prefill needs to know where it is decoded before it computes (SGLang), and
         `can_resume_counting` whether engines can go on with sequences that count their output (SGLang's cannot).
@@ -77,6 +82,9 @@ class Orchestrator:
         )
         self._limits = limits
         self._can_resume_counting = can_resume_counting
+        self.waker = waker
+        if waker is not None:
+            router.on_join(waker.on_join)
         self.quarantine = Quarantine(router.clock)
         """The prompts of this model that are refused."""
         router.on_end(self.quarantine.on_gone)
@@ -200,16 +208,32 @@ class Orchestrator:
     async def _turn(self, job: Job) -> tuple[Decision, InFlight]:
         """Wait until replicas have room for the request, and if there are none for those that are about to join.
 
-        Raises NoReplica, Overloaded or InvalidRequest.
+        Raises NoReplica, Asleep, Overloaded or InvalidRequest.
         """
         try:
             return await self._turn_now(job)
         except NoReplica:
+            if self.waker is not None and not all(pool.replicas for pool in self._router.pools.values()):
+                return await self._turn_once_awake(job, self.waker)
             joining = [task for pool in self._router.pools.values() for task in pool.joining.values()]
             if not joining:
                 raise
             await asyncio.wait(joining, timeout=HANDOVER_S, return_when=asyncio.FIRST_COMPLETED)
         return await self._turn_now(job)
+
+    async def _turn_once_awake(self, job: Job, waker: Waker) -> tuple[Decision, InFlight]:
+        """Wait until the model is awake, and then in line as if the request had come only now.
+
+        Raises Asleep, Overloaded or InvalidRequest.
+        """
+
+        async def turn() -> tuple[Decision, InFlight]:
+            job.woken_at = self._router.clock()
+            return await self._turn_now(job)
+
+        decision, in_flight = await waker.until_served(turn)
+        waited_s = self._router.clock() - job.progress.waits_since
+        return msgspec.structs.replace(decision, waited_s=waited_s), in_flight
 
     async def _turn_now(self, job: Job) -> tuple[Decision, InFlight]:
         """Wait until replicas have room for the request: if possible others than those that may have failed it.
@@ -229,7 +253,8 @@ class Orchestrator:
         def on_turn(decision: Decision, in_flight: InFlight) -> None:
             turn.set_result((decision, in_flight))
 
-        ticket = self.line.join(job.request, job.hints, lost, job.progress.waits_since, on_turn, turn.set_exception)
+        since = max(job.progress.waits_since, job.woken_at)
+        ticket = self.line.join(job.request, job.hints, lost, since, on_turn, turn.set_exception)
         if ticket is None:
             return turn.result()
         try:

@@ -48,7 +48,8 @@ def arguments(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]
         "routing": {"placement": {"policy": "remote"}},
         "slo": {"ttft_ms": 1000},
     }
-    limits = {"max_ttft_ms": 60_000}  # the waves are far too much for the pools that they begin with
+    # The waves are far too much for the pools that they begin with, and no pool wakes as soon as its limit asks.
+    limits = {"max_ttft_ms": 60_000, "max_wake_s": 0.5}
     return {"models": [model], "transfer": {}, "limits": limits, "frontend": {"resources": {"num_cpus": 0.1}}}
 
 
@@ -78,6 +79,15 @@ class Application:
     def deployments(self) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = serve_details()["applications"]["scaling"]["deployments"]
         return found
+
+    def model(self) -> dict[str, Any]:
+        """Return what the frontend says of the model."""
+        (found,) = httpx.get(f"{self.url}/v1/models").json()["data"]
+        return dict(found)
+
+    def status(self) -> tuple[int, str]:
+        answer = httpx.get(f"{self.url}/health")
+        return answer.status_code, answer.json()["status"]
 
     def targets(self) -> dict[str, int]:
         return {role: self.deployments()[f"{role}-tiny"]["target_num_replicas"] for role in ("prefill", "decode")}
@@ -282,3 +292,29 @@ async def grows(app: Application, role: str, wave: dict[str, Any], while_stays: 
         assert plan["signals"]
     assert seen == {1}, f"{while_stays} grew too"
     await app.until(lambda: app.targets() == {"prefill": 1, "decode": 1}, 20, f"{role} returns")
+
+
+async def test_an_idle_model_sleeps_and_its_clients_wake_it(app: Application) -> None:
+    """They are told when to come again, as no engine starts within `max_wake_s`, and come as OpenAI's clients do."""
+    sleepy = {"autoscaling": {**QUICKLY, "min_replicas": 0}}
+    await asyncio.to_thread(app.deploy, sleepy, sleepy)
+    await app.until(lambda: app.model()["state"] == "asleep", 60, "the model sleeps")
+    assert app.status() == (200, "healthy")
+    assert app.targets() == {"prefill": 0, "decode": 0}
+    assert "asleep" in app.plan("decode-tiny")["reason"]
+    refused: list[httpx.Response] = []
+
+    async def ask(http: httpx.AsyncClient) -> httpx.Response:
+        while True:
+            answer = await http.post("/v1/completions", json={"model": "tiny", "prompt": "hello", "max_tokens": 3})
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                return answer
+            refused.append(answer)
+
+    async with app.watching("decode") as seen, app.client() as http, asyncio.timeout(60):
+        answers = await asyncio.gather(*(ask(http) for _ in range(8)))
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert {answer.headers["retry-after"] for answer in refused} == {"1"}
+    assert seen <= {0, 1}, "each request wakes a replica of its own"
+    assert app.count("baton_wake_seconds_count") >= 1
+    await app.until(lambda: app.model()["state"] == "ready", 30, "prefill has woken too")

@@ -29,6 +29,7 @@ from app.errors import (
 from app.frontend.attempt import LOOK_AGAIN_AT, LOOK_AGAIN_S, Handoff, Lost
 from app.frontend.orchestrator import MAX_TTFT_OF_SLO, Orchestrator
 from app.frontend.sequence_progress import SequenceProgress
+from app.frontend.waking import Waker
 from app.messages import GenerateRequest, PrefillMode, PrefillReport, ReplicaLoad, Role, TokenDelta
 from app.pace import Pace
 from app.routing.capacity import MIN_BATCH
@@ -163,6 +164,7 @@ def orchestrator(
     can_decode_prefill: bool = True,
     hands_over_early: bool = False,
     can_resume_counting: bool = True,
+    waker: Waker | None = None,
     placement: RemotePlacement | PredictedPlacement = REMOTELY,
     slo: SloConfig = SLO,
     info: dict[str, Any] | None = None,
@@ -194,6 +196,7 @@ def orchestrator(
         on_prefill=on_prefill,
         hands_over_early=hands_over_early,
         can_resume_counting=can_resume_counting,
+        waker=waker,
     )
 
 
@@ -240,6 +243,37 @@ async def test_a_request_waits_for_a_replica_that_is_about_to_join() -> None:
     pool.leave("new")
     with pytest.raises(NoReplica):
         await served(server)
+
+
+async def test_a_request_waits_for_a_model_that_sleeps_and_joins_the_line_when_it_is_awake() -> None:
+    """What it waited for replicas to start is no reason to refuse it for being late."""
+    decode, wishes = FakeDecode([], [LAST]), list[None]()
+
+    async def wish() -> None:
+        wishes.append(None)
+
+    server = orchestrator(None, decode, waker=Waker("tiny", wish, DEADLINE_S), max_ttft_ms=20.0)
+    decisions: list[Decision] = []
+    task = asyncio.create_task(
+        server.run(request(), SequenceProgress(lambda delta: None), on_decision=decisions.append)
+    )
+    await until(lambda: bool(wishes))
+    await asyncio.sleep(0.05)
+    server._router.pools["decode"].join(replica_info("d", "decode"))
+    async with asyncio.timeout(DEADLINE_S):
+        await task
+    assert [call.replica for call in decode.calls] == ["d"]
+    assert decisions[0].waited_s > 0.05
+
+
+async def test_a_model_that_has_all_its_pools_is_not_waited_for() -> None:
+    decode = FakeDecode(["d"], [LOST])
+
+    async def wish() -> None:
+        raise AssertionError("nothing sleeps")
+
+    with pytest.raises(NoReplica):
+        await served(orchestrator(None, decode, waker=Waker("tiny", wish, DEADLINE_S)))
 
 
 # Placement
