@@ -291,6 +291,11 @@ async def test_what_still_runs_after_a_while_is_offered_to_its_frontend_until_it
         assert len(replica.cancelled) == 5
 
 
+def test_of_frames_that_arrive_together_none_is_forgotten_that_asks_to_leave() -> None:
+    asks, does_not = Batch([], [], is_leaving=True), Batch([], [])
+    assert [_merge(batches).is_leaving for batches in ([asks, does_not], [does_not, does_not])] == [True, False]
+
+
 async def test_what_a_replica_sends_after_it_was_let_go_does_not_count() -> None:
     async with connected() as (replica, channel):
         replica.hangs = True

@@ -75,6 +75,13 @@ async def test_who_leaves_waits_no_longer_and_lets_the_model_sleep(monkeypatch: 
     await asyncio.wait([request])
     assert model.waker.num_waiting == 0
     await until(lambda: not [task for task in asyncio.all_tasks() if task.get_name() == "wake"])
+    model.now += 1000.0
+    other = model.request()
+    await until(lambda: model.num_calls == 2)
+    model.now, model.is_awake = model.now + 7.0, True
+    model.waker.on_join()
+    await other
+    assert model.waker._last_wake_s == 7.0, "the time in which nobody waited counts"
 
 
 async def test_beyond_the_limit_a_request_is_told_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
