@@ -486,6 +486,7 @@ async def test_without_a_place_elsewhere_a_sequence_stays_and_is_asked_for_again
     progress = SequenceProgress(lambda delta: None)
     task = asyncio.create_task(server.run(request(), progress))
     await decode.is_hanging.wait()
+    assert len(decode.calls) == 1
     if why != "not known to leave":
         pool.leave("d0")
     if why in ("no room", "left out"):
