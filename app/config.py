@@ -56,7 +56,9 @@ class DeploymentConfig(Settings):
     """Serve's AutoscalingConfig, verbatim, instead of `replicas`: `min_replicas`, `max_replicas`, `upscale_delay_s`,
     `downscale_delay_s`, `look_back_period_s`, ...  Unless this names another `policy`, Baton decides how many replicas
     the load takes, by the model's `slo` (app/autoscaling/replica_plan.py).  `target_ongoing_requests` is for frontends
-    (200 by default); for a pool it is an additional bound."""
+    (200 by default); for a pool it is an additional bound.  With ``min_replicas: 0`` in all pools of a model it sleeps
+    once it has had no work for `downscale_delay_s` (`downscale_to_zero_delay_s` for the last replicas), and a request
+    wakes it (`limits.max_wake_s`)."""
     resources: Resources = Resources()
     environment: dict[str, str] = {}
     """Environment variables of the replicas' processes."""
@@ -89,6 +91,11 @@ class PoolConfig(DeploymentConfig):
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
     """How long a replica that is being removed may go on with its sequences, and a prefill replica wait until its KV
     has been pulled."""
+    drain_s: float = Field(default=5.0, ge=0)
+    """After so many seconds, a replica that is being removed (scale-down, update, drain of its node) asks to have its
+    sequences go on elsewhere.  Those for which no other replica has room, and with SGLang those with penalties or
+    structured output, still end there.  Each costs its client a gap, as its prompt and output are prefilled anew; with
+    `graceful_shutdown_timeout_s` or more none is moved (docs/decisions/0034-drain.md)."""
     python: str | None = Field(default=None, min_length=1)
     """The Python interpreter that the replicas run in, if the engine's environment is not that of Ray's workers.  A
     relative path counts from the repository's root.  The default is ``.venv-sglang/bin/python`` for SGLang if that
@@ -224,6 +231,22 @@ class ModelConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pools_sleep_together(self) -> Self:
+        least = {role: (pool.autoscaling or {}).get("min_replicas") for role, pool in self.pools().items()}
+        awake = [role for role, number in least.items() if number != 0]
+        if awake and len(awake) < len(least):
+            raise ValueError(
+                f"autoscaling.min_replicas is 0 for some pools, but not for {' and '.join(awake)}: a model's pools "
+                "sleep and wake together, so set 0 for all of them or for none"
+            )
+        return self
+
+    @property
+    def may_sleep(self) -> bool:
+        """Whether the model has no replicas while nobody uses it."""
+        return (self.decode.autoscaling or {}).get("min_replicas") == 0
+
     @property
     def is_disaggregated(self) -> bool:
         return self.prefill is not None
@@ -250,6 +273,14 @@ class ModelConfig(Settings):
         """Whether an engine that prefills for a decode pool can run whole sequences too, when decode is full or gone.
 
         SGLang's cannot: its scheduler in ``disaggregation_mode="prefill"`` ends each request with its first token.
+        """
+        return self.engine != "sglang"
+
+    @property
+    def can_resume_counting(self) -> bool:
+        """Whether an engine can go on with a sequence of another one whose sampling depends on which tokens are output.
+
+        SGLang's cannot: it takes those tokens for prompt (docs/decisions/0030-resume.md).
         """
         return self.engine != "sglang"
 
@@ -389,6 +420,9 @@ class LimitsConfig(Settings):
     refused with 429 and told when to come again.  The default is ten times the model's ``slo.ttft_ms``."""
     prefill_timeout_s: float = Field(default=60.0, gt=0)
     """How long decode waits for a handoff before it prefills itself."""
+    max_wake_s: float = Field(default=120.0, gt=0)
+    """How long a request may wait for a model that sleeps (``min_replicas: 0``) to wake; after it the answer is 503 and
+    says when to come again.  By default the time in which engines with weights on a local disk start."""
     max_attempts: int = Field(default=3, ge=1)
     """How often a sequence may be tried, the first time included; to go on elsewhere after its first token counts too.
     Once an attempt before that has failed on an engine, rather than on the way there, one more is the last one, as the

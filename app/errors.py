@@ -77,6 +77,19 @@ class CannotResume(BatonError):
         return f"the sequence cannot be resumed: {self.reason}"
 
 
+class TakenElsewhere(BatonError):
+    """A sequence goes on at another replica, as its own is being removed and asked for that; nobody failed.
+
+    It only ends the attempt, inside the frontend.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __str__(self) -> str:
+        return "the sequence goes on elsewhere"
+
+
 class EngineFailed(BatonError):
     """The engine ended one request with an internal error, and goes on serving others."""
 
@@ -117,6 +130,17 @@ class NoReplica(BatonError):
 
     def __str__(self) -> str:
         return f"the {self.pool} pool {self.problem}"
+
+
+class Asleep(BatonError):
+    """A model whose pools slept did not wake within ``limits.max_wake_s`` (HTTP 503 with ``Retry-After``)."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"the model is still waking up, for about another {self.retry_after_s} s"
 
 
 class Overloaded(BatonError):

@@ -21,6 +21,9 @@ requests beside two such pools."""
 EngineName = Literal["vllm", "sglang", "sim"]
 """Which engine a pool runs (app/engines/registry.py makes it)."""
 
+COUNTS_OUTPUT = ("presence_penalty", "frequency_penalty", "repetition_penalty", "structured_outputs")
+"""The sampling parameters whose effect depends on which tokens are output and which are prompt."""
+
 PrefillMode = Literal["auto", "local", "remote", "corrupted"]
 """How one request wants its prompt prefilled: as Baton decides, by the replica that decodes it, by the prefill pool, or
 by the prefill pool but from another prompt, so that decode gets wrong KV (the control run of ``baton verify``)."""
@@ -55,6 +58,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     def is_load(self) -> bool:
         """Whether it counts as work; Baton's own measurements (app/engines/probe_request.py) do not."""
         return self.expected_cached_tokens < len(self.prompt_token_ids)
+
+    @property
+    def counts_output(self) -> bool:
+        """Whether what is sampled next depends on which of the tokens so far are output."""
+        return any(self.sampling.get(name) for name in COUNTS_OUTPUT)
 
     def resumed(self, token_ids: list[int]) -> GenerateRequest:
         """Return the request that goes on after `token_ids`, all that was generated for this one.

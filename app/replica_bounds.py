@@ -30,8 +30,8 @@ def parse_targets(texts: Sequence[str]) -> dict[str, Bounds]:
         if match is None:
             raise ConfigError(text, "say POOL=N or POOL=MIN..MAX, for example prefill=3 or decode=2..6")
         bounds = Bounds(int(match[1]), int(match[2] or match[1]))
-        if not 1 <= bounds.low <= bounds.high:
-            raise ConfigError(text, "a pool has at least 1 replica, and MIN is not above MAX")
+        if not bounds.low <= bounds.high or bounds.high == 0:
+            raise ConfigError(text, "MIN is not above MAX, and a pool may have at least 1 replica (0..N lets it sleep)")
         if pool in targets:
             raise ConfigError(text, f"{pool} is there twice")
         targets[pool] = bounds

@@ -17,15 +17,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from ray.serve.config import AutoscalingContext
 from ray.util.metrics import Gauge
 
+from app.autoscaling.activity import activity_of
 from app.autoscaling.load import FIELDS, Load, mean_load
 from app.autoscaling.replica_plan import Plan, Replicas, SeenCapacity, Targets, measure, plan_frontend, plan_pool
-from deployments.serve_hooks import put_internal_kv
+from deployments.serve_hooks import get_internal_kv, put_internal_kv
 
 logger = logging.getLogger("ray.serve")
 
+WANTED = "the model has work, or a request waits for it to wake"
+ASLEEP = "asleep: the next request wakes the model"
 PUBLISH_S = 5.0
 """How often a plan that has not changed is published again."""
 
@@ -33,6 +37,11 @@ PUBLISH_S = 5.0
 def plan_key(application: str, deployment: str) -> str:
     """Return the key in Ray's internal KV under which the last plan of a deployment is."""
     return f"baton:autoscaling:{application}:{deployment}"
+
+
+def wish_key(application: str, model: str) -> str:
+    """Return the key in Ray's internal KV under which frontends wish for a model that sleeps."""
+    return f"baton:wish:{application}:{model}"
 
 
 class Policy:
@@ -113,9 +122,10 @@ class FrontendPolicy(Policy):
 class PoolPolicy(Policy):
     """The policy of one pool."""
 
-    def __init__(self, model: str, role: str, **targets: Any) -> None:
+    def __init__(self, model: str, role: str, *, may_sleep: bool = False, **targets: Any) -> None:
         """`targets` are the fields of `Targets`."""
         super().__init__(role, model)
+        self._may_sleep = may_sleep
         self._targets = Targets(**targets)
         self._capacity = SeenCapacity()
         self._capacity_at = time.monotonic()
@@ -128,7 +138,18 @@ class PoolPolicy(Policy):
         self._capacity_at = now
         running = len(context.running_replicas)
         replicas = Replicas(target=context.target_num_replicas, running=running, reporting=len(loads))
-        return plan_pool(loads, self._capacity, self._targets, replicas)
+        plan = plan_pool(loads, self._capacity, self._targets, replicas)
+        return self._awake_or_asleep(context, plan, loads, now) if self._may_sleep else plan
+
+    def _awake_or_asleep(self, context: AutoscalingContext, plan: Plan, loads: Sequence[Load], now: float) -> Plan:
+        """Keep at least one replica while any pool of the model has work or a request waits for it."""
+        activity = activity_of(context.app_name or "", self._model)
+        activity.hear(get_internal_kv(wish_key(context.app_name or "", self._model)), now)
+        if any(load.sequences or load.prompts for load in loads):
+            activity.has_work(now)
+        if activity.is_wanted(now):
+            return plan if plan.replicas >= 1 else msgspec.structs.replace(plan, replicas=1.0, reason=WANTED)
+        return plan if plan.replicas or context.running_replicas else msgspec.structs.replace(plan, reason=ASLEEP)
 
 
 class Arrivals:

@@ -81,13 +81,12 @@ def for_frontends(config: BatonConfig) -> BatonConfig:
     So a change of their number, or of the environment in which a pool's replicas run, does not change the frontends'
     version, and they are not restarted.
     """
-    plain = {**{name: field.default for name, field in DeploymentConfig.model_fields.items()}, "python": None}
+    of_replicas = [*DeploymentConfig.model_fields, "python", "drain_s"]
+    plain = {name: PoolConfig.model_fields[name].default for name in of_replicas}
 
     def strip(model: ModelConfig) -> ModelConfig:
-        pools = {role: model.pool(role) for role in get_args(Role)}
-        return model.model_copy(
-            update={role: pool.model_copy(update=plain) if pool else None for role, pool in pools.items()}
-        )
+        kept = {**plain, "autoscaling": {"min_replicas": 0} if model.may_sleep else None}
+        return model.model_copy(update={role: pool.model_copy(update=kept) for role, pool in model.pools().items()})
 
     frontend = config.frontend.model_copy(update={"replicas": None, "autoscaling": None})
     return config.model_copy(update={"models": [strip(model) for model in config.models], "frontend": frontend})
@@ -142,7 +141,10 @@ def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig
     transfers = model.transfers_kv(role)
     pools = {"decode": other, "prefill": other if transfers else None, "aggregated": None}
     pools[role] = PoolConfig(
-        engine=pool.engine, tensor_parallel_size=pool.tensor_parallel_size, engine_args=pool.engine_args
+        engine=pool.engine,
+        tensor_parallel_size=pool.tensor_parallel_size,
+        engine_args=pool.engine_args,
+        drain_s=pool.drain_s,
     )
     return BatonConfig.model_construct(  # unchecked: a user's model could not have an aggregated pool without prefill
         models=[model.model_copy(update={"server_args": {}, "routing": RoutingConfig(), "slo": SloConfig(), **pools})],
@@ -184,8 +186,11 @@ def pool_autoscaling(model: ModelConfig, role: Role) -> dict[str, Any] | None:
         "is_for_prompts": role != "decode" or not model.is_disaggregated,
         "is_for_decoding": role != "prefill",
     }
-    policy = {"policy_function": POOL_POLICY, "policy_kwargs": {"model": model.name, "role": role, **targets}}
-    return {"metrics_interval_s": REPORT_S, "policy": policy, **pool.autoscaling}
+    arguments = {"model": model.name, "role": role, "may_sleep": model.may_sleep, **targets}
+    policy = {"policy_function": POOL_POLICY, "policy_kwargs": arguments}
+    # It does not begin asleep, so that an engine that cannot start is seen at once.
+    begin = {"initial_replicas": 1} if model.may_sleep else {}
+    return {"metrics_interval_s": REPORT_S, "policy": policy, **begin, **pool.autoscaling}
 
 
 def _options(deployment: DeploymentConfig, num_gpus: float, autoscaling: dict[str, Any] | None) -> dict[str, Any]:
@@ -228,5 +233,10 @@ def check_autoscaling(config: BatonConfig) -> None:
             problem = error.errors()[0]
             name = ".".join((field, "autoscaling", *map(str, problem["loc"])))
             raise ConfigError(name, problem["msg"].removeprefix("Value error, ")) from None
-        if accepted.min_replicas == 0:
-            raise ConfigError(f"{field}.autoscaling.min_replicas", "at least 1: without replicas nobody sees a load")
+        if accepted.min_replicas == 0 and field == "frontend":
+            raise ConfigError(f"{field}.autoscaling.min_replicas", "at least 1: frontends wake the models that sleep")
+        if accepted.min_replicas == 0 and accepted.policy.policy_function != POOL_POLICY:
+            raise ConfigError(
+                f"{field}.autoscaling.policy",
+                "only Baton's own policy wakes pools: leave it out, or set min_replicas to 1",
+            )

@@ -7,6 +7,7 @@ import itertools
 import logging
 import uuid
 from collections.abc import Callable
+from itertools import islice
 from typing import Protocol
 
 import msgspec
@@ -41,6 +42,10 @@ from app.observers import tell
 
 logger = logging.getLogger("baton.channel")
 
+MAX_OFFERED = 16
+"""How many sequences are offered to others each time that a replica which is being removed asks.  To find a place for
+one takes some half a millisecond, for which all others of the frontend wait."""
+
 
 class SubmittedSequence:
     """One sequence on a channel, as its frontend sees it."""
@@ -49,6 +54,8 @@ class SubmittedSequence:
         self.number = number
         self.emit = emit
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.on_leaving: Callable[[], object] = lambda: None
+        """Called when the replica, which is being removed, asks to have the sequence taken elsewhere."""
 
     def fail(self, error: BatonError) -> None:
         if not self.ended.done():
@@ -187,10 +194,19 @@ class Channel:
         for number, failure in batch.failures:
             if (sequence := self._sequences.pop(number, None)) is not None:
                 sequence.fail(ERRORS.get(failure.error, EngineFailed)(failure.detail))
+        if batch.is_leaving:
+            self._offer_sequences()
         if batch.load is not None or batch.kv is not None or batch.links is not None:
             # This load no longer counts the sequences that ended just now.  Whoever waits for them has to uncount them
             # first, so the listener is called in the next turn of the event loop.
             asyncio.get_running_loop().call_soon(self._notify, batch)
+
+    def _offer_sequences(self) -> None:
+        """Offer some sequences to other replicas.  Those that stay come last the next time."""
+        for number in list(islice(self._sequences, MAX_OFFERED)):
+            sequence = self._sequences[number] = self._sequences.pop(number)
+            if not sequence.ended.done():
+                tell(sequence.on_leaving)
 
     def _give(self, sequence: SubmittedSequence, delta: TokenDelta) -> None:
         """Give a delta to its sequence.  If it cannot be taken, that sequence fails, and no other."""
@@ -260,4 +276,5 @@ def _merge(batches: list[Batch]) -> Batch:
         links[-1] if links else None,
         batches[-1].death,
         batches[-1].has_drained,
+        any(batch.is_leaving for batch in batches),
     )

@@ -123,6 +123,9 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     """In the last frame of a replica whose engine died: why."""
     has_drained: bool = False
     """In the last frame of one that stops: that nobody needs it any more."""
+    is_leaving: bool = False
+    """From a replica that is being removed: that the frontend take its sequences elsewhere, as far as it can.  The
+    replica goes on with each until it is cancelled, and asks again; a frontend that skips this lets them end there."""
 
 
 ERRORS: dict[str, type[BatonError]] = {

@@ -49,6 +49,8 @@ PUBLISH_PERIOD_S = 0.005
 CANNOT_BE_SENT = (
     f"one step of the engine brought more than the {MAX_BATCH_BYTES} bytes that can be sent; ask for fewer logprobs"
 )
+ASK_AGAIN_S = 0.2
+"""How often a replica that is being removed asks to have its sequences taken elsewhere."""
 MAX_WAITING_BLOCKS = 16_384
 """How many changed blocks of the prefix cache may wait for a frontend.  If there are more, it gets a snapshot."""
 
@@ -78,6 +80,7 @@ class FrontendChannel:
         self._failures: list[tuple[int, Failure]] = []
         self._load = load
         self._links = links
+        self._is_leaving = False
         self._kv: list[KvUpdate] = []
         self._num_waiting_blocks = 0
         self._snapshot = snapshot
@@ -107,6 +110,11 @@ class FrontendChannel:
         """Send the replica's links.  If they change while they wait, only the newest are sent."""
         self._links = links
         self._send_soon()
+
+    def ask_to_leave(self) -> None:
+        """Ask the frontend to take the sequences elsewhere."""
+        self._is_leaving = True
+        self._has_some.set()
 
     def put_kv(self, update: KvUpdate) -> None:
         """Send a change of the prefix cache.  Changes are merged when they are sent."""
@@ -218,8 +226,10 @@ class FrontendChannel:
             self._timer.cancel()
             self._timer, self._published_at = None, self._loop.time()
         kv = self._snapshot() if self._needs_snapshot else merge_waiting(self._kv)
-        batch = Batch(list(self._deltas.items()), self._failures, self._load, kv, self._links)
-        self._deltas, self._failures, self._load, self._links = {}, [], None, None
+        batch = Batch(
+            list(self._deltas.items()), self._failures, self._load, kv, self._links, is_leaving=self._is_leaving
+        )
+        self._deltas, self._failures, self._load, self._links, self._is_leaving = {}, [], None, None, False
         self._forget_waiting_kv()
         self._needs_snapshot = False
         return batch
@@ -302,10 +312,17 @@ class ChannelServer:
         for channel in self.channels.values():
             channel.put_kv(update)
 
-    async def drain(self) -> None:
-        """Return once no sequence runs."""
+    async def drain(self, drain_s: float) -> None:
+        """Return once no sequence runs.  After `drain_s` seconds the frontends are asked to take them elsewhere.
+
+        They are asked again and again, as they do so only while other replicas have room.
+        """
+        wait_s = drain_s
         while tasks := [task for channel in self.channels.values() for task in channel.tasks]:
-            await asyncio.wait(tasks)
+            if (await asyncio.wait(tasks, timeout=wait_s))[1]:
+                for channel in self.channels.values():
+                    channel.ask_to_leave()
+                wait_s = ASK_AGAIN_S
 
     async def stop(self, *, death: str = "", has_drained: bool = False) -> None:
         """Send what waits, end every connection and with it every sequence, and stop listening.

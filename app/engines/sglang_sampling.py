@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from app.errors import CannotResume, InvalidRequest
+from app.messages import COUNTS_OUTPUT
 
 DEFAULT_MAX_TOKENS = 16
 """vLLM's default: a request leaves out what is at vLLM's default."""
@@ -42,10 +43,6 @@ WITHOUT_EFFECT = frozenset(
 )
 """What concerns the frontend's detokenizer only, or what SGLang does by itself (it recomputes a prompt whose
 log probabilities are asked for)."""
-
-
-COUNTS_OUTPUT = ("presence_penalty", "frequency_penalty", "repetition_penalty", "structured_outputs")
-"""The parameters whose effect depends on which tokens are output.  SGLang takes those of another engine for prompt."""
 
 
 class Translation(msgspec.Struct, frozen=True, kw_only=True):

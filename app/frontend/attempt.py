@@ -11,7 +11,7 @@ from typing import Protocol
 import msgspec
 
 from app.errors import BatonError, EngineDead, EngineFailed, HandoffNotTaken, PrefillFailed, ReplicaLost
-from app.frontend.sequence_progress import SequenceProgress
+from app.frontend.sequence_progress import ResumeReason, SequenceProgress
 from app.messages import GenerateRequest, PrefillReport, Role
 from app.routing.decision import Candidate, Decision, RoutingHints
 from app.routing.ejection import STRONG, WEAK
@@ -70,7 +70,8 @@ class DecodePool(Protocol):
 
         Without a handoff, `local_reason` says why there is none.
 
-        Raises ReplicaLost, EngineDead, EngineFailed or InvalidRequest, and PrefillFailed before the first delta.
+        Raises ReplicaLost, EngineDead, EngineFailed or InvalidRequest, PrefillFailed before the first delta, and
+        TakenElsewhere once `SequenceProgress.on_leaving` has let the replica go.
         """
 
 
@@ -98,8 +99,16 @@ class Job(msgspec.Struct):
     """Replicas that took part in a failure whose cause is not known, or were too slow.  Others are preferred."""
     num_attempts: int = 0
     """The attempts that have begun."""
+    num_failed: int = 0
+    """The attempts that failed."""
     num_failed_on_engines: int = 0
     """The attempts that failed when an engine had the sequence, rather than on the way there."""
+    woken_at: float = 0.0
+    """When it last could be served by a model that had slept; until then it waited in no line."""
+    why_again: ResumeReason = "lost"
+    """Why the last attempt did not serve it."""
+    place: tuple[Decision, InFlight] | None = None
+    """What the next attempt is to go by, if it was decided already; the sequence counts on its replicas."""
 
 
 class Attempt:
@@ -134,7 +143,7 @@ class Attempt:
         self._was_sound = False
         """Whether the serving replica was there and not known to be bad when it got the sequence."""
         job.num_attempts += 1
-        job.progress.begin_attempt()
+        job.progress.begin_attempt(job.why_again)
 
     @property
     def serving(self) -> str:

@@ -21,6 +21,7 @@ import torch
 
 from app.config import LimitsConfig, ModelConfig
 from app.errors import (
+    Asleep,
     BatonError,
     CannotResume,
     DeadlineExceeded,
@@ -277,7 +278,7 @@ class PooledEngineClient(EngineClient):
             )
         except (BatonError, TimeoutError) as error:
             end = type(error).__name__
-            if isinstance(error, Overloaded):
+            if isinstance(error, Overloaded | Asleep):
                 context.refuse_for(error.retry_after_s)
             queue.put(_to_vllm_error(error))
         except Exception as error:
@@ -516,6 +517,8 @@ def _to_vllm_error(error: BatonError | TimeoutError) -> VLLMError:
         return VLLMValidationError(str(error))
     if isinstance(error, NoReplica):
         return RetryableRequestError("No replica is ready to serve this request; please retry.")
+    if isinstance(error, Asleep):
+        return RetryableRequestError("The model slept and is still waking up; please retry.")
     if isinstance(error, Overloaded):
         return _TooBusy("Too many prompts wait to be computed; please retry later.", HTTPStatus.TOO_MANY_REQUESTS)
     if isinstance(error, ReplicaLost | EngineDead | CannotResume):

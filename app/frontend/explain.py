@@ -70,6 +70,7 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
         "decided_us": round(decision.decided_in_s * 1e6, 1),
         "attempts": record.num_attempts,
         "resumed_after_ms": [_ms(gap_s) for gap_s in record.progress.resume_gaps_s],
+        "resume_reasons": record.progress.resume_reasons,
         "others": {
             role: [_explain_candidate(candidate) for candidate in candidates]
             for role, candidates in decision.others.items()

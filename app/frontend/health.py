@@ -8,10 +8,12 @@ from typing import Literal
 from app.config import ModelConfig
 from app.messages import Role
 
-State = Literal["ready", "degraded", "unavailable"]
-"""The state of one model: it has all of its pools; it is served without one of them; or it cannot be served now."""
+State = Literal["ready", "degraded", "asleep", "unavailable"]
+"""The state of one model: it has all of its pools; it is served without one of them; a request has to wake it, or is
+doing that; or it cannot be served now."""
 Status = Literal["healthy", "degraded", "unhealthy"]
-"""The state of all models: every one is ready; at least one is served; or none is, and /health answers 503."""
+"""The state of all models: every one is ready or asleep; at least one is served, or would be; or none, and /health
+answers 503."""
 
 
 def model_state(model: ModelConfig, ready: Mapping[Role, int]) -> State:
@@ -20,11 +22,13 @@ def model_state(model: ModelConfig, ready: Mapping[Role, int]) -> State:
         return "ready"
     decode_can_serve = ready["decode"] and (ready["prefill"] or model.can_decode_prefill)
     prefill_can_serve = ready.get("prefill") and model.can_prefill_decode
-    return "degraded" if decode_can_serve or prefill_can_serve or ready.get("aggregated") else "unavailable"
+    if decode_can_serve or prefill_can_serve or ready.get("aggregated"):
+        return "degraded"
+    return "asleep" if model.may_sleep else "unavailable"
 
 
 def overall_status(states: Iterable[State]) -> Status:
     found = set(states)
-    if found == {"ready"}:
+    if found <= {"ready", "asleep"}:
         return "healthy"
     return "unhealthy" if found == {"unavailable"} else "degraded"

@@ -190,7 +190,8 @@ def _headers(context: RequestContext, status: int) -> Iterator[tuple[bytes, byte
     if context.retry_after_s is not None and status == HTTPStatus.TOO_MANY_REQUESTS:
         yield b"retry-after", str(context.retry_after_s).encode("ascii")
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        yield b"retry-after", REPLACED_S
+        seconds = context.retry_after_s
+        yield b"retry-after", REPLACED_S if seconds is None else str(seconds).encode("ascii")
 
 
 class Deadline:

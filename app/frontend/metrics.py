@@ -75,9 +75,15 @@ INTER_TOKEN_LATENCY = Histogram(
 )
 RESUME_GAP = Histogram(
     "baton_resume_gap_seconds",
-    "How long clients waited for the next token of sequences that were resumed after their replica was lost.",
-    ["model"],
+    "How long clients waited for the next token of sequences that were resumed, as their replica was lost or drained.",
+    ["model", "reason"],
     buckets=_LATENCY_BUCKETS_S,
+)
+WAKE = Histogram(
+    "baton_wake_seconds",
+    "How long requests waited for a model that slept.",
+    ["model"],
+    buckets=(*_LATENCY_BUCKETS_S, 120.0, 300.0, 600.0),
 )
 
 # They are refused before vLLM's server sees them, whose metrics count all other responses.

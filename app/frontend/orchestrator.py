@@ -1,7 +1,8 @@
 """The order in which one sequence is served: decide, prefill, decode, fail over.
 
-1. Wait, if need be, until replicas have room (app/routing/waiting_line.py), and decide which of them serve it and where
-   its prompt is prefilled (app/routing/router.py).
+1. Wait, if need be, until the model wakes (app/frontend/waking.py) and until replicas have room
+   (app/routing/waiting_line.py).  Decide which of them serve it and where its prompt is prefilled
+   (app/routing/router.py).
 2. If that is remotely, start the prefill.  A handoff comes back at once, before its content exists.
    When it is nearly done, look again which replica is to decode.
 3. Give the request and the handoff to the decode replica, which waits for the descriptor, pulls the KV and streams.
@@ -10,7 +11,9 @@
 4. If the decode replica dies, another one takes its place, with a new prefill.  The handoff cannot be used twice: the
    first replica may have pulled the KV, which frees it on the prefill replica.
    After the first token the sequence is resumed: what was generated is added to the prompt, and goes on as output.
-5. What failed is left out for a while (app/routing/ejection.py).  A request that may have ended an engine is tried once
+5. If the decode replica is being removed and asks for it, the sequence goes on elsewhere in the same way.  Another
+   replica must have room for it first; until then it stays where it is, and no attempt counts as failed.
+6. What failed is left out for a while (app/routing/ejection.py).  A request that may have ended an engine is tried once
    more, and is refused when it has ended two (app/routing/quarantine.py).  All retries together are bounded
    (app/routing/retry_budget.py).
 
@@ -25,13 +28,16 @@ import math
 from collections.abc import Callable, Collection
 from functools import partial
 
+import msgspec
+
 from app.config import LimitsConfig
-from app.errors import BatonError, EngineDead, NoReplica, PrefillFailed, ReplicaLost
+from app.errors import BatonError, EngineDead, InvalidRequest, NoReplica, PrefillFailed, ReplicaLost, TakenElsewhere
 from app.frontend.attempt import Attempt, DecodePool, Job, Pools, PrefillPool
 from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.time_limits import Overdue, in_time
+from app.frontend.waking import Waker
 from app.messages import GenerateRequest
-from app.routing.decision import Decision, RoutingHints
+from app.routing.decision import Decision, RoutingHints, Wait
 from app.routing.in_flight import InFlight
 from app.routing.quarantine import Quarantine
 from app.routing.retry_budget import RetryBudget
@@ -62,16 +68,23 @@ class Orchestrator:
         aggregated: DecodePool | None = None,
         on_prefill: DecodePool | None = None,
         hands_over_early: bool = False,
+        can_resume_counting: bool = True,
+        waker: Waker | None = None,
     ) -> None:
-        """`on_prefill` are the prefill replicas as they serve whole sequences.
+        """`on_prefill` are the prefill replicas as they serve whole sequences; `waker` is for models that may sleep.
 
-        `hands_over_early` says that prefill needs to know where it is decoded before it computes (SGLang).
+        `hands_over_early` says that prefill needs to know where it is decoded before it computes (SGLang), and
+        `can_resume_counting` whether engines can go on with sequences that count their output (SGLang's cannot).
         """
         self._router = router
         self._pools = Pools(
             router, prefill, {"decode": decode, "aggregated": aggregated, "prefill": on_prefill}, hands_over_early
         )
         self._limits = limits
+        self._can_resume_counting = can_resume_counting
+        self.waker = waker
+        if waker is not None:
+            router.on_join(waker.on_join)
         self.quarantine = Quarantine(router.clock)
         """The prompts of this model that are refused."""
         router.on_end(self.quarantine.on_gone)
@@ -100,19 +113,27 @@ class Orchestrator:
         self.retry_budget.count_request()
         job = Job(request, request, hints, progress)
         async with in_time(progress, self._limits, deadline) as overdue:
-            while not await self._try(job, on_decision, overdue):
-                pass
+            try:
+                while not await self._try(job, on_decision, overdue):
+                    pass
+            finally:
+                if job.place is not None:  # the client left at the very moment when one was found
+                    job.place[1].end()
 
     async def _try(self, job: Job, on_decision: Callable[[Decision], object], overdue: Overdue) -> bool:
         """Make one attempt.  Returns whether it has served the sequence; if not, another one may."""
-        decision, in_flight = await self._turn(job)
+        place, job.place = job.place, None
+        decision, in_flight = place or await self._turn(job)
         try:
             on_decision(decision)
             # Not after `serve`: with its last token a sequence is cancelled, mostly before that returns.
             on_survived = partial(self.quarantine.on_success, job.original)
             attempt = Attempt(self._pools, job, decision, in_flight, self.line, on_survived)
+            job.progress.on_leaving = partial(self._take_elsewhere, job, attempt)
             try:
                 await attempt.serve()
+            except TakenElsewhere:
+                return False
             except (PrefillFailed, ReplicaLost, EngineDead) as error:
                 attempt.fail(error)
                 self._check_retry(job, attempt, error)
@@ -127,6 +148,7 @@ class Orchestrator:
 
     def _check_retry(self, job: Job, attempt: Attempt, error: BatonError) -> None:
         """Raise an error for the client unless the sequence, whose attempt failed by `error`, is to be tried again."""
+        job.num_failed, job.why_again = job.num_failed + 1, "lost"
         was_on_engine = attempt.was_on_engine(error)
         if (died := attempt.death(error)) is not None:
             self.quarantine.on_death(job.original, died)
@@ -138,7 +160,7 @@ class Orchestrator:
             return
         job.num_failed_on_engines += was_on_engine
         pool = "prefill" if isinstance(error, PrefillFailed) and attempt.prefill is not None else "decode"
-        if job.num_attempts == self._limits.max_attempts or job.num_failed_on_engines == MAX_FAILED_ON_ENGINES:
+        if job.num_failed == self._limits.max_attempts or job.num_failed_on_engines == MAX_FAILED_ON_ENGINES:
             raise NoReplica(pool) from error
         if not self.retry_budget.take():
             logger.warning("request_id=%s is not tried again: the retry budget is spent", job.request.request_id)
@@ -150,26 +172,68 @@ class Orchestrator:
         It takes nothing from the retry budget: those who lose their replica have been admitted already, and they are
         no more than it served.
         """
-        if job.num_attempts == self._limits.max_attempts:
+        if job.num_failed == self._limits.max_attempts:
             raise ReplicaLost(attempt.serving, str(error)) from error
         job.request = job.original.resumed(job.progress.token_ids)
         logger.warning(
             "request_id=%s goes on elsewhere after %d tokens", job.request.request_id, len(job.progress.token_ids)
         )
 
+    def _take_elsewhere(self, job: Job, attempt: Attempt, let_go: Callable[[], object]) -> None:
+        """Have the sequence go on elsewhere if another replica has room for it now, as its own asks for.
+
+        If none has, or if engines cannot go on with it, it stays where it is.  The tokens that the next attempt goes on
+        after are all that have come when the replica is let go, as nothing is awaited in between.
+        """
+        token_ids = job.progress.token_ids
+        if token_ids and job.original.counts_output and not self._can_resume_counting:
+            return
+        request = job.original.resumed(token_ids) if token_ids else job.request
+        without = job.lost | job.suspects | {attempt.serving}
+        try:
+            decision = self._router.decide(request, job.hints, without)
+        except (NoReplica, InvalidRequest):
+            return
+        if isinstance(decision, Wait) or self._router.ejections.is_ejected(decision.serving.replica):
+            return
+        job.lost.add(attempt.serving)
+        job.request, job.why_again = request, "drained"
+        job.place = decision, self._router.begin(request, decision)
+        let_go()
+        logger.info(
+            "request_id=%s replica=%s is drained: goes on at %s after %d tokens",
+            *(request.request_id, attempt.serving, decision.serving.replica, len(token_ids)),
+        )
+
     async def _turn(self, job: Job) -> tuple[Decision, InFlight]:
         """Wait until replicas have room for the request, and if there are none for those that are about to join.
 
-        Raises NoReplica, Overloaded or InvalidRequest.
+        Raises NoReplica, Asleep, Overloaded or InvalidRequest.
         """
         try:
             return await self._turn_now(job)
         except NoReplica:
+            if self.waker is not None and not all(pool.replicas for pool in self._router.pools.values()):
+                return await self._turn_once_awake(job, self.waker)
             joining = [task for pool in self._router.pools.values() for task in pool.joining.values()]
             if not joining:
                 raise
             await asyncio.wait(joining, timeout=HANDOVER_S, return_when=asyncio.FIRST_COMPLETED)
         return await self._turn_now(job)
+
+    async def _turn_once_awake(self, job: Job, waker: Waker) -> tuple[Decision, InFlight]:
+        """Wait until the model is awake, and then in line as if the request had come only now.
+
+        Raises Asleep, Overloaded or InvalidRequest.
+        """
+
+        async def turn() -> tuple[Decision, InFlight]:
+            job.woken_at = self._router.clock()
+            return await self._turn_now(job)
+
+        decision, in_flight = await waker.until_served(turn)
+        waited_s = self._router.clock() - job.progress.waits_since
+        return msgspec.structs.replace(decision, waited_s=waited_s), in_flight
 
     async def _turn_now(self, job: Job) -> tuple[Decision, InFlight]:
         """Wait until replicas have room for the request: if possible others than those that may have failed it.
@@ -189,7 +253,8 @@ class Orchestrator:
         def on_turn(decision: Decision, in_flight: InFlight) -> None:
             turn.set_result((decision, in_flight))
 
-        ticket = self.line.join(job.request, job.hints, lost, job.progress.waits_since, on_turn, turn.set_exception)
+        since = max(job.progress.waits_since, job.woken_at)
+        ticket = self.line.join(job.request, job.hints, lost, since, on_turn, turn.set_exception)
         if ticket is None:
             return turn.result()
         try:

@@ -32,7 +32,7 @@ class RequestContext:
         self.failure: dict[str, Any] | None = None
         """The ``error`` object that ended the request: ``message``, ``type``, ``param`` and the status as ``code``."""
         self.retry_after_s: int | None = None
-        """Whole seconds, at least one; None unless the request was refused for overload."""
+        """Whole seconds, at least one; None unless the request was refused for overload or by a model that sleeps."""
         self.num_sequences = 0
         """The sequences that the request has at present, over all its prompts; `num_prompt_tokens` and
         `num_prompt_logprobs` are of these."""

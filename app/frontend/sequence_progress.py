@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
 from app.messages import Emit, PrefillKind, PrefillReport, TokenDelta
 from app.observers import tell
+
+ResumeReason = Literal["lost", "drained"]
+"""Why a sequence went on elsewhere: its replica was *lost*, or is being removed and was *drained*."""
 
 
 class SequenceProgress:
@@ -44,12 +48,18 @@ class SequenceProgress:
         later."""
         self.resume_gaps_s: list[float] = []
         """How long the client waited for the next token each time when the sequence was resumed."""
+        self.resume_reasons: list[ResumeReason] = []
+        """Why it was, each time."""
         self.on_first: Callable[[float], object] = lambda attempt_ttft_s: None
         """Called before the first delta is passed on, with the seconds since the start of the attempt."""
         self.on_report: Callable[[PrefillReport], object] = lambda report: None
         """Called with each report, before `on_first`."""
+        self.on_leaving: Callable[[Callable[[], object]], object] = lambda let_go: None
+        """Called when the replica asks to have the sequence taken elsewhere, with a function that makes
+        `DecodePool.generate` raise TakenElsewhere.  Nothing that the replica sends counts from then on."""
         self._emit = emit
         self._clock = clock
+        self._resume_reason: ResumeReason = "lost"
         self.attempt_began_at = self.arrived_at
         self.has_first_token = False
         """Whether a delta of the present attempt came."""
@@ -71,8 +81,9 @@ class SequenceProgress:
     def now(self) -> float:
         return self._clock()
 
-    def begin_attempt(self) -> None:
-        """Note the start of an attempt: replicas have been chosen, for the first time or again."""
+    def begin_attempt(self, why_again: ResumeReason = "lost") -> None:
+        """Note the start of an attempt: replicas have been chosen, for the first time, or again for this reason."""
+        self._resume_reason = why_again
         self.attempt_began_at = self._clock()
         self.waits_since = self.last_token_at
         self.has_first_token = False
@@ -106,4 +117,5 @@ class SequenceProgress:
         else:
             self.last_gap_s = None
             self.resume_gaps_s.append(now - self.last_token_at)
+            self.resume_reasons.append(self._resume_reason)
         tell(self.on_first, now - self.attempt_began_at)

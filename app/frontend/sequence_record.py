@@ -46,7 +46,6 @@ class SequenceRecord:
         self.num_attempts = 0
         self._model = model
         self._gaps = _labelled(metrics.INTER_TOKEN_LATENCY, model)
-        self._resume_gaps = _labelled(metrics.RESUME_GAP, model)
         self._request_id = request_id
         self._prompt_tokens = prompt_tokens
         self.slo = slo
@@ -68,7 +67,8 @@ class SequenceRecord:
         if (gap_s := self.progress.last_gap_s) is not None:
             self._gaps.observe(gap_s)
         elif self.progress.resume_gaps_s:
-            self._resume_gaps.observe(self.progress.resume_gaps_s[-1])
+            reason = self.progress.resume_reasons[-1]
+            _labelled(metrics.RESUME_GAP, self._model, reason).observe(self.progress.resume_gaps_s[-1])
 
     @observing
     def on_end(self, end: str) -> None:
@@ -84,7 +84,7 @@ class SequenceRecord:
             self._count_prompt(progress.prompt_report, progress.ttft_s)
         logger.info(
             "request_id=%s model=%s end=%s prompt_tokens=%d output_tokens=%d ttft_ms=%s total_ms=%.1f %s %s "
-            "resumed_after_ms=%s session=%s",
+            "resumed_after_ms=%s resume_reasons=%s session=%s",
             self._request_id,
             self._model,
             end,
@@ -95,6 +95,7 @@ class SequenceRecord:
             _describe_prefill(progress.prompt_report),
             self._describe_decision(),
             ",".join(map(_ms, progress.resume_gaps_s)) or "none",
+            ",".join(progress.resume_reasons) or "none",
             "yes" if self._has_session else "no",
         )
 

@@ -164,6 +164,8 @@ class PoolState:
         self._ejections = ejections or Ejections(time.monotonic)
         self._ids: list[str] = []
         self._ring = SessionRing()
+        self.on_join: Callable[[], object] = lambda: None
+        """Called when a replica has come."""
         self.on_change: Callable[[], object] = lambda: None
         """Called when a replica has come or has told something of itself."""
         self.on_end: Callable[[str, str | None], object] = lambda replica, node: None
@@ -182,6 +184,7 @@ class PoolState:
         self._ids.append(info.replica_id)
         self._ring.add(info.replica_id)
         self._ejections.roles[info.replica_id] = info.role
+        self.on_join()
         self.on_change()
 
     def leave(self, replica: str) -> None:

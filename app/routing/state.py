@@ -64,6 +64,11 @@ class RouterState:
         for pool in self.pools.values():
             pool.on_change = call
 
+    def on_join(self, call: Callable[[], object]) -> None:
+        """Have `call` called when a replica has come."""
+        for pool in self.pools.values():
+            pool.on_join = call
+
     def on_end(self, call: Callable[[str, str | None], object]) -> None:
         """Have `call` called with each replica that ends, as `PoolState.on_end` says."""
         for pool in self.pools.values():

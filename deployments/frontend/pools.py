@@ -20,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 
 from app.background import watch
 from app.channel.client import Channel, SubmittedSequence
-from app.errors import BatonError, HandoffNotTaken, PrefillFailed, ReplicaLost
+from app.errors import BatonError, HandoffNotTaken, PrefillFailed, ReplicaLost, TakenElsewhere
 from app.frontend.attempt import Handoff, Lost
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest
@@ -75,6 +75,8 @@ class ChannelPool:
     ) -> None:
         channel = self._channels.channel(replica)
         sequence = channel.submit(request, progress.take, has_handoff=handoff is not None, local_reason=local_reason)
+        let_go = partial(sequence.fail, TakenElsewhere())
+        sequence.on_leaving = lambda: progress.on_leaving(let_go)
         try:
             if isinstance(handoff, RayHandoff):
                 self._hand_over(handoff, channel, sequence, replica, progress)

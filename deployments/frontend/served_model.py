@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,12 +16,14 @@ from app.config import LimitsConfig, ModelConfig
 from app.errors import BatonError
 from app.frontend.health import model_state
 from app.frontend.orchestrator import Orchestrator
+from app.frontend.waking import Waker
 from app.messages import Role
 from app.routing.router import Router
 from app.routing.slowness import slowness
+from deployments.autoscaling import wish_key
 from deployments.frontend.pools import ChannelPool, RayDecodePool, RayPrefillPool
 from deployments.ready_replicas import ready_replicas_of
-from deployments.serve_hooks import deployment_id_of
+from deployments.serve_hooks import deployment_id_of, put_internal_kv
 
 STATS_TIMEOUT_S = 2.0
 """How long a replica may take to answer for /stats, which says of the others what it knows."""
@@ -44,6 +48,10 @@ class ServedModel:
         decode = RayDecodePool(handles["decode"], pools["decode"])
         prefill = RayPrefillPool(handles["prefill"], pools["prefill"]) if "prefill" in handles else None
         aggregated = RayDecodePool(handles["aggregated"], pools["aggregated"]) if "aggregated" in handles else None
+        application = handles["decode"].app_name
+        waker = (
+            Waker(model.name, partial(_wish, application, model.name), limits.max_wake_s) if model.may_sleep else None
+        )
         self.orchestrator = Orchestrator(
             self.router,
             prefill,
@@ -52,6 +60,8 @@ class ServedModel:
             aggregated=aggregated,
             on_prefill=prefill,
             hands_over_early=model.hands_over_early,
+            can_resume_counting=model.can_resume_counting,
+            waker=waker,
         )
         by_role: dict[Role, ChannelPool | None] = {"decode": decode, "prefill": prefill, "aggregated": aggregated}
         self._pools = {role: pool for role, pool in by_role.items() if pool is not None}
@@ -143,9 +153,14 @@ class ServedModel:
             self._pools[role].tell_backlog(*(backlog if role == short else (0, 0)))
 
     def describe_line(self) -> dict[str, Any]:
-        """Return who waits in this frontend, and for what."""
-        line = self.orchestrator.line
-        return {"requests": line.num_waiting, "queued_tokens": line.queued_tokens, "lacks": line.lacks or None}
+        """Return who waits in this frontend, and for what; `waking` are requests that wait for the model to wake."""
+        line, waker = self.orchestrator.line, self.orchestrator.waker
+        return {
+            "requests": line.num_waiting,
+            "queued_tokens": line.queued_tokens,
+            "lacks": line.lacks or None,
+            "waking": waker.num_waiting if waker is not None else 0,
+        }
 
     def _describe_state(self, role: Role, replica: str) -> dict[str, int] | None:
         """What this frontend believes of a replica; None if it has no connection to it."""
@@ -158,3 +173,8 @@ class ServedModel:
             **{f"own_{name}": gauge.own for name, gauge in gauges.items()},
             "cached_blocks": pool.index.num_blocks(replica),
         }
+
+
+async def _wish(application: str, model: str) -> None:
+    """Tell the pools' scaling policies that a model is wanted.  Ray's GCS is not called on the event loop."""
+    await asyncio.to_thread(put_internal_kv, wish_key(application, model), uuid.uuid4().hex)

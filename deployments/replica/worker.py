@@ -64,6 +64,7 @@ class Worker:
         self._port = reserve_port(transfer.port_min, transfer.port_max) if transfer else None
         pool = self._model.pool(self.role)
         assert pool is not None
+        self._drain_s = pool.drain_s
         spec = self._spec(pool, device)
         self._background = BackgroundTasks(f"replica_id={self._replica_id}", self._leave)
         self._death: EngineDead | None = None
@@ -260,7 +261,7 @@ class Worker:
 
     async def drain(self) -> None:
         """Wait until nobody needs this replica any more."""
-        await self._server.drain()
+        await self._server.drain(self._drain_s)
 
     async def __del__(self) -> None:
         """Drain and stop.  Serve calls this once no frontend chooses this replica any more.

@@ -14,6 +14,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
+from app.engines.base import EngineSpec
+from app.engines.registry import create_engine
+from app.messages import GenerateRequest, TokenDelta
+from app.models.source import local_path
 from deployments.serve_hooks import get_internal_kv, serve_details
 from tests.conftest import wait_until
 
@@ -34,7 +38,7 @@ LONG_OUTPUTS = {"prompt_tokens": 20, "max_tokens": 80, "every_s": 0.15}
 
 
 def arguments(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]:
-    pool = {"engine": "sim", "resources": {"num_cpus": 0.1}, "graceful_shutdown_timeout_s": 60}
+    pool = {"engine": "sim", "resources": {"num_cpus": 0.1}, "graceful_shutdown_timeout_s": 60, "drain_s": 1}
     model = {
         "name": "tiny",
         "source": "baton:tiny",
@@ -44,7 +48,8 @@ def arguments(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]
         "routing": {"placement": {"policy": "remote"}},
         "slo": {"ttft_ms": 1000},
     }
-    limits = {"max_ttft_ms": 60_000}  # the waves are far too much for the pools that they begin with
+    # The waves are far too much for the pools that they begin with, and no pool wakes as soon as its limit asks.
+    limits = {"max_ttft_ms": 60_000, "max_wake_s": 0.5}
     return {"models": [model], "transfer": {}, "limits": limits, "frontend": {"resources": {"num_cpus": 0.1}}}
 
 
@@ -63,6 +68,10 @@ class Application:
         serve.run(build(arguments(prefill, decode)), name="scaling", route_prefix="/scaling")
         wait_until(self._is_healthy, 30, "both pools ready")
 
+    def failures(self) -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"{self.url}/stats").json()["frontend"]["failures"]["tiny"]
+        return found
+
     def _is_healthy(self) -> bool:
         answer = httpx.get(f"{self.url}/health")
         return answer.is_success and answer.json()["status"] == "healthy"
@@ -70,6 +79,15 @@ class Application:
     def deployments(self) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = serve_details()["applications"]["scaling"]["deployments"]
         return found
+
+    def model(self) -> dict[str, Any]:
+        """Return what the frontend says of the model."""
+        (found,) = httpx.get(f"{self.url}/v1/models").json()["data"]
+        return dict(found)
+
+    def status(self) -> tuple[int, str]:
+        answer = httpx.get(f"{self.url}/health")
+        return answer.status_code, answer.json()["status"]
 
     def targets(self) -> dict[str, int]:
         return {role: self.deployments()[f"{role}-tiny"]["target_num_replicas"] for role in ("prefill", "decode")}
@@ -123,6 +141,12 @@ class Application:
             if sample.name == "baton_prefills_total" and sample.labels["model"] == "tiny"
         }
 
+    def count(self, sample: str, **labels: str) -> float:
+        """Return a count of the only frontend, summed over the labels that are not given; 0 if there is none."""
+        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
+        found = [each for family in families for each in family.samples if each.name == sample]
+        return sum(each.value for each in found if labels.items() <= each.labels.items())
+
     async def until(self, condition: Callable[[], Any], timeout_s: float, what: str) -> None:
         """Call `wait_until` in a thread, so that requests are sent while the condition is evaluated."""
         await asyncio.to_thread(wait_until, condition, timeout_s, what)
@@ -165,20 +189,86 @@ class Application:
 @pytest.fixture(scope="module")
 def app(serve_url: str) -> Iterator[Application]:
     app = Application(serve_url)
-    app.deploy({"replicas": 2}, {"replicas": 2})
+    app.deploy({"replicas": 2}, {"replicas": 3})
     yield app
     serve.delete("scaling")
 
 
+async def undisturbed(prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """Return what an engine generates for these prompts if nothing happens to it."""
+    spec = EngineSpec(
+        role="decode",
+        is_disaggregated=False,
+        replica_id="undisturbed",
+        model_path=local_path("baton:tiny"),
+        device="cpu",
+        tensor_parallel_size=1,
+        engine_args={"max_model_len": 2048, "speed_up": "max"},
+    )
+    engine = create_engine("sim", spec)
+    await engine.start()
+    try:
+        answers: list[list[int]] = []
+        for prompt in prompts:
+            deltas: list[TokenDelta] = []
+            sampling = {"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True}
+            await engine.generate(
+                GenerateRequest(request_id="r", prompt_token_ids=prompt, sampling=sampling), None, deltas.append
+            )
+            answers.append([token for delta in deltas for token in delta.token_ids])
+        return answers
+    finally:
+        await engine.stop()
+
+
+async def test_long_streams_of_a_replica_that_is_removed_go_on_elsewhere(app: Application) -> None:
+    """Each would take 45 s to end where it is.  The clients leave once the replica has gone and all have gone on."""
+    num_tokens = 1800
+    prompts = [[700 + number, *range(300, 339)] for number in range(6)]
+    expected = await undisturbed(prompts, num_tokens)
+    received: list[list[int]] = [[] for _ in prompts]
+    before = app.pids("decode")
+
+    async def stream(http: httpx.AsyncClient, number: int) -> None:
+        body = {"prompt": prompts[number], "max_tokens": num_tokens, "temperature": 0, "return_token_ids": True}
+        async with http.stream(
+            "POST", "/v1/completions", json={**body, "model": "tiny", "ignore_eos": True, "stream": True}
+        ) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    received[number] += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
+        raise AssertionError(f"stream {number} ended after {len(received[number])} tokens")
+
+    async with app.client() as http, asyncio.TaskGroup() as group:
+        streams = [group.create_task(stream(http, number)) for number in range(len(prompts))]
+        await app.until(lambda: all(received) and min(app.used_blocks("decode")) > 0, 20, "each replica decodes")
+        await asyncio.to_thread(app.deploy, {"replicas": 2}, {"replicas": 2})
+        await app.until(lambda: len(app.pids("decode")) == 2, 30, "the replica is gone")
+        so_far = [len(tokens) for tokens in received]
+        await app.until(
+            lambda: all(len(tokens) > count + 3 for tokens, count in zip(received, so_far, strict=True)),
+            20,
+            "all go on",
+        )
+        for task in streams:
+            task.cancel()
+    assert app.pids("decode") < before
+    assert [tokens == answer[: len(tokens)] for tokens, answer in zip(received, expected, strict=True)] == [True] * 6
+    assert app.count("baton_resume_gap_seconds_count", reason="drained") >= 2
+    assert app.count("baton_resume_gap_seconds_count", reason="lost") == 0
+    assert app.failures()["ejections_so_far"] == {}
+
+
 async def test_what_shrinks_under_load_loses_neither_streams_nor_kv(app: Application) -> None:
     """Of 48 sequences, 8 decode at once for 2 s, so the KV of the others waits on prefill for up to 10 s."""
+    before = app.prefills()[("remote", "")]
     async with app.client() as http, asyncio.TaskGroup() as group:
         for _ in range(48):
             group.create_task(app.request(http, prompt_tokens=40, max_tokens=80))
         await app.until(lambda: min(app.used_blocks("prefill")) > 0, 10, "KV waits on both prefill replicas")
         await asyncio.to_thread(app.deploy, {"replicas": 1}, {"replicas": 1})
     assert app.ended == {"whole": 48}
-    assert app.prefills() == {("remote", ""): 48}
+    assert app.prefills() == {("remote", ""): before + 48}
     await app.until(lambda: len(app.pids("prefill")) == len(app.pids("decode")) == 1, 20, "one of each is left")
 
 
@@ -202,3 +292,29 @@ async def grows(app: Application, role: str, wave: dict[str, Any], while_stays: 
         assert plan["signals"]
     assert seen == {1}, f"{while_stays} grew too"
     await app.until(lambda: app.targets() == {"prefill": 1, "decode": 1}, 20, f"{role} returns")
+
+
+async def test_an_idle_model_sleeps_and_its_clients_wake_it(app: Application) -> None:
+    """They are told when to come again, as no engine starts within `max_wake_s`, and come as OpenAI's clients do."""
+    sleepy = {"autoscaling": {**QUICKLY, "min_replicas": 0}}
+    await asyncio.to_thread(app.deploy, sleepy, sleepy)
+    await app.until(lambda: app.model()["state"] == "asleep", 60, "the model sleeps")
+    assert app.status() == (200, "healthy")
+    assert app.targets() == {"prefill": 0, "decode": 0}
+    assert "asleep" in app.plan("decode-tiny")["reason"]
+    refused: list[httpx.Response] = []
+
+    async def ask(http: httpx.AsyncClient) -> httpx.Response:
+        while True:
+            answer = await http.post("/v1/completions", json={"model": "tiny", "prompt": "hello", "max_tokens": 3})
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                return answer
+            refused.append(answer)
+
+    async with app.watching("decode") as seen, app.client() as http, asyncio.timeout(60):
+        answers = await asyncio.gather(*(ask(http) for _ in range(8)))
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert {answer.headers["retry-after"] for answer in refused} == {"1"}
+    assert seen <= {0, 1}, "each request wakes a replica of its own"
+    assert app.count("baton_wake_seconds_count") >= 1
+    await app.until(lambda: app.model()["state"] == "ready", 30, "prefill has woken too")

@@ -34,6 +34,7 @@ def section(changed: list[dict[str, Any]], model: int, pool: str) -> dict[str, A
 
 def test_targets_are_a_number_or_two() -> None:
     assert parse_targets(["prefill=3", "decode=2..6"]) == {"prefill": Bounds(3, 3), "decode": Bounds(2, 6)}
+    assert parse_targets(["decode=0..2"]) == {"decode": Bounds(0, 2)}
 
 
 @pytest.mark.parametrize(

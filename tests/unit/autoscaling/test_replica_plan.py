@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import pickle
 import time
 from collections import Counter
 from itertools import pairwise
@@ -16,9 +17,11 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray import cloudpickle
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
+from app.autoscaling import activity
 from app.autoscaling.load import FIELDS, Load, LoadMeter, mean_load
 from app.autoscaling.replica_plan import Plan, Replicas, SeenCapacity, Targets, measure, plan_frontend, plan_pool
 from app.channel.protocol import Backlog
@@ -289,7 +292,7 @@ class Draining:
 )
 async def test_a_prefill_replica_that_is_removed_waits(engine: Draining, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.replica.prefill.HELD_KV_POLL_S", 0.001)
-    worker = Prefill(_engine=engine, _server=Mock(drain=AsyncMock()), _replica_id="p")
+    worker = Prefill(_engine=engine, _server=Mock(drain=AsyncMock()), _replica_id="p", _drain_s=5.0)
     async with asyncio.timeout(5):
         await worker.drain()
     assert engine.answers == []
@@ -517,3 +520,63 @@ def test_a_plan_that_cannot_be_published_counts_all_the_same(
     replace(monkeypatch, "_publish", "put_internal_kv", Mock(side_effect=ConnectionError("no GCS")))
     assert Policy()(context(BUSY))[0] > 1
     assert "no GCS" in caplog.text
+
+
+class Sleepy:
+    """The policies of a model that may sleep, and what its frontends wish."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.wish: bytes | None = None
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(activity, "_models", {})
+        scope = autoscaling.PoolPolicy._awake_or_asleep.__globals__
+        monkeypatch.setitem(scope, "get_internal_kv", lambda key: self.wish if key == "baton:wish:baton:tiny" else None)
+        targets = {"ttft_s": 2.0, "itl_s": 0.05, "is_for_prompts": True}
+        self.prefill, self.decode = (
+            autoscaling.PoolPolicy("tiny", role, may_sleep=True, **targets) for role in ("prefill", "decode")
+        )
+
+    def wanted(self, policy: autoscaling.PoolPolicy, *reports: list[dict[str, float]], target: int = 1) -> int:
+        """How many replicas a pool with these reports is to have, rounded up as Serve does."""
+        return math.ceil(policy(context(*reports, target=target, newest=self.now))[0])
+
+
+NO_WORK: list[dict[str, float]] = [{}, {}]
+LITTLE = [{}, {"decoding": 0.01}]
+
+
+def test_an_idle_model_needs_no_replica_and_a_wish_wakes_all_of_its_pools(
+    published: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Sleepy(monkeypatch)
+    model.wish = b"of long ago"
+    assert [model.wanted(pool, NO_WORK) for pool in (model.prefill, model.decode)] == [0, 0]
+    assert [model.wanted(pool, target=0) for pool in (model.prefill, model.decode)] == [0, 0]
+    assert published["baton:autoscaling:baton:decode-tiny"]["reason"] == autoscaling.ASLEEP
+    model.wish = b"new"
+    assert [model.wanted(pool, target=0) for pool in (model.decode, model.prefill)] == [1, 1]
+    model.now += activity.WANTED_S
+    assert [model.wanted(pool, target=0) for pool in (model.prefill, model.decode)] == [0, 0]
+
+
+def test_no_pool_sleeps_while_another_of_the_model_has_work(
+    published: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Sleepy(monkeypatch)
+    assert model.wanted(model.prefill, NO_WORK) == 0
+    assert model.wanted(model.decode, LITTLE) == 1
+    assert model.wanted(model.prefill, target=0) == 1
+    other = autoscaling.PoolPolicy("other", "decode", may_sleep=True, ttft_s=2.0, itl_s=0.05, is_for_prompts=True)
+    assert model.wanted(other, NO_WORK) == 0
+
+
+def test_a_model_that_may_not_sleep_reads_no_wishes(published: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    scope = autoscaling.PoolPolicy._awake_or_asleep.__globals__
+    monkeypatch.setitem(scope, "get_internal_kv", Mock(side_effect=AssertionError("it was read")))
+    assert Policy()(context(NO_WORK))[0] == 0
+
+
+def test_policies_that_serve_has_unpickled_know_the_same_models() -> None:
+    policies = [pickle.loads(cloudpickle.dumps(autoscaling.PoolPolicy)) for _ in range(2)]
+    assert {policy._awake_or_asleep.__globals__["activity_of"] for policy in policies} == {activity.activity_of}

@@ -145,7 +145,7 @@ async def drive(steps: list[tuple[str, int, int]]) -> None:
     await rest()
     assert len(replica.channel) == 0
     async with asyncio.timeout(PATIENCE_S):
-        await replica.server.drain()
+        await replica.server.drain(PATIENCE_S)
     replica.do("close", 0)
     await rest()
     assert replica.attending.done()
@@ -177,7 +177,7 @@ async def test_a_task_that_somebody_else_cancels_before_it_has_begun_is_forgotte
     for task in channel.tasks:
         task.cancel()
     async with asyncio.timeout(PATIENCE_S):
-        await server.drain()
+        await server.drain(PATIENCE_S)
     assert server.num_sequences() == 0
     await until(lambda: closed == ["channel"])
 

@@ -3,18 +3,19 @@
 import asyncio
 import itertools
 import struct
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.channel import server
+from app.channel import client, server
 from app.channel.client import Channel, _merge
 from app.channel.protocol import PROTOCOL_VERSION, Backlog, Batch, Hello, Submit, to_frame
 from app.channel.server import ChannelServer, FrontendChannel
-from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost
+from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost, TakenElsewhere
 from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta
 from tests.unit.waiting import PATIENCE_S, until
 
@@ -95,9 +96,15 @@ async def connected(told: Told | None = None) -> AsyncGenerator[tuple[Replica, C
         await replica.server.stop()
 
 
-async def served(channel: Channel, into: list[TokenDelta], **options: bool | str) -> None:
+async def served(
+    channel: Channel,
+    into: list[TokenDelta],
+    on_leaving: Callable[[int], object] = lambda number: None,
+    **options: bool | str,
+) -> None:
     arguments = {"has_handoff": False, "local_reason": "", **options}
     sequence = channel.submit(request(), into.append, **arguments)  # type: ignore[arg-type]
+    sequence.on_leaving = partial(on_leaving, sequence.number)
     try:
         async with asyncio.timeout(PATIENCE_S):
             await sequence.ended
@@ -251,12 +258,63 @@ async def test_draining_waits_for_the_sequences() -> None:
         replica.hangs = True
         task = asyncio.create_task(served(channel, []))
         await replica.started.wait()
-        drain = asyncio.create_task(replica.server.drain())
+        drain = asyncio.create_task(replica.server.drain(PATIENCE_S))
         await asyncio.wait([drain], timeout=0.05)
         assert not drain.done()
         task.cancel()
         async with asyncio.timeout(PATIENCE_S):
             await drain
+
+
+async def test_what_still_runs_after_a_while_is_offered_to_its_frontend_until_it_lets_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A few at a time, as each takes a frontend time; those that stay do not keep the others from being asked."""
+    monkeypatch.setattr(server, "ASK_AGAIN_S", 0.001)
+    monkeypatch.setattr(client, "MAX_OFFERED", 2)
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        asked: list[int] = []
+        tasks = [asyncio.create_task(served(channel, [], on_leaving=asked.append)) for _ in range(5)]
+        await until(lambda: len(replica.calls) == 5)
+        drain = asyncio.create_task(replica.server.drain(0))
+        await until(lambda: len(asked) >= 10)
+        assert asked[:5] == [0, 1, 2, 3, 4]
+        assert {*asked[5:10]} == {0, 1, 2, 3, 4}
+        for call in replica.calls:
+            replica.channels[0].put(call.number, TokenDelta([call.number]))  # it goes on with all of them
+        assert not drain.done()
+        for task in tasks:
+            task.cancel()
+        async with asyncio.timeout(PATIENCE_S):
+            await drain
+        assert len(replica.cancelled) == 5
+
+
+def test_of_frames_that_arrive_together_none_is_forgotten_that_asks_to_leave() -> None:
+    asks, does_not = Batch([], [], is_leaving=True), Batch([], [])
+    assert [_merge(batches).is_leaving for batches in ([asks, does_not], [does_not, does_not])] == [True, False]
+
+
+async def test_what_a_replica_sends_after_it_was_let_go_does_not_count() -> None:
+    async with connected() as (replica, channel):
+        replica.hangs = True
+        received: list[TokenDelta] = []
+        sequence = channel.submit(request(), received.append, has_handoff=False, local_reason="")
+        sequence.on_leaving = lambda: sequence.fail(TakenElsewhere())
+        await replica.started.wait()
+        (at_replica,) = replica.channels
+        at_replica.put(sequence.number, TokenDelta([1]))  # in the same frame: it came before the replica was let go
+        at_replica.ask_to_leave()
+        with pytest.raises(TakenElsewhere):
+            async with asyncio.timeout(PATIENCE_S):
+                await sequence.ended
+        at_replica.put(sequence.number, LAST)
+        at_replica.put_load(ReplicaLoad(sequences=7))
+        await until(lambda: channel.num_heard >= 3)
+        channel.finish(sequence)
+        assert received == [TokenDelta([1])]
+        await until(lambda: replica.cancelled == ["r"])
 
 
 async def test_a_wrong_token_gets_nothing() -> None:

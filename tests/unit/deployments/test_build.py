@@ -10,6 +10,7 @@ import pytest
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from app.config import parse
 from app.errors import ConfigError
 from app.preflight import REPOSITORY
 from deployments import build as building
@@ -134,7 +135,7 @@ def test_each_pool_scales_by_its_models_slo() -> None:
             "ttft_s": 0.5, "itl_s": 0.02, "sequences": None,
             "is_for_prompts": is_for_prompts, "is_for_decoding": role != "prefill",
         }  # fmt: skip
-        assert policy.policy_kwargs == {"model": "third", "role": role, **targets}
+        assert policy.policy_kwargs == {"model": "third", "role": role, "may_sleep": False, **targets}
 
 
 def test_a_decode_pool_without_prefill_is_for_prompts() -> None:
@@ -167,14 +168,41 @@ def test_serve_gets_the_policy_and_what_it_is_given() -> None:
     assert policy._targets.ttft_s == 2.0
 
 
-@pytest.mark.parametrize("place", ["frontend", "models.2.prefill"])
-def test_none_at_all_is_refused_as_nobody_would_see_a_load(place: str) -> None:
-    args = autoscaled(min_replicas=0, max_replicas=3)
-    if place != "frontend":
-        del args["frontend"]
+def sleepy(**autoscaling: Any) -> dict[str, Any]:
+    args = autoscaled(min_replicas=0, max_replicas=3, **autoscaling)
+    del args["frontend"]
+    return args
+
+
+def test_there_is_always_a_frontend_as_it_wakes_the_models() -> None:
     with pytest.raises(ConfigError) as caught:
+        building.build(autoscaled(min_replicas=0, max_replicas=3))
+    assert caught.value.field == "frontend.autoscaling.min_replicas"
+
+
+def test_a_model_that_may_sleep_begins_awake_and_no_other_may() -> None:
+    args = sleepy()
+    for role in ("prefill", "decode", "aggregated"):
+        found = autoscaling_of(args, f"{role}-third")
+        assert (found.min_replicas, found.initial_replicas) == (0, 1)
+        assert found.policy.policy_kwargs["may_sleep"]
+    assert autoscaling_of(sleepy(initial_replicas=0), "decode-third").initial_replicas == 0
+    assert [model.may_sleep for model in building.for_frontends(parse(args)).models] == [False, False, True]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "aggregated"])
+def test_a_model_s_pools_sleep_all_or_none(role: str) -> None:
+    args = sleepy()
+    args["models"][2][role]["autoscaling"] = {"min_replicas": 1, "max_replicas": 3}
+    with pytest.raises(ConfigError, match=rf"not for {role}: a model's pools\s+sleep and wake together"):
         building.build(args)
-    assert caught.value.field == f"{place}.autoscaling.min_replicas"
+
+
+def test_another_policy_would_wake_nobody() -> None:
+    args = sleepy(policy={"policy_function": "ray.serve.autoscaling_policy:replica_queue_length_autoscaling_policy"})
+    with pytest.raises(ConfigError, match="only Baton's own policy wakes pools") as caught:
+        building.build(args)
+    assert caught.value.field == "models.2.prefill.autoscaling.policy"
 
 
 def test_wrong_autoscaling_of_an_aggregated_pool_is_refused() -> None:
@@ -199,6 +227,7 @@ def test_wrong_autoscaling_of_an_aggregated_pool_is_refused() -> None:
         (lambda args: args["models"][0]["decode"].update(engine_args={"seed": 1}), {"frontend", "decode-org-first"}),
         (lambda args: args["models"][0]["decode"].update(environment={"A": "1"}), {"decode-org-first"}),
         (lambda args: args["models"][1]["decode"].update(python="/opt/python"), SECOND),
+        (lambda args: args["models"][1]["decode"].update(drain_s=1), SECOND),
         (lambda args: args["models"][0].update(server_args={"chat_template": "x"}), {"frontend"}),
         (lambda args: args["models"][0].pop("prefill"), {"frontend", "decode-org-first"}),
         (lambda args: args["transfer"].update(lease_s=60), {"frontend"} | FIRST | THIRD_APART),
@@ -227,6 +256,7 @@ def test_wrong_autoscaling_of_an_aggregated_pool_is_refused() -> None:
         "one pool's engine arguments",
         "one pool's environment",
         "one pool's Python",
+        "when one pool hands over",
         "server arguments",
         "no prefill any more",
         "transfer",

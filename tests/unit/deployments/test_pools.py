@@ -11,7 +11,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from app.channel.client import SubmittedSequence
-from app.errors import HandoffNotTaken, PrefillFailed, ReplicaLost
+from app.errors import HandoffNotTaken, PrefillFailed, ReplicaLost, TakenElsewhere
 from app.frontend.attempt import Lost
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, PrefillReport, TokenDelta
@@ -63,8 +63,8 @@ class Served:
         handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._attach))
         pool = RayDecodePool(handle, PoolState(PrefixIndex()))
         handoff = RayHandoff("p", "reference", self.prefill_lost, lambda: None)
-        progress = SequenceProgress(self.deltas.append)
-        self.task = asyncio.create_task(pool.generate(REQUEST, handoff, "", "d", progress))
+        self.progress = SequenceProgress(self.deltas.append)
+        self.task = asyncio.create_task(pool.generate(REQUEST, handoff, "", "d", self.progress))
 
     async def _attach(self, *arguments: Any, replica_id: str) -> None:
         self.attached.append((*arguments, replica_id))
@@ -143,6 +143,19 @@ async def test_attach_is_not_called_again_when_decode_is_gone(monkeypatch: pytes
     served.answer.set_exception(RayActorError())
     await until(lambda: not [task for task in asyncio.all_tasks() if task.get_name() == "attach"])
     assert len(served.attached) == 1
+
+
+async def test_a_replica_that_leaves_is_let_go_when_the_orchestrator_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(monkeypatch)
+    asked: list[Callable[[], object]] = []
+    served.progress.on_leaving = asked.append
+    sequence = await served.begin(FIRST)
+    sequence.on_leaving()
+    assert not sequence.ended.done()
+    asked[0]()
+    with pytest.raises(TakenElsewhere):
+        await served.task
+    assert served.channel.finished == [sequence]
 
 
 @pytest.fixture

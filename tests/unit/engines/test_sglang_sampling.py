@@ -15,7 +15,6 @@ from xgrammar import Grammar
 from xgrammar.testing import _is_grammar_accept_string as accepts
 
 from app.engines.sglang_sampling import (
-    COUNTS_OUTPUT,
     DEFAULT_MAX_TOKENS,
     MAX_TOP_LOGPROBS_TRANSFERRED,
     RENAMED,
@@ -26,6 +25,7 @@ from app.engines.sglang_sampling import (
 )
 from app.errors import CannotResume, InvalidRequest
 from app.frontend.engine_client import _FRONTEND_FIELDS, sampling_fields
+from app.messages import COUNTS_OUTPUT
 
 FIELDS = [name for name in SamplingParams.__struct_fields__ if not name.startswith("_")]
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}}

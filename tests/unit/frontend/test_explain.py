@@ -95,6 +95,7 @@ def test_an_explanation_says_what_was_decided_and_by_what() -> None:
         "decided_us": 120.0,
         "attempts": 1,
         "resumed_after_ms": [],
+        "resume_reasons": [],
         "others": {
             "decode": [
                 {

@@ -48,7 +48,23 @@ def test_a_model_is_as_whole_as_its_pools(
         (["degraded", "unavailable"], "degraded"),
         (["degraded", "degraded"], "degraded"),
         (["unavailable", "unavailable"], "unhealthy"),
+        (["asleep"], "healthy"),
+        (["asleep", "ready"], "healthy"),
+        (["asleep", "unavailable"], "degraded"),
     ],
 )
 def test_the_status_counts_what_is_served(states: Any, status: str) -> None:
     assert overall_status(states) == status
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "vllm", "sglang"),
+    [(0, 0, "asleep", "asleep"), (1, 0, "asleep", "asleep"), (0, 1, "degraded", "asleep"), (1, 1, "ready", "ready")],
+)
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_model_that_may_sleep_is_not_unavailable(
+    engine: str, prefill: int, decode: int, vllm: str, sglang: str
+) -> None:
+    pool = {"engine": engine, "autoscaling": {"min_replicas": 0, "max_replicas": 2}}
+    model = ModelConfig.model_validate({"name": "m", "source": "baton:tiny", "prefill": pool, "decode": pool})
+    assert model_state(model, {"prefill": prefill, "decode": decode}) == (sglang if engine == "sglang" else vllm)

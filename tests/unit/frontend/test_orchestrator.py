@@ -1,8 +1,10 @@
 """The order in which a sequence is served, and how every ending unwinds it."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -23,20 +25,23 @@ from app.errors import (
     PrefillFailed,
     Quarantined,
     ReplicaLost,
+    TakenElsewhere,
 )
 from app.frontend.attempt import LOOK_AGAIN_AT, LOOK_AGAIN_S, Handoff, Lost
 from app.frontend.orchestrator import MAX_TTFT_OF_SLO, Orchestrator
 from app.frontend.sequence_progress import SequenceProgress
+from app.frontend.waking import Waker
 from app.messages import GenerateRequest, PrefillMode, PrefillReport, ReplicaLoad, Role, TokenDelta
 from app.pace import Pace
 from app.routing.capacity import MIN_BATCH
 from app.routing.decision import Decision, RoutingHints
+from app.routing.ejection import STRONG
 from app.routing.router import Router
 from app.routing.times import PromptTimes
 from tests.unit.routing.samples import replica_info
 from tests.unit.waiting import until
 
-HANG = "hang"
+HANG, LEAVES = "hang", "leaves"
 PROMPT = [1, 2, 3]
 FIRST = TokenDelta([10])
 LAST = TokenDelta([11], finish_reason="stop")
@@ -139,6 +144,11 @@ class FakeDecode:
                 if isinstance(step, TokenDelta):
                     progress.take(step)
                     await asyncio.sleep(0)
+                elif step == LEAVES:
+                    let_go: list[None] = []
+                    progress.on_leaving(partial(let_go.append, None))
+                    if let_go:
+                        raise TakenElsewhere
                 else:
                     self.is_hanging.set()
                     await asyncio.Event().wait()
@@ -154,6 +164,8 @@ def orchestrator(
     on_prefill: FakeDecode | None = None,
     can_decode_prefill: bool = True,
     hands_over_early: bool = False,
+    can_resume_counting: bool = True,
+    waker: Waker | None = None,
     placement: RemotePlacement | PredictedPlacement = REMOTELY,
     slo: SloConfig = SLO,
     info: dict[str, Any] | None = None,
@@ -184,6 +196,8 @@ def orchestrator(
         aggregated=aggregated,
         on_prefill=on_prefill,
         hands_over_early=hands_over_early,
+        can_resume_counting=can_resume_counting,
+        waker=waker,
     )
 
 
@@ -230,6 +244,40 @@ async def test_a_request_waits_for_a_replica_that_is_about_to_join() -> None:
     pool.leave("new")
     with pytest.raises(NoReplica):
         await served(server)
+
+
+async def test_a_request_waits_for_a_model_that_sleeps_and_joins_the_line_when_it_is_awake() -> None:
+    """What it waited for replicas to start is no reason to refuse it for being late."""
+    decode, wishes = FakeDecode([], [LAST]), list[None]()
+
+    async def wish() -> None:
+        wishes.append(None)
+
+    server = orchestrator(None, decode, waker=Waker("tiny", wish, DEADLINE_S), max_ttft_ms=50_000.0)
+    decisions: list[Decision] = []
+    arrived_at = time.monotonic() - 60.0
+
+    def run() -> asyncio.Task[None]:
+        progress = SequenceProgress(lambda delta: None, iter([arrived_at, *[time.monotonic()] * 99]).__next__)
+        return asyncio.create_task(server.run(request(), progress, on_decision=decisions.append))
+
+    tasks = [run(), run()]  # the second one waits in line for the first one's place
+    await until(lambda: bool(wishes))
+    server._router.pools["decode"].join(replica_info("d", "decode", max_sequences=1))
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.gather(*tasks)
+    assert [call.replica for call in decode.calls] == ["d", "d"]
+    assert all(decision.waited_s >= 60.0 for decision in decisions)
+
+
+async def test_a_model_that_has_all_its_pools_is_not_waited_for() -> None:
+    decode = FakeDecode(["d"], [LOST])
+
+    async def wish() -> None:
+        raise AssertionError("nothing sleeps")
+
+    with pytest.raises(NoReplica):
+        await served(orchestrator(None, decode, waker=Waker("tiny", wish, DEADLINE_S)))
 
 
 # Placement
@@ -392,6 +440,82 @@ async def test_sequences_are_resumed_when_the_retry_budget_is_spent() -> None:
 async def test_what_is_told_of_the_prompt_is_not_told_again() -> None:
     asked = msgspec.structs.replace(request(), sampling={"prompt_logprobs": 3, "logprobs": 2})
     assert asked.resumed([7]).sampling == {"logprobs": 2}
+
+
+# A replica that is being removed
+
+
+async def test_a_sequence_leaves_its_replica_once_another_has_a_place_for_it() -> None:
+    prefill = FakePrefill("p")
+    decode = FakeDecode(["d0", "d1"], [REMOTE, TokenDelta([20, 21]), LEAVES, HANG], [REMOTE, LAST])
+    server, received = orchestrator(prefill, decode), list[TokenDelta]()
+    progress = SequenceProgress(received.append)
+    async with asyncio.timeout(DEADLINE_S):
+        await server.run(request(), progress)
+    assert [token for delta in received for token in delta.token_ids] == [10, 20, 21, 10, 11]
+    first, rest = decode.calls
+    assert {first.replica, rest.replica} == {"d0", "d1"}
+    assert rest.request == request().resumed([10, 20, 21])
+    assert progress.resume_reasons == ["drained"]
+    assert server._router.ejections.describe() == []
+    assert not any(loads(server).values())
+
+
+async def test_what_was_drained_costs_no_attempt_and_no_retry() -> None:
+    decode = FakeDecode(["d0", "d1", "d2", "d3"], [FIRST, LEAVES], [FIRST, LEAVES], [FIRST, LOST], [FIRST, LAST])
+    server = orchestrator(FakePrefill("p"), decode, max_attempts=3)
+    while server.retry_budget.take():
+        pass
+    assert await served(server) == [FIRST, FIRST, FIRST, FIRST, LAST]
+    assert len({call.replica for call in decode.calls}) == 4
+
+
+async def test_before_its_first_token_a_sequence_begins_anew_elsewhere() -> None:
+    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], [LEAVES, HANG], [REMOTE, LAST])
+    assert await served(orchestrator(prefill, decode)) == [REMOTE, LAST]
+    assert [call.request for call in decode.calls] == [request()] * 2
+    assert [handoff.is_cancelled for handoff in prefill.handoffs] == [True, False]
+
+
+@pytest.mark.parametrize("why", ["no other replica", "not known to leave", "no room", "left out"])
+async def test_without_a_place_elsewhere_a_sequence_stays_and_is_asked_for_again(why: str) -> None:
+    """Nobody else is there, maybe as Serve has not told of its leaving yet, or has room, or is not left out itself."""
+    decode = FakeDecode(["d0"], [FIRST, LEAVES, HANG])
+    server = orchestrator(None, decode, info={"max_sequences": 2})
+    pool = server._router.pools["decode"]
+    progress = SequenceProgress(lambda delta: None)
+    task = asyncio.create_task(server.run(request(), progress))
+    await decode.is_hanging.wait()
+    assert len(decode.calls) == 1
+    if why != "not known to leave":
+        pool.leave("d0")
+    if why in ("no room", "left out"):
+        pool.join(replica_info("d1", "decode", max_sequences=1))
+    if why == "no room":
+        pool.on_load("d1", ReplicaLoad(sequences=1, decoding=1))
+    if why == "left out":
+        server._router.ejections.failed("d1", STRONG, server._router.clock())
+    let_go: list[None] = []
+    progress.on_leaving(partial(let_go.append, None))
+    assert not let_go
+    assert loads(server)["decode"] == ({"d0": 1} if why == "not known to leave" else {})
+    pool.join(replica_info("d2", "decode", max_sequences=1))
+    progress.on_leaving(partial(let_go.append, None))
+    assert let_go
+    assert loads(server)["decode"] == {"d2": 1} | ({"d0": 1} if why == "not known to leave" else {})
+    task.cancel()
+    await asyncio.wait([task])
+    assert not any(loads(server).values()), "the place of a client that left is still taken"
+
+
+@pytest.mark.parametrize("sampling", [{"presence_penalty": 0.5}, {"structured_outputs": {"json": "{}"}}, {}])
+@pytest.mark.parametrize("has_token", [False, True])
+async def test_what_the_engines_cannot_resume_stays_once_it_has_tokens(sampling: Any, has_token: bool) -> None:
+    decode = FakeDecode(["d0", "d1"], [*[FIRST] * has_token, LEAVES, LAST], [LAST])
+    server = orchestrator(FakePrefill("p"), decode, can_resume_counting=False)
+    async with asyncio.timeout(DEADLINE_S):
+        await server.run(msgspec.structs.replace(request(), sampling=sampling), SequenceProgress(lambda delta: None))
+    assert len(decode.calls) == (1 if sampling and has_token else 2)
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("no"), EngineFailed("no")])

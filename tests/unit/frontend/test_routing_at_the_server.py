@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from app.background import is_watched
 from app.engines.vllm import samples_first_token
-from app.errors import DeadlineExceeded, InvalidRequest, NoReplica, Overloaded, Quarantined
+from app.errors import Asleep, DeadlineExceeded, InvalidRequest, NoReplica, Overloaded, Quarantined
 from app.frontend.http_middleware import error_body
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, PrefillReport, TokenDelta
@@ -251,6 +251,17 @@ async def test_of_several_sequences_the_longest_wait_is_told(
     orchestrator.fails = Overloaded(5)
     response = await ask("/v1/completions", stream=stream, n=3)
     assert (response.status_code, response.headers["retry-after"]) == (429, "5")
+
+
+@STREAM
+@pytest.mark.parametrize("path", APIS)
+async def test_a_model_that_does_not_wake_in_time_is_a_503_that_says_when_to_come_back(
+    ask: Ask, orchestrator: FakeOrchestrator, path: str, stream: bool
+) -> None:
+    orchestrator.fails = Asleep(41.2)
+    response = await ask(path, stream=stream)
+    assert (response.status_code, response.headers.get_list("retry-after")) == (503, ["42"])
+    assert "still waking up" in said_error(path, response)["message"]
 
 
 @STREAM

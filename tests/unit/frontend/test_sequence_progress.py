@@ -100,6 +100,7 @@ def test_a_resumed_sequence_keeps_what_the_client_saw_of_its_beginning() -> None
     progress.take(TokenDelta([4], report=report("local")))
     assert progress.last_gap_s is None
     assert progress.resume_gaps_s == [pytest.approx(6.0)]
+    assert progress.resume_reasons == ["lost"]
     followed.now += 0.5
     progress.take(TokenDelta([5]))
     assert progress.last_gap_s == pytest.approx(0.5)

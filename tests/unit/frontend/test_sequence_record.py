@@ -89,6 +89,7 @@ def test_one_line_says_all_of_a_sequence_and_its_decision(model: str, caplog: py
         "decided_us": "120",
         "attempts": "1",
         "resumed_after_ms": "none",
+        "resume_reasons": "none",
         "session": "yes",
     }
 
@@ -221,7 +222,7 @@ def test_a_resumed_sequence_says_how_long_its_client_waited(model: str, caplog: 
     for passed_s, delta in ((0.1, TokenDelta([1], report=REMOTE)), (0.02, TokenDelta([2]))):
         now += passed_s
         made.progress.take(delta)
-    made.progress.begin_attempt()
+    made.progress.begin_attempt("drained")
     made.on_decision(decision())
     for passed_s, delta in ((1.5, TokenDelta([3], report=REMOTE)), (0.02, TokenDelta([4], finish_reason="stop"))):
         now += passed_s
@@ -229,7 +230,8 @@ def test_a_resumed_sequence_says_how_long_its_client_waited(model: str, caplog: 
     made.on_end("stop")
     said = fields(caplog)
     assert (said["resumed_after_ms"], said["output_tokens"], said["ttft_ms"]) == ("1500.0", "4", "100.0")
-    assert count("baton_resume_gap_seconds_sum", model=model) == 1.5
+    assert said["resume_reasons"] == "drained"
+    assert count("baton_resume_gap_seconds_sum", model=model, reason="drained") == 1.5
     assert count("baton_inter_token_latency_seconds_sum", model=model) == pytest.approx(0.04)
     assert count("baton_prefills_total", model=model, kind="remote", reason="") == 1
 
