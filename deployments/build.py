@@ -31,7 +31,7 @@ from app.config import (
 from app.engine_defaults import with_dtype
 from app.errors import ConfigError
 from app.messages import Role
-from app.preflight import check, gpus_of_replica, python_of_replica
+from app.preflight import check, gpus_of_replica, python_of_replica, replica_budget
 from deployments.serve_hooks import fix_version
 
 logger = logging.getLogger("baton.build")
@@ -55,8 +55,7 @@ UNBOUNDED = 1_000_000
 def build(args: dict[str, Any]) -> Application:
     """Make the application: the frontends and each model's pools.  Raises ConfigError before any of them starts."""
     from deployments.frontend.deployment import Frontend
-    from deployments.replica.decode import AggregatedWorker, DecodeWorker
-    from deployments.replica.prefill import PrefillWorker
+    from deployments.replica.worker import AggregatedWorker, DecodeWorker, PrefillWorker
 
     config = parse(args)
     check_autoscaling(config)
@@ -100,20 +99,12 @@ def _gpus_per_node() -> list[int]:
 def build_pools(
     workers: Mapping[Role, type], config: BatonConfig, model: ModelConfig, device: str
 ) -> dict[Role, Application]:
-    """Make the deployments of all pools of `model`.  Decode replicas get the prefill pool's handle, to probe it."""
-    prefill = build_pool(workers["prefill"], "prefill", config, model, device) if model.prefill else None
-    pools: dict[Role, Application] = {"prefill": prefill} if prefill else {}
-    for role in model.pools():
-        if role != "prefill":
-            source = prefill if model.transfers_kv(role) else None
-            pools[role] = build_pool(workers[role], role, config, model, device, *([source] if source else []))
-    return pools
+    """Make the deployments of all pools of `model`."""
+    return {role: build_pool(workers[role], role, config, model, device) for role in model.pools()}
 
 
-def build_pool(
-    worker: type, role: Role, config: BatonConfig, model: ModelConfig, device: str, *others: Application
-) -> Application:
-    """Make the deployment of one pool of `model`, whose replicas get the handles of `others`."""
+def build_pool(worker: type, role: Role, config: BatonConfig, model: ModelConfig, device: str) -> Application:
+    """Make the deployment of one pool of `model`."""
     pool = model.pool(role)
     assert pool is not None
     options = _options(pool, gpus_of_replica(pool, device), pool_autoscaling(model, role))
@@ -128,7 +119,7 @@ def build_pool(
         ),
         **options,
     )
-    return deployment.bind(given, device, *others)
+    return deployment.bind(given, device)
 
 
 def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig:
@@ -184,7 +175,9 @@ def pool_autoscaling(model: ModelConfig, role: Role) -> dict[str, Any] | None:
         "is_for_prompts": role != "decode" or not model.is_disaggregated,
         "is_for_decoding": role != "prefill",
     }
-    policy = {"policy_function": POOL_POLICY, "policy_kwargs": {"model": model.name, "role": role, **targets}}
+    budget = {"budget": replica_budget(model.gpus, pool)} if model.gpus is not None and role != "aggregated" else {}
+    kwargs = {"model": model.name, "role": role, **budget, **targets}
+    policy = {"policy_function": POOL_POLICY, "policy_kwargs": kwargs}
     return {"metrics_interval_s": REPORT_S, "policy": policy, **pool.autoscaling}
 
 
