@@ -44,6 +44,10 @@ REPORT_S = 2.0
 """How often replicas report their load.  Serve's default of 10 s would add to every delay.  Serve 2.60 calls this
 setting deprecated in favour of an environment variable, but does not read that variable."""
 
+SWITCH_LOOK_BACK_S = 6.0
+"""Over how long the plan looks back where replicas may change their role: over three reports.  Serve's 30 s are right
+for starts, which cost minutes; a switch costs nothing."""
+
 FRONTEND_REQUESTS = 200
 """Requests in flight for each frontend.  One core carries 128 streams of an H200 at 1.13 times the ITL of vLLM's own
 server (docs/benchmarks/2026-11-21-h200.md), and some of the requests in flight still wait for their first token."""
@@ -178,7 +182,8 @@ def pool_autoscaling(model: ModelConfig, role: Role) -> dict[str, Any] | None:
     budget = {"budget": replica_budget(model.gpus, pool)} if model.gpus is not None and role != "aggregated" else {}
     kwargs = {"model": model.name, "role": role, **budget, **targets}
     policy = {"policy_function": POOL_POLICY, "policy_kwargs": kwargs}
-    return {"metrics_interval_s": REPORT_S, "policy": policy, **pool.autoscaling}
+    quick = {"look_back_period_s": SWITCH_LOOK_BACK_S} if budget else {}
+    return {"metrics_interval_s": REPORT_S, "policy": policy, **quick, **pool.autoscaling}
 
 
 def _options(deployment: DeploymentConfig, num_gpus: float, autoscaling: dict[str, Any] | None) -> dict[str, Any]:
