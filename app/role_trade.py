@@ -50,6 +50,15 @@ def check_trade(field: str, model: ModelConfig) -> list[str]:
     return [f"{field}: {name} is {how}; a replica that switches keeps its own" for name, how in differing.items()]
 
 
+def describe_trade(field: str, model: ModelConfig) -> list[str]:
+    """Return lines that say whether replicas of the two pools can trade their roles, and what limits or forbids it."""
+    try:
+        warnings = check_trade(field, model)
+    except ConfigError as error:
+        return [f"replicas cannot switch between prefill and decode: {error}"]
+    return [f"{field}: replicas can switch between prefill and decode while they run", *warnings]
+
+
 def _differing(model: ModelConfig, prefill: PoolConfig, decode: PoolConfig) -> dict[str, str]:
     """Return the engine arguments and environment variables that differ, and how."""
     sides = [{**model.merged_engine_args(pool), **pool.environment} for pool in (prefill, decode)]

@@ -10,7 +10,7 @@ from app.config import ModelConfig, parse
 from app.errors import ConfigError
 from app.preflight import check, replica_budget
 from app.replica_bounds import parse_targets
-from app.role_trade import check_trade
+from app.role_trade import check_trade, describe_trade
 from deployments.switch import check_targets
 
 SCALES = {"min_replicas": 1, "max_replicas": 4}
@@ -53,6 +53,14 @@ def test_what_forbids_a_switch_is_named(given: ModelConfig, field: str) -> None:
     with pytest.raises(ConfigError) as raised:
         check_trade("models.0", given)
     assert raised.value.field == field
+
+
+def test_baton_check_says_which_pools_can_trade() -> None:
+    assert describe_trade("models.0", model()) == [
+        "models.0: replicas can switch between prefill and decode while they run"
+    ]
+    (line,) = describe_trade("models.0", model("sglang"))
+    assert line.startswith("replicas cannot switch between prefill and decode: models.0.decode.engine: sglang starts")
 
 
 def test_without_a_prefill_pool_there_is_nothing_to_switch() -> None:
