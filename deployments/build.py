@@ -89,7 +89,10 @@ def for_frontends(config: BatonConfig) -> BatonConfig:
     def strip(model: ModelConfig) -> ModelConfig:
         pools = {role: model.pool(role) for role in get_args(Role)}
         return model.model_copy(
-            update={role: pool.model_copy(update=plain) if pool else None for role, pool in pools.items()}
+            update={
+                "gpus": None,
+                **{role: pool.model_copy(update=plain) if pool else None for role, pool in pools.items()},
+            }
         )
 
     frontend = config.frontend.model_copy(update={"replicas": None, "autoscaling": None})
@@ -140,7 +143,11 @@ def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig
         engine=pool.engine, tensor_parallel_size=pool.tensor_parallel_size, engine_args=pool.engine_args
     )
     return BatonConfig.model_construct(  # unchecked: a user's model could not have an aggregated pool without prefill
-        models=[model.model_copy(update={"server_args": {}, "routing": RoutingConfig(), "slo": SloConfig(), **pools})],
+        models=[
+            model.model_copy(
+                update={"server_args": {}, "routing": RoutingConfig(), "slo": SloConfig(), "gpus": None, **pools}
+            )
+        ],
         device=config.device,
         transfer=config.transfer if transfers else None,
         limits=LimitsConfig(prefill_timeout_s=config.limits.prefill_timeout_s),

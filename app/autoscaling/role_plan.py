@@ -1,7 +1,8 @@
 """Plans which replicas of one model prefill and which decode, within a number of replicas.
 
-1. Each role's demand is a number of replicas (replica_plan.py).  The split that is wanted leaves the role that is short
-   least short: it is the one in which the larger of the two ratios of demand to replicas is smallest.
+1. Each role's demand is a number of replicas (replica_plan.py): what its kind of work takes, whoever does it now.  The
+   split that is wanted leaves the role that is short least short: it is the one in which the larger of the two ratios
+   of demand to replicas is smallest.
 2. A split is changed only if that *pressure* falls by GAIN, and has done so for PATIENCE_S (`Hysteresis`).
 3. Those that have the least to do are switched, first those that return to their home: their engines were made for it.
 4. More replicas are asked for only when no split is enough, and never more than the budget allows.
@@ -137,6 +138,8 @@ class RolePlanner:
         self._hysteresis = Hysteresis()
         self._capacity = dict.fromkeys(SWITCHABLE, SeenCapacity())
         self._planned_at: float | None = None
+        self._has_begun = False
+        """Whether both deployments have had a replica.  Before that nobody takes the place of those that start."""
 
     def plan(self, homes: Mapping[Role, HomeReport], assigned: Mapping[str, Role], now: float) -> RolePlan:
         """Plan by what both deployments have reported.
@@ -150,12 +153,14 @@ class RolePlanner:
             for home, report in homes.items()
             for replica in report.running
         ]
-        demands = self._demands(homes, members, now)
         numbers = {role: sum(member.role == role for member in members) for role in SWITCHABLE}
+        demands = self._demands(homes, numbers, now)
         prefill, decode = (demands[role].replicas for role in SWITCHABLE)
         num_reporting = sum(len(report.loads) for report in homes.values())
         num_prefill = numbers["prefill"]
-        if num_reporting == len(members) or not all(numbers.values()):  # else nobody knows what the last switch brought
+        self._has_begun = self._has_begun or all(report.running for report in homes.values())
+        # If not all have reported, nobody knows what the last switch brought.
+        if self._has_begun and (num_reporting == len(members) or not all(numbers.values())):
             num_prefill = self._hysteresis.decide(prefill, decode, num_prefill, numbers["decode"], now)
         target = sum(report.target for report in homes.values())
         wanted = float(num_wanted(prefill, decode, self._budget))
@@ -169,18 +174,19 @@ class RolePlanner:
             {"prefill_demand": prefill, "decode_demand": decode, "prefill_roles": float(num_prefill)},
         )
 
-    def _demands(self, homes: Mapping[Role, HomeReport], members: Sequence[Member], now: float) -> dict[Role, Demand]:
-        """Return what each role needs, whose replicas may be of either deployment."""
+    def _demands(self, homes: Mapping[Role, HomeReport], numbers: Mapping[Role, int], now: float) -> dict[Role, Demand]:
+        """Return what each role needs for its kind of work, wherever that is done at present.
+
+        Decode replicas compute prompts when prefill is short, and prefill replicas serve sequences when decode is.
+        """
         passed_s = 0.0 if self._planned_at is None else now - self._planned_at
         self._planned_at = now
-        known = {replica: load for report in homes.values() for replica, load in report.loads.items()}
+        known = [load for report in homes.values() for load in report.loads.values()]
         demands: dict[Role, Demand] = {}
         for role in SWITCHABLE:
-            running = [member.replica for member in members if member.role == role]
-            loads = [known[replica] for replica in running if replica in known]
-            targets = homes[role].targets
+            loads, targets = [_work_of(role, load) for load in known], homes[role].targets
             capacity = self._capacity[role] = measure(loads, self._capacity[role], targets, passed_s)
-            demands[role] = own_demand(loads, capacity, targets, len(running))
+            demands[role] = own_demand(loads, capacity, targets, numbers[role])
         return demands
 
     def _share(
@@ -200,6 +206,13 @@ class RolePlanner:
             shares[home] -= given_up
             more += int(given_up)
         return shares
+
+
+def _work_of(role: Role, load: Load) -> Load:
+    """Return the part of a replica's load that is of one role's kind."""
+    if role == "prefill":
+        return msgspec.structs.replace(load, waiting=0.0, started=0.0, decoding=0.0, generated_tokens=0.0, kv_use=0.0)
+    return msgspec.structs.replace(load, queued_tokens=0.0, busy=0.0, computed_tokens=0.0, prompts=0.0, prefilling=0.0)
 
 
 def _ratio(demand: float, replicas: int) -> float:

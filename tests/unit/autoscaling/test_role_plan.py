@@ -205,7 +205,7 @@ def test_whatever_the_load_each_role_has_a_replica_and_the_budget_is_kept(
         assert min(plan.replicas.values()) >= 1
 
 
-def test_guests_that_decode_where_prompts_are_computed_now_ask_for_no_prefill() -> None:
+def test_guests_that_decode_where_prompts_are_computed_ask_for_decode_and_not_for_prefill() -> None:
     planner = RolePlanner(4)
     guests = Load(decoding=20, generated_tokens=4000)
     reports: Mapping[Role, HomeReport] = {
@@ -213,4 +213,20 @@ def test_guests_that_decode_where_prompts_are_computed_now_ask_for_no_prefill() 
         "decode": HomeReport(TARGETS["decode"], ["d0", "d1"], {"d0": guests, "d1": Load()}, 2),
     }
     plan = planner.plan(reports, {"d0": "prefill"}, 0.0)
-    assert plan.signals["prefill_demand"] < 0.2
+    assert plan.signals["prefill_demand"] == 0
+    assert plan.signals["decode_demand"] > 0
+
+
+def test_nobody_takes_the_place_of_replicas_that_start_for_the_first_time() -> None:
+    planner = RolePlanner(4)
+
+    def plan(*decode: str) -> Mapping[str, Role]:
+        reports: Mapping[Role, HomeReport] = {
+            "prefill": HomeReport(TARGETS["prefill"], ["p0", "p1"], {}, 2),
+            "decode": HomeReport(TARGETS["decode"], decode, {}, 1),
+        }
+        return planner.plan(reports, {}, 0.0).roles
+
+    assert plan() == {"p0": "prefill", "p1": "prefill"}
+    assert plan("d0") == {"p0": "prefill", "p1": "prefill", "d0": "decode"}
+    assert sorted(plan().values()) == ["decode", "prefill"], "but if those have died, somebody does"
