@@ -206,6 +206,10 @@ class ModelConfig(Settings):
     aggregated: PoolConfig | None = None
     """Engines beside prefill and decode that serve whole requests whose prompt is better not transferred.  SGLang's
     decode engines cannot prefill, so SGLang needs this pool for conditional disaggregation; vLLM does not."""
+    gpus: int | None = Field(default=None, ge=2)
+    """The most GPUs that the prefill and decode replicas of the model take together; with engines on CPUs, replicas.
+    Then autoscaling, which both pools need, moves replicas between the two roles while they run before it asks for new
+    ones (app/autoscaling/role_plan.py)."""
     routing: RoutingConfig = RoutingConfig()
     slo: SloConfig = SloConfig()
 
@@ -240,6 +244,15 @@ class ModelConfig(Settings):
                 f"autoscaling.min_replicas is 0 for some pools, but not for {' and '.join(awake)}: a model's pools "
                 "sleep and wake together, so set 0 for all of them or for none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_budget_needs_two_pools_that_scale(self) -> Self:
+        pools = (self.prefill, self.decode)
+        if self.gpus is not None and not all(pool is not None and pool.autoscaling is not None for pool in pools):
+            raise ValueError("gpus is a budget for autoscaling: set `autoscaling` in both prefill and decode")
+        if self.gpus is not None and self.may_sleep:
+            raise ValueError("gpus: pools that share a budget do not sleep; set autoscaling.min_replicas to 1 or more")
         return self
 
     @property
@@ -283,6 +296,11 @@ class ModelConfig(Settings):
         SGLang's cannot: it takes those tokens for prompt (docs/decisions/0030-resume.md).
         """
         return self.engine != "sglang"
+
+    @property
+    def can_switch_roles(self) -> bool:
+        """Whether replicas can change between prefill and decode while they run."""
+        return self.is_disaggregated and self.can_decode_prefill and self.can_prefill_decode
 
     @property
     def hands_over_early(self) -> bool:

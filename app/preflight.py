@@ -18,6 +18,7 @@ from app.errors import ConfigError
 from app.messages import Role
 from app.models.shapes import SHAPES
 from app.models.source import check_source, local_path, read_config
+from app.role_trade import check_trade
 
 Device = Literal["cpu", "cuda"]
 
@@ -52,6 +53,9 @@ def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
         if model.engine == "sglang":
             _check_sglang(config, f"models.{index}", model)
         check_transfer(f"models.{index}", model, shape)
+        if model.gpus is not None:
+            check_trade(f"models.{index}", model)
+            _check_budget(f"models.{index}", model)
     if device == "cuda" and config.device == "auto":
         _check_total(config, gpus_per_node)
     return device
@@ -64,6 +68,11 @@ def gpus_of_replica(pool: PoolConfig, device: str) -> float:
     if pool.engine == "sim":
         return 0
     return pool.tensor_parallel_size if device == "cuda" else 0
+
+
+def replica_budget(gpus: int, pool: PoolConfig) -> int:
+    """Return how many replicas as those of `pool` `gpus` GPUs are enough for; on CPUs each counts as one GPU."""
+    return int(gpus / (pool.resources.num_gpus or pool.tensor_parallel_size))
 
 
 def python_of_replica(pool: PoolConfig) -> str | None:
@@ -111,6 +120,17 @@ def _check_sglang(config: BatonConfig, field: str, model: ModelConfig) -> None:
             f"{field}.engine_args.reasoning_parser",
             f"missing, but {field}.server_args.reasoning_parser is set: structured output would not wait for the end "
             "of reasoning",
+        )
+
+
+def _check_budget(field: str, model: ModelConfig) -> None:
+    """Check that `gpus` is enough for the least that the pools may have."""
+    assert model.gpus is not None
+    least = sum((pool.autoscaling or {}).get("min_replicas", 1) for pool in (model.prefill, model.decode) if pool)
+    if least > (budget := replica_budget(model.gpus, model.decode)):
+        raise ConfigError(
+            f"{field}.gpus",
+            f"{model.gpus} is enough for {budget} replicas, but min_replicas of both pools are {least}",
         )
 
 

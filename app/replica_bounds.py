@@ -45,7 +45,7 @@ def scale(applications: Sequence[Mapping[str, Any]], name: str, targets: Mapping
     Raises ConfigError for an unknown name or pool.
     """
     changed = unshared([dict(application) for application in applications])
-    application, index = _find(changed, name)
+    application, index = find_model(changed, name)
     config = parse(application["args"])
     for pool, bounds in targets.items():
         if pool == "frontend":
@@ -70,7 +70,7 @@ def bounds_of(section: Mapping[str, Any]) -> Bounds:
     return Bounds(autoscaling.get("min_replicas", 1), autoscaling.get("max_replicas", 1))
 
 
-def _find(applications: Sequence[dict[str, Any]], name: str) -> tuple[dict[str, Any], int]:
+def find_model(applications: Sequence[Mapping[str, Any]], name: str) -> tuple[Any, int]:
     """Return the application that `name` means, and the index of its model.  Raises ConfigError."""
     names: list[str] = []
     for application in applications:

@@ -20,10 +20,14 @@ from deployments.autoscaling import plan_key
 from deployments.build import check_autoscaling
 from deployments.cluster import connect
 from deployments.replica.link_record import read_links
+from deployments.roles import told_role
 from deployments.serve_hooks import deploy_applications, get_internal_kv, serve_details
+from deployments.switch import switch
 
 IMPORT_PATH = "deployments.build:build"
 STALE_PLAN_S = 30.0
+SWITCH_PATIENCE_S = 60.0
+"""How long a replica may take to change its role.  It takes a quarter of a second; a GCS that restarts takes longer."""
 QUIET_S = 10.0
 """The longest time without a line of progress while the application starts."""
 TITLES = {"vllm": "vLLM", "sglang": "SGLang", "sim": "its profile"}
@@ -39,6 +43,8 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
     status: str
     replicas: dict[str, int]
     """The number of replicas in each state, for example ``{"running": 2, "starting": 1}``."""
+    switched: dict[str, int]
+    """How many of the running ones have another role than the deployment's, by that role."""
     target: int
     """The number of replicas that Serve aims at now."""
     bounds: str
@@ -164,6 +170,16 @@ def scale_running(name: str, targets: Mapping[str, Bounds]) -> list[str]:
     return [*changes, "asked for; `baton status` shows when it is so"] if changes else ["nothing to change"]
 
 
+def switch_running(name: str, targets: Mapping[str, Bounds]) -> list[str]:
+    """Have running replicas of a model change their role.  Returns lines that say what changed, and how fast.
+
+    Raises ConfigError before it changes anything, and RuntimeError if a replica does not take its role.
+    """
+    connect()
+    details = serve_details()
+    return switch(_of_baton(_configured(details)), details, name, targets, SWITCH_PATIENCE_S)
+
+
 def _configured(details: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the running applications in the form of a Serve config."""
     configs = [application.get("deployed_app_config") for application in details["applications"].values()]
@@ -195,6 +211,7 @@ def _describe(application: Mapping[str, Any], bounds: Mapping[str, Bounds], node
                 name=name,
                 status=deployment["status"].value,
                 replicas={state: states.count(state) for state in sorted(set(states))},
+                switched=_switched(application["name"], deployment["replicas"]),
                 target=deployment["target_num_replicas"],
                 bounds=str(bounds[name]) if name in bounds else "",
                 message=deployment["message"],
@@ -209,6 +226,12 @@ def _describe(application: Mapping[str, Any], bounds: Mapping[str, Bounds], node
         links=_links(application),
         nodes=nodes,
     )
+
+
+def _switched(application: str, replicas: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    running = [replica["replica_id"] for replica in replicas if replica["state"].value == "RUNNING"]
+    roles = [role for replica in running if (role := told_role(application, replica)) is not None]
+    return {role: roles.count(role) for role in sorted(set(roles))}
 
 
 def _links(application: Mapping[str, Any]) -> list[LinkStatus]:

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -24,6 +24,9 @@ from ray.util.metrics import Gauge
 from app.autoscaling.activity import activity_of
 from app.autoscaling.load import FIELDS, Load, mean_load
 from app.autoscaling.replica_plan import Plan, Replicas, SeenCapacity, Targets, measure, plan_frontend, plan_pool
+from app.autoscaling.role_plan import HomeReport
+from app.messages import Role
+from deployments.role_control import control_of
 from deployments.serve_hooks import get_internal_kv, put_internal_kv
 
 logger = logging.getLogger("ray.serve")
@@ -122,9 +125,16 @@ class FrontendPolicy(Policy):
 class PoolPolicy(Policy):
     """The policy of one pool."""
 
-    def __init__(self, model: str, role: str, *, may_sleep: bool = False, **targets: Any) -> None:
-        """`targets` are the fields of `Targets`."""
+    def __init__(
+        self, model: str, role: Role, budget: int | None = None, *, may_sleep: bool = False, **targets: Any
+    ) -> None:
+        """`targets` are the fields of `Targets`.
+
+        With a `budget`, the most replicas of both pools together, the pools are planned together (role_control.py).
+        """
         super().__init__(role, model)
+        self._home = role
+        self._budget = budget
         self._may_sleep = may_sleep
         self._targets = Targets(**targets)
         self._capacity = SeenCapacity()
@@ -133,7 +143,9 @@ class PoolPolicy(Policy):
 
     def plan(self, context: AutoscalingContext) -> Plan:
         now = time.monotonic()
-        loads = reported_loads(context, self._arrivals, now)
+        if self._budget is not None:
+            return self._plan_roles(context, self._budget, now)
+        loads = list(reported_loads(context, self._arrivals, now, {}).values())
         self._capacity = measure(loads, self._capacity, self._targets, now - self._capacity_at)
         self._capacity_at = now
         running = len(context.running_replicas)
@@ -151,6 +163,17 @@ class PoolPolicy(Policy):
             return plan if plan.replicas >= 1 else msgspec.structs.replace(plan, replicas=1.0, reason=WANTED)
         return plan if plan.replicas or context.running_replicas else msgspec.structs.replace(plan, reason=ASLEEP)
 
+    def _plan_roles(self, context: AutoscalingContext, budget: int, now: float) -> Plan:
+        control = control_of(context.app_name or "", self._model, budget)
+        loads = reported_loads(context, self._arrivals, now, control.switched_at)
+        running = [replica.unique_id for replica in context.running_replicas]
+        report = HomeReport(self._targets, running, loads, context.target_num_replicas)
+        times = {replica.unique_id: at for replica, at in self._arrivals.latest()}
+        plan = control.plan(self._home, report, times, now)
+        if plan is None:
+            return Plan(float(context.target_num_replicas), "the other pool has not reported yet", {})
+        return Plan(plan.replicas[self._home], plan.reason, dict(plan.signals))
+
 
 class Arrivals:
     """When each replica's latest report came, by the clock of this process: those of the replicas may be wrong."""
@@ -165,26 +188,36 @@ class Arrivals:
             latest = self._latest[replica] = (reported_at, now)
         return now - latest[1]
 
+    def latest(self) -> list[tuple[Any, float]]:
+        """Return when each replica made its latest report, by its own clock."""
+        return [(replica, reported_at) for replica, (reported_at, _) in self._latest.items()]
+
     def keep(self, replicas: Sequence[Any]) -> None:
         """Forget all other replicas."""
         self._latest = {replica: latest for replica, latest in self._latest.items() if replica in replicas}
 
 
-def reported_loads(context: AutoscalingContext, arrivals: Arrivals, now: float) -> list[Load]:
+def reported_loads(
+    context: AutoscalingContext, arrivals: Arrivals, now: float, since: Mapping[str, float]
+) -> dict[str, Load]:
     """Return the mean loads of the running replicas over `look_back_period_s`, for which Serve keeps their reports.
 
     A replica is left out if it has not reported twice yet or no longer reports.  One that is being removed does not
-    count as running.  `now` is of the monotonic clock.
+    count as running.  `now` is of the monotonic clock.  Of the replicas in `since` only later reports count, by the
+    replica's clock.
     """
     arrivals.keep(context.running_replicas)
     patience_s = context.config.look_back_period_s + 2 * context.config.metrics_interval_s
     metrics = context.raw_metrics or {}
-    loads = []
+    loads: dict[str, Load] = {}
     for replica in context.running_replicas:
-        reports = [metrics.get(field, {}).get(replica, ()) for field in FIELDS]
+        after = since.get(replica.unique_id, -math.inf)
+        reports = [
+            [point for point in metrics.get(field, {}).get(replica, ()) if point.timestamp > after] for field in FIELDS
+        ]
         times = [point.timestamp for point in reports[0]]
         if len(times) < 2 or arrivals.age_s(replica, times[-1], now) > patience_s:
             continue
         first, last = (dict(zip(FIELDS, (points[at].value for points in reports), strict=True)) for at in (0, -1))
-        loads.append(mean_load(first, last, times[-1] - times[0]))
+        loads[replica.unique_id] = mean_load(first, last, times[-1] - times[0])
     return loads

@@ -31,7 +31,7 @@ from app.config import (
 from app.engine_defaults import with_dtype
 from app.errors import ConfigError
 from app.messages import Role
-from app.preflight import check, gpus_of_replica, python_of_replica
+from app.preflight import check, gpus_of_replica, python_of_replica, replica_budget
 from deployments.serve_hooks import fix_version
 
 logger = logging.getLogger("baton.build")
@@ -44,6 +44,10 @@ REPORT_S = 2.0
 """How often replicas report their load.  Serve's default of 10 s would add to every delay.  Serve 2.60 calls this
 setting deprecated in favour of an environment variable, but does not read that variable."""
 
+SWITCH_LOOK_BACK_S = 6.0
+"""Over how long the plan looks back where replicas may change their role: over three reports.  Serve's 30 s are right
+for starts, which cost minutes; a switch costs nothing."""
+
 FRONTEND_REQUESTS = 200
 """Requests in flight for each frontend.  One core carries 128 streams of an H200 at 1.13 times the ITL of vLLM's own
 server (docs/benchmarks/2026-11-21-h200.md), and some of the requests in flight still wait for their first token."""
@@ -55,8 +59,7 @@ UNBOUNDED = 1_000_000
 def build(args: dict[str, Any]) -> Application:
     """Make the application: the frontends and each model's pools.  Raises ConfigError before any of them starts."""
     from deployments.frontend.deployment import Frontend
-    from deployments.replica.decode import AggregatedWorker, DecodeWorker
-    from deployments.replica.prefill import PrefillWorker
+    from deployments.replica.worker import AggregatedWorker, DecodeWorker, PrefillWorker
 
     config = parse(args)
     check_autoscaling(config)
@@ -86,7 +89,8 @@ def for_frontends(config: BatonConfig) -> BatonConfig:
 
     def strip(model: ModelConfig) -> ModelConfig:
         kept = {**plain, "autoscaling": {"min_replicas": 0} if model.may_sleep else None}
-        return model.model_copy(update={role: pool.model_copy(update=kept) for role, pool in model.pools().items()})
+        pools: dict[str, Any] = {role: pool.model_copy(update=kept) for role, pool in model.pools().items()}
+        return model.model_copy(update={"gpus": None, **pools})
 
     frontend = config.frontend.model_copy(update={"replicas": None, "autoscaling": None})
     return config.model_copy(update={"models": [strip(model) for model in config.models], "frontend": frontend})
@@ -99,20 +103,12 @@ def _gpus_per_node() -> list[int]:
 def build_pools(
     workers: Mapping[Role, type], config: BatonConfig, model: ModelConfig, device: str
 ) -> dict[Role, Application]:
-    """Make the deployments of all pools of `model`.  Decode replicas get the prefill pool's handle, to probe it."""
-    prefill = build_pool(workers["prefill"], "prefill", config, model, device) if model.prefill else None
-    pools: dict[Role, Application] = {"prefill": prefill} if prefill else {}
-    for role in model.pools():
-        if role != "prefill":
-            source = prefill if model.transfers_kv(role) else None
-            pools[role] = build_pool(workers[role], role, config, model, device, *([source] if source else []))
-    return pools
+    """Make the deployments of all pools of `model`."""
+    return {role: build_pool(workers[role], role, config, model, device) for role in model.pools()}
 
 
-def build_pool(
-    worker: type, role: Role, config: BatonConfig, model: ModelConfig, device: str, *others: Application
-) -> Application:
-    """Make the deployment of one pool of `model`, whose replicas get the handles of `others`."""
+def build_pool(worker: type, role: Role, config: BatonConfig, model: ModelConfig, device: str) -> Application:
+    """Make the deployment of one pool of `model`."""
     pool = model.pool(role)
     assert pool is not None
     options = _options(pool, gpus_of_replica(pool, device), pool_autoscaling(model, role))
@@ -127,7 +123,7 @@ def build_pool(
         ),
         **options,
     )
-    return deployment.bind(given, device, *others)
+    return deployment.bind(given, device)
 
 
 def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig:
@@ -147,7 +143,11 @@ def for_pool(config: BatonConfig, model: ModelConfig, role: Role) -> BatonConfig
         drain_s=pool.drain_s,
     )
     return BatonConfig.model_construct(  # unchecked: a user's model could not have an aggregated pool without prefill
-        models=[model.model_copy(update={"server_args": {}, "routing": RoutingConfig(), "slo": SloConfig(), **pools})],
+        models=[
+            model.model_copy(
+                update={"server_args": {}, "routing": RoutingConfig(), "slo": SloConfig(), "gpus": None, **pools}
+            )
+        ],
         device=config.device,
         transfer=config.transfer if transfers else None,
         limits=LimitsConfig(prefill_timeout_s=config.limits.prefill_timeout_s),
@@ -186,11 +186,13 @@ def pool_autoscaling(model: ModelConfig, role: Role) -> dict[str, Any] | None:
         "is_for_prompts": role != "decode" or not model.is_disaggregated,
         "is_for_decoding": role != "prefill",
     }
-    arguments = {"model": model.name, "role": role, "may_sleep": model.may_sleep, **targets}
+    budget = {"budget": replica_budget(model.gpus, pool)} if model.gpus is not None and role != "aggregated" else {}
+    arguments = {"model": model.name, "role": role, "may_sleep": model.may_sleep, **budget, **targets}
     policy = {"policy_function": POOL_POLICY, "policy_kwargs": arguments}
+    quick = {"look_back_period_s": SWITCH_LOOK_BACK_S} if budget else {}
     # It does not begin asleep, so that an engine that cannot start is seen at once.
     begin = {"initial_replicas": 1} if model.may_sleep else {}
-    return {"metrics_interval_s": REPORT_S, "policy": policy, **begin, **pool.autoscaling}
+    return {"metrics_interval_s": REPORT_S, "policy": policy, **quick, **begin, **pool.autoscaling}
 
 
 def _options(deployment: DeploymentConfig, num_gpus: float, autoscaling: dict[str, Any] | None) -> dict[str, Any]:

@@ -48,7 +48,7 @@ with needed("ray", "call the replica that the frontend has chosen"):
     check_attributes(RequestRouter, "curr_replicas")
     check_attributes(RunningReplica, "replica_id", "replica_metadata")
     check_attributes(PendingRequest, "kwargs")
-    check_attributes(DeploymentHandle, "deployment_name", "app_name")
+    check_attributes(DeploymentHandle, "deployment_name", "app_name", "_init")
 
 with needed("ray", "serve vLLM's ASGI application"):
     from ray import serve
@@ -84,6 +84,7 @@ __all__ = [
     "find_serve",
     "fix_version",
     "get_internal_kv",
+    "handle_from_outside",
     "method_by_reference",
     "object_ref_of",
     "put_internal_kv",
@@ -124,6 +125,17 @@ async def object_ref_of(response: Any) -> ObjectRef[Any]:
     Raises whatever sending the call raised.  Can go once ``DeploymentResponse`` has a public method for this.
     """
     return await response._to_object_ref()
+
+
+def handle_from_outside(deployment: str, application: str) -> DeploymentHandle[Any]:
+    """Return a handle for a process without an event loop.  From now on Serve tells it which replicas are ready.
+
+    Baton has routers run on the loop of their process (deployments/cluster.py), which would be the default here too.
+    Can go once that can be chosen for each handle.
+    """
+    handle = DeploymentHandle(deployment, application)
+    handle._init(_run_router_in_separate_loop=True)
+    return handle
 
 
 def deployment_id_of(handle: Any) -> DeploymentID:

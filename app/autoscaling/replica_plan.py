@@ -100,28 +100,39 @@ def plan_frontend(requests: float, target_requests: float, replicas: Replicas) -
 
 def plan_pool(loads: Sequence[Load], capacity: SeenCapacity, targets: Targets, replicas: Replicas) -> Plan:
     """Plan one pool of engines by the loads of its replicas that have reported."""
+    demands = (own_demand(loads, capacity, targets, replicas.running), guest_demand(loads, targets))
+    demand = max(demands, key=lambda demand: demand.replicas)
+    return settle(demand, replicas, pool_signals(loads, capacity, replicas.running))
+
+
+def own_demand(loads: Sequence[Load], capacity: SeenCapacity, targets: Targets, running: int) -> Demand:
+    """Ask for what the pool is there for: the largest of all demands but that of guests."""
     load = total(loads)
     demands = (
-        ttft_demand(load, capacity, targets, replicas.running),
-        busy_demand(load, capacity, targets, replicas.running),
+        ttft_demand(load, capacity, targets, running),
+        busy_demand(load, capacity, targets, running),
         slot_demand(loads, capacity),
-        guest_demand(loads, targets),
-        kv_demand(load, replicas.running),
+        kv_demand(load, running),
         itl_demand(loads, targets),
         sequence_demand(load, targets),
     )
-    signals = {
+    return max(demands, key=lambda demand: demand.replicas)
+
+
+def pool_signals(loads: Sequence[Load], capacity: SeenCapacity, running: int) -> dict[str, float]:
+    """Return what the demands are made of, for people."""
+    load = total(loads)
+    return {
         "queued_tokens": load.queued_tokens,
         "busy": load.busy,
         "tokens_per_s": capacity.tokens_per_s,
-        "predicted_ttft_s": predict_ttft_s(load, capacity, replicas.running),
+        "predicted_ttft_s": predict_ttft_s(load, capacity, running),
         "prefilling": load.prefilling,
         "waiting": load.waiting,
         "decoding": load.decoding,
         "itl_s": _ratio(load.decoding, load.generated_tokens),
         "kv_use": load.kv_use,
     }
-    return settle(max(demands, key=lambda demand: demand.replicas), replicas, signals)
 
 
 def measure(loads: Sequence[Load], before: SeenCapacity, targets: Targets, passed_s: float) -> SeenCapacity:

@@ -37,7 +37,7 @@ from app.channel.protocol import (
 )
 from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost
 from app.kv_cache.updates import merge_waiting
-from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta, merge_deltas
+from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, Role, TokenDelta, merge_deltas
 from app.observers import tell
 
 logger = logging.getLogger("baton.channel")
@@ -73,6 +73,9 @@ class Listener(Protocol):
 
     def on_links(self, replica: str, links: list[Link]) -> None:
         """Take all links of a decode replica."""
+
+    def on_role(self, replica: str, role: Role) -> None:
+        """Take what the replica does from now on."""
 
 
 class Channel:
@@ -196,7 +199,7 @@ class Channel:
                 sequence.fail(ERRORS.get(failure.error, EngineFailed)(failure.detail))
         if batch.is_leaving:
             self._offer_sequences()
-        if batch.load is not None or batch.kv is not None or batch.links is not None:
+        if any(news is not None for news in (batch.load, batch.kv, batch.links, batch.role)):
             # This load no longer counts the sequences that ended just now.  Whoever waits for them has to uncount them
             # first, so the listener is called in the next turn of the event loop.
             asyncio.get_running_loop().call_soon(self._notify, batch)
@@ -225,6 +228,8 @@ class Channel:
     def _notify(self, news: Batch) -> None:
         if self.is_closed or self._is_retired:
             return
+        if news.role is not None:
+            tell(self._listener.on_role, self.replica_id, news.role)
         if news.links is not None:
             tell(self._listener.on_links, self.replica_id, news.links)
         if news.kv is not None and not tell(self._listener.on_kv, self.replica_id, news.kv):
@@ -268,6 +273,7 @@ def _merge(batches: list[Batch]) -> Batch:
     loads = [batch.load for batch in batches if batch.load is not None]
     kv = [batch.kv for batch in batches if batch.kv is not None]
     links = [batch.links for batch in batches if batch.links is not None]
+    roles = [batch.role for batch in batches if batch.role is not None]
     return Batch(
         list(deltas.items()),
         failures,
@@ -277,4 +283,5 @@ def _merge(batches: list[Batch]) -> Batch:
         batches[-1].death,
         batches[-1].has_drained,
         any(batch.is_leaving for batch in batches),
+        roles[-1] if roles else None,
     )

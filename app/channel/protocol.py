@@ -3,8 +3,8 @@
 Each frontend has one TCP connection to each replica.  What an engine step adds to all of a frontend's sequences travels
 as one frame.  If the frontend or the network falls behind, the waiting deltas are merged; otherwise nothing waits.  The
 replica's load and the changes of its prefix cache travel in the same frames, or in frames of their own if there are no
-deltas.  So do the links of a decode replica.  A new connection begins with the present load, the whole prefix cache and
-all links.
+deltas.  So do the links of a decode replica, and the role of one that changes it.  A new connection begins with the
+present load, the whole prefix cache, all links and the role.
 
 Ray Serve's own calls cost more than the work they carry (docs/decisions/0002-channel.md).  So they are used only for
 what needs Ray: finding replicas, checking their health, and passing references to transfer descriptors.
@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from app.errors import BatonError, CannotResume, EngineDead, EngineFailed, InvalidRequest, PrefillFailed
-from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta
+from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, Role, TokenDelta
 
 PROTOCOL_VERSION = 2
 """Which messages this process understands."""
@@ -126,6 +126,9 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     is_leaving: bool = False
     """From a replica that is being removed: that the frontend take its sequences elsewhere, as far as it can.  The
     replica goes on with each until it is cancelled, and asks again; a frontend that skips this lets them end there."""
+    role: Role | None = None
+    """The replica's role, once that is another one than its deployment's or has changed.  A frontend that does not know
+    the field goes on by the deployment's, which the engine can do as well."""
 
 
 ERRORS: dict[str, type[BatonError]] = {

@@ -38,7 +38,7 @@ from app.channel.protocol import (
 )
 from app.errors import BatonError, EngineFailed, InvalidRequest
 from app.kv_cache.updates import merge_waiting
-from app.messages import KvUpdate, Link, ReplicaLoad, TokenDelta, merge_deltas
+from app.messages import KvUpdate, Link, ReplicaLoad, Role, TokenDelta, merge_deltas
 from app.observers import tell
 
 logger = logging.getLogger("baton.channel")
@@ -64,8 +64,9 @@ class FrontendChannel:
         load: ReplicaLoad | None,
         snapshot: Callable[[], KvUpdate | None],
         links: list[Link] | None = None,
+        role: Role | None = None,
     ) -> None:
-        """`load` and `links` are the present ones, None if there are none to tell.
+        """`load`, `links` and `role` are the present ones, None if there are none to tell.
 
         `snapshot` tells the whole prefix cache, or None if the replica does not know.
         """
@@ -81,6 +82,7 @@ class FrontendChannel:
         self._load = load
         self._links = links
         self._is_leaving = False
+        self._role = role
         self._kv: list[KvUpdate] = []
         self._num_waiting_blocks = 0
         self._snapshot = snapshot
@@ -115,6 +117,11 @@ class FrontendChannel:
         """Ask the frontend to take the sequences elsewhere."""
         self._is_leaving = True
         self._has_some.set()
+
+    def put_role(self, role: Role) -> None:
+        """Send the replica's role, with whatever else waits."""
+        self._role = role
+        self._send_soon()
 
     def put_kv(self, update: KvUpdate) -> None:
         """Send a change of the prefix cache.  Changes are merged when they are sent."""
@@ -227,9 +234,16 @@ class FrontendChannel:
             self._timer, self._published_at = None, self._loop.time()
         kv = self._snapshot() if self._needs_snapshot else merge_waiting(self._kv)
         batch = Batch(
-            list(self._deltas.items()), self._failures, self._load, kv, self._links, is_leaving=self._is_leaving
+            list(self._deltas.items()),
+            self._failures,
+            self._load,
+            kv,
+            self._links,
+            is_leaving=self._is_leaving,
+            role=self._role,
         )
-        self._deltas, self._failures, self._load, self._links, self._is_leaving = {}, [], None, None, False
+        self._deltas, self._failures, self._load, self._links, self._role = {}, [], None, None, None
+        self._is_leaving = False
         self._forget_waiting_kv()
         self._needs_snapshot = False
         return batch
@@ -276,6 +290,7 @@ class ChannelServer:
         self._run = run
         self._load: ReplicaLoad | None = None
         self._links: list[Link] | None = None
+        self._role: Role | None = None
         self._token = secrets.token_urlsafe()
         self._server: asyncio.Server | None = None
         self._writers: dict[FrontendChannel, asyncio.StreamWriter] = {}
@@ -306,6 +321,12 @@ class ChannelServer:
         self._links = links
         for channel in self.channels.values():
             channel.put_links(links)
+
+    def publish_role(self, role: Role) -> None:
+        """Tell all frontends what this replica does from now on, including those that connect later."""
+        self._role = role
+        for channel in self.channels.values():
+            channel.put_role(role)
 
     def publish_kv(self, update: KvUpdate) -> None:
         """Tell all frontends of a change, which `snapshot` has in it from now on."""
@@ -365,7 +386,7 @@ class ChannelServer:
             return None
         tune(writer)
         writer.write(to_frame(Welcome(self._replica_id, PROTOCOL_VERSION)))
-        return FrontendChannel(hello.channel_id, self._load, self.snapshot, self._links)
+        return FrontendChannel(hello.channel_id, self._load, self.snapshot, self._links, self._role)
 
     async def _attend(
         self, channel: FrontendChannel, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

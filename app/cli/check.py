@@ -10,14 +10,21 @@ import typer
 from app.cli.options import DEFAULT_CONFIG, ConfigPath
 from app.preflight import check as check_config
 from app.preflight import check_interpreters, check_with_sglang, check_with_vllm
+from app.role_trade import describe_trade
 from app.serve_document import configs, load_document
 from deployments.cluster import runs_here
 
 
 def check(config: ConfigPath = DEFAULT_CONFIG) -> None:
     """Say whether a configuration can work, without starting anything."""
-    device = check_thoroughly(load_document(config))
+    document = load_document(config)
+    device = check_thoroughly(document)
     typer.echo(f"{config}: ok; engines would run on {device}")
+    for found in configs(document):
+        for index, model in enumerate(found.models):
+            if model.is_disaggregated:
+                for line in describe_trade(f"models.{index}", model):
+                    typer.echo(line)
 
 
 def local_gpus() -> int:

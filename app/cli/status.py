@@ -34,6 +34,7 @@ def print_status(found: Sequence[Status], console: Console) -> None:
         table = Table("deployment", "replicas", "target", "bounds", "why", box=None, pad_edge=False)
         for pool in status.pools:
             replicas = ", ".join(f"{count} {state}" for state, count in pool.replicas.items()) or "none"
+            replicas += "".join(f" ({count} as {role})" for role, count in pool.switched.items())
             why = pool.plan["reason"] if pool.plan else "a fixed number"
             table.add_row(pool.name, replicas, str(pool.target), pool.bounds, why)
         console.print(table)

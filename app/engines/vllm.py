@@ -131,7 +131,9 @@ def build_engine_args(spec: EngineSpec) -> Any:
     if spec.is_disaggregated:
         transfer = KVTransferConfig(
             kv_connector="NixlConnector",
-            kv_role="kv_producer" if spec.role == "prefill" else "kv_consumer",
+            # Each may change its role.  Only as a consumer vLLM keeps steps that still run from writing into blocks
+            # into which KV is being read (`defer_block_free`), so a mere producer could not decode.
+            kv_role="kv_producer" if arguments.get("prefill_context_parallel_size", 1) > 1 else "kv_both",
             kv_buffer_device=spec.device,
             kv_load_failure_policy="recompute",
             kv_connector_extra_config={
@@ -216,9 +218,7 @@ class VllmEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
-        self.transport_watch = watch_transport(
-            spec.required_transport, spec.transfer_backends, "get" if spec.role == "decode" else None, spec.device
-        )
+        self.transport_watch = watch_transport(spec.required_transport, spec.transfer_backends, "get", spec.device)
         self._core: Core | None = None
         self._input_processor: InputProcessor
         self._vocab_size = 0
@@ -268,7 +268,7 @@ class VllmEngine:
             **vllm_resume.ENVIRONMENT,
         }
         if spec.is_disaggregated and spec.role != "aggregated":
-            environment |= nixl_pull.environment(spec.role, spec.device)
+            environment |= nixl_pull.environment(spec.device)
         if spec.device == "cpu":
             # Binding threads to cores makes every replica on a machine fight for the same ones.
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

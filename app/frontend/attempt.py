@@ -161,7 +161,7 @@ class Attempt:
         assert pool is not None
         if handoff is None:
             request = msgspec.structs.replace(request, expected_cached_tokens=decision.serving.cached_tokens)
-        is_there = self.serving in self._router.pools[decision.serving_role].replicas
+        is_there = self._router.by_role.find(self.serving) is not None
         self._was_sound = is_there and not self._ejections.is_ejected(self.serving)
         try:
             await pool.generate(request, handoff, local_reason, self.serving, progress)

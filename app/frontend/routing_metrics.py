@@ -33,6 +33,11 @@ class RoutingMetrics(Collector):
             "How many times as long a replica takes as the median of its pool's others (app/routing/slowness.py).",
             labels=["model", "role", "replica"],
         )
+        reached = GaugeMetricFamily(
+            "baton_replicas",
+            "Replicas that are reached, by the role that each has now.",
+            labels=["model", "role"],
+        )
         ejections = CounterMetricFamily(
             "baton_ejections", "Replicas of a pool, or pairs, that were left out of routing.", labels=["model", "end"]
         )
@@ -42,6 +47,7 @@ class RoutingMetrics(Collector):
         refused = CounterMetricFamily("baton_retries_refused", "Retries for which the frontend had no budget.")
         for model, router in self._routers.items():
             for role, pool in router.pools.items():
+                reached.add_metric([model, role], len(pool.replicas))
                 for replica, ratio in slowness(dict(pool.replicas)).items():
                     slow.add_metric([model, role, replica], ratio)
             ends: tuple[End, ...] = (*router.pools, "pair")
@@ -49,4 +55,4 @@ class RoutingMetrics(Collector):
                 ejections.add_metric([model, end], router.ejections.counts[end])
             quarantines.add_metric([model], self._quarantines[model].num_quarantines)
         refused.add_metric([], self._budget.num_refused)
-        yield from (slow, ejections, quarantines, refused)
+        yield from (reached, slow, ejections, quarantines, refused)

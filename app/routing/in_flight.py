@@ -22,9 +22,8 @@ class InFlight:
         self._num_tokens = len(request.prompt_token_ids)
         self.began_at = state.clock()
         # A replica may have gone since the decision; whoever calls it finds out.
-        pools = state.pools
-        self._prefill = pools["prefill"].replicas.get(decision.prefill.replica) if decision.prefill else None
-        serving = pools[decision.serving_role].replicas.get(decision.serving.replica)
+        self._prefill = state.by_role.find(decision.prefill.replica) if decision.prefill else None
+        serving = state.by_role.find(decision.serving.replica)
         self._computing = self._prefill if decision.prefill else serving
         self._queue_s = self._computing.queue_s if self._computing else 0.0
         self._until_first = ExitStack()
@@ -41,17 +40,16 @@ class InFlight:
         if self._prefill is not None:
             self._until_first.enter_context(self._prefill.sequences.counting(1))
         if decision.prefill is not None:
-            tell(self._state.pools["prefill"].assume, decision.prefill.replica, self._request)
+            tell(self._state.by_role.assume, decision.prefill.replica, self._request)
 
     def move(self, serving: Candidate) -> None:
-        """Count the sequence on this replica of its pool, and no longer on the one that was to decode it before."""
+        """Count the sequence on this replica, and no longer on the one that was to decode it before."""
         self._until_end.close()
-        pool = self._state.pools[self._decision.serving_role]
         self.serving = serving
         prefill = self._decision.prefill.replica if self._decision.prefill else None
         self._until_end.enter_context(self._state.ejections.trying(prefill, serving.replica))
-        self._serving = pool.replicas.get(serving.replica)
-        tell(pool.assume, serving.replica, self._request)
+        self._serving = self._state.by_role.find(serving.replica)
+        tell(self._state.by_role.assume, serving.replica, self._request)
         if (state := self._serving) is None:
             return
         self._until_end.enter_context(state.sequences.counting(1))

@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from heapq import nlargest
 from typing import Generic, TypeVar
 
+import msgspec
+
 from app.kv_cache.block_hashes import block_hashes, root_hash
-from app.messages import GenerateRequest, KvUpdate, Link, ReplicaInfo, ReplicaLoad
+from app.messages import GenerateRequest, KvUpdate, Link, ReplicaInfo, ReplicaLoad, Role
 from app.pace import Pace
 from app.routing.affinity import SessionRing
 from app.routing.ejection import Ejections
@@ -180,20 +182,33 @@ class PoolState:
     def join(self, info: ReplicaInfo) -> None:
         """Add a replica that can be reached from now on; nothing is known of its load and cache yet."""
         self.leave(info.replica_id)
-        self.replicas[info.replica_id] = ReplicaState(info)
-        self._ids.append(info.replica_id)
-        self._ring.add(info.replica_id)
-        self._ejections.roles[info.replica_id] = info.role
+        self._add(ReplicaState(info))
         self.on_join()
+
+    def _add(self, state: ReplicaState) -> None:
+        replica = state.info.replica_id
+        self.replicas[replica] = state
+        self._ids.append(replica)
+        self._ring.add(replica)
+        self._ejections.roles[replica] = state.info.role
         self.on_change()
 
     def leave(self, replica: str) -> None:
         """Forget a replica; nothing happens if it is not known."""
-        if self.replicas.pop(replica, None) is None:
-            return
+        if replica in self.replicas:
+            self.give(replica)
+            self.index.forget(replica)
+
+    def give(self, replica: str) -> ReplicaState:
+        """Take a replica out of this pool, to be put into another one by `take`."""
         self._ids.remove(replica)
         self._ring.remove(replica)
-        self.index.forget(replica)
+        return self.replicas.pop(replica)
+
+    def take(self, state: ReplicaState, role: Role) -> None:
+        """Go on with a replica that another pool of the same `index` has given, in the role of this pool."""
+        state.info = msgspec.structs.replace(state.info, role=role)
+        self._add(state)
 
     def on_load(self, replica: str, load: ReplicaLoad) -> None:
         if (state := self.replicas.get(replica)) is not None:

@@ -11,6 +11,7 @@ from app.routing.capacity import Capacity
 from app.routing.ejection import Ejections
 from app.routing.pool_state import PoolState
 from app.routing.prefix_index import PrefixIndex
+from app.routing.role_pools import RolePools
 from app.routing.scores import weights_of
 from app.routing.times import TimePredictor
 from app.routing.topology import Topology
@@ -52,6 +53,7 @@ class RouterState:
         self.ejections = Ejections(clock)
         roles: dict[Role, bool] = {"prefill": has_prefill, "decode": True, "aggregated": has_aggregated}
         self.pools = {role: PoolState(self.index, self.ejections) for role, is_there in roles.items() if is_there}
+        self.by_role = RolePools(self.pools)
         decode_weights = weights_of(config.decode_weights)
         self.weights: dict[Role, tuple[float, ...]] = {
             "prefill": weights_of(config.prefill_weights),

@@ -78,6 +78,8 @@ class FleetResult(msgspec.Struct, kw_only=True):
 class Fleet:
     """The frontends, the replicas and the requests under way."""
 
+    make_replica: type[Replica] = Replica
+
     def __init__(self, spec: FleetSpec, make_policy: Callable[[], Policy], timeline: Timeline) -> None:
         """Each frontend gets a policy of its own."""
         self._spec = spec
@@ -85,7 +87,7 @@ class Fleet:
         self._frontends = [make_policy() for _ in range(spec.num_frontends)]
         self._used_pairs: set[tuple[str, str]] = set()
         self.replicas = {
-            name: Replica(role, name, spec, timeline, self._begin_pull, self._take_outputs, self._frontends)
+            name: self.make_replica(role, name, spec, timeline, self._begin_pull, self._take_outputs, self._frontends)
             for role in ROLES
             for name in spec.names(role)
         }

@@ -126,6 +126,14 @@ class Baton:
         longest_s = MAX_TTFT_OF_SLO * slo.ttft_ms / 1e3 if max_ttft_s is None else max_ttft_s
         self._line = WaitingLine(self._router, longest_s, timeline.after)
 
+    @property
+    def line(self) -> WaitingLine:
+        return self._line
+
+    def on_role(self, replica: str, role: Role) -> None:
+        """Take what a replica does from now on."""
+        self._router.by_role.on_role(replica, role)
+
     def arrive(self, request: GenerateRequest, start: Start, refuse: Refuse) -> None:
         request = msgspec.structs.replace(request, prefill_mode=self._prefill_mode)
 

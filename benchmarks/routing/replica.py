@@ -130,9 +130,12 @@ class Replica:
             vocabulary=range(1),
             seed=0,
         )
+        self.num_blocks = spec.num_blocks
         self.num_sequences = 0
         self.queued_tokens = 0
         self.busy_s = 0.0
+        self.num_prompts = self.computed_tokens = 0
+        """Of all prompts that were computed here."""
         self._queued_s = 0.0
         self._num_prefilling = 0
         self._num_decoding = 0
@@ -190,6 +193,8 @@ class Replica:
 
     def leave_prompt(self, run: Run) -> None:
         """Stop counting a prompt, which is computed."""
+        self.num_prompts += 1
+        self.computed_tokens += run.queued_tokens
         self._num_prefilling -= 1
         self.queued_tokens -= run.queued_tokens
         self._queued_s -= self._pace.compute_s(len(run.prompt), run.expected_cached_tokens)

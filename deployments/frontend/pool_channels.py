@@ -1,13 +1,14 @@
-"""A frontend's channels to the replicas of one pool, and through them the state of the pool that its router goes by.
-
-A replica is in that state while its channel stands: from the moment that a connection succeeds, which begins with all
-that is known of its load and cache, until the connection breaks, it says nothing for too long, or Serve removes it.
+"""A frontend's channels to the replicas of one deployment, and through them the state of the pools that its router goes
+by.  A replica is in the pool of its role, which may be another than its deployment's (app/routing/role_pools.py), while
+its channel stands: from the moment that a connection succeeds, which begins with all that is known of its load and
+cache, until the connection breaks, it says nothing for too long, or Serve removes it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,9 @@ from app.channel.client import Channel
 from app.channel.protocol import Backlog
 from app.channel.silence import LOOK_S, Silence
 from app.errors import EngineDead, ReplicaLost
-from app.messages import ReplicaInfo
+from app.messages import ReplicaInfo, Role
 from app.observers import tell
-from app.routing.pool_state import PoolState
+from app.routing.role_pools import RolePools
 from deployments.detached import spawn_detached
 from deployments.ready_replicas import ready_replicas_of
 from deployments.serve_hooks import deployment_id_of
@@ -35,8 +36,10 @@ what is not over soon may be another release of the protocol, which stays until 
 class PoolChannels:
     """Connects to every ready replica, and connects again if a connection breaks."""
 
-    def __init__(self, handle: Any, pool: PoolState) -> None:
-        self._pool = pool
+    def __init__(self, handle: Any, pools: RolePools, home: Role) -> None:
+        """`home` is the role of the deployment that `handle` is for."""
+        self._pools = pools
+        self._pool = pools[home]
         self._channels: dict[str, Channel] = {}
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self.unreachable: dict[str, str] = {}
@@ -46,7 +49,6 @@ class PoolChannels:
         """Those to replicas that Serve has removed.  They stand until the replicas have drained: prefill has no
         sequence that would show that its KV is still awaited."""
         self._silences: dict[Channel, Silence] = {}
-        self._backlog = Backlog()
         self._loop = asyncio.get_running_loop()
         self._nodes: dict[str, str] = {}
         """Those of the ready replicas."""
@@ -62,23 +64,8 @@ class PoolChannels:
             raise ReplicaLost(replica)
         return channel
 
-    def tell_backlog(self, queued_tokens: int, sequences: int) -> None:
-        """Tell the replicas what waits in this process for the pool, in equal shares.  Only changed shares are sent.
-
-        `queued_tokens` are prompt tokens that wait to be computed here, and `sequences` are sequences that wait for
-        room to decode here.
-        """
-        self._backlog = Backlog(queued_tokens, sequences)
-        self._share_backlog()
-
-    def _share_backlog(self) -> None:
-        for index, channel in enumerate(self._channels.values()):
-            channel.tell_backlog(
-                Backlog(
-                    _share(self._backlog.queued_tokens, len(self._channels), index),
-                    _share(self._backlog.sequences, len(self._channels), index),
-                )
-            )
+    def __contains__(self, replica: str) -> bool:
+        return replica in self._channels
 
     def _look_for_silence(self) -> None:
         """Close the channel to a replica that has work of this frontend, or drains, and says nothing for too long.
@@ -86,13 +73,17 @@ class PoolChannels:
         Its sequences fail, so that they are tried elsewhere.  It joins the pool again when it answers a new connection.
         """
         self._loop.call_later(LOOK_S, self._look_for_silence)
-        with_work = [c for replica, c in self._channels.items() if self._pool.replicas[replica].sequences.own > 0]
+        with_work = [channel for replica, channel in self._channels.items() if self._has_work(replica)]
         speaking = {channel for channel in self._channels.values() if not self._silences[channel].num_looks}
         for channel, silence in list(self._silences.items()):
             has_work = channel in self._retired or channel in with_work
             if silence.look(channel.num_heard, has_work=has_work, can_be_replaced=bool(speaking - {channel})):
                 logger.warning("replica_id=%s has work and says nothing", channel.replica_id)
                 channel.close("it has work and says nothing")
+
+    def _has_work(self, replica: str) -> bool:
+        state = self._pools.find(replica)
+        return state is not None and state.sequences.own > 0
 
     def _follow_ready_replicas(self) -> None:
         ready = self._ready.metadata()
@@ -129,7 +120,7 @@ class PoolChannels:
             await asyncio.sleep(delay_s)
             try:
                 info = msgspec.convert(metadata["info"], ReplicaInfo)
-                channel = await Channel.connect(replica, metadata["channel"], self._pool)
+                channel = await Channel.connect(replica, metadata["channel"], self._pools)
                 # No await from here on: the pool must know the replica before the channel tells of it.
                 self._join(replica, info, metadata, channel)
                 return
@@ -144,9 +135,9 @@ class PoolChannels:
 
     def _join(self, replica: str, info: ReplicaInfo, metadata: dict[str, Any], channel: Channel) -> None:
         try:
-            self._pool.join(info)
+            self._pools.join(info)
         except BaseException:
-            self._pool.leave(replica)
+            self._pools.leave(replica)
             channel.close()
             raise
         del self._connecting[replica]
@@ -155,7 +146,6 @@ class PoolChannels:
         self._channels[replica] = channel
         self._silences[channel] = Silence()
         channel.on_close = partial(self._on_close, replica, metadata, channel)
-        self._share_backlog()
 
     def _on_close(self, replica: str, metadata: dict[str, Any], channel: Channel) -> None:
         del self._silences[channel]
@@ -169,9 +159,15 @@ class PoolChannels:
 
     def _leave(self, replica: str) -> Channel:
         channel = self._channels.pop(replica)
-        self._pool.leave(replica)
-        self._share_backlog()
+        self._pools.leave(replica)
         return channel
+
+
+def share_backlog(channels: Sequence[Channel], backlog: Backlog) -> None:
+    """Tell the replicas of one pool what waits in this process for it, in equal shares.  Only changed ones are sent."""
+    for index, channel in enumerate(channels):
+        shares = (_share(number, len(channels), index) for number in (backlog.queued_tokens, backlog.sequences))
+        channel.tell_backlog(Backlog(*shares))
 
 
 def _share(number: int, parts: int, index: int) -> int:

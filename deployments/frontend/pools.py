@@ -1,8 +1,8 @@
-"""The pools as a frontend calls them: the Ray half of app/frontend/attempt.py.
+"""The replicas of one model as a frontend calls them: the Ray half of app/frontend/attempt.py.
 
-Each keeps the router's state of it up to date, by the channels to its replicas (pool_channels.py).  A
-sequence travels on the channel to the replica that decodes it, both ways.  If it has been handed to prefill, Ray brings
-the *reference* to its transfer descriptor after it (``attach``).
+Whatever a replica's role is, it is called through the handle of its deployment.  Its state in the router is kept up to
+date by the channel to it (pool_channels.py).  A sequence travels on the channel to the replica that decodes it, both
+ways.  If it has been handed to prefill, Ray brings the *reference* to its transfer descriptor after it (``attach``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,13 +20,14 @@ from ray.serve.exceptions import RayServeException
 
 from app.background import watch
 from app.channel.client import Channel, SubmittedSequence
+from app.channel.protocol import Backlog
 from app.errors import BatonError, HandoffNotTaken, PrefillFailed, ReplicaLost, TakenElsewhere
 from app.frontend.attempt import Handoff, Lost
 from app.frontend.sequence_progress import SequenceProgress
-from app.messages import GenerateRequest
-from app.routing.pool_state import PoolState
+from app.messages import GenerateRequest, Role
+from app.routing.role_pools import RolePools
 from deployments.detached import spawn_detached
-from deployments.frontend.pool_channels import PoolChannels
+from deployments.frontend.pool_channels import PoolChannels, share_backlog
 from deployments.serve_hooks import method_by_reference, object_ref_of
 
 logger = logging.getLogger("baton.pools")
@@ -50,20 +51,31 @@ class RayHandoff:
         self.cancel = abandon
 
 
-class ChannelPool:
-    """Replicas that run the sequences which come on their channels."""
+class RayReplicas:
+    """All replicas of a model, each of which may be of any deployment and in any role."""
 
-    def __init__(self, handle: Any, pool: PoolState) -> None:
-        self._channels = PoolChannels(handle, pool)
+    def __init__(self, handles: Mapping[Role, Any], pools: RolePools) -> None:
+        """`handles` are those of the deployments, by their roles."""
+        self._pools = pools
+        self._deployments = {home: RayDeployment(handle, pools, home) for home, handle in handles.items()}
 
-    @property
-    def unreachable(self) -> dict[str, str]:
-        """Why ready replicas cannot be reached, by their ids."""
-        return self._channels.unreachable
+    def unreachable(self, home: Role) -> dict[str, str]:
+        """Why ready replicas of a deployment cannot be reached, by their ids."""
+        return self._deployments[home].channels.unreachable
 
-    def tell_backlog(self, queued_tokens: int, sequences: int) -> None:
-        """As `PoolChannels.tell_backlog`."""
-        self._channels.tell_backlog(queued_tokens, sequences)
+    def tell_backlog(self, role: Role, backlog: Backlog) -> None:
+        """Tell the replicas of a role their shares of what waits in this process for it."""
+        share_backlog([self._of(replica).channels.channel(replica) for replica in self._pools[role].replicas], backlog)
+
+    def _of(self, replica: str) -> RayDeployment:
+        """Return the deployment of a replica.  Raises ReplicaLost."""
+        for deployment in self._deployments.values():
+            if replica in deployment.channels:
+                return deployment
+        raise ReplicaLost(replica)
+
+    async def start(self, request: GenerateRequest, replica: str) -> RayHandoff:
+        return await self._of(replica).start(request, replica)
 
     async def generate(
         self,
@@ -73,7 +85,29 @@ class ChannelPool:
         replica: str,
         progress: SequenceProgress,
     ) -> None:
-        channel = self._channels.channel(replica)
+        await self._of(replica).generate(request, handoff, local_reason, replica, progress)
+
+
+class RayDeployment:
+    """The replicas of one deployment."""
+
+    def __init__(self, handle: Any, pools: RolePools, home: Role) -> None:
+        self.channels = PoolChannels(handle, pools, home)
+        self._prefill = method_by_reference(handle, "prefill")
+        self._abandon = method_by_reference(handle, "abandon")
+        self._abandoning: set[asyncio.Task[None]] = set()
+        self._attach = method_by_reference(handle, "attach")
+        self._attaching: set[asyncio.Task[None]] = set()
+
+    async def generate(
+        self,
+        request: GenerateRequest,
+        handoff: Handoff | None,
+        local_reason: str,
+        replica: str,
+        progress: SequenceProgress,
+    ) -> None:
+        channel = self.channels.channel(replica)
         sequence = channel.submit(request, progress.take, has_handoff=handoff is not None, local_reason=local_reason)
         let_go = partial(sequence.fail, TakenElsewhere())
         sequence.on_leaving = lambda: progress.on_leaving(let_go)
@@ -84,28 +118,8 @@ class ChannelPool:
         finally:
             channel.finish(sequence)
 
-    def _hand_over(
-        self,
-        handoff: RayHandoff,
-        channel: Channel,
-        sequence: SubmittedSequence,
-        replica: str,
-        progress: SequenceProgress,
-    ) -> None:
-        raise NotImplementedError("no KV is moved to these replicas")
-
-
-class RayPrefillPool(ChannelPool):
-    """The prefill replicas, which also run whole sequences if their engine can (`ModelConfig.can_prefill_decode`)."""
-
-    def __init__(self, handle: Any, pool: PoolState) -> None:
-        super().__init__(handle, pool)
-        self._prefill = method_by_reference(handle, "prefill")
-        self._abandon = method_by_reference(handle, "abandon")
-        self._abandoning: set[asyncio.Task[None]] = set()
-
     async def start(self, request: GenerateRequest, replica: str) -> RayHandoff:
-        lost = self._channels.channel(replica).lost
+        lost = self.channels.channel(replica).lost
         # The call is made outside the HTTP request's context.  Otherwise Serve would cancel it with the request, and
         # the descriptor might be lost (see `abandon`).
         response = contextvars.Context().run(self._prefill.remote, request, replica_id=replica)
@@ -139,15 +153,6 @@ class RayPrefillPool(ChannelPool):
         except (BatonError, RayError, RayServeException, TimeoutError) as error:
             # Either the replica is gone, and its prefills with it, or the KV is freed when its lease ends.
             logger.info("prefill_replica=%s cannot abandon: %r", replica, error)
-
-
-class RayDecodePool(ChannelPool):
-    """Replicas that decode: those of the decode pool, or of the aggregated one."""
-
-    def __init__(self, handle: Any, pool: PoolState) -> None:
-        super().__init__(handle, pool)
-        self._attach = method_by_reference(handle, "attach")
-        self._attaching: set[asyncio.Task[None]] = set()
 
     def _hand_over(
         self,

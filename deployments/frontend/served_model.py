@@ -12,6 +12,7 @@ import msgspec
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from app.channel.protocol import Backlog
 from app.config import LimitsConfig, ModelConfig
 from app.errors import BatonError
 from app.frontend.health import model_state
@@ -21,7 +22,7 @@ from app.messages import Role
 from app.routing.router import Router
 from app.routing.slowness import slowness
 from deployments.autoscaling import wish_key
-from deployments.frontend.pools import ChannelPool, RayDecodePool, RayPrefillPool
+from deployments.frontend.pools import RayReplicas
 from deployments.ready_replicas import ready_replicas_of
 from deployments.serve_hooks import deployment_id_of, put_internal_kv
 
@@ -44,10 +45,8 @@ class ServedModel:
             can_decode_prefill=model.can_decode_prefill,
             can_prefill_decode=model.can_prefill_decode,
         )
-        pools = self.router.pools
-        decode = RayDecodePool(handles["decode"], pools["decode"])
-        prefill = RayPrefillPool(handles["prefill"], pools["prefill"]) if "prefill" in handles else None
-        aggregated = RayDecodePool(handles["aggregated"], pools["aggregated"]) if "aggregated" in handles else None
+        self._replicas = RayReplicas(handles, self.router.by_role)
+        prefill = self._replicas if "prefill" in handles else None
         application = handles["decode"].app_name
         waker = (
             Waker(model.name, partial(_wish, application, model.name), limits.max_wake_s) if model.may_sleep else None
@@ -55,16 +54,14 @@ class ServedModel:
         self.orchestrator = Orchestrator(
             self.router,
             prefill,
-            decode,
+            self._replicas,
             limits,
-            aggregated=aggregated,
+            aggregated=self._replicas if "aggregated" in handles else None,
             on_prefill=prefill,
             hands_over_early=model.hands_over_early,
             can_resume_counting=model.can_resume_counting,
             waker=waker,
         )
-        by_role: dict[Role, ChannelPool | None] = {"decode": decode, "prefill": prefill, "aggregated": aggregated}
-        self._pools = {role: pool for role, pool in by_role.items() if pool is not None}
         self.orchestrator.line.on_backlog = self._tell_backlog
         self._ready = {role: ready_replicas_of(deployment_id_of(handle)) for role, handle in handles.items()}
 
@@ -87,23 +84,44 @@ class ServedModel:
         }
 
     def _describe_pool(self, role: Role, num_reachable: int) -> dict[str, Any]:
-        described: dict[str, Any] = {"ready": len(self._ready[role].ids()), "reachable": num_reachable}
-        if reasons := self._pools[role].unreachable:
+        """Describe the pool of a role.  Those that are there from another deployment are `switched`."""
+        roles = {replica: (self._role(replica, home), home) for home in self._ready for replica in self._ids(home)}
+        switched = [replica for replica, (now, home) in roles.items() if role == now != home]
+        num_ready = sum(role == now for now, _ in roles.values())
+        described: dict[str, Any] = {"ready": num_ready, "reachable": num_reachable}
+        if switched:
+            described["switched"] = switched
+        if reasons := self._replicas.unreachable(role):
             described["unreachable"] = dict(reasons)
         return described
 
+    def _ids(self, home: Role) -> list[str]:
+        return self._ready[home].ids()
+
+    def _role(self, replica: str, home: Role) -> Role:
+        return self.router.by_role.role_of(replica, home)
+
     def endpoints(self) -> list[dict[str, Any]]:
-        """Return what each ready replica recorded about itself, and how slow it is beside others of its pool."""
+        """Return what each ready replica recorded about itself, and how slow it is beside others of its pool.
+
+        `home` is the role of its deployment, and `role` what it does now.
+        """
+        slow = self._slowness()
         return [
-            {"status": "ready", **metadata["info"], "slowness": slow.get(replica)}
-            for role, pool in self._ready.items()
-            for slow in [self._slowness(role)]
+            {
+                "status": "ready",
+                **metadata["info"],
+                "role": self._role(replica, home),
+                "home": home,
+                "slowness": slow.get(replica),
+            }
+            for home, pool in self._ready.items()
             for replica, metadata in pool.metadata().items()
         ]
 
-    def _slowness(self, role: Role) -> dict[str, float]:
-        known = slowness(self.router.pools[role].replicas)
-        return {replica: round(ratio, 2) for replica, ratio in known.items()}
+    def _slowness(self) -> dict[str, float]:
+        known = [slowness(pool.replicas) for pool in self.router.pools.values()]
+        return {replica: round(ratio, 2) for ratios in known for replica, ratio in ratios.items()}
 
     def describe_failures(self) -> dict[str, Any]:
         """Return what this frontend leaves out of routing and refuses, for what it has seen itself."""
@@ -117,27 +135,24 @@ class ServedModel:
 
     async def stats(self) -> list[dict[str, Any]]:
         """Ask every ready replica for its present stats, and return them beside this frontend's pool state."""
-        asked = [
-            self._ask(role, replica, slow.get(replica))
-            for role, pool in self._ready.items()
-            for slow in [self._slowness(role)]
-            for replica in pool.ids()
-        ]
+        slow = self._slowness()
+        asked = [self._ask(home, replica, slow.get(replica)) for home in self._ready for replica in self._ids(home)]
         return await asyncio.gather(*asked)
 
-    async def _ask(self, role: Role, replica: str, slowness: float | None) -> dict[str, Any]:
-        view = self._describe_state(role, replica)
+    async def _ask(self, home: Role, replica: str, slowness: float | None) -> dict[str, Any]:
+        view = self._describe_state(replica)
         about = {
             "model": self._model.name,
-            "role": role,
+            "role": self._role(replica, home),
+            "home": home,
             "replica_id": replica,
             "view": None if view is None else {**view, "slowness": slowness},
         }
-        if (reason := self._pools[role].unreachable.get(replica)) is not None:
+        if (reason := self._replicas.unreachable(home).get(replica)) is not None:
             about["unreachable"] = reason
         try:
             async with asyncio.timeout(STATS_TIMEOUT_S):
-                stats = await self._handles[role].stats.remote(replica_id=replica)
+                stats = await self._handles[home].stats.remote(replica_id=replica)
         except TimeoutError:
             return {**about, "error": "no answer"}
         except (BatonError, RayError, RayServeException) as error:
@@ -147,10 +162,10 @@ class ServedModel:
     def _tell_backlog(self) -> None:
         """Tell the pool that the first in line waits for, so that autoscaling sees what waits here."""
         line = self.orchestrator.line
-        short = "prefill" if line.lacks == "prefill" and "prefill" in self._pools else "decode"
-        backlog = (line.queued_tokens, 0) if line.lacks == "prefill" else (0, line.num_waiting)
-        for role in self._pools.keys() & {"decode", "prefill"}:
-            self._pools[role].tell_backlog(*(backlog if role == short else (0, 0)))
+        short = "prefill" if line.lacks == "prefill" and "prefill" in self._handles else "decode"
+        backlog = Backlog(line.queued_tokens, 0) if line.lacks == "prefill" else Backlog(0, line.num_waiting)
+        for role in self._handles.keys() & {"decode", "prefill"}:
+            self._replicas.tell_backlog(role, backlog if role == short else Backlog())
 
     def describe_line(self) -> dict[str, Any]:
         """Return who waits in this frontend, and for what; `waking` are requests that wait for the model to wake."""
@@ -162,16 +177,15 @@ class ServedModel:
             "waking": waker.num_waiting if waker is not None else 0,
         }
 
-    def _describe_state(self, role: Role, replica: str) -> dict[str, int] | None:
+    def _describe_state(self, replica: str) -> dict[str, int] | None:
         """What this frontend believes of a replica; None if it has no connection to it."""
-        pool = self.router.pools[role]
-        if (state := pool.replicas.get(replica)) is None:
+        if (state := self.router.by_role.find(replica)) is None:
             return None
         gauges = {"sequences": state.sequences, "queued_tokens": state.queued_tokens, "used_blocks": state.used_blocks}
         return {
             **{name: gauge.value for name, gauge in gauges.items()},
             **{f"own_{name}": gauge.own for name, gauge in gauges.items()},
-            "cached_blocks": pool.index.num_blocks(replica),
+            "cached_blocks": self.router.index.num_blocks(replica),
         }
 
 

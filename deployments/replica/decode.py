@@ -1,4 +1,4 @@
-"""The decode deployment: sequences come in, token deltas go out.
+"""What a replica does as decode for prompts that others have computed: sequences come in, token deltas go out.
 
 Both travel on the frontends' channels (app/channel/).  Only the reference to a transfer descriptor comes through Ray,
 in `attach`, because Ray tracks references only in its own calls.  handoff_rendezvous.py brings a sequence and its
@@ -8,76 +8,104 @@ reference together.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
 
-import msgspec
 from ray import ObjectRef
 
 from app.channel.protocol import Submit
-from app.channel.server import FrontendChannel
+from app.channel.server import ChannelServer, FrontendChannel
 from app.config import BatonConfig
-from app.engines.base import EngineSpec
+from app.engines.base import Engine, EngineInfo
 from app.engines.kv_format import mismatch
 from app.errors import InvalidRequest
 from app.handoff_seal import damage, misplacement
 from app.messages import (
     EngineStats,
     GenerateRequest,
+    KvFormat,
     Link,
     ReplicaLoad,
-    Role,
     TransferDescriptor,
 )
 from deployments.replica.handoff_rendezvous import DescriptorExpired, HandoffRendezvous
-from deployments.replica.link_record import LinkRecord
 from deployments.replica.links import LinkKeeper
-from deployments.replica.prefill_peers import RayPrefillPeers
-from deployments.replica.worker import Worker
+from deployments.replica.sequences import Phase
 
 logger = logging.getLogger("baton.decode")
 
 
-class DecodeWorker(Worker):
-    """One decode engine, or the only engine of an aggregated deployment."""
+class DecodeHalf:
+    """The part of a replica that decodes from prompts which others have computed."""
 
-    role: Role = "decode"
-
-    async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: BatonConfig, device: str, prefill: Any = None
+    def __init__(
+        self,
+        config: BatonConfig,
+        engine: Engine,
+        info: EngineInfo,
+        kv_format: KvFormat,
+        make_keeper: Callable[[], LinkKeeper] | None,
     ) -> None:
-        """`prefill` is the handle of the pool that KV comes from; None if there is none."""
-        self._prefill = prefill
+        """`make_keeper` makes what probes the prefill replicas; None if KV comes from nobody."""
+        self.on_links: Callable[[list[Link]], object] = lambda links: None
+        """Called with all links when they have changed."""
+        self._config = config
+        self._model = config.models[0]
+        self._engine = engine
+        self._info = info
+        self.kv_format = kv_format
+        self._make_keeper = make_keeper
         self._links: LinkKeeper | None = None
-        self._record: LinkRecord
         self._handoffs = HandoffRendezvous(self._release)
-        await super().__init__(config, device)
-        self._sequences.transport_from = self._transport_from
-        self._server.on_open = lambda channel: self._handoffs.open(channel.id)
-        self._server.on_close = lambda channel: self._handoffs.close(channel.id)
-        if self._links is not None:
-            self._record = LinkRecord(self._application, self._replica_id, self._background)
-            self._links.on_change = self._publish_links
-            self._publish_links(self._links.links())
 
-    async def _connect(self, spec: EngineSpec) -> None:
-        """Probe the prefill replicas.  Raises ConfigError if none can be reached by the required transport."""
-        if self._prefill is not None:
-            peers = RayPrefillPeers(self._prefill, self._replica_id)
-            self._links = LinkKeeper(spec, self._engine, peers, self._background)
+    async def start(self) -> None:
+        """Probe the prefill replicas before this one is ready.
+
+        Raises ConfigError if none can be reached by the required transport.
+        """
+        if self._make_keeper is not None:
+            self._links = self._make_keeper()
             await self._links.start(self._info, self.kv_format, can_prefill=self._model.can_decode_prefill)
 
-    def _publish_links(self, links: list[Link]) -> None:
-        self._server.publish_links(links)
-        self._metrics.set_links(links)
-        self._record.write(links)
+    def begin(self) -> None:
+        """Decode from now on: probe the prefill replicas, and tell of each link when its probe has ended."""
+        assert self._make_keeper is not None
+        self._links = self._make_keeper()
+        self._links.begin(self._info, self.kv_format)
+        self.tell_links()
 
-    async def _run(self, channel: FrontendChannel, call: Submit) -> None:
-        descriptor, reason = None, call.local_reason
-        if call.has_handoff:
-            descriptor, reason = await self._receive(channel, call.number, call.request)
-        await self._sequences.run(channel, call, descriptor, reason)
+    async def end(self) -> None:
+        """Decode no new sequences.  Those that come nevertheless, as a frontend has not heard of it, are served."""
+        if self._links is not None:
+            await self._links.stop()
+            self._links.on_change = lambda links: None
+            self.on_links([])
 
-    def _transport_from(self, prefill_replica: str) -> str:
+    def tell_links(self) -> None:
+        """Call `on_links` with what is known now, and from then on when it changes."""
+        if self._links is not None:
+            self._links.on_change = self.on_links
+            self.on_links(self._links.links())
+
+    @property
+    def num_probes(self) -> int:
+        return self._links.num_probes if self._links is not None else 0
+
+    def follow(self, server: ChannelServer) -> None:
+        """Learn of the channels on which sequences come."""
+        server.on_open = lambda channel: self._handoffs.open(channel.id)
+        server.on_close = lambda channel: self._handoffs.close(channel.id)
+
+    async def receive(self, channel: FrontendChannel, call: Submit) -> tuple[TransferDescriptor | None, str]:
+        """Wait for the descriptor of a sequence, if it has one.
+
+        Returns it, or None and the reason why this replica has to prefill.  Raises InvalidRequest.
+        """
+        if not call.has_handoff:
+            return None, call.local_reason
+        return await self._receive(channel, call.number, call.request)
+
+    def transport_from(self, prefill_replica: str) -> str:
         """Return what carries KV from a prefill replica; "" if that is not known."""
         if self._links is None:
             return ""
@@ -115,42 +143,25 @@ class DecodeWorker(Worker):
         await self._release(descriptor)
         return None, "transport_refused"
 
-    async def attach(self, channel_id: str, number: int, refs: list[ObjectRef], *, replica_id: str) -> None:
+    def attach(self, channel_id: str, number: int, refs: list[ObjectRef]) -> None:
         """Give sequence `number` of a channel the reference to its transfer descriptor.
 
         `refs` is a list that holds just this reference.  Passed as an argument of its own, Ray would resolve it before
         the call runs.
         """
-        self.check_is_me(replica_id)
         self._handoffs.attach(channel_id, number, refs[0])
 
-    def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
-        """Return the levels without sequences whose prompts other replicas still have to compute, and without their KV.
+    def levels(self, phases: Counter[Phase], load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
+        """Return what of the load is due to sequences whose prompts other replicas do not still have to compute.
 
-        With SGLang such sequences are among the `promised`.  So are those that its engine has no memory for, and they
+        With SGLang those others are among the `promised`.  So are those that its engine has no memory for, and they
         do count as waiting here, as far as this replica's own sequences take up the memory.
         """
-        levels = super().levels(load, stats)
-        num_promised = self._sequences.phases["promised"]
-        num_own = self._sequences.phases.total() - num_promised
+        num_promised = phases["promised"]
+        num_own = phases.total() - num_promised
         held_up = min(stats.num_held_up, num_promised)
         share = num_own / (num_own + num_promised - held_up) if num_own else 0.0
-        return {
-            **levels,
-            "waiting": levels["waiting"] + share * held_up,
-            "kv_use": share * load.used_blocks / self._info.num_blocks,
-        }
-
-    async def stats(self, *, replica_id: str) -> EngineStats:
-        stats = await super().stats(replica_id=replica_id)
-        num_probes = self._links.num_probes if self._links else 0
-        return msgspec.structs.replace(stats, num_probes=num_probes)
-
-    async def __del__(self) -> None:
-        if hasattr(self, "_record"):
-            await self._background.stop("links")
-            await self._record.remove()
-        await super().__del__()
+        return {"waiting": share * held_up, "kv_use": share * load.used_blocks / self._info.num_blocks}
 
     async def _release(self, descriptor: TransferDescriptor) -> None:
         """Free KV that nobody will pull, except by a descriptor that may name KV of others.
@@ -164,9 +175,3 @@ class DecodeWorker(Worker):
             logger.warning("request_id=%s the lease has to free KV of %s", descriptor.request_id, descriptor.engine)
             return
         await self._engine.release(descriptor.request_id, descriptor)
-
-
-class AggregatedWorker(DecodeWorker):
-    """One engine of an aggregated pool, which serves whole requests beside the prefill and decode pools."""
-
-    role = "aggregated"

@@ -135,10 +135,7 @@ class LinkKeeper:
         serve without them.  Raises ConfigError if KV comes by the required transport from no prefill replica, but by
         another from each.
         """
-        self._kv_format = kv_format
-        longest = min(info.max_model_len // 2, info.num_blocks * info.block_size_tokens // 4)
-        self._long_tokens = max(SHORT_TOKENS, min(LONG_TOKENS, longest))
-        self._peers.follow(self._changed.set)
+        self._prepare(info, kv_format)
         await self._wait_for_change(WAIT_FOR_PREFILL_S if can_prefill else WAIT_IF_NEEDED_S)
         await self._probe_due()
         if self._known and all(known.falls_short for known in self._known.values()):
@@ -151,6 +148,21 @@ class LinkKeeper:
         if not self._known:
             logger.warning("no prefill replica is ready yet; each is probed when it comes")
         self._background.keep("links", self._follow)
+
+    def begin(self, info: EngineInfo, kv_format: KvFormat) -> None:
+        """Begin to probe and to follow the pool, in a replica that serves already."""
+        self._prepare(info, kv_format)
+        self._background.keep("links", self._follow)
+
+    async def stop(self) -> None:
+        """Probe no more.  What is known stays, for the handoffs that are on their way."""
+        await self._background.stop("links")
+
+    def _prepare(self, info: EngineInfo, kv_format: KvFormat) -> None:
+        self._kv_format = kv_format
+        longest = min(info.max_model_len // 2, info.num_blocks * info.block_size_tokens // 4)
+        self._long_tokens = max(SHORT_TOKENS, min(LONG_TOKENS, longest))
+        self._peers.follow(self._changed.set)
 
     async def _wait_for_change(self, timeout_s: float | None) -> None:
         """Wait until there are other prefill replicas than those that are known, at most `timeout_s` seconds."""

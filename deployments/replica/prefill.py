@@ -1,25 +1,26 @@
-"""The prefill deployment: a prompt comes in, and the descriptor of its KV goes out."""
+"""What a replica does for others as prefill: a prompt comes in, and the descriptor of its KV goes out."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 import msgspec
 
-from app.config import BatonConfig
+from app.engines.base import Engine, EngineInfo
 from app.errors import BatonError, PrefillFailed
 from app.handoff_seal import pack, seal
 from app.messages import (
     EngineStats,
     GenerateRequest,
     HopPhase,
+    KvFormat,
     ReplicaLoad,
     TransferDescriptor,
     TransportEvidence,
 )
-from deployments.replica.worker import Worker
 
 logger = logging.getLogger("baton.prefill")
 
@@ -81,62 +82,63 @@ class ProbeTurns:
         return True
 
 
-class PrefillWorker(Worker):
-    """One prefill engine."""
+class PrefillHalf:
+    """The part of a replica that computes prompts for others."""
 
-    role = "prefill"
-
-    async def __init__(self, config: BatonConfig, device: str) -> None:  # type: ignore[misc]  # Serve awaits it
+    def __init__(self, replica_id: str, engine: Engine, info: EngineInfo, kv_format: KvFormat) -> None:
+        self.on_change: Callable[[], object] = lambda: None
+        """Called when a prompt has come or has gone."""
+        self.has_served = False
+        """Whether any prompt has come, so that KV of it may still be here."""
+        self._replica_id = replica_id
+        self._engine = engine
+        self._info = info
+        self._kv_format = kv_format
         self._running: dict[str, asyncio.Task[TransferDescriptor]] = {}
         self._turns = ProbeTurns()
-        await super().__init__(config, device)
 
-    async def prefill(self, request: GenerateRequest, *, replica_id: str) -> bytes:
+    def __len__(self) -> int:
+        """Return how many prompts have not been computed."""
+        return len(self._running)
+
+    async def prefill(self, request: GenerateRequest) -> bytes:
         """Return the packed descriptor (app/handoff_seal.py)."""
-        self.check_is_me(replica_id)
         arrived_at = time.time()
+        self.has_served = True
         task = asyncio.create_task(self._engine.prefill(request), name=request.request_id)
         self._running[request.request_id] = task
-        self._publisher.poll_soon()
+        self.on_change()
         try:
             descriptor = await task
             phases = _phases(request, arrived_at, descriptor)
-            return pack(seal(msgspec.structs.replace(descriptor, phases=phases, kv_format=self.kv_format), request))
+            return pack(seal(msgspec.structs.replace(descriptor, phases=phases, kv_format=self._kv_format), request))
         finally:
             del self._running[request.request_id]
-            self._publisher.poll_soon()
+            self.on_change()
 
-    async def begin_probe(self, decode_replica: str, *, replica_id: str) -> None:
+    async def begin_probe(self, decode_replica: str) -> None:
         """Wait until no other decode replica probes this one (links.py)."""
-        self.check_is_me(replica_id)
         await self._turns.begin(decode_replica)
         self._turns.mark = await self._engine.transport_watch.mark()
 
-    async def keep_probe(self, decode_replica: str, *, replica_id: str) -> None:
+    def keep_probe(self, decode_replica: str) -> None:
         """Be told that a decode replica that has the turn still probes."""
-        self.check_is_me(replica_id)
         self._turns.keep(decode_replica)
 
-    async def end_probe(self, decode_replica: str, *, replica_id: str) -> TransportEvidence | None:
+    async def end_probe(self, decode_replica: str) -> TransportEvidence | None:
         """Let the next one probe.  Returns by which transport the engine says that it sent KV meanwhile, if it can."""
-        self.check_is_me(replica_id)
         evidence = await self._engine.transport_watch.since(self._turns.mark)
         return evidence if self._turns.end(decode_replica) else None
 
-    def num_requests(self) -> tuple[int, int]:
-        sequences, decoding = super().num_requests()
-        return len(self._running) + sequences, decoding
-
-    def levels(self, load: ReplicaLoad, stats: EngineStats) -> dict[str, float]:
-        """Return the levels without what waits for decode: KV to be pulled, and prompts that only lack a slot there."""
+    def computable(self, load: ReplicaLoad, stats: EngineStats) -> ReplicaLoad:
+        """Return the load without what waits for decode: KV to be pulled, and prompts that only lack a slot there."""
         if self._is_held_up(load, stats):
-            load = msgspec.structs.replace(load, queued_tokens=0)
-        elif stats.num_held_up:
-            computable = max(0, stats.num_waiting + stats.num_running - stats.num_held_up)
-            share = computable / (computable + stats.num_held_up)
-            load = msgspec.structs.replace(load, queued_tokens=round(share * load.queued_tokens))
-        levels = super().levels(load, stats)
-        return {**levels, "prefilling": levels["prefilling"] + len(self._running)}
+            return msgspec.structs.replace(load, queued_tokens=0)
+        if not stats.num_held_up:
+            return load
+        computable = max(0, stats.num_waiting + stats.num_running - stats.num_held_up)
+        share = computable / (computable + stats.num_held_up)
+        return msgspec.structs.replace(load, queued_tokens=round(share * load.queued_tokens))
 
     def _is_held_up(self, load: ReplicaLoad, stats: EngineStats) -> bool:
         """Whether nothing is being computed because there is no room for a typical waiting prompt."""
@@ -145,8 +147,7 @@ class PrefillWorker(Worker):
         return stats.num_running == 0 < stats.num_waiting and is_short
 
     async def drain(self) -> None:
-        """Also wait until decode has pulled all KV that this replica holds, or the leases have ended."""
-        await super().drain()
+        """Wait until decode has pulled all KV that this replica holds, or the leases have ended."""
         began = time.monotonic()
         try:
             # `stats` comes first, as it raises if the engine is dead: in a dead engine requests would wait for ever.
@@ -154,15 +155,14 @@ class PrefillWorker(Worker):
                 await asyncio.sleep(HELD_KV_POLL_S)
         except BatonError as error:
             logger.warning("the KV that decode has not pulled is lost: %s", error)
-        logger.info("role=prefill replica_id=%s drained_s=%.1f", self._replica_id, time.monotonic() - began)
+        logger.info("replica_id=%s has handed over all KV drained_s=%.1f", self._replica_id, time.monotonic() - began)
 
-    async def abandon(self, request_id: str, *, replica_id: str) -> None:
+    async def abandon(self, request_id: str) -> None:
         """Stop a prefill, or what is left of it after `prefill` has returned, because nobody will pull its KV.
 
         It would not be enough to cancel the call of `prefill`.  The cancellation may come between the engine's answer
         and Serve's, and the descriptor, which decode needs to free the KV, would be lost.
         """
-        self.check_is_me(replica_id)
         if (task := self._running.get(request_id)) is not None:
             task.cancel()
         await self._engine.release(request_id)

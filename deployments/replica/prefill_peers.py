@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,10 @@ from ray.serve.exceptions import RayServeException
 from app.background import watch
 from app.errors import BatonError, PrefillFailed
 from app.handoff_seal import unpack
-from app.messages import GenerateRequest, TransferDescriptor, TransportEvidence
+from app.messages import GenerateRequest, Role, TransferDescriptor, TransportEvidence
 from deployments.detached import spawn_detached
 from deployments.ready_replicas import ready_replicas_of
+from deployments.roles import RoleWatch
 from deployments.serve_hooks import deployment_id_of
 
 BEAT_S = 1.0
@@ -24,20 +25,31 @@ after this one has died (SILENT_S in prefill.py)."""
 
 
 class RayPrefillPeers:
-    """The ready replicas of the prefill deployment, each called by its id."""
+    """The ready replicas whose role is prefill, each called by its id through the handle of its deployment."""
 
-    def __init__(self, handle: Any, decode_replica: str) -> None:
-        self._handle = handle.options()  # from now on Serve tells this process which replicas are ready
+    def __init__(self, handles: Mapping[Role, Any], decode_replica: str, roles: RoleWatch) -> None:
+        """`handles` are those of the deployments whose replicas may prefill, by their roles."""
+        # With `options` Serve begins to tell this process which replicas are ready.
+        self._handles = {home: handle.options() for home, handle in handles.items()}
         self._decode_replica = decode_replica
-        self._ready = ready_replicas_of(deployment_id_of(handle))
+        self._roles = roles
+        self._ready = {home: ready_replicas_of(deployment_id_of(handle)) for home, handle in handles.items()}
         self._abandoning: set[asyncio.Task[None]] = set()
         self._keeping: dict[str, asyncio.Task[None]] = {}
 
     def follow(self, on_change: Callable[[], object]) -> None:
-        self._ready.on_change = partial(asyncio.get_running_loop().call_soon_threadsafe, on_change)
+        for ready in self._ready.values():
+            ready.on_change = partial(asyncio.get_running_loop().call_soon_threadsafe, on_change)
+        self._roles.on_change["peers"] = on_change
 
     def ready(self) -> Set[str]:
-        return set(self._ready.ids())
+        role_of, own = self._roles.role_of, self._decode_replica
+        return {
+            replica
+            for home, ready in self._ready.items()
+            for replica in ready.ids()
+            if role_of(replica, home) == "prefill" and replica != own
+        }
 
     async def begin_probe(self, replica: str) -> None:
         await self._call("begin_probe", replica, self._decode_replica)
@@ -95,8 +107,11 @@ class RayPrefillPeers:
         There is no deadline: callers who wait for the result have theirs, and Serve ends a replica that does not
         answer, and with it the calls that nobody waits for.
         """
+        homes = (home for home, ready in self._ready.items() if ready.find(replica) is not None)
+        if (home := next(homes, None)) is None:
+            raise PrefillFailed(f"{method}: the replica is gone")
         try:
-            return await getattr(self._handle, method).remote(*arguments, replica_id=replica)
+            return await getattr(self._handles[home], method).remote(*arguments, replica_id=replica)
         except RayTaskError as error:  # its text is the traceback over there
             if isinstance(error.cause, BatonError):
                 raise error.cause from error

@@ -1,4 +1,9 @@
-"""What the deployments of all pools share: each replica has an engine, starts and stops it, and publishes its state."""
+"""A replica of any pool: it has an engine, starts and stops it, and publishes its state.
+
+A replica's *home* is its deployment, and its *role* what it does now (deployments/roles.py).  It has a half for each:
+prefill.py computes prompts for others, decode.py decodes from them.  Both can be called whatever its role is, since a
+frontend may not have heard yet that it has changed.  Only while it decodes it keeps links to prefill replicas.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,8 @@ from typing import Any
 
 import msgspec
 import ray
-from ray import serve
+from ray import ObjectRef, serve
+from ray.serve.handle import DeploymentHandle
 
 from app.autoscaling.load import LoadMeter
 from app.background import BackgroundTasks
@@ -23,7 +29,16 @@ from app.engines.kv_format import kv_format
 from app.engines.pace_measurement import measure_pace
 from app.engines.registry import create_engine
 from app.errors import EngineDead, InvalidRequest, ReplicaLost
-from app.messages import EngineStats, KvFormat, ReplicaInfo, ReplicaLoad, Role
+from app.messages import (
+    EngineStats,
+    GenerateRequest,
+    KvFormat,
+    Link,
+    ReplicaInfo,
+    ReplicaLoad,
+    Role,
+    TransportEvidence,
+)
 from app.models.source import local_path
 from app.pace import Pace
 from app.ports import reserve_port
@@ -31,9 +46,15 @@ from app.recent_load import RecentLoad
 from deployments.detached import spawn_detached
 from deployments.guard import be_guarded
 from deployments.process import adopt_serve_logging, freeze_heap, keep_serve_logging
+from deployments.replica.decode import DecodeHalf
+from deployments.replica.link_record import LinkRecord
+from deployments.replica.links import LinkKeeper
 from deployments.replica.metrics import WorkerMetrics
+from deployments.replica.prefill import PrefillHalf
+from deployments.replica.prefill_peers import RayPrefillPeers
 from deployments.replica.publisher import Publisher
 from deployments.replica.sequences import Sequences
+from deployments.roles import POLL_S, RoleWatch
 
 logger = logging.getLogger("baton.worker")
 
@@ -47,6 +68,7 @@ MEASUREMENT_TIMEOUT_S = 120.0
 class Worker:
     """A Serve replica around an engine."""
 
+    home: Role
     role: Role
     create_engine = staticmethod(create_engine)
 
@@ -57,12 +79,13 @@ class Worker:
         self._model = config.models[0]
         self._application = context.app_name
         self._replica_id = context.replica_id.unique_id
+        self.role = self.home
         self._node_ip = ray.util.get_node_ip_address()
         self._meter = LoadMeter()
         self._transfer_s = 0.0
         transfer = config.transfer
         self._port = reserve_port(transfer.port_min, transfer.port_max) if transfer else None
-        pool = self._model.pool(self.role)
+        pool = self._model.pool(self.home)
         assert pool is not None
         self._drain_s = pool.drain_s
         spec = self._spec(pool, device)
@@ -73,7 +96,9 @@ class Worker:
             with keep_serve_logging():
                 self._info: EngineInfo = await self._engine.start()
             self._pace = self._engine.prompt_queue.pace = await self._measure_pace(spec)
-            await self._connect(spec)
+            self._make_halves(spec)
+            if self.role == "decode":
+                await self._decodes.start()
         except BaseException:
             await self._background.stop()
             await self._engine.stop()
@@ -84,18 +109,26 @@ class Worker:
         self._publisher = Publisher(
             self._replica_id, self._engine, self._info, self._server, self._observe, self._background
         )
-        self._sequences.on_change = self._server.on_backlog = self._publisher.poll_soon
+        self._sequences.on_change = self._server.on_backlog = self._prefills.on_change = self._publisher.poll_soon
+        self._sequences.transport_from = self._decodes.transport_from
+        self._decodes.follow(self._server)
         self._metrics = WorkerMetrics(self._engine, self.num_requests, self._model.name, spec, self._background)
+        if self._model.transfers_kv(self.home):
+            self._record = LinkRecord(self._application, self._replica_id, self._background)
+            self._decodes.on_links = self._publish_links
+            self._decodes.tell_links()
         self._channel_address = await self._server.start(self._node_ip)
         self._background.need("engine-health", self._watch_health)
         self._background.keep("guard", be_guarded)
+        if self._can_switch:
+            self._background.keep("follow-role", self._follow_role)
         freeze_heap()
         logger.info("role=%s replica_id=%s engine=%s device=%s ready", self.role, self._replica_id, self._info, device)
 
     def _spec(self, pool: PoolConfig, device: str) -> EngineSpec:
         model, transfer = self._model, self._config.transfer
         return EngineSpec(
-            role=self.role,
+            role=self.home,
             is_disaggregated=model.is_disaggregated,
             replica_id=self._replica_id,
             model_path=local_path(model.source),
@@ -116,7 +149,7 @@ class Worker:
 
         Raises EngineDead.
         """
-        if not self._model.runs_whole_sequences(self.role):
+        if not self._model.runs_whole_sequences(self.home):
             return None
         began = time.monotonic()
         try:
@@ -132,10 +165,59 @@ class Worker:
     @functools.cached_property
     def kv_format(self) -> KvFormat:
         """What this replica's KV is like."""
-        return kv_format(self._model, self.role, self._info)
+        return kv_format(self._model, self.home, self._info)
 
-    async def _connect(self, spec: EngineSpec) -> None:
-        """Make this replica's connections to others.  The engine runs, but nobody knows of this replica yet."""
+    def _make_halves(self, spec: EngineSpec) -> None:
+        self._roles = RoleWatch(self._application, self._model.name, self._replica_id)
+        self._prefills = PrefillHalf(self._replica_id, self._engine, self._info, self.kv_format)
+        make_keeper = functools.partial(self._make_keeper, spec) if self._takes_kv else None
+        self._decodes = DecodeHalf(self._config, self._engine, self._info, self.kv_format, make_keeper)
+
+    @property
+    def _takes_kv(self) -> bool:
+        return self._model.transfers_kv(self.home) and (self.home == "decode" or self._can_switch)
+
+    @property
+    def _can_switch(self) -> bool:
+        return self._model.can_switch_roles and self._model.transfers_kv(self.home)
+
+    def _make_keeper(self, spec: EngineSpec) -> LinkKeeper:
+        homes: tuple[Role, ...] = ("prefill", "decode") if self._can_switch else ("prefill",)
+        handles = {home: DeploymentHandle(self._model.deployment_name(home), self._application) for home in homes}
+        peers = RayPrefillPeers(handles, self._replica_id, self._roles)
+        return LinkKeeper(spec, self._engine, peers, self._background)
+
+    def _publish_links(self, links: list[Link]) -> None:
+        self._server.publish_links(links)
+        self._metrics.set_links(links)
+        self._record.write(links)
+
+    async def _follow_role(self) -> None:
+        """Take the role that is assigned to this replica, now and whenever it changes.
+
+        If the assignment cannot be read, this fails and is started again, and the role stays.
+        """
+        while True:
+            await self._roles.read()
+            role = self._roles.role_of(self._replica_id, self.home)
+            if role != self.role:
+                await self._switch(role)
+            await asyncio.sleep(POLL_S)
+
+    async def _switch(self, role: Role) -> None:
+        """Change the role.  What runs goes on, and what is on its way is served too."""
+        began, before, self.role = time.monotonic(), self.role, role
+        self._server.publish_role(role)
+        if role == "decode":
+            self._decodes.begin()
+        else:
+            await self._decodes.end()
+        self._publisher.poll_soon()
+        await (self._roles.forget() if role == self.home else self._roles.tell(role))
+        logger.info(
+            "role=%s home=%s replica_id=%s was %s, switched_s=%.3f with %d requests",
+            *(role, self.home, self._replica_id, before, time.monotonic() - began, self.num_requests()[0]),
+        )
 
     async def _watch_health(self) -> None:
         """Watch until the engine is dead.  Raises EngineDead then."""
@@ -161,13 +243,14 @@ class Worker:
 
     async def _run(self, channel: FrontendChannel, call: Submit) -> None:
         """Run one sequence that came on a channel, to its end.  Raises a BatonError."""
-        if call.has_handoff:
-            raise InvalidRequest(f"a {self.role} replica takes no KV from others")
-        await self._sequences.run(channel, call, None, call.local_reason)
+        if call.has_handoff and not self._takes_kv:
+            raise InvalidRequest(f"a {self.home} replica takes no KV from others")
+        descriptor, reason = await self._decodes.receive(channel, call)
+        await self._sequences.run(channel, call, descriptor, reason)
 
     def num_requests(self) -> tuple[int, int]:
         """Return how many requests have not ended, including waiting ones, and how many of them decode."""
-        return self._server.num_sequences(), self._sequences.phases["decoding"]
+        return len(self._prefills) + self._server.num_sequences(), self._sequences.phases["decoding"]
 
     def _observe(self, stats: EngineStats) -> ReplicaLoad:
         """Return the present load, `stats` being the latest, and take note of it for autoscaling.
@@ -204,14 +287,20 @@ class Worker:
 
         This replica's share of what waits in the frontends counts as if it waited here.
         """
+        if self.role == "prefill":
+            load = self._prefills.computable(load, stats)
         phases, backlog = self._sequences.phases, self._server.backlog()
         queued_tokens = load.queued_tokens + backlog.queued_tokens
+        of_decode = {"waiting": 0.0, "kv_use": 0.0}
+        if self.role != "prefill":
+            of_decode = self._decodes.levels(phases, load, stats)
         return {
             "queued_tokens": queued_tokens,
             "busy": float(queued_tokens > 0),
-            "prefilling": phases["prefilling"],
-            "waiting": phases["waiting"] + backlog.sequences,
+            "prefilling": phases["prefilling"] + len(self._prefills),
+            "waiting": phases["waiting"] + backlog.sequences + of_decode["waiting"],
             "decoding": phases["decoding"],
+            "kv_use": of_decode["kv_use"],
         }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -228,7 +317,7 @@ class Worker:
         """Return what frontends need to know.  Serve calls this once, when the replica is ready, and tells them."""
         info = ReplicaInfo(
             replica_id=self._replica_id,
-            role=self.role,
+            role=self.home,
             model=self._model.name,
             engine=self._info.engine,
             engine_version=self._info.version,
@@ -251,7 +340,37 @@ class Worker:
 
     async def stats(self, *, replica_id: str) -> EngineStats:
         self.check_is_me(replica_id)
-        return await self._engine.stats()
+        return msgspec.structs.replace(await self._engine.stats(), num_probes=self._decodes.num_probes)
+
+    async def prefill(self, request: GenerateRequest, *, replica_id: str) -> bytes:
+        """As `PrefillHalf.prefill`."""
+        self.check_is_me(replica_id)
+        return await self._prefills.prefill(request)
+
+    async def abandon(self, request_id: str, *, replica_id: str) -> None:
+        """As `PrefillHalf.abandon`."""
+        self.check_is_me(replica_id)
+        await self._prefills.abandon(request_id)
+
+    async def begin_probe(self, decode_replica: str, *, replica_id: str) -> None:
+        """As `PrefillHalf.begin_probe`."""
+        self.check_is_me(replica_id)
+        await self._prefills.begin_probe(decode_replica)
+
+    async def keep_probe(self, decode_replica: str, *, replica_id: str) -> None:
+        """As `PrefillHalf.keep_probe`."""
+        self.check_is_me(replica_id)
+        self._prefills.keep_probe(decode_replica)
+
+    async def end_probe(self, decode_replica: str, *, replica_id: str) -> TransportEvidence | None:
+        """As `PrefillHalf.end_probe`."""
+        self.check_is_me(replica_id)
+        return await self._prefills.end_probe(decode_replica)
+
+    async def attach(self, channel_id: str, number: int, refs: list[ObjectRef], *, replica_id: str) -> None:
+        """As `DecodeHalf.attach`."""
+        self.check_is_me(replica_id)
+        self._decodes.attach(channel_id, number, refs)
 
     async def check_health(self) -> None:
         """Raise EngineDead if the engine, or what this replica needs beside it, is dead."""
@@ -262,6 +381,8 @@ class Worker:
     async def drain(self) -> None:
         """Wait until nobody needs this replica any more."""
         await self._server.drain(self._drain_s)
+        if self._prefills.has_served:
+            await self._prefills.drain()
 
     async def __del__(self) -> None:
         """Drain and stop.  Serve calls this once no frontend chooses this replica any more.
@@ -269,9 +390,31 @@ class Worker:
         If it takes longer than graceful_shutdown_timeout_s, Serve kills the replica.  After this its guard gets no more
         signs of life, so it has to exit soon.
         """
+        if hasattr(self, "_record"):
+            await self._background.stop("links", "follow-role")
+            await self._record.remove()
+            await self._roles.forget()
         if hasattr(self, "_channel_address"):
             await self.drain()
             await self._background.stop()
             await self._server.stop(has_drained=True)
         if hasattr(self, "_engine"):
             await self._engine.stop()
+
+
+class PrefillWorker(Worker):
+    """A replica of the prefill deployment."""
+
+    home = "prefill"
+
+
+class DecodeWorker(Worker):
+    """A replica of the decode deployment, or the only engine of a model without a prefill pool."""
+
+    home = "decode"
+
+
+class AggregatedWorker(Worker):
+    """A replica of an aggregated deployment, which serves whole requests beside the prefill and decode pools."""
+
+    home = "aggregated"

@@ -232,9 +232,9 @@ def is_of_engine(process: psutil.Process) -> bool:
 def opened_workers() -> Iterator[None]:
     """Replicas are such that a test can call their engines."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deployments.replica.prefill.PrefillWorker", workers.OpenedPrefill)
-        patch.setattr("deployments.replica.decode.DecodeWorker", workers.OpenedDecode)
-        patch.setattr("deployments.replica.decode.AggregatedWorker", workers.OpenedAggregated)
+        patch.setattr("deployments.replica.worker.PrefillWorker", workers.OpenedPrefill)
+        patch.setattr("deployments.replica.worker.DecodeWorker", workers.OpenedDecode)
+        patch.setattr("deployments.replica.worker.AggregatedWorker", workers.OpenedAggregated)
         yield
 
 

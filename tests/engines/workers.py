@@ -13,9 +13,7 @@ from app.engines.base import EngineInfo
 from app.engines.prompt_queue import PromptQueue
 from app.engines.transport import NamedTransport, TransportWatch
 from app.messages import Emit, EngineStats, GenerateRequest, KvEvent, TokenDelta, TransferDescriptor
-from deployments.replica.decode import AggregatedWorker, DecodeWorker
-from deployments.replica.prefill import PrefillWorker
-from deployments.replica.worker import Worker
+from deployments.replica.worker import AggregatedWorker, DecodeWorker, PrefillWorker, Worker
 
 
 class Opened(Worker):

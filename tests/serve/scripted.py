@@ -35,8 +35,7 @@ from app.messages import (
     TransferDescriptor,
 )
 from deployments.frontend.served_model import ServedModel
-from deployments.replica.decode import AggregatedWorker, DecodeWorker
-from deployments.replica.prefill import PrefillWorker
+from deployments.replica.worker import AggregatedWorker, DecodeWorker, PrefillWorker
 
 
 class Diary:

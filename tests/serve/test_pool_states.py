@@ -7,16 +7,17 @@ import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from ray import serve
 
 from app.errors import InvalidRequest
 from app.kv_cache.block_hashes import block_hashes, root_hash
-from app.messages import GenerateRequest, TokenDelta
+from app.messages import GenerateRequest, Role, TokenDelta
 from app.routing.pool_state import PoolState
 from app.routing.prefix_index import PrefixIndex
+from app.routing.role_pools import RolePools
 from deployments.frontend.pool_channels import PoolChannels
 from tests.conftest import eventually
 from tests.serve.scripted import BLOCK_SIZE, PREFILL_S
@@ -42,7 +43,8 @@ async def connected(role: str) -> AsyncIterator[PoolChannels]:
     handle = serve.get_deployment_handle(f"{role}-scripted", "pool-states")
     if not handle.is_initialized:
         handle._init(_run_router_in_separate_loop=True)
-    channels = PoolChannels(handle, PoolState(PrefixIndex()))
+    home = cast(Role, role)
+    channels = PoolChannels(handle, RolePools({home: PoolState(PrefixIndex())}), home)
     yield channels
     channels._ready.on_change = None
     for replica in list(channels._channels):

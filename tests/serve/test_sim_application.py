@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ import httpx
 import pytest
 from ray import serve
 
+from app.replica_bounds import Bounds
+from deployments.serve_hooks import serve_details
+from deployments.switch import switch
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.serve
@@ -113,3 +117,65 @@ def test_health_does_not_tell_how_to_reach_a_replica(url: str) -> None:
     assert '"replica_id"' in health
     assert '"token"' not in health
     assert '"channel"' not in health
+
+
+class Clients:
+    """Stream answers, one after the other in each of some threads, and compare them with what they have to be."""
+
+    def __init__(self, url: str, number: int) -> None:
+        self.url = url
+        self.num_right = 0
+        self.wrong: list[str] = []
+        self._prompts = [[n + shift for n in TOKENS] for shift in range(number)]
+        self._right = [self._text(prompt) for prompt in self._prompts]
+        self._has_ended = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(index,)) for index in range(number)]
+
+    def _text(self, prompt: list[int]) -> str:
+        body = completion(prompt=prompt, stream=True, max_tokens=60)
+        with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=60) as response:
+            events = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: {")]
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+    def _run(self, index: int) -> None:
+        while not self._has_ended.is_set():
+            try:
+                text = self._text(self._prompts[index])
+            except (httpx.HTTPError, KeyError) as error:
+                text = repr(error)
+            if text == self._right[index]:
+                self.num_right += 1
+            else:
+                self.wrong.append(text)
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._has_ended.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def pools(url: str) -> tuple[int, int]:
+    found = httpx.get(f"{url}/health").json()["models"][0]["pools"]
+    return found["prefill"]["ready"], found["decode"]["ready"]
+
+
+def test_replicas_change_their_role_under_load_and_nothing_is_lost(url: str) -> None:
+    applications = [{"name": "sim", "args": arguments(profile="h200-llama-8b", speed_up=1.0)}]
+    with Clients(url, 6) as clients:
+        for prefill, decode in ((2, 1), (1, 2), (2, 1), (1, 2)):
+            before = clients.num_right
+            targets = {"prefill": Bounds(prefill, prefill), "decode": Bounds(decode, decode)}
+            print(*switch(applications, serve_details(), "tiny", targets, 60), sep="\n")
+            wait_until(lambda: pools(url) == (prefill, decode), 30, "both frontends have heard", every_s=0.02)  # noqa: B023
+            wait_until(lambda: clients.num_right > before + 12, 60, "answers go on")  # noqa: B023
+    assert clients.wrong == []
+    states = httpx.get(f"{url}/health").json()
+    assert {(each["home"], each["role"]) for each in states["endpoints"]} <= {
+        (home, role) for home in ("prefill", "decode") for role in ("prefill", "decode")
+    }
+    wait_until(lambda: used_blocks(url) == 0, 60, "blocks returned")

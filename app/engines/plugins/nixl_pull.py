@@ -1,6 +1,6 @@
-"""Makes a vLLM decode engine pull KV without waiting, and tells when each part of it happened.
+"""Makes a vLLM engine that decodes pull KV without waiting, and tells when each part of it happened.
 
-It also puts nixl_lease.py and nixl_checksum.py into effect, in prefill engines too.
+It also puts nixl_lease.py and nixl_checksum.py into effect, for both ends: any engine may prefill now and decode later.
 
 1. *Pull what prefill holds.*  When prefill has sampled the first token, that token is part of the prompt that the
    decode engine gets, and prefill does not hold its KV.  vLLM's NixlConnector would ask for the KV of the whole prompt,
@@ -22,7 +22,6 @@ import time
 from typing import Any
 
 from app.engines.plugins import begins, nixl_checksum, nixl_lease
-from app.messages import Role
 from app.upstream import Patch, check_attributes, check_uses, needed
 
 SWITCH = "BATON_NIXL_PULL"
@@ -33,14 +32,11 @@ TIMES = "baton_pull_times"
 clock: when the connector took up the request, when its reads were under way (after the handshake, if the peer was new),
 and when they were seen to be done.  With tensor parallelism each rank adds one."""
 
-PREFILL = "prefill"
 POLL_QUICKLY = "quick"
 
 
-def environment(role: Role, device: str) -> dict[str, str]:
-    """Return the environment variables that switch it on in the processes of a prefill or decode engine."""
-    if role == "prefill":
-        return {SWITCH: PREFILL}
+def environment(device: str) -> dict[str, str]:
+    """Return the environment variables that switch it on in the processes of an engine."""
     return {SWITCH: POLL_QUICKLY if device == "cuda" else "1"}
 
 
@@ -51,12 +47,10 @@ def register() -> None:
     """
     if not begins(SWITCH):
         return
-    if os.environ[SWITCH] == PREFILL:
-        with needed("vllm", "tell until when prefill keeps KV"):
-            nixl_lease.tell_expiry()
-        with needed("vllm", "sum up the KV that prefill holds"):
-            nixl_checksum.offer_sums()
-        return
+    with needed("vllm", "tell until when prefill keeps KV"):
+        nixl_lease.tell_expiry()
+    with needed("vllm", "sum up the KV that prefill holds"):
+        nixl_checksum.offer_sums()
     with needed("vllm", "pull the KV that prefill holds"):
         _pull_what_is_held()
     with needed("vllm", "tell how long pulling KV takes"):

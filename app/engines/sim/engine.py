@@ -186,7 +186,7 @@ class SimEngine:
         self._scheduler = Scheduler(self._limits, self._profile, facts.vocabulary, arguments.seed)
         if self._prefix_cache == "published":
             self._scheduler.pool.take_events()  # records them from now on
-        if self._spec.is_disaggregated and self._spec.role == "prefill":
+        if self._spec.is_disaggregated:
             await self._handoffs.start(self._spec.kv_host, self._spec.kv_port)
         await asyncio.sleep(arguments.startup_s)
         self._background.need("sim-steps", self._drive)

@@ -10,8 +10,8 @@ import pickle
 import time
 from collections import Counter
 from itertools import pairwise
-from typing import Any
-from unittest.mock import AsyncMock, Mock
+from typing import Any, cast
+from unittest.mock import MagicMock, Mock
 
 import msgspec
 import pytest
@@ -29,8 +29,9 @@ from app.engines.base import EngineInfo
 from app.errors import BatonError, EngineDead
 from app.messages import EngineStats, ReplicaLoad
 from deployments import autoscaling
-from deployments.replica.decode import DecodeWorker
-from deployments.replica.prefill import PrefillWorker
+from deployments.replica.decode import DecodeHalf
+from deployments.replica.prefill import PrefillHalf
+from deployments.replica.worker import DecodeWorker, PrefillWorker
 
 PREFILL = Targets(ttft_s=2.0, itl_s=0.05, is_for_prompts=True, is_for_decoding=False)
 DECODE = Targets(ttft_s=2.0, itl_s=0.05, is_for_prompts=False)
@@ -192,10 +193,15 @@ INFO = EngineInfo(engine="sim", version="1", num_blocks=100, block_size_tokens=1
 class Prefill(PrefillWorker):
     """Without an engine to stop."""
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, prompts: str = "", **fields: Any) -> None:
         phases, backlog = fields.pop("phases", {}), fields.pop("backlog", Backlog())
-        server = Mock(backlog=lambda: backlog)
-        vars(self).update({"_server": server, **fields}, _info=INFO, _sequences=Mock(phases=Counter(phases)))
+        engine, kv_format = cast(Any, None), cast(Any, None)
+        self.role = self.home
+        self._server = cast(Any, Mock(backlog=lambda: backlog))
+        self._sequences = Mock(phases=Counter(phases))
+        self._prefills = PrefillHalf("r", engine, INFO, kv_format)
+        self._prefills._running = dict.fromkeys(prompts, cast(Any, None))
+        self._decodes = DecodeHalf(MagicMock(), engine, INFO, kv_format, None)
 
     def __del__(self) -> None: ...  # type: ignore[override]  # nothing to await, and nobody who would
 
@@ -219,15 +225,15 @@ class Decode(DecodeWorker):
 def test_prompts_that_only_lack_the_blocks_of_unpulled_kv_are_no_load_of_prefill(
     stats: EngineStats, queued: int
 ) -> None:
-    worker = Prefill(_running=dict.fromkeys("abc"))
+    worker = Prefill("abc")
     levels = worker.levels(ReplicaLoad(sequences=3, queued_tokens=900), stats)
     assert levels == {
-        "queued_tokens": queued, "busy": float(queued > 0), "prefilling": 3, "waiting": 0, "decoding": 0
+        "queued_tokens": queued, "busy": float(queued > 0), "prefilling": 3, "waiting": 0, "decoding": 0, "kv_use": 0
     }  # fmt: skip
 
 
 def test_a_sequence_that_a_prefill_replica_decodes_counts_there_as_on_a_decode_replica() -> None:
-    worker = Prefill(_running=dict.fromkeys("ab"), phases={"prefilling": 1, "decoding": 4})
+    worker = Prefill("ab", phases={"prefilling": 1, "decoding": 4})
     levels = worker.levels(ReplicaLoad(sequences=7), EngineStats(num_running=5))
     assert (levels["prefilling"], levels["waiting"], levels["decoding"]) == (3, 0, 4)
 
@@ -247,7 +253,7 @@ def test_sequences_that_sglang_has_no_memory_for_wait_on_decode_and_are_no_load_
     decode = Decode(phases={"promised": 150, "decoding": 50})
     levels = decode.levels(ReplicaLoad(sequences=200, used_blocks=96, decoding=50), held_up)
     assert (levels["waiting"], levels["kv_use"]) == (150, 0.96)
-    prefill = Prefill(_running={})
+    prefill = Prefill()
     assert prefill.levels(ReplicaLoad(queued_tokens=75_000), held_up)["queued_tokens"] == 0
 
 
@@ -260,7 +266,7 @@ def test_kv_that_is_only_promised_makes_nobody_wait_for_decode() -> None:
 
 
 def test_what_waits_in_the_frontends_counts_as_if_it_waited_on_the_replica() -> None:
-    prefill = Prefill(_running={}, backlog=Backlog(queued_tokens=900))
+    prefill = Prefill(backlog=Backlog(queued_tokens=900))
     levels = prefill.levels(ReplicaLoad(), EngineStats())
     assert (levels["queued_tokens"], levels["busy"], levels["waiting"]) == (900, 1, 0)
     decode = Decode(phases={"decoding": 50, "waiting": 2}, backlog=Backlog(sequences=30))
@@ -292,9 +298,9 @@ class Draining:
 )
 async def test_a_prefill_replica_that_is_removed_waits(engine: Draining, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.replica.prefill.HELD_KV_POLL_S", 0.001)
-    worker = Prefill(_engine=engine, _server=Mock(drain=AsyncMock()), _replica_id="p", _drain_s=5.0)
+    half = PrefillHalf("p", cast(Any, engine), INFO, cast(Any, None))
     async with asyncio.timeout(5):
-        await worker.drain()
+        await half.drain()
     assert engine.answers == []
 
 
@@ -443,24 +449,24 @@ BUSY = [{}, {"decoding": 40.0, "generated_tokens": 4000.0, "kv_use": 0.97}]
 
 def test_reports_are_integrals_so_two_of_them_tell_the_mean_between() -> None:
     reports = context([{"decoding": 10.0}, {"decoding": 30.0}, {"decoding": 34.0}])
-    (load,) = autoscaling.reported_loads(reports, autoscaling.Arrivals(), 0.0)
+    (load,) = autoscaling.reported_loads(reports, autoscaling.Arrivals(), 0.0, {}).values()
     assert load.decoding == 12
 
 
 def test_a_replica_with_one_report_or_old_ones_counts_as_silent() -> None:
     arrivals = autoscaling.Arrivals()
-    assert autoscaling.reported_loads(context([{}]), arrivals, 0.0) == []
-    assert len(autoscaling.reported_loads(context(BUSY), arrivals, 0.0)) == 1
-    assert len(autoscaling.reported_loads(context(BUSY), arrivals, 49.0)) == 1
-    assert autoscaling.reported_loads(context(BUSY), arrivals, 51.0) == []
-    assert len(autoscaling.reported_loads(context(BUSY, newest=101.0), arrivals, 52.0)) == 1
+    assert autoscaling.reported_loads(context([{}]), arrivals, 0.0, {}) == {}
+    assert len(autoscaling.reported_loads(context(BUSY), arrivals, 0.0, {})) == 1
+    assert len(autoscaling.reported_loads(context(BUSY), arrivals, 49.0, {})) == 1
+    assert autoscaling.reported_loads(context(BUSY), arrivals, 51.0, {}) == {}
+    assert len(autoscaling.reported_loads(context(BUSY, newest=101.0), arrivals, 52.0, {})) == 1
 
 
 @pytest.mark.parametrize("skew_s", [-60.0, 60.0])
 def test_the_wall_clock_of_a_replica_does_not_matter(skew_s: float) -> None:
     """Serve's reports have times by the replica's clock, and this process has its own."""
     found = [
-        autoscaling.reported_loads(context(BUSY, newest=100.0 + skew), autoscaling.Arrivals(), 0.0)
+        autoscaling.reported_loads(context(BUSY, newest=100.0 + skew), autoscaling.Arrivals(), 0.0, {})
         for skew in (0.0, skew_s)
     ]
     assert len(found[0]) == 1
@@ -532,7 +538,7 @@ class Sleepy:
         monkeypatch.setattr(activity, "_models", {})
         scope = autoscaling.PoolPolicy._awake_or_asleep.__globals__
         monkeypatch.setitem(scope, "get_internal_kv", lambda key: self.wish if key == "baton:wish:baton:tiny" else None)
-        targets = {"ttft_s": 2.0, "itl_s": 0.05, "is_for_prompts": True}
+        targets: dict[str, Any] = {"ttft_s": 2.0, "itl_s": 0.05, "is_for_prompts": True}
         self.prefill, self.decode = (
             autoscaling.PoolPolicy("tiny", role, may_sleep=True, **targets) for role in ("prefill", "decode")
         )

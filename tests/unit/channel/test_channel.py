@@ -16,7 +16,7 @@ from app.channel.client import Channel, _merge
 from app.channel.protocol import PROTOCOL_VERSION, Backlog, Batch, Hello, Submit, to_frame
 from app.channel.server import ChannelServer, FrontendChannel
 from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost, TakenElsewhere
-from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta
+from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, Role, TokenDelta
 from tests.unit.waiting import PATIENCE_S, until
 
 LAST = TokenDelta([3], finish_reason="stop")
@@ -78,6 +78,8 @@ class Told:
             self.blocks.clear()
         self.blocks -= set(update.removed)
         self.blocks |= set(update.stored)
+
+    def on_role(self, replica: str, role: Role) -> None: ...
 
     def on_links(self, replica: str, links: list[Link]) -> None:
         assert replica == "d"

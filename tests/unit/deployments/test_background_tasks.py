@@ -16,20 +16,25 @@ from app.config import parse
 from app.engines import progress
 from app.errors import EngineDead, ReplicaLost
 from app.handoff_seal import unpack
-from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, TokenDelta, TransferDescriptor
-from deployments.replica import decode as decoding
+from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, Role, TokenDelta, TransferDescriptor
+from deployments import roles
 from deployments.replica import link_record
 from deployments.replica import metrics as worker_metrics
 from deployments.replica import worker as module
-from deployments.replica.decode import DecodeWorker
-from deployments.replica.prefill import PrefillWorker
-from deployments.replica.worker import Worker
+from deployments.replica.worker import DecodeWorker, PrefillWorker, Worker
 from tests.unit.waiting import until
 
-OF_BOTH = {"engine-health", "follow-cache", "guard", "sim-progress", "sim-steps", "watch-load", "worker-metrics"}
-OF_DECODE = {"links", "record-links"}
+OF_BOTH = {
+    *("engine-health", "follow-cache", "follow-role", "guard", "record-links"),
+    *("sim-progress", "sim-steps", "watch-load", "worker-metrics"),
+}
+OF_DECODE = {"links"}
 ENDS_THE_REPLICA = {"engine-health", "sim-steps"}
 """What cannot begin anew; all others do."""
+
+
+KV: dict[str, Any] = {}
+"""Ray's."""
 
 
 class Gauge:
@@ -53,14 +58,14 @@ class Peers:
 
     replicas: dict[str, PrefillWorker]
 
-    def __init__(self, handle: Any, decode_replica: str) -> None:
+    def __init__(self, handles: Any, decode_replica: str, roles: Any) -> None:
         self._decode_replica = decode_replica
 
     def follow(self, on_change: Callable[[], object]) -> None:
         on_change()
 
     def ready(self) -> Set[str]:
-        return set(self.replicas)
+        return {replica for replica, worker in self.replicas.items() if worker.role == "prefill"}
 
     async def begin_probe(self, replica: str) -> None:
         await self.replicas[replica].begin_probe(self._decode_replica, replica_id=replica)
@@ -83,6 +88,7 @@ class Frontend:
     def __init__(self) -> None:
         self.num_loads = 0
         self.kv: list[KvUpdate] = []
+        self.roles: list[Role] = []
 
     def on_load(self, replica: str, load: ReplicaLoad) -> None:
         self.num_loads += 1
@@ -91,6 +97,9 @@ class Frontend:
         self.kv.append(update)
 
     def on_links(self, replica: str, links: list[Link]) -> None: ...
+
+    def on_role(self, replica: str, role: Role) -> None:
+        self.roles.append(role)
 
     async def connect(self, worker: Worker) -> Channel:
         metadata = worker.record_replica_metadata()
@@ -128,7 +137,13 @@ async def replicas(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.setattr(module, "be_guarded", asyncio.Event().wait)  # it would end the tests with the replica
     monkeypatch.setattr(worker_metrics, "Gauge", Gauge)
     monkeypatch.setattr(worker_metrics, "PERIOD_S", 0.05)
-    monkeypatch.setattr(decoding, "RayPrefillPeers", Peers)
+    monkeypatch.setattr(module, "RayPrefillPeers", Peers)
+    monkeypatch.setattr(module, "DeploymentHandle", lambda *_: None)
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    monkeypatch.setattr(roles, "get_internal_kv", KV.get)
+    monkeypatch.setattr(roles, "put_internal_kv", KV.__setitem__)
+    monkeypatch.setattr(roles, "delete_internal_kv", lambda key: KV.pop(key, None))
+    KV.clear()
     monkeypatch.setattr(link_record, "put_internal_kv", lambda key, value: None)
     monkeypatch.setattr(link_record, "delete_internal_kv", lambda key: None)
     monkeypatch.setattr(background, "FIRST_PAUSE_S", 0.01)
@@ -137,9 +152,9 @@ async def replicas(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     model = {"name": "m", "source": "owner/m", "prefill": pool, "decode": pool}
     arguments = parse({"models": [model], "transfer": {}})
     made: dict[str, Any] = {"prefill": Prefill.__new__(Prefill), "decode": Decode.__new__(Decode)}
-    Peers.replicas = {"p": made["prefill"]}
+    Peers.replicas = {"p": made["prefill"], "d": made["decode"]}
     await made["prefill"].__init__(arguments, "cpu")
-    await made["decode"].__init__(arguments, "cpu", prefill=SimpleNamespace())
+    await made["decode"].__init__(arguments, "cpu")
     yield made
     await DecodeWorker.__del__(made["decode"])
     await PrefillWorker.__del__(made["prefill"])
@@ -232,3 +247,50 @@ async def test_a_replica_whose_engine_hangs_fails_its_sequences_and_lets_nobody_
         await worker.stats(replica_id="d")
     with pytest.raises(ReplicaLost):
         await Frontend().connect(worker)
+
+
+async def test_a_replica_follows_its_assignment_and_loses_nothing(replicas: dict[str, Worker]) -> None:
+    prefill: Any = replicas["prefill"]
+    frontend = Frontend()
+    channel = await frontend.connect(prefill)
+
+    def tasks() -> set[str]:
+        return {task.get_name() for task in asyncio.all_tasks() if task in prefill._background}
+
+    roles.write_roles("a", "m", {"p": "decode"})
+    running = asyncio.create_task(generate(channel, [3] * 40))
+    await until(lambda: frontend.roles == ["decode"])
+    assert prefill.role == "decode"
+    assert "links" in tasks()
+    await until(lambda: roles.told_role("a", "p") == "decode")
+    assert await running == 20
+    later = Frontend()
+    await later.connect(prefill)
+    await until(lambda: later.roles == ["decode"])
+    roles.write_roles("a", "m", {})
+    await until(lambda: frontend.roles == ["decode", "prefill"])
+    await until(lambda: "links" not in tasks())
+    assert await generate(channel, [4] * 40) == 20
+
+
+async def test_a_replica_that_decodes_now_probes_those_that_prefill_now(replicas: dict[str, Worker]) -> None:
+    roles.write_roles("a", "m", {"p": "decode", "d": "prefill"})
+    prefill: Any = replicas["prefill"]
+    await until(lambda: prefill.role == "decode" and prefill._decodes._links.is_usable("d"))
+
+
+async def test_a_role_stays_while_the_assignment_cannot_be_read(
+    replicas: dict[str, Worker], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    roles.write_roles("a", "m", {"d": "prefill"})
+    await until(lambda: replicas["decode"].role == "prefill")
+
+    def fail(key: str) -> bytes:
+        raise OSError("GCS is gone")
+
+    monkeypatch.setattr(roles, "get_internal_kv", fail)
+    await until(lambda: "follow-role failed, and is started again" in caplog.text)
+    assert replicas["decode"].role == "prefill"
+    monkeypatch.setattr(roles, "get_internal_kv", KV.get)
+    roles.write_roles("a", "m", {})
+    await until(lambda: replicas["decode"].role == "decode")

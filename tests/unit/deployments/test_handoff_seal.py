@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from app.handoff_seal import damage, misplacement, pack, seal, unpack
 from app.messages import GenerateRequest, KvFormat, TokenDelta, TransferDescriptor
-from deployments.replica.decode import DecodeWorker
+from deployments.replica.decode import DecodeHalf
 
 FORMAT = KvFormat(
     protocol=2, engine="e", engine_version="1", model="m", settings={}, block_size_tokens=16, tensor_parallel_size=1
@@ -115,7 +115,7 @@ class Replica:
             _info=SimpleNamespace(engine="e"),
             kv_format=FORMAT,
         )
-        release: Any = DecodeWorker._release
+        release: Any = DecodeHalf._release
         self.worker._release = partial(release, self.worker)
 
     async def _receive(self, *_: object) -> Any:
@@ -126,7 +126,7 @@ class Replica:
 
     async def receive(self, request: GenerateRequest) -> tuple[TransferDescriptor | None, str]:
         channel: Any = SimpleNamespace(id="c")
-        return await DecodeWorker._receive(self.worker, channel, 0, request)
+        return await DecodeHalf._receive(self.worker, channel, 0, request)
 
 
 async def test_decode_computes_the_prompt_itself_and_frees_nobodys_kv() -> None:

@@ -29,7 +29,7 @@ from app.messages import (
     local_prefill,
 )
 from deployments.replica import links as module
-from deployments.replica.decode import DecodeWorker
+from deployments.replica.decode import DecodeHalf
 from deployments.replica.links import LinkKeeper
 from deployments.replica.prefill import ProbeTurns
 from tests.unit.waiting import until
@@ -381,7 +381,7 @@ async def test_decode_takes_no_kv_over_a_link_that_is_not_usable(decode: Decode,
         kv_format=FORMAT,
     )
     channel: Any = SimpleNamespace(id="c")
-    found = await DecodeWorker._receive(worker, channel, 0, request)
+    found = await DecodeHalf._receive(worker, channel, 0, request)
     assert found == ((None, "transport_refused") if problem else (descriptor, ""))
     assert released == ([descriptor] if problem else [])
 
@@ -431,12 +431,12 @@ async def test_decode_takes_no_kv_that_does_not_fit(decode: Decode, told: KvForm
         _info=INFO,
         kv_format=FORMAT,
     )
-    worker._release = partial(DecodeWorker._release, worker)
+    worker._release = partial(DecodeHalf._release, worker)
     channel: Any = SimpleNamespace(id="c")
-    assert await DecodeWorker._receive(worker, channel, 0, request) == (None, "incompatible_kv")
+    assert await DecodeHalf._receive(worker, channel, 0, request) == (None, "incompatible_kv")
     assert released == [descriptor]
     worker._info = msgspec.structs.replace(INFO, engine="another")
-    assert await DecodeWorker._receive(worker, channel, 0, request) == (None, "incompatible_kv")
+    assert await DecodeHalf._receive(worker, channel, 0, request) == (None, "incompatible_kv")
     assert released == [descriptor], "another engine's descriptor is not given to this one"
 
 

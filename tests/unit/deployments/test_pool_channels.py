@@ -19,8 +19,9 @@ from app.errors import ReplicaLost
 from app.messages import GenerateRequest, KvUpdate, ReplicaInfo, ReplicaLoad, TokenDelta
 from app.routing.pool_state import PoolState
 from app.routing.prefix_index import PrefixIndex
+from app.routing.role_pools import RolePools
 from deployments.frontend import pool_channels
-from deployments.frontend.pool_channels import PoolChannels
+from deployments.frontend.pool_channels import PoolChannels, share_backlog
 from deployments.ready_replicas import ReadyReplicas
 from tests.unit.waiting import until
 
@@ -71,10 +72,12 @@ class Pool:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ready = ReadyReplicas()
-        self.state = PoolState(PrefixIndex())
+        index = PrefixIndex()
+        self.state, self.prefill = PoolState(index), PoolState(index)
+        self.by_role = RolePools({"prefill": self.prefill, "decode": self.state})
         monkeypatch.setattr(pool_channels, "ready_replicas_of", lambda deployment_id: self.ready)
         monkeypatch.setattr(pool_channels, "RECONNECT_S", 0.01)
-        self.channels = PoolChannels(HANDLE, self.state)
+        self.channels = PoolChannels(HANDLE, self.by_role, "decode")
 
     def consist_of(self, *replicas: Replica) -> None:
         """What Serve says."""
@@ -132,7 +135,8 @@ async def test_replicas_that_serve_knew_before_are_connected_too(
 ) -> None:
     pool = Pool(monkeypatch)
     pool.consist_of(replica)
-    later = PoolChannels(HANDLE, state := PoolState(PrefixIndex()))
+    state = PoolState(PrefixIndex())
+    later = PoolChannels(HANDLE, RolePools({"decode": state}), "decode")
     await until(lambda: "r" in state.replicas)
     pool.ready.update([])
     await until(lambda: not state.replicas)
@@ -268,23 +272,64 @@ async def test_replicas_do_not_disturb_each_other(pool: Pool, replica: Replica) 
     assert not pool.channels._connecting
 
 
-async def test_what_waits_for_the_pool_is_shared_out_whoever_comes_and_goes(pool: Pool, replica: Replica) -> None:
-    pool.channels.tell_backlog(101, 3)  # nobody is there to be told
+async def test_what_waits_for_the_pool_is_shared_out(pool: Pool, replica: Replica) -> None:
     other = Replica("other")
     await other.start()
 
     def told() -> list[Backlog]:
         return [one.server.backlog() for one in (replica, other)]
 
+    def tell(backlog: Backlog) -> None:
+        share_backlog([pool.channels.channel(name) for name in pool.state.replicas], backlog)
+
+    tell(Backlog(1, 1))  # nobody is there to be told
     pool.consist_of(replica)
+    await until(lambda: pool.knows(replica))
+    tell(Backlog(101, 3))
     await until(lambda: told() == [Backlog(101, 3), Backlog()])
     pool.consist_of(replica, other)
+    await until(lambda: pool.knows(other))
+    tell(Backlog(101, 3))
     await until(lambda: told() == [Backlog(51, 2), Backlog(50, 1)])
-    pool.channels.tell_backlog(2, 0)
-    await until(lambda: told() == [Backlog(1, 0), Backlog(1, 0)])
     pool.consist_of(other)
-    await until(lambda: told() == [Backlog(), Backlog(2, 0)])
+    await until(lambda: told()[0] == Backlog())
     await other.server.stop()
+
+
+async def test_a_replica_that_changes_its_role_changes_the_pool_and_loses_nothing(pool: Pool, replica: Replica) -> None:
+    pool.consist_of(replica)
+    await until(lambda: pool.knows(replica))
+    received: list[TokenDelta] = []
+    sequence = submit(pool, replica, received)
+    await until(lambda: replica.channels)
+    state = pool.state.replicas["r"]
+    with state.sequences.counting(1):
+        replica.server.publish_role("prefill")
+        await until(lambda: "r" in pool.prefill.replicas)
+        assert not pool.state.replicas
+        assert pool.prefill.replicas["r"] is state
+        assert (state.info.role, state.sequences.own, pool.prefill.index.num_blocks("r")) == ("prefill", 1, 2)
+        assert pool.prefill.own_replica("session") == "r"
+        assert pool.state.own_replica("session") is None
+        replica.server.publish_load(ReplicaLoad(sequences=7))
+        await until(lambda: state.sequences.value == 7)
+    replica.channels[0].put(sequence.number, LAST)
+    await sequence.ended
+    assert received == [LAST]
+    replica.server.publish_role("decode")
+    await until(lambda: "r" in pool.state.replicas)
+    assert (pool.state.replicas["r"], state.info.role) == (state, "decode")
+
+
+async def test_who_connects_later_is_told_the_role_before_the_links(pool: Pool, replica: Replica) -> None:
+    replica.server.publish_role("prefill")
+    pool.consist_of(replica)
+    await until(lambda: "r" in pool.prefill.replicas)
+    (writer,) = replica.server._writers.values()
+    replica.server.publish_role("decode")
+    replica.server.publish_links([])
+    writer.transport.abort()
+    await until(lambda: "r" in pool.state.replicas and not pool.state.replicas["r"].can_get_kv_from("p"))
 
 
 # What goes wrong with connecting

@@ -15,10 +15,9 @@ from app.errors import HandoffNotTaken, PrefillFailed, ReplicaLost, TakenElsewhe
 from app.frontend.attempt import Lost
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, PrefillReport, TokenDelta
-from app.routing.pool_state import PoolState
-from app.routing.prefix_index import PrefixIndex
+from app.routing.role_pools import RolePools
 from deployments.frontend import pools
-from deployments.frontend.pools import RayDecodePool, RayHandoff, RayPrefillPool
+from deployments.frontend.pools import RayDeployment, RayHandoff
 from tests.unit.waiting import until
 
 DEADLINE_S = 5.0
@@ -59,9 +58,9 @@ class Served:
         self.prefill_lost: Lost = loop.create_future()
         self.deltas: list[TokenDelta] = []
         channels = SimpleNamespace(channel=lambda replica: self.channel)
-        monkeypatch.setattr(pools, "PoolChannels", lambda handle, view: channels)
+        monkeypatch.setattr(pools, "PoolChannels", lambda *_: channels)
         handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._attach))
-        pool = RayDecodePool(handle, PoolState(PrefixIndex()))
+        pool = RayDeployment(handle, RolePools({}), "decode")
         handoff = RayHandoff("p", "reference", self.prefill_lost, lambda: None)
         self.progress = SequenceProgress(self.deltas.append)
         self.task = asyncio.create_task(pool.generate(REQUEST, handoff, "", "d", self.progress))
@@ -251,7 +250,7 @@ class Unanswered:
         channel = FakeChannel()
         monkeypatch.setattr(pools, "PoolChannels", lambda *_: SimpleNamespace(channel=lambda replica: channel))
         monkeypatch.setattr(pools, "object_ref_of", lambda call: call)
-        self.pool = RayPrefillPool(SimpleNamespace(options=self._method), PoolState(PrefixIndex()))
+        self.pool = RayDeployment(SimpleNamespace(options=self._method), RolePools({}), "prefill")
 
     def _method(self, *, method_name: str, **_: Any) -> Any:
         async def call(*_: Any, replica_id: str) -> None:
@@ -290,10 +289,10 @@ async def test_attach_outlives_its_sequence(monkeypatch: pytest.MonkeyPatch, is_
 
 async def test_a_prefill_replica_gets_whole_sequences_on_its_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     channel = FakeChannel()
-    monkeypatch.setattr(pools, "PoolChannels", lambda handle, view: SimpleNamespace(channel=lambda replica: channel))
+    monkeypatch.setattr(pools, "PoolChannels", lambda *_: SimpleNamespace(channel=lambda replica: channel))
     handle = SimpleNamespace(options=lambda **_: None)
     deltas: list[TokenDelta] = []
-    pool = RayPrefillPool(handle, PoolState(PrefixIndex()))
+    pool = RayDeployment(handle, RolePools({}), "prefill")
     serving = pool.generate(REQUEST, None, "decode_full", "p", SequenceProgress(deltas.append))
     task = asyncio.create_task(serving)
     await until(lambda: channel.sequences)

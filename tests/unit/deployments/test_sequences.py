@@ -14,6 +14,7 @@ import pytest
 
 from app.autoscaling.load import LoadMeter
 from app.channel.protocol import Backlog, Submit
+from app.config import parse
 from app.engines.base import EngineInfo
 from app.engines.prompt_queue import PromptQueue
 from app.errors import EngineFailed, InvalidRequest
@@ -27,9 +28,10 @@ from app.messages import (
     local_prefill,
 )
 from app.recent_load import FIRST_WINDOW_S, RecentLoad
-from deployments.replica.decode import DecodeWorker
-from deployments.replica.prefill import PrefillWorker
+from deployments.replica.decode import DecodeHalf
+from deployments.replica.prefill import PrefillHalf
 from deployments.replica.sequences import Sequences
+from deployments.replica.worker import DecodeWorker, PrefillWorker
 
 REQUEST = GenerateRequest(request_id="r", prompt_token_ids=[1, 2, 3], sampling={})
 LOCAL = local_prefill("d", 0)
@@ -148,6 +150,9 @@ async def test_only_sequences_that_end_well_say_how_long_sequences_decode(error:
         assert replica.recent.window_s == FIRST_WINDOW_S
 
 
+SGLANG = {"engine": "sglang"}
+
+
 class Prefill(PrefillWorker):
     """A replica without Ray, whose engine the test plays."""
 
@@ -157,7 +162,14 @@ class Prefill(PrefillWorker):
         self._meter = replica.meter
         self._recent = replica.recent
         self._sequences = replica.sequences
-        self._running = {}
+        self.role = self.home
+        self._model = parse(
+            {"models": [{"name": "m", "source": "o/m", "prefill": SGLANG, "decode": SGLANG}], "transfer": {}}
+        ).models[0]
+        self._prefills = PrefillHalf("r", self._engine, self._info, cast(Any, None))
+        self._decodes = DecodeHalf(
+            cast(Any, SimpleNamespace(models=[self._model])), self._engine, self._info, cast(Any, None), None
+        )
         self._server = cast(Any, SimpleNamespace(num_sequences=lambda: 1, backlog=Backlog))
 
     def __del__(self) -> None: ...  # type: ignore[override]  # nothing to await, and nobody who would

@@ -52,7 +52,7 @@ class Replica(Worker):
     def __init__(self, engine: Engine, role: Role = "decode", engine_name: str = "vllm") -> None:
         pool = {"engine": engine_name}
         model = {"name": "m", "source": "owner/m", "decode": pool, "prefill": pool}
-        self.role = role
+        self.home = role
         self._replica_id = "r"
         self._model = parse({"models": [model], "transfer": {}}).models[0]
         self._engine = cast(Any, engine)

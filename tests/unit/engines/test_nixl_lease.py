@@ -261,13 +261,13 @@ def run(program: str, environment: dict[str, str]) -> Any:
 
 
 def test_prefill_says_until_when_it_keeps_kv() -> None:
-    until, is_kept_until, of_nothing = run(PREFILL, nixl_pull.environment("prefill", "cpu"))
+    until, is_kept_until, of_nothing = run(PREFILL, nixl_pull.environment("cpu"))
     assert until == is_kept_until
     assert of_nothing is None
 
 
 def test_reads_that_came_too_late_have_failed() -> None:
-    done, failed, told, num_expired = run(DECODE, nixl_pull.environment("decode", "cpu"))
+    done, failed, told, num_expired = run(DECODE, nixl_pull.environment("cpu"))
     assert done == ["failed before", "good", "nothing to read"]
     assert failed == told == ["late", "untold"]
     assert num_expired == 2

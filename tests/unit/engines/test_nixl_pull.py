@@ -68,7 +68,7 @@ print(json.dumps({"matched": matched, "slept": slept, "times": times}))
 @pytest.fixture(scope="module")
 def patched() -> Any:
     """What the program says with the plug-in loaded.  It has its own process, as nothing unloads a plug-in."""
-    environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), **nixl_pull.environment("decode", "cuda")}
+    environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), **nixl_pull.environment("cuda")}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -92,7 +92,7 @@ def test_an_engine_core_on_a_gpu_looks_for_kv_often(patched: Any) -> None:
     slept_s, has_the_rest = patched["slept"]
     assert slept_s < 20 * 0.02
     assert has_the_rest
-    assert nixl_pull.environment("decode", "cpu")[nixl_pull.SWITCH] != nixl_pull.POLL_QUICKLY
+    assert nixl_pull.environment("cpu")[nixl_pull.SWITCH] != nixl_pull.POLL_QUICKLY
 
 
 def test_vllm_sleeps_for_a_millisecond_while_requests_wait_for_kv() -> None:

@@ -21,6 +21,11 @@ def test_all_is_there_from_the_beginning_and_a_replica_goes_with_its_slowness() 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, labels)
 
+    assert [value("baton_replicas", model="m", role=role) for role in ("prefill", "decode")] == [2, 2]
+    fleet.router.by_role.on_role("p1", "decode")
+    assert [value("baton_replicas", model="m", role=role) for role in ("prefill", "decode")] == [1, 3]
+    fleet.router.by_role.on_role("p1", "prefill")
+
     ends = {"prefill", "decode", "pair"}
     assert {end: value("baton_ejections_total", model="m", end=end) for end in ends} == dict.fromkeys(ends, 0)
     assert value("baton_quarantines_total", model="m") == value("baton_retries_refused_total") == 0
