@@ -79,7 +79,7 @@ class Worker:
         self._model = config.models[0]
         self._application = context.app_name
         self._replica_id = context.replica_id.unique_id
-        self.role = self.home
+        self.role = self._recorded_role = self.home
         self._node_ip = ray.util.get_node_ip_address()
         self._meter = LoadMeter()
         self._transfer_s = 0.0
@@ -202,6 +202,9 @@ class Worker:
             role = self._roles.role_of(self._replica_id, self.home)
             if role != self.role:
                 await self._switch(role)
+            if self.role != self._recorded_role:
+                await (self._roles.forget() if self.role == self.home else self._roles.tell(self.role))
+                self._recorded_role = self.role
             await asyncio.sleep(POLL_S)
 
     async def _switch(self, role: Role) -> None:
@@ -213,7 +216,6 @@ class Worker:
         else:
             await self._decodes.end()
         self._publisher.poll_soon()
-        await (self._roles.forget() if role == self.home else self._roles.tell(role))
         logger.info(
             "role=%s home=%s replica_id=%s was %s, switched_s=%.3f with %d requests",
             *(role, self.home, self._replica_id, before, time.monotonic() - began, self.num_requests()[0]),
