@@ -222,7 +222,7 @@ def is_of_engine(process: psutil.Process) -> bool:
     return " ".join(process.cmdline()).startswith(ENGINE_TITLES)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def opened_workers() -> Iterator[None]:
     """Replicas are such that a test can call their engines."""
     with pytest.MonkeyPatch.context() as patch:
@@ -232,9 +232,17 @@ def opened_workers() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def application(serve_url: str, opened_workers: None) -> Iterator[str]:
-    """The URL of the application of all models."""
+class Application(NamedTuple):
+    """The application of all models."""
+
+    url: str
+    replicas: list[dict[str, Any]]
+    """What /stats told of them when all were ready, before any request."""
+
+
+@pytest.fixture(scope="package")
+def application(serve_url: str, opened_workers: None) -> Iterator[Application]:
+    """Ends with the tests of this folder: idle as its engines are, they would take CPU time from all that follow."""
     os.environ.pop("MODEL", None)
     arguments = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]
     for model in arguments["models"]:
@@ -255,8 +263,9 @@ def application(serve_url: str, opened_workers: None) -> Iterator[str]:
             "decode": pool,
         }
     )
+    arguments["transfer"]["required_transport"] = "shm"  # so decode is ready only once it has moved KV by that
     with serving(arguments, serve_url):
-        yield serve_url
+        yield Application(serve_url, httpx.get(f"{serve_url}/stats").json()["replicas"])
 
 
 @contextmanager
@@ -277,35 +286,35 @@ def running(url: str, model: str, engine: str, dtype: str | None = None) -> Iter
     baton.close()
 
 
-@pytest.fixture(scope="session")
-def vllm(application: str) -> Iterator[Baton]:
-    yield from running(application, "tiny", "vllm")
+@pytest.fixture(scope="package")
+def vllm(application: Application) -> Iterator[Baton]:
+    yield from running(application.url, "tiny", "vllm")
 
 
-@pytest.fixture(scope="session")
-def sglang(application: str) -> Iterator[Baton]:
-    yield from running(application, "tiny-sglang", "sglang")
+@pytest.fixture(scope="package")
+def sglang(application: Application) -> Iterator[Baton]:
+    yield from running(application.url, "tiny-sglang", "sglang")
 
 
-@pytest.fixture(scope="session")
-def sim(application: str) -> Iterator[Baton]:
-    yield from running(application, SIM, "sim")
+@pytest.fixture(scope="package")
+def sim(application: Application) -> Iterator[Baton]:
+    yield from running(application.url, SIM, "sim")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(vllm: Baton, sglang: Baton) -> tuple[Baton, ...]:
     """The models that a fault may reach."""
     return vllm, sglang
 
 
-@pytest.fixture(scope="session", params=["vllm", "sglang"])
+@pytest.fixture(scope="package", params=["vllm", "sglang"])
 def real(request: pytest.FixtureRequest) -> Baton:
     """Each engine that computes."""
     baton: Baton = request.getfixturevalue(request.param)
     return baton
 
 
-@pytest.fixture(scope="session", params=["vllm", "sglang", "sim"])
+@pytest.fixture(scope="package", params=["vllm", "sglang", "sim"])
 def baton(request: pytest.FixtureRequest) -> Baton:
     """Each engine."""
     found: Baton = request.getfixturevalue(request.param)
