@@ -29,6 +29,7 @@ from benchmarks.faults.fleet import ENGINE_TITLES
 from tests.conftest import REPOSITORY, wait_until
 from tests.engine_contract import Pair
 from tests.engines import workers
+from tests.engines.engine_process import EngineProcess, engine_process, vllm_spec
 
 START_TIMEOUT_S = 300.0
 CONFIG = REPOSITORY / "cluster" / "local" / "two-engines.yaml"
@@ -168,6 +169,10 @@ class Baton:
         return moments[0], (moments[-1] - moments[0]) / (num_tokens - 1)
 
 
+PAUSE_S = 0.2
+"""Between the requests of a thread of `Load`: without it they would take all of the CPU from an engine that starts."""
+
+
 class Load:
     """Requests, one after another on each of some threads, until told to stop.
 
@@ -183,7 +188,7 @@ class Load:
 
     def _work(self, worker: int) -> None:
         number = 0
-        while not self._stop.is_set():
+        while not self._stop.wait(PAUSE_S):
             number += 1
             prompt = [300 + worker, 300 + number % 1000, *range(500, 900)]
             body = {"ignore_eos": True, "vllm_xargs": {"baton_prefill": "remote"}}
@@ -319,6 +324,27 @@ def baton(request: pytest.FixtureRequest) -> Baton:
     """Each engine."""
     found: Baton = request.getfixturevalue(request.param)
     return found
+
+
+@pytest.fixture(scope="package")
+def engine_pair() -> Iterator[tuple[EngineProcess, EngineProcess]]:
+    """A prefill and a decode engine of vLLM without Ray, for tests that stop one, spoil its KV, or need float32."""
+    spoilable = vllm_spec("decode", worker_extension_cls="tests.engines.corruption.Corruption")
+    with (
+        engine_process("vllm", vllm_spec("prefill")) as prefill,
+        engine_process("vllm", spoilable) as decode,
+    ):
+        yield prefill, decode
+
+
+@pytest.fixture
+def prefill(engine_pair: tuple[EngineProcess, EngineProcess]) -> EngineProcess:
+    return engine_pair[0]
+
+
+@pytest.fixture
+def decode(engine_pair: tuple[EngineProcess, EngineProcess]) -> EngineProcess:
+    return engine_pair[1]
 
 
 def make_prompt(num_tokens: int) -> list[int]:
