@@ -23,6 +23,10 @@ gpu_options = --vllm-args '$(VLLM_ARGS)' --sglang-args '$(SGLANG_ARGS)' --sglang
 	--required-transport $(TRANSPORT)
 
 faults = $(BIN)/python -m benchmarks.faults
+# Tests with Ray clusters and real engines have the machine to themselves, as they wait for what takes time.  All others
+# run in parallel, those of a file in one process.
+ALONE := tests/cluster/test_monitoring.py tests/cluster/test_multi_node.py tests/engines tests/serve
+in_parallel = $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # What the locks are made with; UPGRADE=1 takes the newest versions.
 RESOLVE := bash scripts/uv.sh pip compile --quiet pyproject.toml --python-version 3.11 --no-emit-index-url \
@@ -49,10 +53,11 @@ run: setup  ## serve CONFIG; MODEL=<path or name> replaces its model
 	$(BIN)/baton run $(CONFIG)
 
 check: lint  ## for every commit: lint, types and unit tests (2 to 4 minutes on 2 cores)
-	$(BIN)/pytest tests/unit
+	$(in_parallel) tests/unit
 
-test: lint setup-sglang packages  ## set up, lint, then all tests (30 to 45 minutes on 2 cores)
-	$(BIN)/pytest
+test: lint setup-sglang packages  ## set up, lint, then all tests (20 to 30 minutes on 2 cores)
+	$(in_parallel) tests/cluster tests/unit $(ALONE:%=--ignore=%)
+	$(BIN)/pytest $(ALONE)
 
 test-faults: setup setup-sglang packages  ## FAULTS faults under load on simulated engines, then some of nodes, vLLM, SGLang (hours)
 	bash scripts/with_baton.sh cluster/local/sim-faults.yaml $(faults) --faults $(FAULTS) --json faults-sim.json

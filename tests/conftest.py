@@ -23,6 +23,8 @@ for name, value in ray_environment().items():
     os.environ.setdefault(name, value)
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Tests wait for what Ray exports: every two seconds instead of ten.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")
 
 REPOSITORY = Path(__file__).parent.parent
 

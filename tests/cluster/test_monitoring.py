@@ -250,7 +250,7 @@ def known(
 ) -> dict[str, frozenset[str]]:
     """The labels of each metric that Prometheus has: scraped by the PodMonitor, or recorded by the rules.
 
-    Ray exports every ten seconds what its processes tell it at that pace, so that all is there takes a while; what is
+    Ray exports every few seconds what its processes tell it at that pace, so that all is there takes a while; what is
     not there in the end is for the tests to say.
     """
     (monitor,) = objects["PodMonitor"]

@@ -29,6 +29,7 @@ from benchmarks.faults.fleet import ENGINE_TITLES
 from tests.conftest import REPOSITORY, wait_until
 from tests.engine_contract import Pair
 from tests.engines import workers
+from tests.engines.engine_process import EngineProcess, engine_process, vllm_spec
 
 START_TIMEOUT_S = 300.0
 CONFIG = REPOSITORY / "cluster" / "local" / "two-engines.yaml"
@@ -174,6 +175,10 @@ class Baton:
         return moments[0], (moments[-1] - moments[0]) / (num_tokens - 1)
 
 
+PAUSE_S = 0.2
+"""Between the requests of a thread of `Load`: without it they would take all of the CPU from an engine that starts."""
+
+
 class Load:
     """Requests, one after another on each of some threads, until told to stop.
 
@@ -189,7 +194,7 @@ class Load:
 
     def _work(self, worker: int) -> None:
         number = 0
-        while not self._stop.is_set():
+        while not self._stop.wait(PAUSE_S):
             number += 1
             prompt = [300 + worker, 300 + number % 1000, *range(500, 900)]
             body = {"ignore_eos": True, "vllm_xargs": {"baton_prefill": "remote"}}
@@ -228,7 +233,7 @@ def is_of_engine(process: psutil.Process) -> bool:
     return " ".join(process.cmdline()).startswith(ENGINE_TITLES)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def opened_workers() -> Iterator[None]:
     """Replicas are such that a test can call their engines."""
     with pytest.MonkeyPatch.context() as patch:
@@ -238,9 +243,17 @@ def opened_workers() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def application(serve_url: str, opened_workers: None) -> Iterator[str]:
-    """The URL of the application of all models."""
+class Application(NamedTuple):
+    """The application of all models."""
+
+    url: str
+    replicas: list[dict[str, Any]]
+    """What /stats told of them when all were ready, before any request."""
+
+
+@pytest.fixture(scope="package")
+def application(serve_url: str, opened_workers: None) -> Iterator[Application]:
+    """Ends with the tests of this folder: idle as its engines are, they would take CPU time from all that follow."""
     os.environ.pop("MODEL", None)
     arguments = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]
     for model in arguments["models"]:
@@ -261,8 +274,9 @@ def application(serve_url: str, opened_workers: None) -> Iterator[str]:
             "decode": pool,
         }
     )
+    arguments["transfer"]["required_transport"] = "shm"  # so decode is ready only once it has moved KV by that
     with serving(arguments, serve_url):
-        yield serve_url
+        yield Application(serve_url, httpx.get(f"{serve_url}/stats").json()["replicas"])
 
 
 @contextmanager
@@ -283,39 +297,60 @@ def running(url: str, model: str, engine: str, dtype: str | None = None) -> Iter
     baton.close()
 
 
-@pytest.fixture(scope="session")
-def vllm(application: str) -> Iterator[Baton]:
-    yield from running(application, "tiny", "vllm")
+@pytest.fixture(scope="package")
+def vllm(application: Application) -> Iterator[Baton]:
+    yield from running(application.url, "tiny", "vllm")
 
 
-@pytest.fixture(scope="session")
-def sglang(application: str) -> Iterator[Baton]:
-    yield from running(application, "tiny-sglang", "sglang")
+@pytest.fixture(scope="package")
+def sglang(application: Application) -> Iterator[Baton]:
+    yield from running(application.url, "tiny-sglang", "sglang")
 
 
-@pytest.fixture(scope="session")
-def sim(application: str) -> Iterator[Baton]:
-    yield from running(application, SIM, "sim")
+@pytest.fixture(scope="package")
+def sim(application: Application) -> Iterator[Baton]:
+    yield from running(application.url, SIM, "sim")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(vllm: Baton, sglang: Baton) -> tuple[Baton, ...]:
     """The models that a fault may reach."""
     return vllm, sglang
 
 
-@pytest.fixture(scope="session", params=["vllm", "sglang"])
+@pytest.fixture(scope="package", params=["vllm", "sglang"])
 def real(request: pytest.FixtureRequest) -> Baton:
     """Each engine that computes."""
     baton: Baton = request.getfixturevalue(request.param)
     return baton
 
 
-@pytest.fixture(scope="session", params=["vllm", "sglang", "sim"])
+@pytest.fixture(scope="package", params=["vllm", "sglang", "sim"])
 def baton(request: pytest.FixtureRequest) -> Baton:
     """Each engine."""
     found: Baton = request.getfixturevalue(request.param)
     return found
+
+
+@pytest.fixture(scope="package")
+def engine_pair() -> Iterator[tuple[EngineProcess, EngineProcess]]:
+    """A prefill and a decode engine of vLLM without Ray, for tests that stop one, spoil its KV, or need float32."""
+    spoilable = vllm_spec("decode", worker_extension_cls="tests.engines.corruption.Corruption")
+    with (
+        engine_process("vllm", vllm_spec("prefill")) as prefill,
+        engine_process("vllm", spoilable) as decode,
+    ):
+        yield prefill, decode
+
+
+@pytest.fixture
+def prefill(engine_pair: tuple[EngineProcess, EngineProcess]) -> EngineProcess:
+    return engine_pair[0]
+
+
+@pytest.fixture
+def decode(engine_pair: tuple[EngineProcess, EngineProcess]) -> EngineProcess:
+    return engine_pair[1]
 
 
 def make_prompt(num_tokens: int) -> list[int]:

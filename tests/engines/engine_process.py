@@ -20,9 +20,36 @@ import psutil
 from app.engines import progress
 from app.engines.base import EngineSpec
 from app.engines.registry import create_engine
-from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
+from app.messages import GenerateRequest, Role, TokenDelta, TransferDescriptor
+from app.models.source import local_path
+from app.ports import free_port
 
 STOP_TIMEOUT_S = 20.0
+LEASE_S = 12
+"""The shortest that a configuration may ask for."""
+MAX_MODEL_LEN = 1536
+BLOCK_SIZE = 32
+NUM_BLOCKS = 64
+"""Room for two prompts of 1024 tokens, so that prefill soon uses the blocks of one for another."""
+
+
+def vllm_spec(role: Role, **engine_args: Any) -> EngineSpec:
+    """Return a vLLM engine of prefill or decode, in float32: tokens do not depend on what else it computes."""
+    sizes = {"max_model_len": MAX_MODEL_LEN, "block_size": BLOCK_SIZE, "num_gpu_blocks_override": NUM_BLOCKS}
+    return EngineSpec(
+        role=role,
+        is_disaggregated=True,
+        replica_id=role,
+        model_path=local_path("baton:tiny"),
+        device="cpu",
+        tensor_parallel_size=1,
+        engine_args={**sizes, "dtype": "float32", **engine_args},
+        kv_host="127.0.0.1",
+        kv_port=free_port(),
+        transfer_backends=["UCX"],
+        transfer_lease_s=LEASE_S,
+        transfer_checksum_rate=1.0,
+    )
 
 
 class EngineProcess:

@@ -7,65 +7,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 import pytest
 
-from app.engines.base import EngineSpec
 from app.engines.plugins.nixl_checksum import CHECKSUMS
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
-from app.models.source import local_path
-from app.ports import free_port
 from tests.engines.corruption import Damage
-from tests.engines.engine_process import EngineProcess, engine_process
+from tests.engines.engine_process import LEASE_S, EngineProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-LEASE_S = 12
-"""The shortest that a configuration may ask for."""
 PROMPT_TOKENS = 1024
 OUTPUT_TOKENS = 24
-NUM_BLOCKS = 64
-BLOCK_SIZE = 32
-
-
-def spec(role: Any, **engine_args: Any) -> EngineSpec:
-    sizes = {"max_model_len": 1536, "block_size": BLOCK_SIZE, "num_gpu_blocks_override": NUM_BLOCKS}
-    return EngineSpec(
-        role=role,
-        is_disaggregated=True,
-        replica_id=role,
-        model_path=local_path("baton:tiny"),
-        device="cpu",
-        tensor_parallel_size=1,
-        engine_args={**sizes, **engine_args},
-        kv_host="127.0.0.1",
-        kv_port=free_port(),
-        transfer_backends=["UCX"],
-        transfer_lease_s=LEASE_S,
-        transfer_checksum_rate=1.0,
-    )
-
-
-@pytest.fixture(scope="module")
-def engines() -> Iterator[tuple[EngineProcess, EngineProcess]]:
-    """Prefill has room for two of the prompts, so that it soon uses the blocks of one for another."""
-    spoilable = spec("decode", worker_extension_cls="tests.engines.corruption.Corruption")
-    with engine_process("vllm", spec("prefill")) as prefill, engine_process("vllm", spoilable) as decode:
-        yield prefill, decode
-
-
-@pytest.fixture
-def prefill(engines: tuple[EngineProcess, EngineProcess]) -> EngineProcess:
-    return engines[0]
-
-
-@pytest.fixture
-def decode(engines: tuple[EngineProcess, EngineProcess]) -> EngineProcess:
-    return engines[1]
 
 
 def request(name: str, seed: int, **sampling: Any) -> GenerateRequest:

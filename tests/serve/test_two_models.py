@@ -1,4 +1,7 @@
-"""Two models behind one endpoint, one disaggregated and one not, deployed from a file as ``serve deploy`` does."""
+"""Two models behind one endpoint, one disaggregated and one not, deployed from a file as ``serve deploy`` does.
+
+`baton status` and `baton scale` need such an application, too.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ import httpx
 import pytest
 from ray import serve
 
-from deployments.serve_hooks import deploy_applications
+from app.errors import ConfigError
+from app.replica_bounds import Bounds
+from deployments import application as running
+from deployments.serve_hooks import deploy_applications, serve_details
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.serve
@@ -67,6 +73,20 @@ class Application:
         wanted = [f'{label}="{value}"' for label, value in labels.items()]
         return sum(float(line.split()[-1]) for line in found if all(label in line for label in wanted))
 
+    def status(self) -> running.Status:
+        """Return what `baton status` knows."""
+        return next(found for found in running.read_status() if found.application == "two")
+
+    def pool(self, name: str) -> running.PoolStatus | None:
+        """Return a deployment; None while Serve builds the application anew and reports none."""
+        now = self.status()
+        return next((pool for pool in now.pools if pool.name == name and now.status == "RUNNING"), None)
+
+    def pids(self) -> dict[str, set[int]]:
+        """Return the processes of each deployment's replicas, as Serve knows them."""
+        deployments: dict[str, Any] = serve_details()["applications"]["two"]["deployments"]
+        return {name: {replica["pid"] for replica in each["replicas"]} for name, each in deployments.items()}
+
     def is_whole(self) -> bool:
         answer = self.http.get("/health")
         return answer.status_code == 200 and answer.json()["status"] == "healthy"
@@ -105,11 +125,11 @@ def app(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ap
     python = pythons / "python"
     python.write_text(f'#!/bin/sh\ntouch "{pythons}/$$"\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    running = Application(f"{serve_url}/two", arguments(python), pythons)
-    running.deploy()
-    wait_until(running.is_whole, 120, "both models ready", every_s=0.5)
-    yield running
-    running.http.close()
+    app = Application(f"{serve_url}/two", arguments(python), pythons)
+    app.deploy()
+    wait_until(app.is_whole, 120, "both models ready", every_s=0.5)
+    yield app
+    app.http.close()
     serve.delete("two")
 
 
@@ -222,6 +242,43 @@ def test_a_pool_runs_in_its_python(app: Application) -> None:
     started = {int(path.name) for path in app.pythons.iterdir() if path.name.isdigit()}
     assert {endpoint["pid"] for endpoint in app.endpoints(WHOLE).values()} <= started
     assert not {endpoint["pid"] for endpoint in app.endpoints(SPLIT).values()} & started
+
+
+def test_a_pool_grows_and_shrinks_and_nothing_restarts(app: Application) -> None:
+    def has_replicas(number: int) -> bool:
+        pool = app.pool("prefill-split")
+        return pool is not None and pool.replicas == {"running": number}
+
+    wait_until(lambda: has_replicas(1), 60, "one prefill replica")
+    before = app.pids()
+    assert running.scale_running(SPLIT, {"prefill": Bounds(2, 2)})[0] == "prefill-split: 1 -> 2"
+    wait_until(lambda: has_replicas(2), 30, "two prefill replicas")
+    found = app.pool("prefill-split")
+    assert found is not None
+    assert (found.target, found.bounds, found.plan) == (2, "2", None)
+    assert before["prefill-split"] < app.pids()["prefill-split"]
+
+    running.scale_running(SPLIT, {"prefill": Bounds(1, 1), "decode": Bounds(1, 2)})
+    wait_until(lambda: has_replicas(1), 30, "one prefill replica")
+    decode = app.pool("decode-split")
+    assert decode is not None
+    assert decode.bounds == "1..2"
+    running.scale_running(SPLIT, {"decode": Bounds(1, 1)})
+    wait_until(lambda: len(app.endpoints(SPLIT)) == 2, 30, "the frontend has let one go")
+    wait_until(lambda: app.pool("decode-split"), 30, "Serve has built the application anew")
+    after = app.pids()
+    assert all(after[name] == before[name] for name in ("decode-split", "decode-org-whole", "frontend"))
+
+
+def test_what_is_so_already_is_said(app: Application) -> None:
+    assert running.scale_running(SPLIT, {"frontend": Bounds(1, 1)}) == ["nothing to change"]
+
+
+def test_a_wrong_name_changes_nothing(app: Application) -> None:
+    before = app.status()
+    with pytest.raises(ConfigError, match="no such model; there are split, org/whole"):
+        running.scale_running("splitt", {"prefill": Bounds(2, 2)})
+    assert app.status() == before
 
 
 def test_a_model_that_is_down_is_named_and_the_other_goes_on(app: Application) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 
 from app.engines.plugins import nixl_checksum, nixl_pull
 from app.engines.vllm_surface import KvCheck, kv_checks
+from tests.unit.engines.forked import run
 
 WORKER = """
 import copy, json, pickle
@@ -113,16 +110,8 @@ print(json.dumps([sorted(done), sorted(failed), was_empty, told.data["baton_kv_c
 )
 
 
-def run(program: str) -> Any:
-    """Run it in a process of its own, as nothing unloads a plug-in, and return what it prints."""
-    environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), **nixl_pull.environment("cpu")}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def test_prefills_workers_sum_up_the_blocks_of_a_request() -> None:
-    found = run(PREFILL)
+    found = run(PREFILL, nixl_pull.environment("cpu"))
     assert found["sums"]
     assert found["split"]
     assert found["not made"] == [["", []]] * 4
@@ -130,7 +119,7 @@ def test_prefills_workers_sum_up_the_blocks_of_a_request() -> None:
 
 
 def test_reads_of_kv_that_has_changed_have_failed() -> None:
-    done, failed, was_empty, told, together, other_rank, is_empty = run(DECODE)
+    done, failed, was_empty, told, together, other_rank, is_empty = run(DECODE, nixl_pull.environment("cpu"))
     assert failed == ["a block changed", "blocks swapped"]
     skipped = ["another layout", "fewer sums", "no sums"]
     assert done == sorted([*skipped, "failed before", "not sampled", "only the end was read", "right"])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +16,7 @@ from app.engines.plugins import nixl_lease, nixl_pull
 from app.engines.plugins.nixl_lease import DRIFT, TRUSTED_S, Leases, PeerClock, ask_clock
 from app.engines.vllm_surface import late_reads
 from app.ports import free_port
+from tests.unit.engines.forked import run
 
 AHEAD_S = 5000.0
 """By how much prefill's clock is ahead of decode's: they are of two machines."""
@@ -250,14 +248,6 @@ while len(done | failed) < len(worker._recving_metadata) and time.monotonic() < 
 told = worker.xfer_stats.clone_and_reset().data
 print(json.dumps([sorted(done), sorted(failed), sorted(told["baton_late_reads"]), sum(told["num_kv_expired_reqs"])]))
 """
-
-
-def run(program: str, environment: dict[str, str]) -> Any:
-    """Run it in a process of its own, as nothing unloads a plug-in, and return what it prints."""
-    environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), **environment}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_prefill_says_until_when_it_keeps_kv() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 
 from app.engines.plugins import nixl_pull
 from app.engines.vllm_surface import PullTimes, pull_times
+from tests.unit.engines.forked import run
 
 PROGRAM = """
 import json, time
@@ -67,11 +65,8 @@ print(json.dumps({"matched": matched, "slept": slept, "times": times}))
 
 @pytest.fixture(scope="module")
 def patched() -> Any:
-    """What the program says with the plug-in loaded.  It has its own process, as nothing unloads a plug-in."""
-    environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), **nixl_pull.environment("cuda")}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    """What the program says with the plug-in loaded."""
+    return run(PROGRAM, nixl_pull.environment("cuda"))
 
 
 def test_only_what_prefill_holds_is_pulled(patched: Any) -> None:

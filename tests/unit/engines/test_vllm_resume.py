@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from app.engines.plugins import vllm_resume
+from tests.unit.engines.forked import run
 
 PROGRAM = """
 import json
@@ -73,11 +71,8 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def patched() -> Any:
-    """What the program says with the plug-in loaded.  It has its own process, as nothing unloads a plug-in."""
-    environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), **vllm_resume.ENVIRONMENT}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    """What the program says with the plug-in loaded."""
+    return run(PROGRAM, vllm_resume.ENVIRONMENT)
 
 
 def test_replayed_tokens_are_output_for_the_scheduler_and_for_workers(patched: Any) -> None:

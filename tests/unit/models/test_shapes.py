@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from app.models.shapes import PREFIX, SHAPES, ensure_shape
 from app.models.tiny import VOCAB_SIZE
 from app.preflight import check
 from tests.conftest import REPOSITORY
+from tests.unit.engines import forked
 
 SGLANG_PYTHON = REPOSITORY / ".venv-sglang" / "bin" / "python"
 
@@ -101,20 +101,6 @@ def test_an_unknown_shape_is_refused_with_those_that_there_are() -> None:
     assert all(source in caught.value.problem for source in ("'baton:shape/llama-9b'", "baton:tiny", *SHAPES))
 
 
-def run(python: Path | str, code: str, home: Path) -> dict[str, list[Any]]:
-    """Run `code`, which prints JSON last, in a process of its own: engines change their process's environment."""
-    environment = {
-        **os.environ,
-        "BATON_HOME": str(home),
-        "PYTHONPATH": str(REPOSITORY),
-        "SGLANG_USE_CPU_ENGINE": "1",
-    }
-    done = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list[Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 EXPECTED = {
     source: [config["max_position_embeddings"], config["num_hidden_layers"], 8, 128, VOCAB_SIZE, "dummy"]
     for source, config in SHAPES.items()
@@ -141,7 +127,7 @@ def facts(source):
 
 print(json.dumps({source: facts(source) for source in SHAPES}))
 """
-    assert run(sys.executable, code, home) == EXPECTED
+    assert forked.run(code, {"BATON_HOME": str(home)}) == EXPECTED
 
 
 def test_blocks_are_large_where_kv_moves_between_gpus_unless_the_attention_needs_its_own(home: Path) -> None:
@@ -175,7 +161,7 @@ print(json.dumps({"large": [block_size(llama)],
                   "own": [block_size(llama, block_size=32), block_size(llama, "cpu"),
                           block_size(llama, is_disaggregated=False), block_size(latent)]}))
 """
-    assert run(sys.executable, code, home) == {"large": [128], "own": [32, None, None, None]}
+    assert forked.run(code, {"BATON_HOME": str(home)}) == {"large": [128], "own": [32, None, None, None]}
 
 
 @pytest.mark.skipif(not SGLANG_PYTHON.exists(), reason="there is no environment with SGLang: make setup-sglang")
@@ -194,4 +180,12 @@ def facts(source):
 
 print(json.dumps({source: facts(source) for source in SHAPES}))
 """
-    assert run(SGLANG_PYTHON, code, home) == EXPECTED
+    environment = {
+        **os.environ,
+        "BATON_HOME": str(home),
+        "PYTHONPATH": str(REPOSITORY),
+        "SGLANG_USE_CPU_ENGINE": "1",
+    }
+    done = subprocess.run([SGLANG_PYTHON, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == EXPECTED
