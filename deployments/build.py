@@ -44,9 +44,9 @@ REPORT_S = 2.0
 """How often replicas report their load.  Serve's default of 10 s would add to every delay.  Serve 2.60 calls this
 setting deprecated in favour of an environment variable, but does not read that variable."""
 
-SWITCH_LOOK_BACK_S = 6.0
-"""Over how long the plan looks back where replicas may change their role: over three reports.  Serve's 30 s are right
-for starts, which cost minutes; a switch costs nothing."""
+SWITCH_LOOK_BACK_S = 4.0
+"""Over how long the plan looks back where replicas may change their role: over two reports.  Serve's 30 s are right for
+starts, which cost minutes; a switch costs nothing."""
 
 FRONTEND_REQUESTS = 200
 """Requests in flight for each frontend.  One core carries 128 streams of an H200 at 1.13 times the ITL of vLLM's own

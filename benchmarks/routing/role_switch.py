@@ -36,7 +36,7 @@ from benchmarks.routing.timeline import Timeline
 NUM_REPLICAS = 4
 REPORT_S = 2.0
 """As in deployments/build.py."""
-LOOK_BACK_S = 6.0
+LOOK_BACK_S = 4.0
 """As in deployments/build.py."""
 PLAN_S = 1.0
 SWITCH_S = 0.3
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--wave", type=float, default=60.0, help="seconds of each wave")
     parser.add_argument("--waves", type=int, default=3, help="pairs of waves")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for role-switch.json and role-switch.png")
+    parser.add_argument("--out", type=Path, help="folder for role-switch.json and role-switch.svg")
     arguments = parser.parse_args()
     scenario = waves(arguments.prompts, arguments.outputs, arguments.waves, arguments.wave)
     profile = load_profile("h200-llama-8b")
@@ -291,7 +291,7 @@ def main() -> None:
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "role-switch.json").write_bytes(msgspec.json.format(msgspec.json.encode(results)))
-        draw(results, scenario, arguments.out / "role-switch.png")
+        draw(results, scenario, arguments.out / "role-switch.svg")
 
 
 if __name__ == "__main__":

@@ -60,12 +60,15 @@ class Peers:
 
     def __init__(self, handles: Any, decode_replica: str, roles: Any) -> None:
         self._decode_replica = decode_replica
+        self._roles = roles
 
     def follow(self, on_change: Callable[[], object]) -> None:
+        self._roles.on_change["peers"] = on_change
         on_change()
 
     def ready(self) -> Set[str]:
-        return {replica for replica, worker in self.replicas.items() if worker.role == "prefill"}
+        role_of = self._roles.role_of
+        return {name for name, worker in self.replicas.items() if role_of(name, worker.home) == "prefill"}
 
     async def begin_probe(self, replica: str) -> None:
         await self.replicas[replica].begin_probe(self._decode_replica, replica_id=replica)
@@ -265,12 +268,14 @@ async def test_a_replica_follows_its_assignment_and_loses_nothing(replicas: dict
     await until(lambda: roles.told_role("a", "p") == "decode")
     assert await running == 20
     later = Frontend()
-    await later.connect(prefill)
+    another = await later.connect(prefill)
     await until(lambda: later.roles == ["decode"])
     roles.write_roles("a", "m", {})
     await until(lambda: frontend.roles == ["decode", "prefill"])
     await until(lambda: "links" not in tasks())
     assert await generate(channel, [4] * 40) == 20
+    another.close()
+    channel.close()
 
 
 async def test_a_replica_that_decodes_now_probes_those_that_prefill_now(replicas: dict[str, Worker]) -> None:
