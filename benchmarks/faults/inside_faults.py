@@ -28,13 +28,16 @@ SKEW_S, SKEWED_S = 60, 10.0
 """By how many seconds a wall clock is wrong, and for how long."""
 POLL_S = 0.1
 
-OF_REPLICAS = ("engine-health", "follow-cache", "guard", "send-", "sequence-", "watch-load", "worker-metrics")
-OF_DECODE = ("links", "record-links")
+OF_REPLICAS = (
+    *("engine-health", "follow-cache", "guard", "record-links", "send-", "sequence-"),
+    *("watch-load", "worker-metrics"),
+)
+OF_DECODE = ("links",)
 OF_FRONTENDS = ("guard", "channel-")
 """How the names of all tasks with an owner begin (tests/unit/deployments/test_background_tasks.py lists them)."""
 OF_ENGINES = {
-    "sim": ("sim-progress", "sim-steps"),
-    "vllm": ("vllm-progress", "vllm-pump"),
+    "sim": ("sim-progress", "sim-steps", "follow-role"),
+    "vllm": ("vllm-progress", "vllm-pump", "follow-role"),
     "sglang": ("sglang-progress",),
 }
 
