@@ -44,9 +44,10 @@ REPORT_S = 2.0
 """How often replicas report their load.  Serve's default of 10 s would add to every delay.  Serve 2.60 calls this
 setting deprecated in favour of an environment variable, but does not read that variable."""
 
-SWITCH_LOOK_BACK_S = 4.0
-"""Over how long the plan looks back where replicas may change their role: over two reports.  Serve's 30 s are right for
-starts, which cost minutes; a switch costs nothing."""
+SWITCH_REPORT_S, SWITCH_LOOK_BACK_S = 0.5, 1.5
+"""How often replicas that may change their role report, and over how long the plan looks back.  Serve's 30 s are right
+for starts, which cost minutes; a switch costs nothing, and what is seen 2 s later costs more than all else
+(docs/benchmarks/2026-11-28-role-switch.md)."""
 
 FRONTEND_REQUESTS = 200
 """Requests in flight for each frontend.  One core carries 128 streams of an H200 at 1.13 times the ITL of vLLM's own
@@ -189,7 +190,7 @@ def pool_autoscaling(model: ModelConfig, role: Role) -> dict[str, Any] | None:
     budget = {"budget": replica_budget(model.gpus, pool)} if model.gpus is not None and role != "aggregated" else {}
     arguments = {"model": model.name, "role": role, "may_sleep": model.may_sleep, **budget, **targets}
     policy = {"policy_function": POOL_POLICY, "policy_kwargs": arguments}
-    quick = {"look_back_period_s": SWITCH_LOOK_BACK_S} if budget else {}
+    quick = {"metrics_interval_s": SWITCH_REPORT_S, "look_back_period_s": SWITCH_LOOK_BACK_S} if budget else {}
     # It does not begin asleep, so that an engine that cannot start is seen at once.
     begin = {"initial_replicas": 1} if model.may_sleep else {}
     return {"metrics_interval_s": REPORT_S, "policy": policy, **quick, **begin, **pool.autoscaling}

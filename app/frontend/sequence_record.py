@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from prometheus_client import Counter, Histogram
 
 from app.config import SloConfig
 from app.frontend import metrics
-from app.frontend.sequence_progress import SequenceProgress
+from app.frontend.sequence_progress import ResumeReason, SequenceProgress
 from app.messages import PrefillReport, TokenDelta
 from app.observers import observing
 from app.routing.decision import Decision
@@ -46,6 +46,8 @@ class SequenceRecord:
         self.num_attempts = 0
         self._model = model
         self._gaps = _labelled(metrics.INTER_TOKEN_LATENCY, model)
+        # Made now, so that they are exported before a sequence is resumed.
+        self._resume_gaps = {reason: _labelled(metrics.RESUME_GAP, model, reason) for reason in get_args(ResumeReason)}
         self._request_id = request_id
         self._prompt_tokens = prompt_tokens
         self.slo = slo
@@ -67,8 +69,7 @@ class SequenceRecord:
         if (gap_s := self.progress.last_gap_s) is not None:
             self._gaps.observe(gap_s)
         elif self.progress.resume_gaps_s:
-            reason = self.progress.resume_reasons[-1]
-            _labelled(metrics.RESUME_GAP, self._model, reason).observe(self.progress.resume_gaps_s[-1])
+            self._resume_gaps[self.progress.resume_reasons[-1]].observe(self.progress.resume_gaps_s[-1])
 
     @observing
     def on_end(self, end: str) -> None:

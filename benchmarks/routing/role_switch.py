@@ -34,11 +34,10 @@ from benchmarks.routing.scenarios import Kind, Phase, Scenario
 from benchmarks.routing.timeline import Timeline
 
 NUM_REPLICAS = 4
-REPORT_S = 2.0
+REPORT_S, LOOK_BACK_S = 0.5, 1.5
 """As in deployments/build.py."""
-LOOK_BACK_S = 4.0
-"""As in deployments/build.py."""
-PLAN_S = 1.0
+PLAN_S = 0.25
+"""Serve's control loop (deployments/cluster.py)."""
 SWITCH_S = 0.3
 """From the plan to the frontends: the mean of what was measured (docs/benchmarks/2026-11-28-role-switch.md)."""
 WINDOW_S = 5

@@ -130,7 +130,7 @@ class Baton:
 
     def count_resumed(self) -> float:
         """How often a sequence went on elsewhere since the frontend started."""
-        return self._metric(f'baton_resume_gap_seconds_count{{model="{self.model}"}}')
+        return self._metric(f'baton_resume_gap_seconds_count{{model="{self.model}",reason="lost"}}')
 
     def _metric(self, sample: str) -> float:
         for line in self.http.get("/metrics").text.splitlines():
