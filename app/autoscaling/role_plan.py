@@ -25,8 +25,8 @@ GAIN = 0.15
 """By how much of itself the pressure has to fall.  It is what `SPARE` of replica_plan.py leaves before a replica is
 given up, for the same reason: demands are measured over some seconds and are off by about that much."""
 PATIENCE_S = 1.0
-"""For how long another split has to have been the better one: for two reports of each replica.  A switch takes 0.3 s and
-loses nothing, so what costs is to be late (docs/benchmarks/2026-11-28-role-switch.md)."""
+"""For how long another split has to have been the better one: for two reports of each replica.  A switch takes 0.3 s
+and loses nothing, so what costs is to be late (docs/benchmarks/2026-11-28-role-switch.md)."""
 CALM = 0.7
 """No replica is moved while each role has this many times what it needs: at a ratio of demand to replicas below it a
 queue hardly forms (`MAX_BUSY` of replica_plan.py)."""
