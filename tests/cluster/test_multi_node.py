@@ -308,7 +308,9 @@ def test_a_way_that_is_cut_between_prefill_and_decode_loses_nothing(ray_cluster:
         wait_until(lambda: sum(questions.kinds.values()) > 20, 30, "requests are answered")
     ray_cluster.set_wires()
     questions.were_answered(within_s=15)  # the first ones of this pair wait for 10 s
-    assert status(ray_cluster).replicas == now.replicas
+    after = status(ray_cluster)
+    for group in ("frontend", "prefill", "decode"):  # those that wait for KV may make decode grow
+        assert after.running(group) >= now.running(group)
 
 
 def test_a_replica_without_a_place_waits_for_a_node_of_its_group(ray_cluster: Cluster) -> None:
