@@ -31,7 +31,7 @@ def parse_targets(texts: Sequence[str]) -> dict[str, Bounds]:
             raise ConfigError(text, "say POOL=N or POOL=MIN..MAX, for example prefill=3 or decode=2..6")
         bounds = Bounds(int(match[1]), int(match[2] or match[1]))
         if not bounds.low <= bounds.high or bounds.high == 0:
-            raise ConfigError(text, "MIN is not above MAX, and a pool may have at least 1 replica (0..N lets it sleep)")
+            raise ConfigError(text, "MAX has to be at least 1 and not below MIN; with 0..MAX the pool sleeps when idle")
         if pool in targets:
             raise ConfigError(text, f"{pool} is there twice")
         targets[pool] = bounds

@@ -6,6 +6,7 @@ this module imports it only after they are set.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -99,6 +100,7 @@ def connect() -> None:
     try:
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
         find_serve()
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what Serve does here is not what was asked for
     except (ConnectionError, RaySystemError) as error:
         raise RuntimeError(
             f"no Ray cluster can be reached; is Baton running, or should RAY_ADDRESS name another?  ({error})"
