@@ -55,7 +55,7 @@ run: setup  ## serve CONFIG; MODEL=<path or name> replaces its model
 check: lint  ## for every commit: lint, types and unit tests (2 to 4 minutes on 2 cores)
 	$(in_parallel) tests/unit
 
-test: lint setup-sglang packages  ## set up, lint, then all tests (20 to 30 minutes on 2 cores)
+test: lint setup-sglang packages  ## set up, lint, then all tests (30 to 40 minutes on 2 cores)
 	$(in_parallel) tests/cluster tests/unit $(ALONE:%=--ignore=%)
 	$(BIN)/pytest $(ALONE)
 
