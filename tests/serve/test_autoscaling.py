@@ -37,7 +37,7 @@ LONG_OUTPUTS = {"prompt_tokens": 20, "max_tokens": 80, "every_s": 0.15}
 """Each takes 2 s of one of a decode replica's 4 slots, so 13 run at once."""
 
 
-def arguments(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]:
+def arguments(prefill: dict[str, Any], decode: dict[str, Any], gpus: int | None = None) -> dict[str, Any]:
     pool = {"engine": "sim", "resources": {"num_cpus": 0.1}, "graceful_shutdown_timeout_s": 60, "drain_s": 1}
     model = {
         "name": "tiny",
@@ -47,6 +47,7 @@ def arguments(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]
         "decode": {**pool, "engine_args": {"max_num_seqs": 4}, **decode},
         "routing": {"placement": {"policy": "remote"}},
         "slo": {"ttft_ms": 1000},
+        "gpus": gpus,
     }
     # The waves are far too much for the pools that they begin with, and no pool wakes as soon as its limit asks.
     limits = {"max_ttft_ms": 60_000, "max_wake_s": 0.5}
@@ -61,11 +62,11 @@ class Application:
         self.ended: Counter[str] = Counter()
         self._num_sent = 0
 
-    def deploy(self, prefill: dict[str, Any], decode: dict[str, Any]) -> None:
+    def deploy(self, prefill: dict[str, Any], decode: dict[str, Any], gpus: int | None = None) -> None:
         """Start the application, or change the number of replicas of the running one."""
         from deployments.build import build
 
-        serve.run(build(arguments(prefill, decode)), name="scaling", route_prefix="/scaling")
+        serve.run(build(arguments(prefill, decode, gpus)), name="scaling", route_prefix="/scaling")
         wait_until(self._is_healthy, 30, "both pools ready")
 
     def failures(self) -> dict[str, Any]:
@@ -126,6 +127,11 @@ class Application:
 
     def pids(self, role: str) -> set[int]:
         return {replica["pid"] for replica in self.deployments()[f"{role}-tiny"]["replicas"]}
+
+    def roles(self) -> list[str]:
+        """Return the present role of each replica."""
+        answer = httpx.get(f"{self.url}/health")
+        return sorted(endpoint["role"] for endpoint in answer.json()["endpoints"])
 
     def used_blocks(self, role: str) -> list[int]:
         replicas = httpx.get(f"{self.url}/stats").json()["replicas"]
@@ -292,6 +298,19 @@ async def grows(app: Application, role: str, wave: dict[str, Any], while_stays: 
         assert plan["signals"]
     assert seen == {1}, f"{while_stays} grew too"
     await app.until(lambda: app.targets() == {"prefill": 1, "decode": 1}, 20, f"{role} returns")
+
+
+async def test_within_a_budget_replicas_change_their_role_with_the_load_and_none_restarts(app: Application) -> None:
+    prefill, decode = {**QUICKLY, "max_replicas": 1}, {**QUICKLY, "min_replicas": 2, "max_replicas": 2}
+    await asyncio.to_thread(app.deploy, {"autoscaling": prefill}, {"autoscaling": decode}, gpus=3)
+    await app.until(lambda: app.roles() == ["decode", "decode", "prefill"], 30, "three replicas")
+    before = app.pids("prefill") | app.pids("decode")
+    async with app.wave(**LONG_PROMPTS):
+        await app.until(lambda: app.roles() == ["decode", "prefill", "prefill"], 30, "a decode replica prefills")
+    async with app.wave(**LONG_OUTPUTS):
+        await app.until(lambda: app.roles() == ["decode", "decode", "prefill"], 30, "it decodes again")
+    assert set(app.ended) == {"whole"}
+    assert app.pids("prefill") | app.pids("decode") == before
 
 
 async def test_an_idle_model_sleeps_and_its_clients_wake_it(app: Application) -> None:
