@@ -74,6 +74,13 @@ SORTS: dict[str, Callable[[Random], Question]] = {
 """What a real engine is asked for.  To generate "a" again would change what penalties, grammars and the rest allow."""
 
 
+def sorts_of(engine: str) -> list[Callable[[Random], Question]]:
+    """Return what an application on `engine` can be asked: sim has no text, and SGLang no bad words."""
+    if engine == "sim":
+        return [PLAIN]
+    return [make for name, make in SORTS.items() if (engine, name) != ("sglang", "bad words")]
+
+
 def draw_questions(num: int, seed: int, sorts: Sequence[Callable[[Random], Question]] = (PLAIN,)) -> list[Question]:
     """Draw questions, of each sort in turn."""
     random = Random(seed)
