@@ -31,9 +31,9 @@ QUICKLY = {
     "metrics_interval_s": 0.3,
     "look_back_period_s": 2.0,
 }
-LONG_PROMPTS = {"prompt_tokens": 1500, "max_tokens": 2, "every_s": 0.1}
+LONG_PROMPTS: dict[str, Any] = {"prompt_tokens": 1500, "max_tokens": 2, "every_s": 0.1}
 """Each takes 0.18 s of a prefill replica, so together they are work for two replicas."""
-LONG_OUTPUTS = {"prompt_tokens": 20, "max_tokens": 80, "every_s": 0.15}
+LONG_OUTPUTS: dict[str, Any] = {"prompt_tokens": 20, "max_tokens": 80, "every_s": 0.15}
 """Each takes 2 s of one of a decode replica's 4 slots, so 13 run at once."""
 
 
