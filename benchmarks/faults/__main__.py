@@ -16,7 +16,7 @@ from benchmarks.faults.deployed import Deployed
 from benchmarks.faults.fleet import Fleet
 from benchmarks.faults.kinds import kinds
 from benchmarks.faults.load import Load
-from benchmarks.faults.questions import draw_questions, sorts_of
+from benchmarks.faults.questions import PLAIN, draw_questions, sorts_of
 
 
 def bench_faults(
@@ -45,7 +45,7 @@ def bench_faults(
         card = find_card("URL", client, model)
     found = choose(kinds(str(card["engine"])), only)
     model_id = str(card["id"])
-    sorts = sorts_of(str(card["engine"]) if all_sorts else "sim")
+    sorts = sorts_of(str(card["engine"])) if all_sorts else [PLAIN]
     load = Load(base_url, model_id, draw_questions(questions, seed, sorts), streams)
     carry_out(found, faults, Fleet(base_url, model_id, Deployed("baton")), load, seed, json, 60 * minutes)
 

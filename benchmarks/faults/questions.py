@@ -18,7 +18,7 @@ PROMPT_TOKENS, OUTPUT_TOKENS = (40, 700), (8, 48)
 STRUCTURED_TOKENS = 96
 """The most tokens of an answer that a grammar ends."""
 
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 12},
@@ -28,7 +28,8 @@ SCHEMA = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
-TOOL = {"type": "function", "function": {"name": "remember", "description": "Remember a person", "parameters": SCHEMA}}
+REGEX = r"(ab|cd){4,9}-[0-9]{5}"
+FUNCTION = {"name": "remember", "description": "Remember a person", "parameters": SCHEMA}
 UNTIL_END = {"ignore_eos": False, "max_tokens": STRUCTURED_TOKENS}
 
 
@@ -55,16 +56,20 @@ def _completion(**options: Any) -> Callable[[Random], Question]:
 
 def _tool_call(random: Random) -> Question:
     words = " ".join(str(random.randrange(10_000)) for _ in range(random.randint(10, 150)))
-    choice = {"type": "function", "function": {"name": TOOL["function"]["name"]}}  # type: ignore[index]
-    fields = {"messages": [{"role": "user", "content": words}], "tools": [TOOL], "tool_choice": choice}
-    return Question("/v1/chat/completions", {**fields, "max_tokens": STRUCTURED_TOKENS})
+    fields = {
+        "messages": [{"role": "user", "content": words}],
+        "tools": [{"type": "function", "function": FUNCTION}],
+        "tool_choice": {"type": "function", "function": {"name": FUNCTION["name"]}},
+        "max_tokens": STRUCTURED_TOKENS,
+    }
+    return Question("/v1/chat/completions", fields)
 
 
 PLAIN = _completion()
 SORTS: dict[str, Callable[[Random], Question]] = {
     "plain": PLAIN,
     "JSON schema": _completion(**UNTIL_END, structured_outputs={"json": SCHEMA}),
-    "regex": _completion(**UNTIL_END, structured_outputs={"regex": r"(ab|cd){4,9}-[0-9]{5}"}),
+    "regex": _completion(**UNTIL_END, structured_outputs={"regex": REGEX}),
     "three at once": _completion(n=3),
     "log probabilities": _completion(logprobs=3),
     "tool call": _tool_call,

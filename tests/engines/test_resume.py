@@ -13,20 +13,11 @@ import msgspec
 import pytest
 
 from app.messages import GenerateRequest
+from benchmarks.faults.questions import REGEX, SCHEMA
 from tests.engines.engine_process import MAX_MODEL_LEN, EngineProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "age": {"type": "integer"},
-        "tags": {"type": "array", "items": {"type": "string", "maxLength": 4}, "minItems": 2, "maxItems": 3},
-    },
-    "required": ["name", "age", "tags"],
-    "additionalProperties": False,
-}
 UNTIL_END: dict[str, Any] = {"ignore_eos": False, "max_tokens": 60}
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -39,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "seed with top_p": {"temperature": 0.9, "top_p": 0.8, "seed": 11},
     "JSON schema": {**UNTIL_END, "structured_outputs": {"json": SCHEMA}},
     "JSON schema with a seed": {**UNTIL_END, "structured_outputs": {"json": SCHEMA}, "temperature": 1.0, "seed": 3},
-    "regex": {**UNTIL_END, "structured_outputs": {"regex": r"(ab|cd){4,9}-[0-9]{5}"}},
+    "regex": {**UNTIL_END, "structured_outputs": {"regex": REGEX}},
     "choice": {**UNTIL_END, "structured_outputs": {"choice": ["a quick brown fox jumps", "a quick brown dog sleeps"]}},
 }
 
