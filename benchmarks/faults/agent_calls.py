@@ -13,7 +13,8 @@ from typing import Any, get_args
 from app.messages import Role
 
 AGENT = Path(__file__).parent / "agent"
-CALL_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 60.0
+"""What a call needs may have to be imported first, on a busy machine."""
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -38,7 +39,7 @@ def with_agents(args: dict[str, Any]) -> dict[str, Any]:
     return {**args, "frontend": frontend, "models": [add_to_pools(model) for model in args["models"]]}
 
 
-def call(pid: int, function: str, **arguments: Any) -> Any:
+def call(pid: int, function: str, /, **arguments: Any) -> Any:
     """Call ``module:name`` in a process with an agent and return its result, which is JSON.
 
     Raises LookupError if the process is not there or has no agent, and RuntimeError if the function raised.

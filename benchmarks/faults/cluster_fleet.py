@@ -85,7 +85,10 @@ class ClusterFleet(Fleet):
         await self.until_whole(START_S)
 
     async def is_whole(self) -> bool:
-        """Whether Serve says so, and all frontends can reach all replicas.  Nodes whose Ray has ended come back."""
+        """Whether Serve says so, and all frontends can reach all replicas, and clients one of the frontends.
+
+        Nodes whose Ray has ended come back.
+        """
         await asyncio.to_thread(self.cluster.start_again)
         if not await asyncio.to_thread(self._serve_is_content):
             return False
@@ -93,7 +96,7 @@ class ClusterFleet(Fleet):
             for client in self._nodes.values():
                 if not self._shows_all(await self._health(client)):
                     return False
-        return True
+        return self._shows_all(await self._health())
 
     def _serve_is_content(self) -> bool:
         try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from random import Random
 
 from benchmarks.faults.client_faults import CLIENT_FAULTS
+from benchmarks.faults.engine_faults import engine_faults
 from benchmarks.faults.fault import Fault
 from benchmarks.faults.inside_faults import inside_faults
 from benchmarks.faults.machine_faults import machine_faults
@@ -25,6 +26,7 @@ def kinds(engine: str) -> list[Fault]:
         *CLIENT_FAULTS,
         *SLOW_CLIENTS,
         *inside_faults(engine),
+        *engine_faults(engine),
         *OVERLOADS,
         *UPDATES,
         *machine_faults(os.environ.get("RAY_TMPDIR")),

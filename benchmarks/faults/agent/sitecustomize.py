@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import threading
+from contextlib import suppress
 
 
 def _serve(server: socket.socket) -> None:
@@ -18,7 +19,7 @@ def _serve(server: socket.socket) -> None:
 
     while True:
         connection, _ = server.accept()
-        with connection, connection.makefile("rwb") as stream:
+        with suppress(BrokenPipeError), connection, connection.makefile("rwb") as stream:
             peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
             if struct.unpack("3i", peer)[1] != os.getuid():
                 continue

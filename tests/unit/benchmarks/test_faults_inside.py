@@ -6,20 +6,26 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from app import background
 from app.background import BackgroundTasks
 from app.handoff_seal import damage, misplacement, seal
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
-from benchmarks.faults import inside
+from benchmarks.faults import inside, inside_engine
 from benchmarks.faults.agent_calls import AGENT, call, with_agents
+from benchmarks.faults.deployed import BadAnswer
+from benchmarks.faults.engine_faults import EngineFault, engine_faults
+from benchmarks.faults.fleet import Fleet
 from benchmarks.faults.inside_faults import OF_DECODE, OF_ENGINES, OF_REPLICAS
 from benchmarks.faults.machine_faults import MemoryPressure, machine_faults
 from tests.unit.deployments import test_background_tasks as owned
@@ -30,10 +36,8 @@ from tests.unit.waiting import until
 def process() -> Iterator[int]:
     """A process with the agent, as the application's processes have it; its id."""
     environment = {**os.environ, "PYTHONPATH": f"{AGENT}:{AGENT.parents[2]}"}
-    code = "print(flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as started:
+    code = "import time\nprint(flush=True)\nwhile True: time.sleep(0.02)"
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) as started:
         assert started.stdout is not None
         started.stdout.readline()
         yield started.pid
@@ -105,6 +109,82 @@ def test_a_wall_clock_is_wrong_in_one_process_only(process: int) -> None:
     assert -62 < shown - time.time() < -58
     assert abs(call(process, "time:time") - shown) < 2
     assert abs(call(process, "benchmarks.faults.inside:skew_clock", skew_s=0) - time.time()) < 2
+
+
+def test_one_call_raises_and_the_next_goes_on() -> None:
+    function = "benchmarks.faults.inside_engine:is_waiting"
+    inside_engine.break_call(function)
+    with pytest.raises(inside.Thrown, match="is_waiting"):
+        inside_engine.is_waiting(function)
+    assert not inside_engine.is_waiting(function)
+
+
+def test_what_a_process_has_not_loaded_is_not_there(process: int) -> None:
+    with pytest.raises(RuntimeError, match="has not loaded sqlite3"):
+        call(process, "benchmarks.faults.inside_engine:break_call", function="sqlite3:connect")
+    with pytest.raises(RuntimeError, match="no thread nixl"):
+        call(process, "benchmarks.faults.inside_engine:throw_into_thread", name="nixl")
+
+
+def test_a_thread_ends_by_what_is_thrown_into_it() -> None:
+    ended: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            while True:
+                time.sleep(0.01)
+        except inside.Thrown as thrown:
+            ended.append(thrown)
+
+    thread = threading.Thread(target=wait, name="one-of-this-test", daemon=True)
+    thread.start()
+    assert inside_engine.throw_into_thread("of-this-test") == "one-of-this-test"
+    thread.join(30)
+    assert ended
+
+
+class OneEngine(Fleet):
+    """An application whose engines are one process."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__("http://nowhere", "tiny")
+        self.pid = pid
+
+    async def victims(self, target: str) -> list[list[psutil.Process]]:
+        return [[psutil.Process(self.pid)]]
+
+
+@pytest.mark.parametrize(
+    ("where", "then", "problem"),
+    [
+        ("MainThread", "ends", ""),
+        ("MainThread", "goes on", ""),  # it has not ended yet when this returns, which the campaign sees
+        ("benchmarks.faults.inside:throw", "ends", "goes on without its part"),
+        ("sqlite3:connect", "ends", "has sqlite3:connect"),
+        ("benchmarks.faults.inside:tasks", "goes on", "nobody called"),
+    ],
+)
+async def test_an_engine_has_to_end_or_to_go_on(
+    process: int, monkeypatch: pytest.MonkeyPatch, where: str, then: Any, problem: str
+) -> None:
+    for name in ("COMES_S", "REPLACED_S"):
+        monkeypatch.setattr(f"benchmarks.faults.engine_faults.{name}", 0.2 if problem else 30.0)
+    call(process, "benchmarks.faults.inside:skew_clock", skew_s=0)  # loads the module
+    fleet = OneEngine(process)
+    striking = EngineFault("decode engine", "part", where, then).strike(fleet, Random(0))
+    if problem:
+        with pytest.raises((BadAnswer, LookupError), match=problem):
+            await striking
+    else:
+        await striking
+    await fleet.close()
+
+
+def test_simulated_engines_have_no_processes_to_raise_in() -> None:
+    assert not engine_faults("sim")
+    for engine in ("vllm", "sglang"):
+        names = [fault.name for fault in engine_faults(engine)]
+        assert len(names) == len(set(names)) > 5
 
 
 REQUEST = GenerateRequest(request_id="new", prompt_token_ids=[1, 2, 3], sampling={})
