@@ -1,4 +1,4 @@
-"""Ends an engine's processes when the replica that owns them is gone.
+"""Ends an engine's processes when the replica that owns them is gone, or when a thread of theirs is (thread_watch.py).
 
 A replica that is killed (SIGKILL, out of memory) cannot stop its engine.  The engine's processes would live on with
 their GPU memory, KV cache and ports.  So the replica puts its process id into the engine's environment, and each
@@ -21,6 +21,8 @@ import select
 import signal
 import threading
 
+from app.engines.plugins import thread_watch
+
 OWNER_VARIABLE = "BATON_ENGINE_OWNER_PID"
 
 PR_SET_PDEATHSIG = 1
@@ -33,7 +35,10 @@ def owner_environment() -> dict[str, str]:
 
 
 def register() -> None:
-    """General plug-in of vLLM and SGLang: a process of an owned engine ends with its owner.  May be called again."""
+    """General plug-in of vLLM and SGLang: a process of an owned engine ends with its owner and with any of its threads.
+
+    May be called again.
+    """
     owner = os.environ.get(OWNER_VARIABLE)
     if owner is None or int(owner) == os.getpid() or _is_watching():
         return
@@ -43,6 +48,7 @@ def register() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return
     _die_with_parent()
+    thread_watch.register()
     threading.Thread(target=_die_with, args=(owner_fd,), name=_THREAD, daemon=True).start()
 
 

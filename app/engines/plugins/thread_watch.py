@@ -1,0 +1,53 @@
+"""Ends an engine's process when one of the engine's own threads has died of an error.
+
+Engines leave to threads what a step does not wait for: vLLM's engine core reads and writes its sockets in two and
+answers NIXL's handshakes in a third, and SGLang's schedulers move KV in others.  When a thread dies Python prints why
+and the process goes on.  It looks well, and what the thread did is done no more: without vLLM's third a prefill replica
+computes KV that nobody can read, for as long as it lives.  An engine that has ended is noticed and replaced, so that is
+what such a one does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from types import TracebackType
+
+ENGINES = ("vllm", "sglang")
+"""The packages whose threads count."""
+DISPENSABLE = ("vllm.usage",)
+"""Of these, what serves nobody: vLLM's usage statistics are a thread that may fail on a full disk."""
+
+
+def register() -> None:
+    """End this process with the next of its threads that dies.  May be called again."""
+    if threading.excepthook is not _on_death:
+        threading.excepthook = _on_death
+
+
+def _on_death(death: threading.ExceptHookArgs) -> None:
+    threading.__excepthook__(death)
+    if issubclass(death.exc_type, SystemExit) or not is_needed(origin(death.exc_traceback)):
+        return
+    print("A thread of the engine has died, and the process ends with it.", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def origin(trace: TracebackType | None) -> str:
+    """Return the name of the module of the function that a thread ran."""
+    for frame, _ in traceback.walk_tb(trace):
+        if (module := str(frame.f_globals.get("__name__"))) != threading.__name__:
+            return module
+    return ""
+
+
+def is_needed(module: str) -> bool:
+    """Whether an engine cannot do without the threads of a module."""
+    return _is_within(module, ENGINES) and not _is_within(module, DISPENSABLE)
+
+
+def _is_within(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
