@@ -403,6 +403,31 @@ async def test_a_replica_of_another_protocol_is_unreachable_with_the_reason_unti
     await until(lambda: pool.knows(replica))
 
 
+@pytest.mark.parametrize("newer", ["client", "server"], ids=["frontends first", "replicas first"])
+async def test_an_update_to_another_protocol_loses_nothing_that_runs(pool: Pool, replica: Replica, newer: str) -> None:
+    """While both releases are there, requests go to the replicas of this frontend's own, whichever is updated first."""
+    other = Replica("other")
+    await other.start()
+    pool.consist_of(replica)
+    await until(lambda: pool.knows(replica))
+    received: list[TokenDelta] = []
+    sequence = submit(pool, replica, received)
+    await until(lambda: replica.channels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"app.channel.{newer}.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+        pool.consist_of(replica, other)
+        await until(lambda: "version" in pool.channels.unreachable.get("other", ""))
+        assert set(pool.state.replicas) == {"r"}
+        assert pool.knows(replica)
+    await until(lambda: pool.knows(other))  # now both are of the newer release
+    pool.consist_of(other)
+    await until(lambda: set(pool.state.replicas) == {"other"})
+    replica.channels[0].put(sequence.number, LAST)
+    await sequence.ended
+    assert received == [LAST]
+    await other.server.stop()
+
+
 async def test_a_replica_that_has_work_and_says_nothing_counts_as_gone_until_it_answers(
     pool: Pool, replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
