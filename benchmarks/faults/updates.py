@@ -76,7 +76,7 @@ class Rescale(msgspec.Struct, frozen=True):
 
 
 class OtherKv(msgspec.Struct, frozen=True):
-    """Both pools are updated to KV that does not fit the old one, one of them sooner than the other; and back.
+    """Both pools are updated to KV that does not fit the old one, one of them sooner, and back, the other one sooner.
 
     Serve updates all deployments at once, each one replica after the other.  So the pool that has one is through first.
     """
@@ -86,25 +86,29 @@ class OtherKv(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        return f"update to other KV, {self.first} first"
+        return f"update to other KV with {self.first} first and back with {self.last} first"
 
     async def strike(self, fleet: Fleet, random: Random) -> str:
         """Raises BadAnswer if no pair was refused while both kinds were there, or if one is refused afterwards."""
         deployed, before = fleet.deployed, fleet.deployed.arguments()
-        apart = deployed.arguments()
-        section(apart, self.first)["replicas"], section(apart, self.last)["replicas"] = 1, 2
-        await deployed.update(apart)
-        model = apart["models"][0]
-        model.setdefault("engine_args", {}).update(OTHER_BLOCKS[model["decode"].get("engine", "vllm")])
+        model = before["models"][0]
+        own = model.get("engine_args", {})
+        other = {**own, **OTHER_BLOCKS[model["decode"].get("engine", "vllm")]}
         try:
-            await self._update(deployed, apart)
+            await self._update(deployed, other, self.first, self.last)
+            await self._update(deployed, own, self.last, self.first)
         finally:
-            await self._update(deployed, before)
+            await deployed.update(before)
         return ""
 
-    async def _update(self, deployed: Deployed, arguments: dict[str, Any]) -> None:
+    async def _update(self, deployed: Deployed, engine_args: dict[str, Any], first: Part, last: Part) -> None:
+        apart = deployed.arguments()
+        section(apart, first)["replicas"], section(apart, last)["replicas"] = 1, 2
+        await deployed.update(apart)
+        changed = deployed.arguments()
+        changed["models"][0]["engine_args"] = engine_args
         problems: set[str] = set()
-        await deployed.update(arguments, lambda: problems.update(deployed.link_problems()))
+        await deployed.update(changed, lambda: problems.update(deployed.link_problems()))
         if not any("KV of another kind" in problem for problem in problems):
             raise BadAnswer(f"no pair was refused for its KV: {sorted(problems)}")
         if left := deployed.link_problems():
@@ -116,5 +120,4 @@ UPDATES: tuple[RollingUpdate | Rescale | OtherKv, ...] = (
     *(RollingUpdate((part,)) for part in PARTS),
     *map(Rescale, PARTS),
     OtherKv("prefill", "decode"),
-    OtherKv("decode", "prefill"),
 )

@@ -92,12 +92,15 @@ async def test_a_pool_loses_a_replica_and_gets_two() -> None:
     assert [SECTIONS["decode-tiny"](arguments)["replicas"] for arguments in deployed.history] == [2, 1, 3, 2]
 
 
-async def test_other_kv_is_refused_between_the_pairs_that_do_not_fit() -> None:
+async def test_other_kv_is_refused_between_the_pairs_that_do_not_fit_in_both_orders() -> None:
     deployed = FakeDeployed(problems=({KV}, set(), {KV}, set()))
     await strike(OtherKv("decode", "prefill"), deployed)
-    _, apart, changed, after = deployed.history
-    assert [SECTIONS[name](apart)["replicas"] for name in ("decode-tiny", "prefill-tiny")] == [1, 2]
-    assert changed == {**apart, "models": [{**apart["models"][0], "engine_args": {"block_size": 96}}]}
+    _, apart, changed, other_way_apart, back, after = deployed.history
+    pools = ("decode-tiny", "prefill-tiny")
+    numbers = [[SECTIONS[name](each)["replicas"] for name in pools] for each in (apart, changed, other_way_apart, back)]
+    assert numbers == [[1, 2], [1, 2], [2, 1], [2, 1]]
+    arguments = [each["models"][0].get("engine_args", {}) for each in deployed.history]
+    assert arguments == [{}, {}, {"block_size": 96}, {"block_size": 96}, {}, {}]
     assert after == ARGUMENTS
 
 
