@@ -46,11 +46,13 @@ class EngineFault(msgspec.Struct, frozen=True):
         """Raises LookupError if the engine has no such thing or does not do it, and BadAnswer if it should have ended
         and goes on, or the reverse."""
         victim = random.choice(await fleet.victims(self.target))
+        replica = fleet.replica_of(victim[0])
         struck = [process for process in victim if await self._prepare(process)]
         if not struck:
             raise LookupError(f"no process of this {self.target} has {self.where}")
         if self.then == "ends":
-            _, alive = await asyncio.to_thread(psutil.wait_procs, struck, COMES_S + REPLACED_S)
+            # Until the replica has ended too, all may seem to be whole.
+            _, alive = await asyncio.to_thread(psutil.wait_procs, [*struck, replica], COMES_S + REPLACED_S)
             if alive:
                 raise BadAnswer(f"the {self.target} goes on without its {self.what}")
         elif not self.is_in_thread:

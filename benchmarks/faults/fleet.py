@@ -24,6 +24,7 @@ TITLES: dict[Target, str] = {
     "HAProxy": "haproxy -",
 }
 """What the command line of a process contains, for what /health does not list."""
+REPLICA_TITLE = "ray::ServeReplica"
 ENGINE_TITLES = ("VLLM::", "sglang::")
 APPLICATION = "baton"
 ANSWER_TIMEOUT_S = 10.0
@@ -47,7 +48,7 @@ class Fleet:
         self.client = new_async_client(url, ANSWER_TIMEOUT_S, socket)
         self._deployed = deployed
         application = deployed.name if deployed is not None else APPLICATION
-        self._titles = {**TITLES, "frontend": f"ray::ServeReplica:{application}:frontend"}
+        self._titles = {**TITLES, "frontend": f"{REPLICA_TITLE}:{application}:frontend"}
         self.raylet = 0
         self.pools: dict[str, int] = {}
         """The number of ready replicas of each pool, as it was at the beginning."""
@@ -91,6 +92,10 @@ class Fleet:
         if not (found := await self.processes(target)):
             raise LookupError(f"there is no {target}")
         return found
+
+    def replica_of(self, engine: psutil.Process) -> psutil.Process:
+        """Return the replica that has started a process of an engine."""
+        return next(parent for parent in engine.parents() if REPLICA_TITLE in " ".join(parent.cmdline()))
 
     def _titled(self, title: str) -> list[psutil.Process]:
         return below(self.raylet, title)

@@ -20,8 +20,8 @@ STOPS_S = (1.0, 10.0, 60.0)
 FOR_GOOD_S = 300.0
 """The longest time for which processes stay stopped that have to be replaced."""
 
-GONE_S = 10.0
-"""The longest time until a killed process is gone."""
+GONE_S = 60.0
+"""The longest time until a killed process is gone, and the replica whose engine was killed."""
 
 
 class ProcessFault(msgspec.Struct, frozen=True):
@@ -42,9 +42,10 @@ class ProcessFault(msgspec.Struct, frozen=True):
         """Make the fault, and return when it is over.  Stopped processes go on in any case."""
         victim = random.choice(await fleet.victims(self.target))
         if self.act == "kill":
+            replica = [fleet.replica_of(victim[0])] if self.target in ENGINES else []
             send_signal(victim, signal.SIGKILL)
-            # The kernel takes a while on a busy machine, and until then all seems to be whole.
-            await asyncio.to_thread(psutil.wait_procs, victim, GONE_S)
+            # The kernel takes a while on a busy machine, and replicas too, and until then all seems to be whole.
+            await asyncio.to_thread(psutil.wait_procs, [*victim, *replica], GONE_S)
             return ""
         try:
             send_signal(victim, signal.SIGSTOP)

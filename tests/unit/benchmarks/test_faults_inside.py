@@ -153,6 +153,9 @@ class OneEngine(Fleet):
     async def victims(self, target: str) -> list[list[psutil.Process]]:
         return [[psutil.Process(self.pid)]]
 
+    def replica_of(self, engine: psutil.Process) -> psutil.Process:
+        return engine
+
 
 @pytest.mark.parametrize(
     ("where", "then", "problem"),
