@@ -8,12 +8,17 @@ what the plan for both says of it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 from app.autoscaling.role_plan import SWITCHABLE, HomeReport, RolePlan, RolePlanner
 from app.messages import Role
-from deployments.roles import read_roles, write_roles
+from deployments.roles import forget_told, read_roles, write_roles
 
 logger = logging.getLogger("ray.serve")
+
+GONE_S = 60.0
+"""A replica that has not run for so long is gone for good.  Until then Serve's controller may have begun anew, and may
+not have found all of its replicas again."""
 
 
 class RoleControl:
@@ -28,11 +33,13 @@ class RoleControl:
         self._assigned = read_roles(application, model)
         self.switched_at: dict[str, float] = {}
         """The time of the last report, by the replica's own clock, before it was told to change its role."""
+        self._ran_at: dict[str, float] = {}
+        """When each replica last ran; for those that were not seen yet, when that was first asked."""
 
     def plan(self, home: Role, report: HomeReport, reported_at: dict[str, float], now: float) -> RolePlan | None:
         """Plan with the newest report of one deployment; None as long as the other one has not reported at all.
 
-        `reported_at` says when each of its replicas reported last.
+        `reported_at` says when each of its replicas reported last; `now` is of a monotonic clock.
         """
         self._homes[home] = report
         if self._homes.keys() != set(SWITCHABLE):
@@ -40,7 +47,9 @@ class RoleControl:
         plan = self._planner.plan(self._homes, self._assigned, now)
         homes = {replica: home for home, known in self._homes.items() for replica in known.running}
         before = {replica: self._assigned.get(replica, home) for replica, home in homes.items()}
-        assigned = {replica: role for replica, role in plan.roles.items() if role != homes[replica]}
+        gone = self._find_gone(homes, now)
+        absent = {replica: role for replica, role in self._assigned.items() if replica not in homes.keys() | gone}
+        assigned = absent | {replica: role for replica, role in plan.roles.items() if role != homes[replica]}
         if assigned != self._assigned:
             write_roles(self._application, self._model, assigned)
             self._assigned = assigned
@@ -52,6 +61,16 @@ class RoleControl:
                 )
                 self._forget(replica, homes[replica], reported_at.get(replica, 0.0))
         return plan
+
+    def _find_gone(self, running: Collection[str], now: float) -> set[str]:
+        """Return the replicas that are gone for good, and forget all else of them; Serve gives no id a second time."""
+        self._ran_at = dict.fromkeys(self._assigned, now) | self._ran_at | dict.fromkeys(running, now)
+        gone = {replica for replica, ran_at in self._ran_at.items() if now - ran_at > GONE_S}
+        for replica in gone:
+            forget_told(self._application, replica)
+            self.switched_at.pop(replica, None)
+            del self._ran_at[replica]
+        return gone
 
     def _forget(self, replica: str, home: Role, reported_at: float) -> None:
         """Leave out what a replica has reported in its former role."""

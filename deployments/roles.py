@@ -48,6 +48,11 @@ def told_role(application: str, replica: str) -> Role | None:
     return msgspec.json.decode(value, type=Role) if value else None
 
 
+def forget_told(application: str, replica: str) -> None:
+    """Remove what a replica that is gone for good has told."""
+    delete_internal_kv(_told_key(application, replica))
+
+
 class RoleWatch:
     """The assignment as one replica knows it."""
 

@@ -13,7 +13,7 @@ from app.messages import Role
 from app.replica_bounds import Bounds, find_model
 from app.role_trade import check_trade
 from deployments.ready_replicas import ready_replicas_of
-from deployments.roles import Roles, read_roles, told_role, write_roles
+from deployments.roles import Roles, forget_told, read_roles, told_role, write_roles
 from deployments.serve_hooks import deployment_id_of, handle_from_outside
 
 ANSWER_S = 5.0
@@ -45,7 +45,8 @@ def switch(
         return [*warnings, "nothing to switch"]
     began = time.monotonic()
     homes = {member.replica: member.home for member in members}
-    write_roles(application, model.name, {replica: role for replica, role in after.items() if role != homes[replica]})
+    assigned = {replica: role for replica, role in after.items() if role != homes[replica]}
+    write_roles(application, model.name, _absent(application, model, details, homes) | assigned)
     lines = []
     for replica, role, seconds in _wait(application, homes, changes, began, patience_s):
         lines.append(f"{replica}: {before[replica]} -> {role} after {seconds:.3f} s")
@@ -83,6 +84,16 @@ def _members(application: str, model: ModelConfig, details: Mapping[str, Any]) -
         work = _work(handle_from_outside(name, application), running)
         members += [Member(replica, home, roles.get(replica, home), work[replica]) for replica in running]
     return members
+
+
+def _absent(application: str, model: ModelConfig, details: Mapping[str, Any], running: Mapping[str, Role]) -> Roles:
+    """Return what is assigned to replicas that do not run now, but that Serve knows, and forget those it does not."""
+    deployments, roles = details["applications"][application]["deployments"], read_roles(application, model.name)
+    names = [model.deployment_name(home) for home in SWITCHABLE]
+    known = {replica["replica_id"] for name in names for replica in deployments[name]["replicas"]}
+    for replica in roles.keys() - known:
+        forget_told(application, replica)
+    return {replica: role for replica, role in roles.items() if replica in known and replica not in running}
 
 
 def _work(handle: Any, replicas: Sequence[str]) -> dict[str, float]:

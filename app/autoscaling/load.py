@@ -26,7 +26,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     prefilling: float = 0.0
     """Sequences whose prompt is being computed here or waits for it."""
     waiting: float = 0.0
-    """Sequences without a token whose prompt another replica has computed: they wait for a slot or for their KV."""
+    """Sequences without a token whose prompt another replica has computed: they wait for a slot or for their KV.  So do
+    those in the frontends that wait for room to decode."""
     transferring: float = 0.0
     """Sequences of these whose KV is being transferred."""
     started: float = 0.0

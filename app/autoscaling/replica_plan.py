@@ -46,7 +46,8 @@ class Targets(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the pool is there to compute prompts.  A decode pool beside a prefill pool computes prompts which
     frontends prefer not to send there.  It grows for them only if the TTFT suffers, as more prefill takes them away."""
     is_for_decoding: bool = True
-    """Whether the pool is there to decode.  A prefill pool decodes only the sequences that found no room on decode."""
+    """Whether the pool is there to decode.  A prefill pool decodes only the sequences that found no room on decode.
+    While there is no decode replica, sequences wait for it too, and as long as they do it is planned as if it was."""
 
 
 class SeenCapacity(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,8 +146,8 @@ def measure(loads: Sequence[Load], before: SeenCapacity, targets: Targets, passe
             tokens_per_s=max(load.computed_tokens / load.busy, known.tokens_per_s),
             prompt_tokens=load.computed_tokens / load.prompts,
         )
-    if not targets.is_for_decoding:  # what waits there are prompts, not sequences for a slot
-        return known
+    if not (targets.is_for_decoding or load.waiting):  # what waits there are prompts, not sequences for a slot
+        return msgspec.structs.replace(known, slots=0.0)
     seen = max((one.decoding for one in loads), default=0.0)  # not the mean: a new replica fills up only
     in_line = count_in_line(loads, known)
     is_full = in_line >= 1 and in_line > targets.ttft_s * (load.prompts + load.started)  # Little's law

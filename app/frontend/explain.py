@@ -71,6 +71,7 @@ def explain(record: SequenceRecord) -> dict[str, Any] | None:
         "attempts": record.num_attempts,
         "resumed_after_ms": [_ms(gap_s) for gap_s in record.progress.resume_gaps_s],
         "resume_reasons": record.progress.resume_reasons,
+        "resumed_cached_tokens": record.progress.resumed_cached_tokens,
         "others": {
             role: [_explain_candidate(candidate) for candidate in candidates]
             for role, candidates in decision.others.items()

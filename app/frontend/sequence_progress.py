@@ -50,6 +50,8 @@ class SequenceProgress:
         """How long the client waited for the next token each time when the sequence was resumed."""
         self.resume_reasons: list[ResumeReason] = []
         """Why it was, each time."""
+        self.resumed_cached_tokens: list[int] = []
+        """How many tokens, of the prompt and of those that there were, no engine had to compute again, each time."""
         self.on_first: Callable[[float], object] = lambda attempt_ttft_s: None
         """Called before the first delta is passed on, with the seconds since the start of the attempt."""
         self.on_report: Callable[[PrefillReport], object] = lambda report: None
@@ -118,4 +120,5 @@ class SequenceProgress:
             self.last_gap_s = None
             self.resume_gaps_s.append(now - self.last_token_at)
             self.resume_reasons.append(self._resume_reason)
+            self.resumed_cached_tokens.append(self.report.cached_tokens if self.report is not None else 0)
         tell(self.on_first, now - self.attempt_began_at)

@@ -85,7 +85,7 @@ class SequenceRecord:
             self._count_prompt(progress.prompt_report, progress.ttft_s)
         logger.info(
             "request_id=%s model=%s end=%s prompt_tokens=%d output_tokens=%d ttft_ms=%s total_ms=%.1f %s %s "
-            "resumed_after_ms=%s resume_reasons=%s session=%s",
+            "resumed_after_ms=%s resume_reasons=%s resumed_cached_tokens=%s session=%s",
             self._request_id,
             self._model,
             end,
@@ -97,6 +97,7 @@ class SequenceRecord:
             self._describe_decision(),
             ",".join(map(_ms, progress.resume_gaps_s)) or "none",
             ",".join(progress.resume_reasons) or "none",
+            ",".join(map(str, progress.resumed_cached_tokens)) or "none",
             "yes" if self._has_session else "no",
         )
 

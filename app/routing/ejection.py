@@ -39,7 +39,8 @@ NUM_PARTNERS = 2
 REMEMBER_S = 300.0
 """How long failures count.  A pair is tried again at least every LONGEST_EJECTION_S seconds if there is traffic."""
 MAX_REMEMBERED = 4096
-"""How many replicas, pairs and failures are remembered; what changed least recently is forgotten first."""
+"""How many replicas, pairs and failures are remembered; what changed least recently is forgotten first.  So many
+replicas are remembered beside those that can be reached."""
 
 Key = TypeVar("Key", bound=Hashable)
 Pair = tuple[str, str]
@@ -149,6 +150,9 @@ class Circuits(Generic[Key]):
         if (circuit := self._circuits.get(key)) is not None:
             circuit.succeed(began_at)
 
+    def forget(self, key: Key) -> None:
+        self._circuits.pop(key, None)
+
     def _at_fault(self, key: Key) -> Circuit:
         while self._circuits and (
             len(self._circuits) >= MAX_REMEMBERED
@@ -186,14 +190,29 @@ class Ejections:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._replicas = Circuits[str](clock, lambda replica: self._count(self.roles[replica]))
+        self._replicas = Circuits[str](clock, lambda replica: self._count(self._roles[replica]))
         self._pairs = Circuits[Pair](clock, lambda _: self._count("pair"))
-        self.roles: dict[str, Role] = {}
-        """The roles of all replicas that ever joined a pool: most are ejected when they are gone."""
+        self._roles: dict[str, Role] = {}
+        """The roles of replicas in pools and of `_left`: most are ejected when they are gone."""
+        self._left: OrderedDict[str, None] = OrderedDict()
+        """Those in no pool any more, the latest last.  Some only cannot be reached for a moment."""
         self.counts: Counter[End] = Counter()
         """The ejections so far."""
         self._failed_with: OrderedDict[str, dict[str, float]] = OrderedDict()
         """For each replica the partners to or from which KV did not move since it last did, and when."""
+
+    def joined(self, replica: str, role: Role) -> None:
+        """Take note that a replica is in a pool, perhaps another one than before."""
+        self._roles[replica] = role
+        self._left.pop(replica, None)
+
+    def left(self, replica: str) -> None:
+        """Take note that a replica is in no pool any more."""
+        self._left[replica] = None
+        if len(self._left) > MAX_REMEMBERED:
+            forgotten, _ = self._left.popitem(last=False)
+            self._replicas.forget(forgotten)
+            del self._roles[forgotten]
 
     def _count(self, end: End) -> None:
         self.counts[end] += 1
@@ -201,7 +220,7 @@ class Ejections:
     def describe(self) -> list[dict[str, str | float]]:
         """Return what is left out now, and for how many seconds more (0: one request at a time tries it)."""
         replicas: list[dict[str, str | float]] = [
-            {"replica": replica, "role": self.roles[replica], "left_out_s": round(seconds, 1)}
+            {"replica": replica, "role": self._roles[replica], "left_out_s": round(seconds, 1)}
             for replica, seconds in self._replicas.ejected().items()
         ]
         pairs: list[dict[str, str | float]] = [
@@ -233,8 +252,9 @@ class Ejections:
         self._replicas.succeed(replica, began_at)
 
     def failed(self, replica: str, evidence: int, began_at: float) -> None:
-        """Take note of a failure of which `replica` alone is the cause."""
-        self._replicas.fail(replica, evidence, began_at)
+        """Take note of a failure of which `replica` alone is the cause; nothing happens if it was forgotten."""
+        if replica in self._roles:
+            self._replicas.fail(replica, evidence, began_at)
 
     def pair_succeeded(self, prefill: str, decode: str, began_at: float) -> None:
         """Take note that KV has moved."""
@@ -249,7 +269,7 @@ class Ejections:
             return
         is_known = {replica: self._replicas.is_ejected(replica) for replica in (prefill, decode)}
         for replica, partner in ((prefill, decode), (decode, prefill)):
-            if is_known[partner] and not is_known[replica]:
+            if replica not in self._roles or (is_known[partner] and not is_known[replica]):
                 continue
             if is_known[replica] or self._count_partner(replica, partner) >= NUM_PARTNERS:
                 self._replicas.eject(replica, began_at)

@@ -190,7 +190,7 @@ class PoolState:
         self.replicas[replica] = state
         self._ids.append(replica)
         self._ring.add(replica)
-        self._ejections.roles[replica] = state.info.role
+        self._ejections.joined(replica, state.info.role)
         self.on_change()
 
     def leave(self, replica: str) -> None:
@@ -198,6 +198,7 @@ class PoolState:
         if replica in self.replicas:
             self.give(replica)
             self.index.forget(replica)
+            self._ejections.left(replica)
 
     def give(self, replica: str) -> ReplicaState:
         """Take a replica out of this pool, to be put into another one by `take`."""

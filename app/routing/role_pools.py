@@ -18,6 +18,8 @@ class RolePools:
 
     def __init__(self, pools: Mapping[Role, PoolState]) -> None:
         self._pools = pools
+        self.num_switched = dict.fromkeys(pools, 0)
+        """How many replicas have come to each role from another one so far."""
 
     def __getitem__(self, role: Role) -> PoolState:
         return self._pools[role]
@@ -46,6 +48,7 @@ class RolePools:
         before, after = self.pool_of(replica), self._pools.get(role)
         if before is not None and after is not None and before is not after:
             after.take(before.give(replica), role)
+            self.num_switched[role] += 1
 
     def on_load(self, replica: str, load: ReplicaLoad) -> None:
         if (pool := self.pool_of(replica)) is not None:

@@ -97,6 +97,21 @@ class Fleet:
         """Return the replica that has started a process of an engine."""
         return next(parent for parent in engine.parents() if REPLICA_TITLE in " ".join(parent.cmdline()))
 
+    async def busy_decode_replica(self) -> psutil.Process | None:
+        """Return one in whose engine sequences run, or None."""
+        try:
+            replicas = (await self.client.get("/stats")).json()["replicas"]
+        except (httpx.HTTPError, ValueError):
+            return None
+        busy = {replica["replica_id"] for replica in replicas if replica.get("num_running") and self._decodes(replica)}
+        endpoints = (await self._health() or {}).get("endpoints", ())
+        found = (endpoint["pid"] for endpoint in endpoints if endpoint["replica_id"] in busy)
+        return next((psutil.Process(pid) for pid in found if psutil.pid_exists(pid)), None)
+
+    def _decodes(self, replica: dict[str, Any]) -> bool:
+        is_it: bool = replica["model"] == self.model and replica["role"] == "decode"
+        return is_it
+
     def _titled(self, title: str) -> list[psutil.Process]:
         return below(self.raylet, title)
 

@@ -117,13 +117,13 @@ class Load:
         """
         gate = asyncio.Semaphore(self._num_streams)
 
-        async def ask(number: int) -> Answer:
+        async def ask_in_turn(number: int) -> Answer:
             async with gate:
-                return await self._ask(client, number)
+                return await ask(client, self._model, self.questions[number], number)
 
         async with new_async_client(self._url, HANG_S, self._socket) as client:
             numbers = [*range(len(self.questions))] * 2
-            answers = await asyncio.gather(*map(ask, numbers))
+            answers = await asyncio.gather(*map(ask_in_turn, numbers))
         self.right = answers[: len(self.questions)]
         for answer in answers:
             if not answer.is_whole or judge(answer, self.right[answer.question]) != "right":
@@ -167,30 +167,32 @@ class Load:
                 await self._may_send.wait()
                 self._num_open += 1
                 try:
-                    answer = await self._ask(client, random.randrange(len(self.questions)))
+                    number = random.randrange(len(self.questions))
+                    answer = await ask(client, self._model, self.questions[number], number)
                 finally:
                     self._num_open -= 1
                 self.answers.append(answer)
                 if not answer.is_whole:
                     await asyncio.sleep(PAUSE_S)
 
-    async def _ask(self, client: httpx.AsyncClient, number: int) -> Answer:
-        question = self.questions[number]
-        reading = _Reading()
-        began_at = time.monotonic()
-        found: dict[str, Any] = {}
-        try:
-            async with client.stream("POST", question.path, json=question.body(self._model)) as response:
-                found["status"] = response.status_code
-                if response.status_code == httpx.codes.OK:
-                    await reading.read(response)
-                else:
-                    found["error"] = (await response.aread()).decode(errors="replace")
-        except httpx.TimeoutException as problem:
-            found |= {"has_timed_out": True, "error": repr(problem)}
-        except httpx.HTTPError as problem:
-            found["error"] = repr(problem)
-        return Answer(number, began_at, time.monotonic(), **{**reading.fields(), **found})
+
+async def ask(client: httpx.AsyncClient, model: str, question: Question, number: int = 0) -> Answer:
+    """Ask a question, the `number`-th of its load, and read the stream of its answer."""
+    reading = _Reading()
+    began_at = time.monotonic()
+    found: dict[str, Any] = {}
+    try:
+        async with client.stream("POST", question.path, json=question.body(model)) as response:
+            found["status"] = response.status_code
+            if response.status_code == httpx.codes.OK:
+                await reading.read(response)
+            else:
+                found["error"] = (await response.aread()).decode(errors="replace")
+    except httpx.TimeoutException as problem:
+        found |= {"has_timed_out": True, "error": repr(problem)}
+    except httpx.HTTPError as problem:
+        found["error"] = repr(problem)
+    return Answer(number, began_at, time.monotonic(), **{**reading.fields(), **found})
 
 
 class _Reading:

@@ -138,10 +138,10 @@ OVERVIEW = [
             ),
             Panel(
                 "Gap of resumed sequences",
-                "How long clients waited for the next token when the replica of their answer was lost and it went on "
-                "elsewhere.",
+                "How long clients waited for the next token when the replica of their answer was lost, or drained as "
+                "it was being removed, and it went on elsewhere.",
                 "s",
-                quantiles("baton_resume_gap_seconds"),
+                quantiles("baton_resume_gap_seconds", "model, reason"),
             ),
         ],
     ),
@@ -212,11 +212,54 @@ OVERVIEW = [
                 },
             ),
             Panel(
+                "Resumed sequences",
+                "Sequences that went on elsewhere in mid-answer, in each interval: their replica was lost, or drained "
+                "as it was being removed.",
+                "short",
+                {
+                    "sum by (model, reason) "
+                    f"(increase(baton_resume_gap_seconds_count{{{OF_MODEL}}}[$__rate_interval]))": (
+                        "{{model}} {{reason}}"
+                    )
+                },
+            ),
+            Panel(
                 "Refused bodies",
                 "Requests per second whose bodies were too large (413), too slow (408), or too much beside others that "
                 "were arriving (429). HTTP responses does not have them.",
                 "reqps",
                 {rate("baton_refused_bodies_total", "service, status", OF_SERVICE): "{{service}} {{status}}"},
+            ),
+        ],
+    ),
+    Row(
+        "Replicas by role",
+        [
+            Panel(
+                "Replicas in each role",
+                "Those that frontends reach, by the role that each has now, on the mean over the frontends. It differs "
+                "from the deployments below where replicas have switched their roles or cannot be reached.",
+                "short",
+                {f"avg by (model, role) (baton_replicas{{{OF_MODEL}}})": "{{model}} {{role}}"},
+            ),
+            Panel(
+                "Role switches",
+                "Replicas that came to a role from another one, in each interval. Every frontend sees each of them.",
+                "short",
+                {
+                    f"max by (model, role) (increase(baton_role_switches_total{{{OF_MODEL}}}[$__rate_interval]))": (
+                        "{{model}} to {{role}}"
+                    )
+                },
+            ),
+            Panel(
+                "Models asleep",
+                "1 for a model without replicas that a request wakes, and the requests that wait for that.",
+                "short",
+                {
+                    f"min by (model) (baton_model_asleep{{{OF_MODEL}}})": "{{model}} asleep",
+                    total("baton_waking_requests", "model"): "{{model}} requests that wait",
+                },
             ),
         ],
     ),

@@ -45,7 +45,8 @@ class Frontend(AsgiIngress):
         self._app = await build_server(config, orchestrators, self._health, self._stats)
         routers = {model.name: model.router for model in self._models}
         quarantines = {model.name: model.orchestrator.quarantine for model in self._models}
-        REGISTRY.register(RoutingMetrics(routers, quarantines, orchestrators[0].retry_budget))
+        wakers = {model.name: waker for model in self._models if (waker := model.orchestrator.waker) is not None}
+        REGISTRY.register(RoutingMetrics(routers, quarantines, orchestrators[0].retry_budget, wakers))
         if config.frontend.metrics_port is not None:
             self._metrics = MetricsServer(config.frontend.metrics_port)
             logger.info("metrics at port %d", self._metrics.port)

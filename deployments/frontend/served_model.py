@@ -160,9 +160,13 @@ class ServedModel:
         return {**about, **msgspec.to_builtins(stats)}
 
     def _tell_backlog(self) -> None:
-        """Tell the pool that the first in line waits for, so that autoscaling sees what waits here."""
-        line = self.orchestrator.line
-        short = "prefill" if line.lacks == "prefill" and "prefill" in self._handles else "decode"
+        """Tell the pool that the first in line waits for, so that autoscaling sees what waits here.
+
+        Without a decode replica that is prefill also for those who wait for room to decode, if it can serve them.
+        """
+        line, router = self.orchestrator.line, self.router
+        is_prefills = line.lacks == "prefill" or (router.can_prefill_decode and not router.pools["decode"].replicas)
+        short = "prefill" if is_prefills and "prefill" in self._handles else "decode"
         backlog = Backlog(line.queued_tokens, 0) if line.lacks == "prefill" else Backlog(0, line.num_waiting)
         for role in self._handles.keys() & {"decode", "prefill"}:
             self._replicas.tell_backlog(role, backlog if role == short else Backlog())

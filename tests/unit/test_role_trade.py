@@ -11,6 +11,7 @@ from app.errors import ConfigError
 from app.preflight import check, replica_budget
 from app.replica_bounds import parse_targets
 from app.role_trade import check_trade, describe_trade
+from deployments import switch
 from deployments.switch import check_targets
 
 SCALES = {"min_replicas": 1, "max_replicas": 4}
@@ -105,3 +106,15 @@ def test_a_budget_is_refused_where_pools_cannot_trade() -> None:
     scaling = {"autoscaling": SCALES}
     with pytest.raises(ConfigError, match="starts each engine for one role"):
         check(parse(arguments("sglang", scaling, scaling, gpus=4)), [])
+
+
+def test_a_switch_forgets_the_roles_of_replicas_that_serve_no_longer_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[str] = []
+    assigned = {"decode-1": "prefill", "decode-2": "prefill", "prefill-9": "decode"}
+    monkeypatch.setattr(switch, "read_roles", lambda application, model: assigned)
+    monkeypatch.setattr(switch, "forget_told", lambda application, replica: forgotten.append(replica))
+    known = {"prefill-m": ["prefill-1"], "decode-m": ["decode-1", "decode-2"]}
+    deployments = {name: {"replicas": [{"replica_id": replica} for replica in known[name]]} for name in known}
+    running: dict[str, Any] = {"prefill-1": "prefill", "decode-1": "decode"}
+    absent = switch._absent("a", model(), {"applications": {"a": {"deployments": deployments}}}, running)
+    assert (absent, forgotten) == ({"decode-2": "prefill"}, ["prefill-9"]), "decode-2 is only being found again"

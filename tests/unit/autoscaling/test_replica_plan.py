@@ -187,6 +187,18 @@ def test_a_prefill_pool_keeps_the_replicas_on_which_sequences_decode_and_learns_
     assert measure([late], QUICK, PREFILL, 0.0).slots == 0
 
 
+def test_a_prefill_pool_for_which_sequences_wait_as_there_is_no_decode_replica_grows_as_decode_would() -> None:
+    full = decoding(8, waiting=12, prompts=1)
+    measured = measure([full], QUICK, PREFILL, 0.0)
+    wish = plan(full, targets=PREFILL, measured=measured)
+    assert wish.replicas == pytest.approx(20 / 8)
+    assert wish.reason == "8 sequences decode and 12 wait for a slot, a replica has 8"
+    # When nobody waits any more it is kept where sequences decode, and prompts are not taken to wait for a slot.
+    late = decoding(4, prefilling=20, prompts=4, busy=0.1, queued_tokens=400, computed_tokens=80)
+    measured = measure([late] * 3, measured, PREFILL, 0.0)
+    assert (measured.slots, math.ceil(plan(*[late] * 3, targets=PREFILL, measured=measured).replicas)) == (0, 3)
+
+
 INFO = EngineInfo(engine="sim", version="1", num_blocks=100, block_size_tokens=16, max_model_len=1600)
 
 

@@ -12,7 +12,7 @@ from app.autoscaling.replica_plan import Targets
 from app.autoscaling.role_plan import PATIENCE_S, HomeReport
 from app.messages import Role
 from deployments import autoscaling, role_control
-from deployments.role_control import RoleControl, control_of
+from deployments.role_control import GONE_S, RoleControl, control_of
 from tests.unit.autoscaling.test_replica_plan import BUSY, context
 
 PREFILL = Targets(ttft_s=2.0, itl_s=0.05, is_for_prompts=True, is_for_decoding=False)
@@ -52,13 +52,22 @@ def test_a_switch_is_written_once_and_what_was_reported_before_it_counts_no_more
     assert plan.replicas == {"prefill": 2, "decode": 2}, "as many as the budget allows are there"
 
 
-def test_a_replica_that_has_gone_is_no_longer_in_the_assignment(written: list[dict[str, Role]]) -> None:
+def test_only_a_replica_that_has_not_run_for_long_is_forgotten(
+    written: list[dict[str, Role]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[str] = []
+    monkeypatch.setattr(role_control, "forget_told", lambda application, replica: forgotten.append(replica))
     control = RoleControl("a", "m", 4)
-    control._assigned = {"decode-9": "prefill"}
+    control._assigned, control.switched_at = {"decode-1": "prefill", "decode-9": "prefill"}, {"decode-9": 40.0}
     known = reports({})
+    few = HomeReport(DECODE, ["decode-0"], {}, 2)
     control.plan("prefill", known["prefill"], {}, 0.0)
-    control.plan("decode", known["decode"], {}, 0.0)
-    assert written == [{}]
+    control.plan("decode", few, {}, 1.0)
+    control.plan("decode", known["decode"], {}, GONE_S)
+    assert (written, forgotten) == ([], []), "decode-1 has only not been found again until then"
+    control.plan("decode", known["decode"], {}, GONE_S + 2)
+    assert (written, forgotten) == ([{"decode-1": "prefill"}], ["decode-9"])
+    assert control.switched_at == {}
 
 
 def test_the_two_policies_of_a_model_share_a_control_until_its_budget_changes(written: list[Any]) -> None:

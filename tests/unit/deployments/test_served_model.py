@@ -9,13 +9,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
 
 from app.background import is_watched
-from app.channel.protocol import Submit
+from app.channel.protocol import Backlog, Submit
 from app.channel.server import ChannelServer, FrontendChannel
 from app.config import parse
 from app.errors import ReplicaLost
@@ -209,3 +209,17 @@ async def test_a_task_that_nobody_watches_is_found() -> None:
     task = asyncio.create_task(asyncio.sleep(60), name="forgotten")
     assert unwatched() == ["forgotten"]
     task.cancel()
+
+
+@pytest.mark.parametrize(("lacks", "backlog"), [("decode", Backlog(0, 3)), ("prefill", Backlog(70, 0))])
+async def test_prefill_is_told_of_all_that_wait_once_there_is_no_decode_replica(
+    cluster: Cluster, lacks: Literal["prefill", "decode"], backlog: Backlog
+) -> None:
+    line, servers = cluster.model.orchestrator.line, cluster.servers
+    line.lacks, line.num_waiting, line.queued_tokens = lacks, 3, 70
+    line.on_backlog()
+    await until(lambda: servers[lacks].backlog() == backlog)
+    await servers["decode"].stop()
+    await until(lambda: cluster.reachable()["decode"] == 0)
+    line.on_backlog()
+    await until(lambda: servers["prefill"].backlog() == backlog)

@@ -96,6 +96,7 @@ def test_an_explanation_says_what_was_decided_and_by_what() -> None:
         "attempts": 1,
         "resumed_after_ms": [],
         "resume_reasons": [],
+        "resumed_cached_tokens": [],
         "others": {
             "decode": [
                 {

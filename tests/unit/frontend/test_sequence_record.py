@@ -90,6 +90,7 @@ def test_one_line_says_all_of_a_sequence_and_its_decision(model: str, caplog: py
         "attempts": "1",
         "resumed_after_ms": "none",
         "resume_reasons": "none",
+        "resumed_cached_tokens": "none",
         "session": "yes",
     }
 
@@ -230,7 +231,7 @@ def test_a_resumed_sequence_says_how_long_its_client_waited(model: str, caplog: 
     made.on_end("stop")
     said = fields(caplog)
     assert (said["resumed_after_ms"], said["output_tokens"], said["ttft_ms"]) == ("1500.0", "4", "100.0")
-    assert said["resume_reasons"] == "drained"
+    assert (said["resume_reasons"], said["resumed_cached_tokens"]) == ("drained", str(REMOTE.cached_tokens))
     assert count("baton_resume_gap_seconds_sum", model=model, reason="drained") == 1.5
     assert count("baton_inter_token_latency_seconds_sum", model=model) == pytest.approx(0.04)
     assert count("baton_prefills_total", model=model, kind="remote", reason="") == 1

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.messages import Role
 from app.routing import ejection
 from app.routing.ejection import FIRST_EJECTION_S, LONGEST_EJECTION_S, REMEMBER_S, STRONG, WEAK, Ejections
 from tests.unit.routing.fleet import PACE, Fleet, Timers
@@ -25,17 +24,13 @@ def clock() -> Timers:
     return Timers()
 
 
-class RolesByName(dict[str, Role]):
-    """The roles of replicas that joined no pool, by the first letters of their names."""
-
-    def __missing__(self, replica: str) -> Role:
-        return "prefill" if replica.startswith("p") else "decode"
-
-
 @pytest.fixture
 def known(clock: Timers) -> Ejections:
     known = Ejections(clock)
-    known.roles = RolesByName()
+    for replica in PREFILL:
+        known.joined(replica, "prefill")
+    for replica in DECODE:
+        known.joined(replica, "decode")
     return known
 
 
@@ -185,9 +180,25 @@ def test_a_probe_that_fails_ejects_and_one_that_is_cancelled_leaves_the_turn_to_
 def test_what_is_remembered_is_bounded(known: Ejections, clock: Timers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ejection, "MAX_REMEMBERED", 10)
     for number in range(100):
+        known.joined(f"p{number}", "prefill")
         known.pair_failed(f"p{number}", f"d{number}", STRONG, clock())
         known.failed(f"p{number}", STRONG, clock())
     assert len(known._pairs._circuits) == len(known._replicas._circuits) == len(known._failed_with) == 10
+
+
+def test_replicas_that_have_left_are_forgotten_the_first_one_first(
+    known: Ejections, clock: Timers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ejection, "MAX_REMEMBERED", 2)
+    for replica in ("d0", "d1", "d2", "p0"):
+        known.left(replica)
+        known.failed(replica, STRONG, clock())  # as it was lost
+        if replica == "d1":
+            known.joined("d0", "decode")  # it could not be reached for a moment
+    assert known._roles.keys() == {"d0", "p1", "p2", "d2", "p0"}
+    assert [each["replica"] for each in known.describe()] == ["d2", "p0"]
+    known.failed("d1", STRONG, clock())
+    assert not known.is_ejected("d1")
 
 
 def test_what_is_left_out_and_for_how_long_is_told(known: Ejections, clock: Timers) -> None:
