@@ -3,6 +3,8 @@
 ==========================  ===============================================================================
 `vllm-fake`                 vLLM's own API server over an engine that computes nothing, in one process: the floor
                             of every server with vLLM's frontend in it
+`vllm-rs`                   vLLM's Rust front end over another engine that computes nothing (vllm_rs.py): the floor
+                            for the same if it were in Rust
 `baton-sim`                 Baton with a decode pool of sim engines
 `baton-sim-pd`              the same with prefill apart, so with a handoff for each request
 `dynamo`                    NVIDIA Dynamo: its frontend with the KV router, and its mocker as the engine
@@ -68,6 +70,13 @@ def _plan_vllm_fake(setup: Setup, folder: Path) -> Plan:
     }
     server = [sys.executable, "-m", "benchmarks.peers.fake_engine", *to_flags(options)]
     return Plan([Command("server", server, {**setup.environment, **_fake_engine_pace(setup)})], port)
+
+
+def _plan_vllm_rs(setup: Setup, folder: Path) -> Plan:
+    port = free_port()
+    words = [setup.program("vllm-rs", "vllm-rs"), str(port), setup.model_path, setup.model.name, str(setup.token_ms)]
+    server = [sys.executable, "-m", "benchmarks.peers.vllm_rs", *words]
+    return Plan([Command("vllm-rs", server, {})], port)
 
 
 def _fake_engine_pace(setup: Setup) -> dict[str, str]:
@@ -168,6 +177,7 @@ def _with_fake_engine(setup: Setup) -> dict[str, str]:
 
 TARGETS: dict[str, Planner] = {
     "vllm-fake": _plan_vllm_fake,
+    "vllm-rs": _plan_vllm_rs,
     "baton-sim": _plan_baton_sim,
     "baton-sim-pd": _plan_baton_sim_pd,
     "dynamo": _plan_dynamo,

@@ -5,7 +5,7 @@
 set -euo pipefail
 [[ $# -eq 1 ]] || { echo "usage: $0 DIR" >&2; exit 2; }
 mkdir -p "$1"
-for peer in ray-llm dynamo sglang-router; do
+for peer in ray-llm dynamo sglang-router vllm-rs; do
     bash "$(dirname "$0")/${peer//-/_}_env.sh" "$1/$peer" >"$1/$peer.log" 2>&1 ||
         echo "$peer: $(tail -n 1 "$1/$peer.log")" >&2
 done

