@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,9 @@ def ask(
     body: dict[str, Any] | None = None,
     *,
     headers: dict[str, str] | None = None,
-    also: int | None = None,
+    also: Collection[int] = (),
 ) -> httpx.Response:
-    """Send a request and return the answer if it is a success or has the status `also`.
+    """Send a request and return the answer if it is a success or has one of the statuses `also`.
 
     Raises ConfigError, naming the `option` that gave the URL.
     """
@@ -102,7 +102,7 @@ def ask(
         answer = client.request(method, path, json=body, headers=headers)
     except httpx.HTTPError as error:
         raise ConfigError(option, f"{_url(client)} does not answer: {str(error) or type(error).__name__}") from None
-    if not answer.is_success and answer.status_code != also:
+    if not answer.is_success and answer.status_code not in also:
         raise ConfigError(option, f"{method} {_url(client)}{path} answered {describe(answer)}")
     return answer
 

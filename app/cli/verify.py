@@ -16,9 +16,10 @@ where noise can flip it: where the logprobs of the two best candidates are close
 Each serving has its own cache salt, so that none can reuse another's KV.  With `corrupt_kv` the remote prefill computes
 the KV of another prompt, and the comparison must fail: if it passed, it would prove nothing.
 
-Right after a start a frontend may not have found all replicas yet, and each request may reach another frontend than the
-one before.  So verify waits until /health says that the pools can be reached, and serves prompts again if it was a
-missing pool that decided how they were served, but for no other reason.
+Before and right after a start there may be no application yet, a frontend may not have found all replicas, and each
+request may reach another frontend than the one before.  So verify waits until /v1/models is there and /health says that
+the pools can be reached, and serves prompts again if it was a missing pool that decided how they were served, but for
+no other reason.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ were up to 0.06 (tiny model, SGLang on a CPU).  Wrong KV shows in the first toke
 LARGEST_NOISE = 0.25
 """With more logprob noise than this, the engine's own prefix cache changes its output, and nothing can be compared."""
 WAIT_S = 60.0
-"""How long a pool may take to become reachable, by default."""
+"""How long the application, or a pool, may take to become reachable, by default."""
 POLL_S = 0.25
 """The time between two questions whether a pool can be reached."""
 MISSING = {"no_prefill_replica": "prefill", "no_usable_link": "prefill", "no_decode_replica": "decode"}
@@ -75,7 +76,9 @@ def verify(
         float | None, typer.Option(help="Logprob difference that always passes; by default 0.03, or 0.2 by prefill.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a pool that cannot be reached yet.")] = WAIT_S,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for an application or a pool that is not there yet.")
+    ] = WAIT_S,
 ) -> None:
     """Compare output under disaggregation with output without it, on the running application."""
     passed = compare_output(
@@ -173,6 +176,7 @@ class VerifyTarget:
         self._client = client
         self._wait_s = wait_s
         self._has_said_so = False
+        self._when_ready(self._check_deployed)
         card = self._find(model, "disaggregated")
         self.model: str = card["id"]
         self.reference: str | None = self._find(reference, "aggregated")["id"] if reference else None
@@ -207,8 +211,14 @@ class VerifyTarget:
         """
         self._when_ready(self._check_ready)
 
+    def _check_deployed(self) -> None:
+        """Raise NotReady as long as Serve has no application here, or no frontend of it."""
+        answer = self._ask("GET", "/v1/models", also=(404, 503))
+        if not answer.is_success:
+            raise NotReady(f"{self._client.base_url} serves no application (/v1/models answered {describe(answer)})")
+
     def _check_ready(self) -> None:
-        answer = self._ask("GET", "/health", also=503)  # 503 tells of pools too
+        answer = self._ask("GET", "/health", also=(503,))  # 503 tells of pools too
         try:
             models = msgspec.json.decode(answer.content, type=_Health).models
         except msgspec.DecodeError as error:
@@ -287,7 +297,7 @@ class VerifyTarget:
             "cache_salt": salt,
             "vllm_xargs": {"baton_prefill": mode},
         }
-        answer = self._ask("POST", "/v1/completions", body, headers={"x-baton-explain": "1"}, also=503)
+        answer = self._ask("POST", "/v1/completions", body, headers={"x-baton-explain": "1"}, also=(503,))
         if answer.status_code == 503:  # no replica for it, so nothing has run
             raise NotReady(f"{body['model']} cannot be served ({describe(answer)})")
         if mode != "local":
@@ -353,7 +363,7 @@ def compare_output(
 
     `reference` is an aggregated model of the same application, with the same weights and engine.
 
-    A pool that cannot be reached yet has `wait_s` to come up.
+    An application that is not there yet, or a pool that cannot be reached, has `wait_s` to come up.
 
     Raises ConfigError if the application cannot be reached, and VerifyError if a pool cannot or if it did not transfer
     every prompt's KV.

@@ -36,6 +36,7 @@ CONFIG = REPOSITORY / "cluster" / "local" / "two-engines.yaml"
 SGLANG_AGGREGATED = "tiny-sglang-aggregated"
 SIM = "tiny-sim"
 LONG_PROMPT_TOKENS = 3500
+DRAIN_S = 0.5
 
 
 class Pace(NamedTuple):
@@ -128,9 +129,9 @@ class Baton:
         """How many prompts were prefilled so since the frontend started."""
         return self._metric(f'baton_prefills_total{{kind="{kind}",model="{self.model}",reason="{reason}"}}')
 
-    def count_resumed(self) -> float:
+    def count_resumed(self, reason: str = "lost") -> float:
         """How often a sequence went on elsewhere since the frontend started."""
-        return self._metric(f'baton_resume_gap_seconds_count{{model="{self.model}",reason="lost"}}')
+        return self._metric(f'baton_resume_gap_seconds_count{{model="{self.model}",reason="{reason}"}}')
 
     def _metric(self, sample: str) -> float:
         for line in self.http.get("/metrics").text.splitlines():
@@ -247,6 +248,7 @@ class Application(NamedTuple):
     """The application of all models."""
 
     url: str
+    arguments: dict[str, Any]
     replicas: list[dict[str, Any]]
     """What /stats told of them when all were ready, before any request."""
 
@@ -258,6 +260,7 @@ def application(serve_url: str, opened_workers: None) -> Iterator[Application]:
     arguments = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]
     for model in arguments["models"]:
         model["routing"] = {"placement": {"policy": "remote"}}  # what the tests are about
+    next(model for model in arguments["models"] if model["name"] == "tiny")["decode"]["drain_s"] = DRAIN_S
     split = next(model for model in arguments["models"] if model["name"] == "tiny-sglang")
     arguments["models"].append({**split, "name": SGLANG_AGGREGATED, "prefill": None})
     pool = {"engine": "sim", "resources": {"num_cpus": 0.1}}
@@ -276,7 +279,7 @@ def application(serve_url: str, opened_workers: None) -> Iterator[Application]:
     )
     arguments["transfer"]["required_transport"] = "shm"  # so decode is ready only once it has moved KV by that
     with serving(arguments, serve_url):
-        yield Application(serve_url, httpx.get(f"{serve_url}/stats").json()["replicas"])
+        yield Application(serve_url, arguments, httpx.get(f"{serve_url}/stats").json()["replicas"])
 
 
 @contextmanager
@@ -284,7 +287,7 @@ def serving(arguments: dict[str, Any], url: str) -> Iterator[None]:
     """Serve the application with these arguments at `url` while the block runs."""
     from deployments.build import build
 
-    serve.run(build(arguments), name="baton", route_prefix="/")
+    serve.run(build(arguments), name="baton", route_prefix="/", external_scaler_enabled=True)
     wait_until(lambda: httpx.get(f"{url}/health").json()["status"] == "healthy", START_TIMEOUT_S, "all models ready")
     yield
     serve.delete("baton")

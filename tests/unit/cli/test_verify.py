@@ -143,6 +143,8 @@ class FakeBaton(ThreadingHTTPServer):
         """Status and body of what some paths answer instead."""
         self.reachable = {"tiny": {"prefill": 1, "decode": 2}, "alone": {"decode": 1}}
         """How many replicas of each pool the frontend that answers can reach."""
+        self.not_yet: list[tuple[int, str]] = []
+        """What the next requests get while there is no application."""
         self.num_polls = 0
         """How often /health was asked."""
         self.ready_after_polls = 0
@@ -211,7 +213,10 @@ class FakeBatonHandler(BaseHTTPRequestHandler):
         if lacking is not None and self.server.engine == "sglang":
             status, text = 503, f"the {lacking} pool has no ready replica"
         else:
-            status, text = self.server.fixed.get(self.path) or (200, json.dumps(self.server.reply(self.path, body)))
+            early = self.server.not_yet.pop(0) if self.server.not_yet else None
+            status, text = (
+                early or self.server.fixed.get(self.path) or (200, json.dumps(self.server.reply(self.path, body)))
+            )
         if lacking is not None and status == 200 and body["vllm_xargs"]["baton_prefill"] != "local":
             self.server.num_transfers -= 1
             actual = {"kind": "local", "reason": f"no_{lacking}_replica", "ttft_ms": 1.0}
@@ -468,6 +473,22 @@ def test_it_waits_until_prefill_can_be_reached_and_says_so_once(
     said = capsys.readouterr()
     assert f"KV of {NUM_PROMPTS} of {NUM_PROMPTS} prompts moved" in said.out
     assert said.err == f"waiting up to {PATIENCE_S:g} s: {UNREACHABLE.format('prefill', 'tiny')}\n"
+
+
+def test_it_waits_until_there_is_an_application_and_says_so_once(
+    baton: FakeBaton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    baton.not_yet = [(404, "Path '/v1/models' not found.")] * 2 + [(503, "no frontend")]
+    assert verified(baton.url)
+    why = f"{baton.url} serves no application (/v1/models answered 404: Path '/v1/models' not found.)"
+    assert capsys.readouterr().err == f"waiting up to {PATIENCE_S:g} s: {why}\n"
+    assert baton.not_yet == []
+
+
+def test_without_an_application_it_ends_in_time(baton: FakeBaton) -> None:
+    baton.fixed["/v1/models"] = 404, "Not Found"
+    with pytest.raises(VerifyError, match=r"serves no application \(/v1/models answered 404: Not Found\), for 0.1 s"):
+        verified(baton.url, wait_s=0.1)
 
 
 def test_nothing_is_said_or_asked_again_when_all_is_ready(baton: FakeBaton, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,11 +22,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnec
 
 BLOCKS, BYTES, LAYERS = 8, 32, 2
 
-def worker(**fields):
+def worker(dtype=torch.uint8, **fields):
     '''A worker of NIXL's whose layers share a storage, block by block: [blocks, layers, bytes].'''
     made = NixlPullConnectorWorker.__new__(NixlPullConnectorWorker)
     storage = torch.randint(0, 256, (BLOCKS, LAYERS, BYTES), dtype=torch.uint8, generator=torch.manual_seed(1))
-    caches = {f"layer.{index}": storage[:, index] for index in range(LAYERS)}
+    caches = {f"layer.{index}": storage.view(dtype)[:, index] for index in range(LAYERS)}
     vars(made).update(
         storage=storage, engine_id="e", tp_rank=0, world_size=1, pcp_size=1, dcp_size=1, kv_cache_layout="LBHNC",
         vllm_config=SimpleNamespace(cache_config=SimpleNamespace(cache_dtype="auto")),
@@ -55,8 +55,28 @@ def told(block_ids, **fields):
 layout, sums = told([[5, 2]])
 split, split_sums = told([[1]], _physical_blocks_per_logical_kv_block=2)
 plain = worker()
+
+def of_bfloat16(change=None):
+    '''Return the sums of some blocks with all that is odd in bfloat16, of which `change` makes something else.'''
+    made = worker(torch.bfloat16)
+    words = made.storage.view(torch.int16)
+    words[:, :, :4] = torch.tensor([0x7FC0, 0x7FC1, -1, -0x8000], dtype=torch.int16)  # three NaNs and -0.0
+    if change is not None:
+        block, at, word = change
+        words[block, 1, at] = word
+    kv_transfer_state._KV_CONNECTOR_AGENT = SimpleNamespace(connector_worker=made)
+    sums = getattr(WorkerBase, nixl_checksum.SUMS_METHOD)(None, [[6, 0, 3]])[1]
+    made.device_kv_caches = {name: cache.view(torch.uint8) for name, cache in made.device_kv_caches.items()}
+    assert made.storage.view(torch.bfloat16)[0, 0, :3].isnan().all()
+    assert sums == nixl_checksum.sums_of(made, [6, 0, 3])  # its bytes are what counts
+    return sums
+
+def differing(change):
+    return [block for block, one, other in zip([6, 0, 3], of_bfloat16(), of_bfloat16(change)) if one != other]
+
 print(json.dumps({
     "sums": sums == nixl_checksum.sums_of(plain, [5, 2]) and len(set(sums)) == 2,
+    "bfloat16": [differing(change) for change in (None, (0, 0, 0x7FC1), (3, 2, 0x7FC0), (6, 3, 0), (1, 0, 0))],
     "split": split != layout and split_sums == nixl_checksum.sums_of(plain, [2, 3]),
     "not made": [told([[5], [2]], kv_cache_config=SimpleNamespace(transfer_groups=[None, None])),
                  told([[5]], _has_mamba=True), told([[5]], use_host_buffer=True), told([[5]], dcp_size=2)],
@@ -114,6 +134,8 @@ def test_prefills_workers_sum_up_the_blocks_of_a_request() -> None:
     found = run(PREFILL, nixl_pull.environment("cpu"))
     assert found["sums"]
     assert found["split"]
+    # Another NaN, a NaN of the other sign, and 0.0 for -0.0; the last change is in a block that the request has not.
+    assert found["bfloat16"] == [[], [0], [3], [6], []]
     assert found["not made"] == [["", []]] * 4
     assert found["layouts"] == 6
 
