@@ -113,7 +113,7 @@ SGLANG = (
     EngineFault(
         "decode engine", "queue of handoffs", f"{_PD}.decode:SchedulerDisaggregationDecodeMixin.process_decode_queue"
     ),
-    EngineFault("prefill engine", "transfer thread", "transfer_worker"),
+    EngineFault("prefill engine", "transfer thread", "transfer_worker", then="goes on"),  # it catches everything
     EngineFault("prefill engine", "bootstrap thread", "bootstrap_thread"),
     EngineFault("decode engine", "heartbeat thread", "HeartbeatChecker"),
     *_both("pause while idle", "sglang.srt.managers.scheduler:Scheduler.on_idle"),
