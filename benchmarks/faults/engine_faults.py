@@ -101,7 +101,6 @@ VLLM = (
     EngineFault("decode engine", "read of KV", f"{_NIXL}.pull_worker:NixlPullConnectorWorker._read_blocks_for_req"),
     EngineFault("decode engine", "lease plug-in", f"{_LEASE}:Leases.judge"),
     EngineFault("decode engine", "question for the clock", f"{_LEASE}:PeerClock._timed_ask", then="goes on"),
-    EngineFault("decode engine", "new request", "vllm.v1.request:Request.__init__", then="goes on"),
 )
 _PD = "sglang.srt.disaggregation"
 SGLANG = (
@@ -114,7 +113,7 @@ SGLANG = (
     EngineFault(
         "decode engine", "queue of handoffs", f"{_PD}.decode:SchedulerDisaggregationDecodeMixin.process_decode_queue"
     ),
-    EngineFault("prefill engine", "transfer thread", "transfer_worker"),
+    EngineFault("prefill engine", "transfer thread", "transfer_worker", then="goes on"),  # it catches everything
     EngineFault("prefill engine", "bootstrap thread", "bootstrap_thread"),
     EngineFault("decode engine", "heartbeat thread", "HeartbeatChecker"),
     *_both("pause while idle", "sglang.srt.managers.scheduler:Scheduler.on_idle"),

@@ -18,7 +18,7 @@ from app.channel.server import ChannelServer, FrontendChannel
 from app.config import BatonConfig
 from app.engines.base import Engine, EngineInfo
 from app.engines.kv_format import mismatch
-from app.errors import InvalidRequest
+from app.errors import BatonError, CannotResume, InvalidRequest
 from app.handoff_seal import damage, misplacement
 from app.messages import (
     EngineStats,
@@ -99,7 +99,7 @@ class DecodeHalf:
     async def receive(self, channel: FrontendChannel, call: Submit) -> tuple[TransferDescriptor | None, str]:
         """Wait for the descriptor of a sequence, if it has one.
 
-        Returns it, or None and the reason why this replica has to prefill.  Raises InvalidRequest.
+        Returns it, or None and the reason why this replica has to prefill.  Raises InvalidRequest or CannotResume.
         """
         if not call.has_handoff:
             return None, call.local_reason
@@ -122,9 +122,8 @@ class DecodeHalf:
         except DescriptorExpired:
             return None, "descriptor_expired"
         except Exception as error:
-            if isinstance(error, InvalidRequest) and not self._model.can_decode_prefill:
-                # Ray raises the error as a class of its own, which the channel does not know.
-                raise InvalidRequest(error.message) from error
+            if not self._model.can_decode_prefill and (final := _final(error)) is not None:
+                raise final from error
             logger.warning("request_id=%s prefill failed: %r", request.request_id, error)
             return None, "prefill_failed"
         is_descriptor = isinstance(descriptor, TransferDescriptor)  # whatever came through Ray
@@ -175,3 +174,13 @@ class DecodeHalf:
             logger.warning("request_id=%s the lease has to free KV of %s", descriptor.request_id, descriptor.engine)
             return
         await self._engine.release(descriptor.request_id, descriptor)
+
+
+def _final(error: Exception) -> BatonError | None:
+    """Return anew what prefill's engine says of the sequence itself, for which no replica is to blame; else None.
+
+    Ray raises it as a class of its own, which the channel does not know.
+    """
+    if isinstance(error, InvalidRequest):
+        return InvalidRequest(error.message)
+    return CannotResume(error.reason) if isinstance(error, CannotResume) else None

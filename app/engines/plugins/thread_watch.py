@@ -1,10 +1,13 @@
-"""Ends an engine's process when one of the engine's own threads has died of an error.
+"""Ends an engine's process when one of the engine's own threads has died of an error, or its main thread has ended.
 
 Engines leave to threads what a step does not wait for: vLLM's engine core reads and writes its sockets in two and
 answers NIXL's handshakes in a third, and SGLang's schedulers move KV in others.  When a thread dies Python prints why
 and the process goes on.  It looks well, and what the thread did is done no more: without vLLM's third a prefill replica
 computes KV that nobody can read, for as long as it lives.  An engine that has ended is noticed and replaced, so that is
 what such a one does.
+
+Python also waits at a process's end for threads that are no daemons.  A scheduler of SGLang's that hit an exception
+would be kept alive by the thread that its prefill bootstraps in, and do nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from types import TracebackType
 
@@ -20,12 +24,22 @@ ENGINES = ("vllm", "sglang")
 """The packages whose threads count."""
 DISPENSABLE = ("vllm.usage",)
 """Of these, what serves nobody: vLLM's usage statistics are a thread that may fail on a full disk."""
+LAST_S = 10.0
+"""How long a process may take to end once its main thread has."""
 
 
 def register() -> None:
     """End this process with the next of its threads that dies.  May be called again."""
     if threading.excepthook is not _on_death:
         threading.excepthook = _on_death
+        threading.Thread(target=_end_with_main_thread, name="baton-thread-watch", daemon=True).start()
+
+
+def _end_with_main_thread() -> None:
+    threading.main_thread().join()
+    time.sleep(LAST_S)  # mostly the process ends meanwhile
+    print("The main thread of the engine has ended, and the process ends with it.", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _on_death(death: threading.ExceptHookArgs) -> None:

@@ -11,13 +11,14 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from ray.exceptions import RayTaskError
 
 from app.autoscaling.load import LoadMeter
 from app.channel.protocol import Backlog, Submit
 from app.config import parse
 from app.engines.base import EngineInfo
 from app.engines.prompt_queue import PromptQueue
-from app.errors import EngineFailed, InvalidRequest
+from app.errors import BatonError, CannotResume, EngineFailed, InvalidRequest
 from app.messages import (
     Emit,
     EngineStats,
@@ -214,3 +215,22 @@ async def test_a_prefill_replica_runs_whole_sequences_and_takes_no_kv() -> None:
     replica.engine.ended.set_result(None)
     await task
     assert replica.deltas[0].report == local_prefill("p", 0, "decode_full")
+
+
+@pytest.mark.parametrize("error", [CannotResume("penalties"), InvalidRequest("no")])
+async def test_what_prefill_refuses_for_good_is_no_replicas_fault_where_decode_cannot_prefill(
+    error: BatonError,
+) -> None:
+    """With another error the frontend would blame the pair, try it on others, and blame them too."""
+
+    async def refused() -> None:
+        raise RayTaskError("prefill", "traceback", error).as_instanceof_cause()
+
+    decodes = Decode(Replica())._decodes
+    decodes._config = cast(Any, SimpleNamespace(limits=SimpleNamespace(prefill_timeout_s=5)))
+    decodes._handoffs.open("c")
+    decodes._handoffs.attach("c", 0, refused())
+    channel: Any = SimpleNamespace(id="c")
+    with pytest.raises(type(error)) as raised:
+        await decodes.receive(channel, Submit(0, REQUEST, has_handoff=True, local_reason=""))
+    assert (type(raised.value), str(raised.value)) == (type(error), str(error))

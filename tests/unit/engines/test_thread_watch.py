@@ -67,3 +67,28 @@ def test_a_process_that_no_replica_owns_is_left_alone() -> None:
         check=False,
     )
     assert ended.stdout == "goes on\n"
+
+
+MAIN_ENDS = """
+import threading
+from app.engines.plugins import thread_watch
+from app.engines.plugins.owner_watch import register
+register()
+thread_watch.LAST_S = PATIENCE
+threading.Thread(target=threading.Event().wait, args=(SECONDS,)).start()
+print("main ends", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("last", "seconds", "code"), [("0.1", "600", -signal.SIGKILL), ("600", "0.1", 0)])
+def test_a_process_ends_soon_after_its_main_thread_whatever_else_runs(last: str, seconds: str, code: int) -> None:
+    script = MAIN_ENDS.replace("PATIENCE", last).replace("SECONDS", seconds)
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), OWNER_VARIABLE: str(os.getpid())},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (code, "main ends\n")
