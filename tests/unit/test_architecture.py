@@ -30,6 +30,7 @@ ADAPTERS = (
 SURFACES = (
     *ADAPTERS,
     "app/engines/ucx.py",
+    "app/frontend/vllm_streams_surface.py",
     "app/frontend/vllm_surface.py",
     "app/bench/vllm_client.py",
     "deployments/serve_hooks.py",
