@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import re
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -155,7 +156,7 @@ def _normalized(body: bytes) -> bytes:
 
 
 def _without_random_ids(text: bytes) -> bytes:
-    return re.sub(rb"\b((?:chat)?cmpl-)[0-9a-f]{16}\b", rb"\1", text)
+    return re.sub(rb"[0-9a-f]{16}", b"", text)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -387,11 +388,17 @@ async def _instructions(server: Server, script: Script) -> int:
     return count[0]
 
 
-async def test_a_plain_stream_takes_no_more_instructions_than_before(server: Server) -> None:
+async def test_a_plain_stream_takes_no_more_instructions_than_before(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The instructions of the stand-ins for engine and client are among them, and do not change."""
+    logger = logging.getLogger("baton")  # what handlers take is not counted: pytest has some of its own
+    monkeypatch.setattr(logger, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "level", logging.INFO)
     deltas = [TokenDelta([20]) for _ in range(NUM_TOKENS - 1)]
     one_by_one = Script([*deltas, TokenDelta([20], finish_reason="length")], turns=3)
-    at_once = Script([TokenDelta([20] * NUM_TOKENS, finish_reason="length")])
+    at_once = Script([TokenDelta([20] * NUM_TOKENS, finish_reason="length")], turns=3)
     request = await _instructions(server, at_once)
     token = (await _instructions(server, one_by_one) - request) / (NUM_TOKENS - 1)
     now = {"request": request, "token": round(token)}
