@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from copy import copy
+from functools import partial
 from http import HTTPStatus
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, NoReturn, Protocol, cast, get_args
 
 import msgspec
 import numpy as np
@@ -78,6 +79,23 @@ _FRONTEND_FIELDS = {
     "include_stop_str_in_output",
     "output_text_buffer_length",
 }
+
+
+class Outputs(Protocol):
+    """Where the deltas of a sequence go."""
+
+    def take(self, delta: TokenDelta) -> bool:
+        """Take a delta.  Returns whether a stop string ends the sequence, for which engines do not look."""
+
+    def fail(self, error: Exception) -> None:
+        """Take the error that ends the sequence."""
+
+
+class EngineRequest(msgspec.Struct, frozen=True):
+    """A request for one sequence that has passed all checks: as vLLM has it, and as the pools get it."""
+
+    core: EngineCoreRequest
+    generate: GenerateRequest
 
 
 class PooledEngineClient(EngineClient):
@@ -155,6 +173,36 @@ class PooledEngineClient(EngineClient):
             context.failure = create_error_response(error).error.model_dump()
             raise
 
+    def prepare(self, prompt: Any, params: SamplingParams, request_id: str) -> EngineRequest:
+        """Have a request checked and completed that asks for one sequence, without a schema or a prefill mode.
+
+        Raises vLLM's errors and InvalidRequest.
+        """
+        self._bounds.check_fields(params, None)
+        request = self._process(prompt, params, request_id, 0)
+        generate_request = _to_generate_request(request, "auto")
+        self._bounds.check_values(generate_request)
+        return EngineRequest(request, generate_request)
+
+    @asynccontextmanager
+    async def running(self, request: EngineRequest, outputs: Outputs, session: str | None) -> AsyncIterator[None]:
+        """Generate the sequence of `request` while the block runs; its end cancels what still runs of it.
+
+        The block raises the error that ends the sequence, which `outputs` gets: one of vLLM's, as of `generate`.
+        """
+        context = current_request()
+        hints = RoutingHints(session=session, explain=context.wants_explanation)
+        sequence = self._run_sequence(request.generate, hints, context, outputs)
+        task = asyncio.create_task(sequence, name=request.core.request_id)
+        try:
+            yield
+        except Exception as error:
+            context.failure = create_error_response(error).error.model_dump()
+            raise
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
     async def _to_engine_request(
         self,
         prompt: Any,
@@ -169,18 +217,20 @@ class PooledEngineClient(EngineClient):
         self._bounds.check_sums(context)
         self._bounds.check_fields(params, reasoning_parser_kwargs)
 
-        def process() -> EngineCoreRequest:
-            return self.input_processor.process_inputs(
-                request_id, prompt, params, supported_tasks=("generate",), priority=priority
-            )
-
+        process = partial(self._process, prompt, params, request_id, priority)
         # vLLM translates schemas and grammars here, which takes up to seconds.
         is_slow = params.structured_outputs is not None
         request = await self._bounds.beside_the_loop(context, process) if is_slow else process()
+        request.reasoning_parser_kwargs = reasoning_parser_kwargs
+        return request
+
+    def _process(self, prompt: Any, params: SamplingParams, request_id: str, priority: int) -> EngineCoreRequest:
+        request = self.input_processor.process_inputs(
+            request_id, prompt, params, supported_tasks=("generate",), priority=priority
+        )
         assert request.sampling_params is not None
         # vLLM resolved this field for this process, which has no engine.  The engine resolves it for itself.
         request.sampling_params.watermarking = params.watermarking
-        request.reasoning_parser_kwargs = reasoning_parser_kwargs
         self.input_processor.assign_request_id(request)
         return request
 
@@ -226,20 +276,19 @@ class PooledEngineClient(EngineClient):
         tasks = []
         for index, child in enumerate(children):
             self._output_processor.add_request(child, prompt_text, parent, index, queue)
-            sequence = self._run_sequence(child, prefill_mode, hints, context, queue)
+            outputs = _ProcessedOutputs(self._output_processor, child.request_id, queue)
+            sequence = self._run_sequence(_to_generate_request(child, prefill_mode), hints, context, outputs)
             tasks.append(asyncio.create_task(sequence, name=child.request_id))
         return queue, tasks
 
     async def _run_sequence(
         self,
-        request: EngineCoreRequest,
-        prefill_mode: PrefillMode,
+        request: GenerateRequest,
         hints: RoutingHints,
         context: RequestContext,
-        queue: RequestOutputCollector,
+        outputs: Outputs,
     ) -> None:
-        """Run one sequence: its deltas go to the output processor, and an error goes to `queue`."""
-        assert request.prompt_token_ids is not None
+        """Run one sequence: its deltas go to `outputs`, and an error that ends it too."""
         task = asyncio.current_task()
         assert task is not None
         end = ""
@@ -248,14 +297,14 @@ class PooledEngineClient(EngineClient):
             nonlocal end
             record.on_delta(delta)
             try:
-                processed = self._output_processor.process_outputs([_to_core_output(request, delta)])
+                is_stopped = outputs.take(delta)
             except Exception as error:
                 end = type(error).__name__
                 logger.exception("request_id=%s failed", request.request_id)
-                queue.put(GenerationError())
+                outputs.fail(GenerationError())
                 task.cancel()
                 return
-            if processed.reqs_to_abort:  # a stop string was found: engines do not look for them
+            if is_stopped:
                 end = "stop"
                 task.cancel()
             end = end or delta.finish_reason or ""
@@ -272,19 +321,18 @@ class PooledEngineClient(EngineClient):
         if hints.explain:
             context.sequences.append(record)
         try:
-            generate_request = _to_generate_request(request, prefill_mode)
             await self._orchestrator.run(
-                generate_request, progress, hints=hints, on_decision=record.on_decision, deadline=context.deadline
+                request, progress, hints=hints, on_decision=record.on_decision, deadline=context.deadline
             )
         except (BatonError, TimeoutError) as error:
             end = type(error).__name__
             if isinstance(error, Overloaded | Asleep):
                 context.refuse_for(error.retry_after_s)
-            queue.put(_to_vllm_error(error))
+            outputs.fail(_to_vllm_error(error))
         except Exception as error:
             end = type(error).__name__
             logger.exception("request_id=%s failed", request.request_id)
-            queue.put(GenerationError())
+            outputs.fail(GenerationError())
             raise
         finally:
             record.on_end(end or CANCELLED)
@@ -470,9 +518,24 @@ def sampling_fields(params: SamplingParams) -> dict[str, Any]:
     return fields
 
 
-def _to_core_output(request: EngineCoreRequest, delta: TokenDelta) -> EngineCoreOutput:
+class _ProcessedOutputs:
+    """The outputs of one sequence as vLLM's output processor makes them, which then are in `queue`."""
+
+    def __init__(self, processor: OutputProcessor, request_id: str, queue: RequestOutputCollector) -> None:
+        self._processor = processor
+        self._request_id = request_id
+        self._queue = queue
+
+    def take(self, delta: TokenDelta) -> bool:
+        return bool(self._processor.process_outputs([_to_core_output(self._request_id, delta)]).reqs_to_abort)
+
+    def fail(self, error: Exception) -> None:
+        self._queue.put(error)
+
+
+def _to_core_output(request_id: str, delta: TokenDelta) -> EngineCoreOutput:
     return EngineCoreOutput(
-        request_id=request.request_id,
+        request_id=request_id,
         new_token_ids=delta.token_ids,
         new_logprobs=_to_lists(delta.logprobs) if delta.logprobs else None,
         new_prompt_logprobs_tensors=_to_tensors(delta.prompt_logprobs) if delta.prompt_logprobs else None,

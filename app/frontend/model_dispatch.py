@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.frontend.http_middleware import error_body
+from app.frontend.request_body import read_body, replay_body
 
 
 class _Body(msgspec.Struct):
@@ -36,12 +37,12 @@ class ModelDispatch:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._first(scope, receive, send)
-        elif (body := await _read(receive)) is None:
+        elif (body := await read_body(receive)) is None:
             return
         elif _is_about_a_stored_response(scope):
             await self._ask_all(scope, body, receive, send)
         else:
-            await self._choose(body)(scope, _replay(body, receive), send)
+            await self._choose(body)(scope, replay_body(body, receive), send)
 
     def _choose(self, body: bytes) -> ASGIApp:
         try:
@@ -65,10 +66,10 @@ class ModelDispatch:
         *others, last = self._apps.values()
         for app in others:
             attempt = _UnlessNotFound(send)
-            await app(dict(scope), _replay(body, receive), attempt.send)
+            await app(dict(scope), replay_body(body, receive), attempt.send)
             if not attempt.is_not_found:
                 return
-        await last(scope, _replay(body, receive), send)
+        await last(scope, replay_body(body, receive), send)
 
 
 class _UnlessNotFound:
@@ -92,27 +93,3 @@ def _is_about_a_stored_response(scope: Scope) -> bool:
     """
     path: str = scope["path"].removeprefix(scope.get("root_path", ""))
     return path.startswith("/v1/responses/") and (scope["method"] == "GET" or path.endswith("/cancel"))
-
-
-async def _read(receive: Receive) -> bytes | None:
-    """Read the whole body.  Returns None if the client disconnected before its end or `BodyLimit` refused it."""
-    chunks: list[bytes] = []
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives `body` first, and then what comes after it: the client's disconnection."""
-    unread = [body]
-
-    async def replayed() -> Message:
-        if unread:
-            return {"type": "http.request", "body": unread.pop(), "more_body": False}
-        return await receive()
-
-    return replayed

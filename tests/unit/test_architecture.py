@@ -30,7 +30,7 @@ ADAPTERS = (
 SURFACES = (
     *ADAPTERS,
     "app/engines/ucx.py",
-    "app/frontend/vllm_surface.py",
+    "app/frontend/*_surface.py",
     "app/bench/vllm_client.py",
     "deployments/serve_hooks.py",
 )
@@ -242,7 +242,7 @@ def violations(importers: tuple[str, ...], imported: tuple[str, ...], but: tuple
         (
             ("*",),
             ("vllm",),
-            (*ADAPTERS, "app/frontend/vllm_surface.py", "app/bench/vllm_client.py", "app/preflight.py"),
+            (*ADAPTERS, "app/frontend/*_surface.py", "app/bench/vllm_client.py", "app/preflight.py"),
         ),
         (("*",), ("sglang",), ADAPTERS),
         (("*",), ("nixl", "nixl_cu12", "nixl_cu13"), ADAPTERS),

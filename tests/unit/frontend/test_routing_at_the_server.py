@@ -296,9 +296,9 @@ async def test_a_first_token_that_cannot_be_processed_is_a_failure_before_any_ou
     def fail(*_: Any) -> None:
         raise RuntimeError("inside")
 
-    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer
 
-    monkeypatch.setattr(OutputProcessor, "process_outputs", fail)
+    monkeypatch.setattr(BaseIncrementalDetokenizer, "update", fail)
     response = await ask(path, stream=stream)
     assert response.status_code == 500
     assert "inside" not in said_error(path, response)["message"]

@@ -1,0 +1,181 @@
+"""Serves plain streams with little CPU: one sequence as a stream of text and nothing else, as most requests want it.
+
+vLLM's server takes some 50 µs for each token of a stream and over a millisecond for each request.  Here a request is
+parsed, checked, rendered and turned into sampling parameters by vLLM's own classes, but without FastAPI around them;
+its text comes from vLLM's detokenizer without the objects in between, and its events are bytes around that text.  What
+a client gets is the same, byte for byte (tests/unit/frontend/test_plain_streams.py).
+
+A request that asks for anything else, or that is refused before an engine is asked, is served by vLLM's server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from functools import partial
+
+import msgspec
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.frontend.engine_client import EngineRequest, PooledEngineClient
+from app.frontend.request_body import read_body, replay_body
+from app.frontend.request_context import current_request
+from app.frontend.stream_frames import FrameCache, StreamFrames, text_as_json
+from app.frontend.text_stream import TextStream
+from app.frontend.vllm_streams_surface import PRIORITY_HEADER, PlainApi
+from app.frontend.vllm_surface import GenerationError
+
+logger = logging.getLogger("baton.plain_streams")
+
+SHORT_BYTES = 16 * 1024
+"""A body of so many bytes is tokenized at once, in less than a switch to a thread and back takes; a longer one would
+keep other requests waiting."""
+EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
+_PRIORITY_HEADER = PRIORITY_HEADER.lower().encode()
+
+
+class PlainRequest(msgspec.Struct, frozen=True):
+    """A request that is to be served as a plain stream."""
+
+    api: PlainApi
+    frames: FrameCache
+    request_id: str
+    session: str | None
+    engine_request: EngineRequest
+
+
+class PlainStreams:
+    """Stands between vLLM's middlewares and its routes."""
+
+    def __init__(self, app: ASGIApp, apis: dict[str, PlainApi], engine: PooledEngineClient) -> None:
+        """`apis` holds the APIs with plain streams by their path."""
+        self._app = app
+        self._apis = apis
+        self._engine = engine
+        self._frames = {
+            (api, includes_usage): FrameCache(
+                partial(api.example, includes_usage=includes_usage), api.num_events_before_text
+            )
+            for api in apis.values()
+            for includes_usage in (False, True)
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        api = self._apis.get(_path(scope)) if _posts_json(scope) else None
+        if api is None:
+            await self._app(scope, receive, send)
+        elif (body := await read_body(receive)) is None:
+            return
+        elif (plain := await self._to_plain(api, Request(scope), body)) is None:
+            await self._app(scope, replay_body(body, receive), send)
+        else:
+            await self._serve(plain, receive, send)
+
+    async def _to_plain(self, api: PlainApi, raw_request: Request, body: bytes) -> PlainRequest | None:
+        """Return the request if it is plain.  Whatever is wrong with it, vLLM's server will tell the client."""
+        try:
+            request = api.parse(body)
+            if not api.is_plain(request):
+                return None
+            prompt = await api.render(request, is_short=len(body) <= SHORT_BYTES)
+            request_id = api.request_id(request, raw_request)
+            engine_request = self._engine.prepare(
+                prompt, api.sampling_params(request, prompt), request_id + api.engine_id_suffix
+            )
+            frames = self._frames[api, api.includes_usage(request)]
+            return PlainRequest(api, frames, request_id, api.session(request, raw_request), engine_request)
+        except Exception:
+            logger.debug("a request is left to vLLM's server", exc_info=True)
+            return None
+
+    async def _serve(self, plain: PlainRequest, receive: Receive, send: Send) -> None:
+        stream = TextStream(plain.api.detokenizer(plain.engine_request.core))
+        gone = asyncio.create_task(_until_disconnected(receive))
+        gone.add_done_callback(lambda _: stream.fail(_ClientGone()))
+        try:
+            await self._answer(plain, stream, send)
+        except _ClientGone:
+            pass
+        finally:
+            gone.cancel()
+
+    async def _answer(self, plain: PlainRequest, stream: TextStream, send: Send) -> None:
+        values = {"id": text_as_json(plain.request_id), "created": b"%d" % time.time()}
+        # A list of its own: vLLM's middlewares add to it.
+        await send({"type": "http.response.start", "status": 200, "headers": [EVENT_STREAM]})
+        try:
+            frames = await plain.frames.get("length", None)
+            async with self._engine.running(plain.engine_request, stream, plain.session):
+                end = await _send_texts(stream, frames, values, send)
+            end += await _ending(plain, stream, values)
+        except _ClientGone:
+            raise
+        except Exception as error:  # noqa: BLE001  as in vLLM's generators
+            end = _error_events(plain, error)
+        await send({"type": "http.response.body", "body": end, "more_body": False})
+
+
+class _ClientGone(Exception):
+    """The client has closed its connection."""
+
+
+def _path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _posts_json(scope: Scope) -> bool:
+    """Whether the request has JSON as its body, and no header that only vLLM's server heeds."""
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    content_type = b""
+    for name, value in scope["headers"]:
+        if name == _PRIORITY_HEADER:
+            return False
+        if name == b"content-type":
+            content_type = content_type or value
+    return content_type.partition(b";")[0].lower() == b"application/json"
+
+
+async def _until_disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send_texts(stream: TextStream, frames: StreamFrames, values: dict[str, bytes], send: Send) -> bytes:
+    """Send the events of all texts but the last.  Returns what has to be sent before that."""
+    context = current_request()
+    waiting = frames.first.fill(values)
+    before, after = frames.middle.around_text(values)
+    while True:
+        values["text"] = text = text_as_json(await stream.get())
+        context.has_output = True
+        if stream.finish_reason is not None:
+            return waiting
+        event = waiting + before + text + after if stream.num_tokens else waiting
+        if event:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+            waiting = b""
+
+
+async def _ending(plain: PlainRequest, stream: TextStream, values: dict[str, bytes]) -> bytes:
+    """Return the events with which the stream ends, from its last text on."""
+    assert stream.finish_reason is not None
+    frames = await plain.frames.get(stream.finish_reason, stream.stop_reason)
+    num_prompt, num_tokens = len(plain.engine_request.generate.prompt_token_ids), stream.num_tokens
+    values |= {
+        "prompt_tokens": b"%d" % num_prompt,
+        "completion_tokens": b"%d" % num_tokens,
+        "total_tokens": b"%d" % (num_prompt + num_tokens),
+        "cached_tokens": b"%d" % stream.cached_tokens,
+    }
+    return (frames.last.fill(values) if num_tokens else b"") + frames.tail.fill(values)
+
+
+def _error_events(plain: PlainRequest, error: Exception) -> bytes:
+    is_expected = isinstance(error, GenerationError)
+    if not is_expected:
+        logger.error("request_id=%s failed", plain.request_id, exc_info=error)
+    return f"data: {plain.api.error_event(error, is_expected=is_expected)}\n\ndata: [DONE]\n\n".encode()

@@ -1,0 +1,61 @@
+"""The text of one sequence on its way to a client that streams it: detokenized as it comes, merged while it waits."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from app.messages import TokenDelta
+
+
+class TextStream:
+    """Takes the deltas of one sequence and gives their text, as vLLM's output processor and its queue would.
+
+    `detokenizer` is vLLM's ``IncrementalDetokenizer``, which also looks for stop strings.
+    """
+
+    def __init__(self, detokenizer: Any) -> None:
+        self._detokenizer = detokenizer
+        self._text = ""
+        self._error: Exception | None = None
+        self._ready = asyncio.Event()
+        self._has_begun = False
+        self.finish_reason: str | None = None
+        """Why the sequence has ended; None until it has."""
+        self.stop_reason: int | str | None = None
+        self.cached_tokens = 0
+        """Prompt tokens that no engine had to compute, known with the first delta."""
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens so far, without those after a stop string."""
+        num_tokens: int = self._detokenizer.num_output_tokens()
+        return num_tokens
+
+    def take(self, delta: TokenDelta) -> bool:
+        """Take a delta.  Returns whether a stop string ends the sequence, for which engines do not look."""
+        if self.finish_reason is not None:
+            return False
+        if not self._has_begun and delta.report is not None:
+            self.cached_tokens = delta.report.cached_tokens
+        self._has_begun = True
+        stop_string = self._detokenizer.update(delta.token_ids, delta.finish_reason == "stop")
+        self.finish_reason = "stop" if stop_string else delta.finish_reason
+        self.stop_reason = stop_string or delta.stop_reason
+        self._text += self._detokenizer.get_next_output_text(self.finish_reason is not None, True)
+        self._ready.set()
+        return bool(stop_string) and delta.finish_reason is None
+
+    def fail(self, error: Exception) -> None:
+        """End the stream with `error`.  Text that still waits is lost."""
+        self._error = error
+        self._ready.set()
+
+    async def get(self) -> str:
+        """Wait for news and return the text that has come since; raise what the stream failed with."""
+        await self._ready.wait()
+        self._ready.clear()
+        if self._error is not None:
+            raise self._error
+        text, self._text = self._text, ""
+        return text
