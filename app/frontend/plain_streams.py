@@ -17,8 +17,9 @@ from functools import partial
 
 import msgspec
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.errors import BatonError
 from app.frontend.engine_client import EngineRequest, PooledEngineClient
 from app.frontend.request_body import read_body, replay_body
 from app.frontend.request_context import current_request
@@ -29,9 +30,11 @@ from app.frontend.vllm_surface import GenerationError
 
 logger = logging.getLogger("baton.plain_streams")
 
-SHORT_BYTES = 16 * 1024
-"""A body of so many bytes is tokenized at once, in less than a switch to a thread and back takes; a longer one would
-keep other requests waiting."""
+SHORT_BYTES = 4 * 1024
+"""A body of so many bytes is tokenized at once, which takes about a millisecond; a longer one would keep all other
+streams waiting for longer than a switch to a thread and back is worth."""
+LONGEST_BYTES = 256 * 1024
+"""A longer body is left to vLLM's server: if it were not plain, it would be parsed twice, for some milliseconds each."""
 EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
 _PRIORITY_HEADER = PRIORITY_HEADER.lower().encode()
 
@@ -41,6 +44,8 @@ class PlainRequest(msgspec.Struct, frozen=True):
 
     api: PlainApi
     frames: FrameCache
+    first_frames: StreamFrames
+    """Those of before the sequence's end."""
     request_id: str
     session: str | None
     engine_request: EngineRequest
@@ -54,6 +59,7 @@ class PlainStreams:
         self._app = app
         self._apis = apis
         self._engine = engine
+        self._warned_of: set[type[Exception]] = set()
         self._frames = {
             (api, includes_usage): FrameCache(
                 partial(api.example, includes_usage=includes_usage), api.num_events_before_text
@@ -64,10 +70,8 @@ class PlainStreams:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         api = self._apis.get(_path(scope)) if _posts_json(scope) else None
-        if api is None:
+        if api is None or (body := await read_body(receive)) is None:
             await self._app(scope, receive, send)
-        elif (body := await read_body(receive)) is None:
-            return
         elif (plain := await self._to_plain(api, Request(scope), body)) is None:
             await self._app(scope, replay_body(body, receive), send)
         else:
@@ -75,6 +79,8 @@ class PlainStreams:
 
     async def _to_plain(self, api: PlainApi, raw_request: Request, body: bytes) -> PlainRequest | None:
         """Return the request if it is plain.  Whatever is wrong with it, vLLM's server will tell the client."""
+        if len(body) > LONGEST_BYTES or b'"stream"' not in body:
+            return None
         try:
             request = api.parse(body)
             if not api.is_plain(request):
@@ -85,9 +91,15 @@ class PlainStreams:
                 prompt, api.sampling_params(request, prompt), request_id + api.engine_id_suffix
             )
             frames = self._frames[api, api.includes_usage(request)]
-            return PlainRequest(api, frames, request_id, api.session(request, raw_request), engine_request)
-        except Exception:
-            logger.debug("a request is left to vLLM's server", exc_info=True)
+            first_frames = await frames.get("length", None)
+            session = api.session(request, raw_request)
+            return PlainRequest(api, frames, first_frames, request_id, session, engine_request)
+        except (ValueError, BatonError):
+            return None
+        except Exception as error:
+            if type(error) not in self._warned_of:  # without a fault of ours, vLLM's server says the same to the client
+                self._warned_of.add(type(error))
+                logger.warning("a request is left to vLLM's server, as others like it will be", exc_info=True)
             return None
 
     async def _serve(self, plain: PlainRequest, receive: Receive, send: Send) -> None:
@@ -98,19 +110,26 @@ class PlainStreams:
             await self._answer(plain, stream, send)
         except _ClientGone:
             pass
+        except _NotSent as problem:
+            raise problem.reason from None
         finally:
             gone.cancel()
 
     async def _answer(self, plain: PlainRequest, stream: TextStream, send: Send) -> None:
+        async def deliver(message: Message) -> None:
+            try:
+                await send(message)
+            except Exception as error:
+                raise _NotSent(error) from error
+
         values = {"id": text_as_json(plain.request_id), "created": b"%d" % time.time()}
         # A list of its own: vLLM's middlewares add to it.
         await send({"type": "http.response.start", "status": 200, "headers": [EVENT_STREAM]})
         try:
-            frames = await plain.frames.get("length", None)
             async with self._engine.running(plain.engine_request, stream, plain.session):
-                end = await _send_texts(stream, frames, values, send)
+                end = await _send_texts(stream, plain.first_frames, values, deliver)
             end += await _ending(plain, stream, values)
-        except _ClientGone:
+        except (_ClientGone, _NotSent):
             raise
         except Exception as error:  # noqa: BLE001  as in vLLM's generators
             end = _error_events(plain, error)
@@ -119,6 +138,14 @@ class PlainStreams:
 
 class _ClientGone(Exception):
     """The client has closed its connection."""
+
+
+class _NotSent(Exception):
+    """The server did not take a part of the answer."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 def _path(scope: Scope) -> str:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
-from pydantic_core import to_json
+from pydantic import TypeAdapter
 
 ID, TEXT = uuid.uuid4().hex, uuid.uuid4().hex
 """In the place of an answer's id and text.  Nobody can guess them, so no stop string that a client chooses has them."""
@@ -26,6 +26,7 @@ GAPS = {
     "completion_tokens": rf'(?<=_tokens":){NUM_MIDDLE + NUM_LAST}(?=[,}}])',
     "total_tokens": rf'(?<=_tokens":){NUM_PROMPT + NUM_MIDDLE + NUM_LAST}(?=[,}}])',
 }
+_TEXT = TypeAdapter(str)
 _GAP = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in GAPS.items()))
 
 
@@ -114,4 +115,4 @@ class FrameCache:
 
 def text_as_json(text: str) -> bytes:
     """Return `text` as vLLM's response models write it."""
-    return to_json(text)
+    return _TEXT.dump_json(text)

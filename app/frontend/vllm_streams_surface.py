@@ -32,6 +32,7 @@ with needed("vllm", "serve plain streams without a response model for each token
     from vllm.renderers.online_renderer import OnlineRenderer
     from vllm.renderers.params import merge_kwargs
     from vllm.sampling_params import SamplingParams
+    from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
     from vllm.utils.mistral import is_mistral_tokenizer
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
@@ -113,6 +114,8 @@ class PlainApi(ABC):
         self._request_class = request_class
         self._model_config = serving.model_config
         self._renderer = serving.renderer
+        # Others are used by one thread of vLLM's alone: encoding changes their state, as how much is truncated.
+        self._may_render_here = isinstance(self._renderer.tokenizer, ThreadSafeHFTokenizerMixin)
 
     def is_offered(self) -> bool:
         """Whether the server is set up so that a stream can be plain at all."""
@@ -225,7 +228,7 @@ class PlainCompletions(PlainApi):
             request.build_tok_params(self._model_config),
         )
         extras = _extras(request)
-        if is_short:
+        if is_short and self._may_render_here:
             (prompt,) = self._renderer.render_cmpl(*arguments, prompt_extras=extras)
         else:
             (prompt,) = await self._renderer.render_cmpl_async(*arguments, prompt_extras=extras)
@@ -293,7 +296,7 @@ class PlainChat(PlainApi):
         )
         arguments = [request.messages], chat_params, request.build_tok_params(config)
         extras = _extras(request)
-        if is_short:
+        if is_short and self._may_render_here:
             _, (prompt,) = self._renderer.render_chat(*arguments, prompt_extras=extras)
         else:
             _, (prompt,) = await self._renderer.render_chat_async(*arguments, prompt_extras=extras)

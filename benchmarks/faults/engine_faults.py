@@ -21,6 +21,8 @@ COMES_S = 60.0
 """How long it may take until an engine under load calls what is to raise."""
 REPLACED_S = 120.0
 """How long it may take until an engine has ended that cannot go on."""
+GOES_ON_S = 3.0
+"""How long an engine is watched that has to go on."""
 POLL_S = 0.1
 
 
@@ -57,7 +59,7 @@ class EngineFault(msgspec.Struct, frozen=True):
                 raise BadAnswer(f"the {self.target} goes on without its {self.what}")
         elif not self.is_in_thread:
             await self._until_raised(struck)
-        if self.then == "goes on" and not all(process.is_running() for process in struck):
+        if self.then == "goes on" and (await asyncio.to_thread(psutil.wait_procs, struck, GOES_ON_S))[0]:
             raise BadAnswer(f"the {self.target} has ended, by what one request alone should feel")
 
     async def _prepare(self, process: psutil.Process) -> bool:

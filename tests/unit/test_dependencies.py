@@ -26,6 +26,7 @@ ENGINES_OWN = {
     "starlette": "goes with FastAPI",
     "uvicorn": "goes with FastAPI",
     "prometheus-fastapi-instrumentator": "vLLM's server counts its requests with it",
+    "setproctitle": "vLLM names its processes with it, and stand-ins as those",
     "xgrammar": "SGLang's structured output",
 }
 """What comes with an engine, in the version that the engine asks for; another choice of ours would break it."""

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 
 ENGINES = ("vllm", "sglang")
@@ -28,26 +29,51 @@ LAST_S = 10.0
 """How long a process may take to end once its main thread has."""
 
 
+SAY_S = 1.0
+"""How long a process may take to say why it ends.  What it writes to may be full, or a pipe that nobody reads."""
+
+
 def register() -> None:
-    """End this process with the next of its threads that dies.  May be called again."""
+    """End this process, and those that it forks, with the next of its threads that dies.  May be called again."""
     if threading.excepthook is not _on_death:
         threading.excepthook = _on_death
-        threading.Thread(target=_end_with_main_thread, name="baton-thread-watch", daemon=True).start()
+        os.register_at_fork(after_in_child=_watch_main_thread)
+        _watch_main_thread()
+
+
+def _watch_main_thread() -> None:
+    threading.Thread(target=_end_with_main_thread, name="baton-thread-watch", daemon=True).start()
 
 
 def _end_with_main_thread() -> None:
     threading.main_thread().join()
     time.sleep(LAST_S)  # mostly the process ends meanwhile
-    print("The main thread of the engine has ended, and the process ends with it.", file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
+    _end(
+        lambda: print(
+            "The main thread of the engine has ended, and the process ends with it.", file=sys.stderr, flush=True
+        )
+    )
 
 
 def _on_death(death: threading.ExceptHookArgs) -> None:
-    threading.__excepthook__(death)
+    def say() -> None:
+        threading.__excepthook__(death)
+        print("A thread of the engine has died, and the process ends with it.", file=sys.stderr, flush=True)
+
     if issubclass(death.exc_type, SystemExit) or not is_needed(origin(death.exc_traceback)):
-        return
-    print("A thread of the engine has died, and the process ends with it.", file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
+        threading.__excepthook__(death)
+    else:
+        _end(say)
+
+
+def _end(say: Callable[[], None]) -> None:
+    """Kill this process, once it has said why or cannot."""
+    saying = threading.Thread(target=say, daemon=True)
+    try:
+        saying.start()
+        saying.join(SAY_S)
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def origin(trace: TracebackType | None) -> str:

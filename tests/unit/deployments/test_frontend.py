@@ -33,7 +33,7 @@ async def test_a_frontend_that_has_ended_gives_its_guard_no_more_signs_of_life(m
 
     monkeypatch.setattr(deployment, "be_guarded", be_guarded)
     monkeypatch.setattr(deployment, "build_server", build_server)
-    orchestrator = SimpleNamespace(quarantine=None, retry_budget=None)
+    orchestrator = SimpleNamespace(quarantine=None, retry_budget=None, waker=None)
     monkeypatch.setattr(
         deployment, "ServedModel", lambda *_: SimpleNamespace(name="m", router=None, orchestrator=orchestrator)
     )

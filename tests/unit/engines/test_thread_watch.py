@@ -55,6 +55,22 @@ def test_it_goes_on_without_others(module: str, error: str) -> None:
     assert run(module, error, os.getpid()).stdout == "goes on\n"
 
 
+@pytest.mark.parametrize("is_full", [True, False], ids=["a full disk", "a pipe that nobody reads"])
+def test_a_process_ends_that_cannot_say_why(is_full: bool) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), OWNER_VARIABLE: str(os.getpid())}
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with open("/dev/full" if is_full else writing, "wb", buffering=0, closefd=is_full) as nowhere:
+        while not is_full and nowhere.write(bytes(4096)) is not None:
+            pass
+        os.set_blocking(writing, True)
+        code = CODE.replace("MODULE", "vllm.v1").replace("ERROR", "ValueError")
+        ended = subprocess.run([sys.executable, "-c", code], env=environment, stderr=nowhere, timeout=60, check=False)
+    os.close(reading)
+    os.close(writing)
+    assert ended.returncode == -signal.SIGKILL
+
+
 def test_a_process_that_no_replica_owns_is_left_alone() -> None:
     code = CODE.replace("MODULE", "vllm.v1").replace("ERROR", "ValueError")
     environment = {name: value for name, value in os.environ.items() if name != OWNER_VARIABLE}
@@ -67,6 +83,31 @@ def test_a_process_that_no_replica_owns_is_left_alone() -> None:
         check=False,
     )
     assert ended.stdout == "goes on\n"
+
+
+FORKS = """
+import os, threading
+from app.engines.plugins import thread_watch
+from app.engines.plugins.owner_watch import register
+register()
+thread_watch.LAST_S = 0.1
+if (child := os.fork()) == 0:
+    threading.Thread(target=threading.Event().wait, args=(600,)).start()
+else:
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def test_a_forked_process_ends_with_its_main_thread_too() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKS],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), OWNER_VARIABLE: str(os.getpid())},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.stdout == f"{signal.SIGKILL:d}\n"
 
 
 MAIN_ENDS = """

@@ -13,7 +13,8 @@ import logging
 import re
 import sys
 from collections.abc import AsyncIterator, Callable
-from types import FrameType
+from functools import partial
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp, Message, Send
 
 from app.errors import DeadlineExceeded, InvalidRequest, NoReplica, Overloaded
 from app.frontend.sequence_progress import SequenceProgress
@@ -101,10 +102,16 @@ class Server:
     def __init__(self, app: ASGIApp, orchestrator: ScriptedOrchestrator) -> None:
         self._app = app
         self.orchestrator = orchestrator
-        self.num_plain = 0
 
     async def answer(
-        self, path: str, body: bytes, headers: dict[str, str], script: Script, *, leaves_after: int | None = None
+        self,
+        path: str,
+        body: bytes,
+        headers: dict[str, str],
+        script: Script,
+        *,
+        leaves_after: int | None = None,
+        send: Send | None = None,
     ) -> tuple[Any, ...]:
         """Return the answer's status, headers and body, and what the engine was asked for."""
         self.orchestrator.script, self.orchestrator.asked, self.orchestrator.was_cancelled = script, [], False
@@ -114,11 +121,13 @@ class Server:
 
         async def receive() -> Message:
             if unread:
-                return {"type": "http.request", "body": unread.pop(), "more_body": False}
+                return {"type": "http.request", "body": unread.pop(), "more_body": leaves_after == 0}
+            if leaves_after == 0:
+                return {"type": "http.disconnect"}
             await leaves.wait()
             return {"type": "http.disconnect"}
 
-        async def send(message: Message) -> None:
+        async def keep(message: Message) -> None:
             sent.append(message)
             if len(sent) == leaves_after:
                 leaves.set()
@@ -141,9 +150,9 @@ class Server:
                 "state": {},
             },
             receive,
-            send,
+            send or keep,
         )
-        if leaves_after is not None:
+        if leaves_after:
             return (self.orchestrator.was_cancelled,)
         start, *rest = sent
         whole = b"".join(message.get("body", b"") for message in rest)
@@ -355,9 +364,68 @@ async def test_a_client_that_leaves_cancels_its_sequence(both: Both, server: Ser
     assert server.orchestrator.was_cancelled
 
 
+async def test_a_client_that_leaves_in_the_middle_of_its_body_is_answered_as_by_vllm(both: Both) -> None:
+    assert not await both(COMPLETIONS, PLAIN, TWO, leaves_after=0)
+
+
+@pytest.mark.parametrize(("spaces", "is_plain"), [(1_000, True), (300_000, False)])
+async def test_a_body_that_is_too_long_is_left_to_vllm(both: Both, spaces: int, is_plain: bool) -> None:
+    assert await both(COMPLETIONS, json.dumps(PLAIN).encode() + b" " * spaces, TWO) == is_plain
+
+
+async def test_a_server_that_takes_nothing_more_gets_nothing_more_and_is_told_its_error(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        if len(sent) == 2:
+            raise RuntimeError("closed")
+
+    with pytest.raises(RuntimeError, match="closed"):
+        await server.answer(COMPLETIONS, json.dumps(PLAIN).encode(), {}, Script([TokenDelta([20])] * 3), send=send)
+    assert len(sent) == 2
+    assert server.orchestrator.was_cancelled
+    assert "failed" not in caplog.text
+
+
+async def test_an_error_of_ours_is_said_once_and_the_request_is_answered(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from app.frontend.vllm_streams_surface import PlainApi
+
+    monkeypatch.setattr(PlainApi, "sampling_params", lambda *_: vars(PlainApi)["no such"])
+    monkeypatch.setattr(logging.getLogger("baton"), "propagate", True)
+    for _ in range(2):
+        assert (await server.answer(COMPLETIONS, json.dumps(PLAIN).encode(), {}, TWO))[0] == 200
+    assert caplog.text.count("a request is left to vLLM's server") == 1
+
+
+@pytest.mark.parametrize("is_safe", [True, False])
+async def test_a_tokenizer_that_is_for_one_thread_is_used_in_vllms_thread_alone(*, is_safe: bool) -> None:
+    """Encoding with another `truncate_prompt_tokens` changes what vLLM's other tokenizers do next."""
+    from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
+
+    from app.frontend.vllm_streams_surface import PlainCompletions
+
+    class Renderer:
+        tokenizer = ThreadSafeHFTokenizerMixin() if is_safe else object()
+
+        def render_cmpl(self, *_: Any, **__: Any) -> list[str]:
+            return ["here"]
+
+        async def render_cmpl_async(self, *_: Any, **__: Any) -> list[str]:
+            return ["there"]
+
+    api = PlainCompletions(SimpleNamespace(renderer=Renderer(), model_config=SimpleNamespace(is_encoder_decoder=False)))
+    request = SimpleNamespace(prompt=[1], cache_salt=None, build_tok_params=lambda _: None)
+    assert await api.render(request, is_short=True) == ("here" if is_safe else "there")
+
+
 # What a plain stream costs, in instructions of Python's interpreter: the same on every machine
 
-COSTS = {"3.11": {"request": 23361, "token": 1794}}
+COSTS = {"3.11": {"request": 21300, "token": 1656}}
 """By version of Python: what the frontend's side of a plain stream takes, the router and the channel apart.  A change
 that makes it cheaper lowers the number here too."""
 NUM_TOKENS = 64
@@ -365,6 +433,8 @@ NUM_TOKENS = 64
 
 def _counted(count: list[int]) -> Any:
     def trace(frame: FrameType, event: str, arg: object) -> Any:
+        if "/prometheus_" in frame.f_code.co_filename:
+            return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         count[0] += event == "opcode"
         return trace
@@ -389,20 +459,23 @@ async def _instructions(server: Server, script: Script) -> int:
 
 
 async def test_a_plain_stream_takes_no_more_instructions_than_before(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: Server, request: pytest.FixtureRequest
 ) -> None:
-    """The instructions of the stand-ins for engine and client are among them, and do not change."""
-    logger = logging.getLogger("baton")  # what handlers take is not counted: pytest has some of its own
-    monkeypatch.setattr(logger, "handlers", [logging.NullHandler()])
-    monkeypatch.setattr(logger, "propagate", False)
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    """The instructions of the stand-ins for engine and client are among them, and do not change.
+
+    Log lines and metrics are not counted: which there are depends on what other tests have set up in this process.
+    """
+    logging.disable(logging.CRITICAL)
+    request.addfinalizer(partial(logging.disable, logging.NOTSET))
     deltas = [TokenDelta([20]) for _ in range(NUM_TOKENS - 1)]
     one_by_one = Script([*deltas, TokenDelta([20], finish_reason="length")], turns=3)
     at_once = Script([TokenDelta([20] * NUM_TOKENS, finish_reason="length")], turns=3)
-    request = await _instructions(server, at_once)
-    token = (await _instructions(server, one_by_one) - request) / (NUM_TOKENS - 1)
-    now = {"request": request, "token": round(token)}
+    whole = await _instructions(server, at_once)
+    token = (await _instructions(server, one_by_one) - whole) / (NUM_TOKENS - 1)
+    now = {"request": whole, "token": round(token)}
+    print(now)
     before = COSTS.get(f"{sys.version_info.major}.{sys.version_info.minor}")
-    assert before is not None, f"no costs are known for this version of Python; now they are {now}"
+    if before is None:
+        pytest.skip(f"no costs are known for this version of Python; now they are {now}")
     changes = [number / before[what] for what, number in now.items()]
     assert all(0.95 <= change <= 1.05 for change in changes), f"it took {before} instructions, and now takes {now}"
