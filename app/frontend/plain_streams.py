@@ -34,7 +34,7 @@ SHORT_BYTES = 4 * 1024
 """A body of so many bytes is tokenized at once, which takes about a millisecond; a longer one would keep all other
 streams waiting for longer than a switch to a thread and back is worth."""
 LONGEST_BYTES = 256 * 1024
-"""A longer body is left to vLLM's server: if it were not plain, it would be parsed twice, for some milliseconds each."""
+"""A longer body is left to vLLM's server: if it were not plain, it would be parsed twice, some milliseconds each."""
 EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
 _PRIORITY_HEADER = PRIORITY_HEADER.lower().encode()
 
