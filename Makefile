@@ -23,9 +23,9 @@ gpu_options = --vllm-args '$(VLLM_ARGS)' --sglang-args '$(SGLANG_ARGS)' --sglang
 	--required-transport $(TRANSPORT)
 
 faults = $(BIN)/python -m benchmarks.faults
-# Tests of real engines share those that are started, and tests of applications a Ray cluster: one process for each, side
-# by side, as both wait most of the time.  All others run in parallel before, those of a file in one process.
-SLOW := tests/cluster/test_monitoring.py tests/cluster/test_multi_node.py tests/engines tests/serve
+# Tests with Ray clusters and real engines have the machine to themselves, as they wait for what takes time.  All others
+# run in parallel, those of a file in one process.
+ALONE := tests/cluster/test_monitoring.py tests/cluster/test_multi_node.py tests/engines tests/serve
 in_parallel = $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # What the locks are made with; UPGRADE=1 takes the newest versions.
@@ -56,8 +56,8 @@ check: lint  ## for every commit: lint, types and unit tests (2 to 4 minutes on 
 	$(in_parallel) tests/unit
 
 test: lint setup-sglang packages  ## set up, lint, then all tests (30 to 40 minutes on 2 cores)
-	$(in_parallel) tests/cluster tests/unit $(SLOW:%=--ignore=%)
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup $(SLOW)
+	$(in_parallel) tests/cluster tests/unit $(ALONE:%=--ignore=%)
+	$(BIN)/pytest $(ALONE)
 
 test-faults: setup setup-sglang packages  ## FAULTS faults under load on simulated engines, then some of nodes, vLLM, SGLang (hours)
 	bash scripts/with_baton.sh cluster/local/sim-faults.yaml $(faults) --faults $(FAULTS) --json faults-sim.json

@@ -37,14 +37,6 @@ def describe_processor() -> str:
     return f"{os.cpu_count()} x {names[0] if names else platform.machine()}, engines compute in {cpu_dtype()}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep those that share started engines in one process, and those that share a cluster in another (`make test`)."""
-    for item in items:
-        is_engines = item.path.is_relative_to(REPOSITORY / "tests" / "engines")
-        item.add_marker(pytest.mark.xdist_group("engines" if is_engines else "clusters"))
-
-
 def pytest_collection_finish() -> None:
     """Exclude what is imported by now from garbage collection during the tests, because it stays anyway."""
     gc.collect()
