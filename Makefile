@@ -59,8 +59,9 @@ test: lint setup-sglang packages  ## set up, lint, then all tests (30 to 40 minu
 	$(in_parallel) tests/cluster tests/unit $(ALONE:%=--ignore=%)
 	$(BIN)/pytest $(ALONE)
 
-test-faults: setup setup-sglang packages  ## FAULTS faults under load on simulated engines, then some of nodes, vLLM, SGLang (hours)
+test-faults: setup setup-sglang packages  ## FAULTS faults under load on simulated engines, then 2,000 losses, some of nodes, vLLM, SGLang (hours)
 	bash scripts/with_baton.sh cluster/local/sim-faults.yaml $(faults) --faults $(FAULTS) --json faults-sim.json
+	$(faults).losses
 	$(faults).nodes --faults $(NODE_FAULTS) --json faults-nodes.json
 	bash scripts/with_baton.sh cluster/local/vllm-faults.yaml $(faults) --faults $(ENGINE_FAULTS) --streams 4 --json faults-vllm.json
 	bash scripts/with_baton.sh cluster/local/sglang-faults.yaml $(faults) --faults $(ENGINE_FAULTS) --streams 4 --json faults-sglang.json
