@@ -57,9 +57,11 @@ class EngineFault(msgspec.Struct, frozen=True):
             _, alive = await asyncio.to_thread(psutil.wait_procs, [*struck, replica], COMES_S + REPLACED_S)
             if alive:
                 raise BadAnswer(f"the {self.target} goes on without its {self.what}")
-        elif not self.is_in_thread:
+            return
+        if not self.is_in_thread:
             await self._until_raised(struck)
-        if self.then == "goes on" and (await asyncio.to_thread(psutil.wait_procs, struck, GOES_ON_S))[0]:
+        ended, _ = await asyncio.to_thread(psutil.wait_procs, struck, GOES_ON_S)
+        if ended:
             raise BadAnswer(f"the {self.target} has ended, by what one request alone should feel")
 
     async def _prepare(self, process: psutil.Process) -> bool:

@@ -59,7 +59,7 @@ def _on_loop(work: Callable[[], T]) -> T:
         finally:
             is_done.set()
 
-    owned = list(background._watched)
+    owned = _owned()  # done ones may be of a loop that is closed
     if not owned:
         raise LookupError("this process has no tasks of Baton")
     owned[0].get_loop().call_soon_threadsafe(run)

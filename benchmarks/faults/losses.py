@@ -101,14 +101,6 @@ async def _serve(replica_id: str, pipe: Connection) -> None:
     await died
 
 
-@dataclass
-class Running:
-    """A replica that can be reached."""
-
-    process: Any
-    channel: Channel
-
-
 class Replicas:
     """Starts replicas, connects to them, and calls them: what a frontend's pools do with Ray."""
 
@@ -117,7 +109,8 @@ class Replicas:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
         self._num_started = 0
-        self.running: dict[str, Running] = {}
+        self.running: dict[str, Any] = {}
+        """The processes of those that nobody has killed."""
         self._channels: dict[str, Channel] = {}
         """Those that stand, as the router knows them."""
         self.has_come = asyncio.Event()
@@ -136,7 +129,7 @@ class Replicas:
         here.close()
         channel = await Channel.connect(name, address, self._router.by_role)
         self._router.by_role.join(msgspec.convert(info, ReplicaInfo))
-        self.running[name] = Running(process, channel)
+        self.running[name] = process
         self._channels[name] = channel
         channel.on_close = partial(self._forget, name)
         self.has_come.set()
@@ -148,7 +141,7 @@ class Replicas:
 
     async def kill(self, name: str) -> None:
         """Kill a replica, and start another one.  Until its connection breaks, the router knows it as before."""
-        process = self.running.pop(name).process
+        process = self.running.pop(name)
         process.kill()
         await asyncio.to_thread(process.join)
         assert process.exitcode == -signal.SIGKILL
@@ -156,10 +149,10 @@ class Replicas:
         await self.start()
 
     async def stop(self) -> None:
-        for each in list(self.running.values()):
-            each.channel.close()
-            each.process.terminate()
-            await asyncio.to_thread(each.process.join)
+        for name, process in list(self.running.items()):
+            self._channels[name].close()
+            process.terminate()
+            await asyncio.to_thread(process.join)
 
     async def generate(
         self,

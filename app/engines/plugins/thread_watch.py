@@ -27,8 +27,6 @@ DISPENSABLE = ("vllm.usage",)
 """Of these, what serves nobody: vLLM's usage statistics are a thread that may fail on a full disk."""
 LAST_S = 10.0
 """How long a process may take to end once its main thread has."""
-
-
 SAY_S = 1.0
 """How long a process may take to say why it ends.  What it writes to may be full, or a pipe that nobody reads."""
 
@@ -48,22 +46,22 @@ def _watch_main_thread() -> None:
 def _end_with_main_thread() -> None:
     threading.main_thread().join()
     time.sleep(LAST_S)  # mostly the process ends meanwhile
-    _end(
-        lambda: print(
-            "The main thread of the engine has ended, and the process ends with it.", file=sys.stderr, flush=True
-        )
-    )
+    _end(lambda: _say("The main thread of the engine has ended"))
 
 
 def _on_death(death: threading.ExceptHookArgs) -> None:
     def say() -> None:
         threading.__excepthook__(death)
-        print("A thread of the engine has died, and the process ends with it.", file=sys.stderr, flush=True)
+        _say("A thread of the engine has died")
 
     if issubclass(death.exc_type, SystemExit) or not is_needed(origin(death.exc_traceback)):
         threading.__excepthook__(death)
     else:
         _end(say)
+
+
+def _say(why: str) -> None:
+    print(f"{why}, and the process ends with it.", file=sys.stderr, flush=True)
 
 
 def _end(say: Callable[[], None]) -> None:
