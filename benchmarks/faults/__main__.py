@@ -27,6 +27,10 @@ def bench_faults(
     faults: Annotated[int, typer.Option(min=1, help="How many faults.")] = 100,
     minutes: Annotated[float, typer.Option(min=0.0, help="Begin no other fault after so many minutes.")] = math.inf,
     only: Annotated[str, typer.Option(help="Only kinds whose names contain one of these, as: kill,stop.")] = "",
+    in_a_row: Annotated[
+        int | None,
+        typer.Option(min=1, help="Losses of each storm; by default 25 on simulated engines, and 4 on real ones."),
+    ] = None,
     streams: Annotated[int, typer.Option(min=1, help="Streams of requests at a time.")] = 8,
     questions: Annotated[int, typer.Option(min=1, help="Different ones.")] = 24,
     all_sorts: Annotated[
@@ -43,7 +47,7 @@ def bench_faults(
     _, base_url = parse_url("URL", url)
     with new_client(base_url, 30.0) as client:
         card = find_card("URL", client, model)
-    found = choose(kinds(str(card["engine"])), only)
+    found = choose(kinds(str(card["engine"]), in_a_row), only)
     model_id = str(card["id"])
     sorts = sorts_of(str(card["engine"])) if all_sorts else [PLAIN]
     load = Load(base_url, model_id, draw_questions(questions, seed, sorts), streams)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,14 +141,29 @@ class Fleet:
         is_full: bool = self._of_model(health)["pools"] == wanted
         return is_full
 
+    async def has_successor(self) -> bool:
+        """Whether a second decode replica could go on with what one decodes, or the only one is there."""
+        if (health := await self._health()) is None:
+            return False
+        pool = self._of_model(health)["pools"]["decode"]
+        return bool(min(pool["ready"], pool["reachable"]) >= min(2, self.pools["decode"]))
+
     async def until_whole(self, timeout_s: float) -> float:
-        """Wait until `is_whole` three times in a row, as each answer may come from another frontend.
+        """Wait until `is_whole`.  Returns the seconds that it took.  Raises NotWhole."""
+        return await self._until(self.is_whole, timeout_s)
+
+    async def until_succeeded(self, timeout_s: float) -> float:
+        """Wait until `has_successor`.  Returns the seconds that it took.  Raises NotWhole."""
+        return await self._until(self.has_successor, timeout_s)
+
+    async def _until(self, holds: Callable[[], Awaitable[bool]], timeout_s: float) -> float:
+        """Wait until that holds three times in a row, as each answer may come from another frontend.
 
         Returns the seconds until the first of the three.  Raises NotWhole.
         """
         began, since, num = time.monotonic(), 0.0, 0
         while num < 3:
-            num, since = (num + 1, since or time.monotonic()) if await self.is_whole() else (0, 0.0)
+            num, since = (num + 1, since or time.monotonic()) if await holds() else (0, 0.0)
             if time.monotonic() > began + timeout_s:
                 raise NotWhole(f"after {timeout_s:.0f} s not all replicas are back: {await self._health()}")
             await asyncio.sleep(POLL_S)

@@ -2,7 +2,7 @@
 
 For each length of prompt, greedy answers are streamed one after another.  Each loses its decode replica, or only that
 one's engine, at a random moment after its first token, and goes on elsewhere (docs/decisions/0030-resume.md).  The gap
-is the longest time without a token from then on.  Before the next answer all replicas are there again.
+is the longest time without a token from then on.  Before the next answer there are two decode replicas again.
 
 One more answer for each length is not streamed: only then the header x-baton-explain comes late enough to tell how many
 tokens were cached where it went on.
@@ -129,7 +129,7 @@ class GapMeasurement:
         return explained
 
     async def _disturbed(self, answering: Coroutine[Any, Any, T], decoding_s: float) -> tuple[T, float]:
-        """Kill what decodes the answer, and wait until all is whole.  Returns also when that was."""
+        """Kill what decodes the answer, and wait until another one may be killed.  Returns also when that was."""
         answer = asyncio.create_task(answering)
         victim = await self._find_victim()
         await asyncio.sleep(self._random.uniform(0, KILLED_WITHIN * decoding_s))
@@ -137,7 +137,7 @@ class GapMeasurement:
         send_signal(victim, signal.SIGKILL)
         await asyncio.to_thread(psutil.wait_procs, victim, GONE_S)
         await answer
-        await self._fleet.until_whole(RECOVERY_TIMEOUT_S)
+        await self._fleet.until_succeeded(RECOVERY_TIMEOUT_S)
         return answer.result(), killed_at
 
     async def _find_victim(self) -> list[psutil.Process]:

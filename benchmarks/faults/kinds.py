@@ -18,11 +18,14 @@ from benchmarks.faults.storm import storms
 from benchmarks.faults.updates import UPDATES
 
 
-def kinds(engine: str) -> list[Fault]:
-    """Return all kinds for an application on `engine`; only real engines have processes of their own."""
+def kinds(engine: str, in_a_row: int | None = None) -> list[Fault]:
+    """Return all kinds for an application on `engine`; only real engines have processes of their own.
+
+    `in_a_row`: the losses of each storm.
+    """
     return [
         *process_faults(has_engines=engine != "sim"),
-        *storms(has_engines=engine != "sim"),
+        *storms(in_a_row, has_engines=engine != "sim"),
         *CLIENT_FAULTS,
         *SLOW_CLIENTS,
         *inside_faults(engine),

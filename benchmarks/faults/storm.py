@@ -59,9 +59,9 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def storms(*, has_engines: bool) -> list[Storm]:
-    """Return all kinds.  On simulated engines, which are replaced in seconds, they are long."""
-    num = 4 if has_engines else 25
+def storms(num: int | None, *, has_engines: bool) -> list[Storm]:
+    """Return all kinds, of `num` losses; by default of many on simulated engines, which are replaced in seconds."""
+    num = num or (4 if has_engines else 25)
     roles: tuple[Target, ...] = (
         ("decode engine", "prefill engine") if has_engines else ("decode replica", "prefill replica")
     )

@@ -34,7 +34,7 @@ class OneReplica:
     async def busy_decode_replica(self) -> psutil.Popen:
         return self.replica
 
-    async def until_whole(self, timeout_s: float) -> float:
+    async def until_succeeded(self, timeout_s: float) -> float:
         assert not self.replica.is_running()
         self.num_killed += 1
         self.replica = psutil.Popen(["sleep", "60"])
