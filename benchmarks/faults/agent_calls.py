@@ -42,7 +42,8 @@ def with_agents(args: dict[str, Any]) -> dict[str, Any]:
 def call(pid: int, function: str, /, **arguments: Any) -> Any:
     """Call ``module:name`` in a process with an agent and return its result, which is JSON.
 
-    Raises LookupError if the process is not there or has no agent, and RuntimeError if the function raised.
+    Raises LookupError if the process is not there or has no agent, or if the function raised it, and RuntimeError if
+    the function raised anything else.
     """
     module, _, name = function.partition(":")
     with socket.socket(socket.AF_UNIX) as connection:
@@ -55,6 +56,8 @@ def call(pid: int, function: str, /, **arguments: Any) -> Any:
                 answer = json.loads(stream.read())
         except (OSError, ValueError) as problem:
             raise LookupError(f"process {pid} has no agent that answers: {problem!r}") from problem
+    if "missing" in answer:
+        raise LookupError(f"process {pid}: {answer['missing']}")
     if "error" in answer:
         raise RuntimeError(answer["error"])
     return answer["result"]

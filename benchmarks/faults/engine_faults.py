@@ -70,7 +70,7 @@ class EngineFault(msgspec.Struct, frozen=True):
                 await _inside(process, "throw_into_thread", name=self.where)
             else:
                 await _inside(process, "break_call", function=self.where)
-        except (LookupError, RuntimeError):  # it is another process of the engine that has it
+        except LookupError:  # it is another process of the engine that has it
             return False
         return True
 

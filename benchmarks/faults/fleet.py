@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ ENGINE_TITLES = ("VLLM::", "sglang::")
 APPLICATION = "baton"
 ANSWER_TIMEOUT_S = 10.0
 POLL_S = 0.2
+BUSY_POLL_S = 0.01
 
 
 class NotWhole(BatonError):
@@ -83,7 +85,7 @@ class Fleet:
         role, what = target.split()
         health = await self._health()
         pids = [] if health is None else [e["pid"] for e in health["endpoints"] if e["role"] == role]
-        replicas = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        replicas = [process for process in map(_process, pids) if process is not None]
         if what == "replica":
             return [[replica] for replica in replicas]
         return [found for replica in replicas if (found := engine_of(replica))]
@@ -98,16 +100,25 @@ class Fleet:
         """Return the replica that has started a process of an engine."""
         return next(parent for parent in engine.parents() if REPLICA_TITLE in " ".join(parent.cmdline()))
 
-    async def busy_decode_replica(self) -> psutil.Process | None:
-        """Return one in whose engine sequences run, or None."""
-        try:
-            replicas = (await self.client.get("/stats")).json()["replicas"]
-        except (httpx.HTTPError, ValueError):
-            return None
-        busy = {replica["replica_id"] for replica in replicas if replica.get("num_running") and self._decodes(replica)}
+    async def process_of(self, replica_id: str) -> psutil.Process:
+        """Return the process of a ready replica.  Raises LookupError if there is none."""
         endpoints = (await self._health() or {}).get("endpoints", ())
-        found = (endpoint["pid"] for endpoint in endpoints if endpoint["replica_id"] in busy)
-        return next((psutil.Process(pid) for pid in found if psutil.pid_exists(pid)), None)
+        pid = next((endpoint["pid"] for endpoint in endpoints if endpoint["replica_id"] == replica_id), None)
+        if pid is None or (process := _process(pid)) is None:
+            raise LookupError(f"there is no replica {replica_id}")
+        return process
+
+    async def busy_decode_replica(self, timeout_s: float) -> str:
+        """Wait until sequences run in the engine of one, and return its id.  Raises NotWhole."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with suppress(httpx.HTTPError, ValueError):
+                for replica in (await self.client.get("/stats")).json()["replicas"]:
+                    if replica.get("num_running") and self._decodes(replica):
+                        return str(replica["replica_id"])
+            if time.monotonic() > deadline:
+                raise NotWhole(f"no decode replica ran a request within {timeout_s:.0f} s")
+            await asyncio.sleep(BUSY_POLL_S)
 
     def _decodes(self, replica: dict[str, Any]) -> bool:
         is_it: bool = replica["model"] == self.model and replica["role"] == "decode"
@@ -179,6 +190,13 @@ class Fleet:
         return sum(held) if None not in held else None
 
 
+def _process(pid: int) -> psutil.Process | None:
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+
+
 def engine_of(replica: psutil.Process) -> list[psutil.Process]:
     """Return the processes of its engine; it also has a guard (deployments/guard.py)."""
     return [process for title in ENGINE_TITLES for process in below(replica.pid, title)]
@@ -191,12 +209,11 @@ def raylet_of(pid: int) -> int:
 
 
 def below(pid: int, title: str) -> list[psutil.Process]:
-    """Return the descendants of a process whose command lines contain `title`."""
+    """Return the descendants of a process whose command lines contain `title`; none if it is gone."""
     found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        try:
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
     return found

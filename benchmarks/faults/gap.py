@@ -15,13 +15,14 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Annotated, Any, Literal, TypeVar
 
+import httpx
 import msgspec
 import numpy
 import psutil
@@ -49,7 +50,6 @@ KILLED_WITHIN = 0.8
 """The part of the undisturbed time from the first to the last token within which the moments are drawn."""
 BUSY_TIMEOUT_S = 60.0
 """The longest time until a decode replica runs a request."""
-POLL_S = 0.01
 
 
 class NotMeasured(BatonError):
@@ -103,11 +103,13 @@ class GapMeasurement:
         decoding_s = right.heard_at[-1] - right.heard_at[0]
         gaps_s, ends = [], Counter[str]()
         for _ in range(num):
-            answer, killed_at = await self._disturbed(self._ask(question), decoding_s)
+            decoding: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            answer, killed_at = await self._disturbed(self._ask(question, decoding), decoding, decoding_s)
             if (gap_s := answer.stall_s(since=killed_at)) > 0:
                 gaps_s.append(gap_s)
                 ends[judge(answer, right)] += 1
-        explained, _ = await self._disturbed(self._explanation(question), decoding_s)
+        busy = self._fleet.busy_decode_replica(BUSY_TIMEOUT_S)
+        explained, _ = await self._disturbed(self._explanation(question), busy, decoding_s)
         return Row(
             prompt_tokens,
             prefill_s=median(answer.heard_at[0] - answer.began_at for answer in undisturbed),
@@ -118,8 +120,14 @@ class GapMeasurement:
             cached_tokens=next(iter(explained["resumed_cached_tokens"]), None),
         )
 
-    async def _ask(self, question: Question) -> Answer:
-        return await ask(self._client, self._fleet.model, question)
+    async def _ask(self, question: Question, decoding: asyncio.Future[str] | None = None) -> Answer:
+        """`decoding` learns with the first token which replica decodes the answer."""
+
+        def learn(headers: httpx.Headers) -> None:
+            if decoding is not None:
+                decoding.set_result(json.loads(headers["x-baton-explain"])[0]["decode"]["replica"])
+
+        return await ask(self._client, self._fleet.model, question, on_begin=learn)
 
     async def _explanation(self, question: Question) -> dict[str, Any]:
         body = {**question.body(self._fleet.model), "stream": False}
@@ -128,10 +136,15 @@ class GapMeasurement:
         explained: dict[str, Any] = json.loads(answer.headers["x-baton-explain"])[0]
         return explained
 
-    async def _disturbed(self, answering: Coroutine[Any, Any, T], decoding_s: float) -> tuple[T, float]:
+    async def _disturbed(
+        self, answering: Coroutine[Any, Any, T], decoding: Awaitable[str], decoding_s: float
+    ) -> tuple[T, float]:
         """Kill what decodes the answer, and wait until another one may be killed.  Returns also when that was."""
         answer = asyncio.create_task(answering)
-        victim = await self._find_victim()
+        replica = await self._fleet.process_of(await decoding)
+        victim = [replica] if self._victim == "replica" else engine_of(replica)
+        if not victim:
+            raise NotMeasured("this engine has no process of its own; write --victim replica")
         await asyncio.sleep(self._random.uniform(0, KILLED_WITHIN * decoding_s))
         killed_at = time.monotonic()
         send_signal(victim, signal.SIGKILL)
@@ -139,16 +152,6 @@ class GapMeasurement:
         await answer
         await self._fleet.until_succeeded(RECOVERY_TIMEOUT_S)
         return answer.result(), killed_at
-
-    async def _find_victim(self) -> list[psutil.Process]:
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
-        while (replica := await self._fleet.busy_decode_replica()) is None:
-            if time.monotonic() > deadline:
-                raise NotMeasured(f"no decode replica ran a request within {BUSY_TIMEOUT_S:.0f} s")
-            await asyncio.sleep(POLL_S)
-        if not (found := [replica] if self._victim == "replica" else engine_of(replica)):
-            raise NotMeasured("this engine has no process of its own; write --victim replica")
-        return found
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:

@@ -43,7 +43,7 @@ OF_ENGINES = {
 
 
 async def inside(process: psutil.Process, function: str, **arguments: Any) -> Any:
-    """Call a function of inside.py in a process of the application.  Raises LookupError and RuntimeError."""
+    """Call a function of inside.py in a process of the application.  Raises LookupError, and RuntimeError."""
     return await asyncio.to_thread(partial(call, process.pid, f"{INSIDE}:{function}", **arguments))
 
 

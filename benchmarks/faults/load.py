@@ -10,7 +10,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -176,14 +176,26 @@ class Load:
                     await asyncio.sleep(PAUSE_S)
 
 
-async def ask(client: httpx.AsyncClient, model: str, question: Question, number: int = 0) -> Answer:
-    """Ask a question, the `number`-th of its load, and read the stream of its answer."""
+async def ask(
+    client: httpx.AsyncClient,
+    model: str,
+    question: Question,
+    number: int = 0,
+    on_begin: Callable[[httpx.Headers], None] | None = None,
+) -> Answer:
+    """Ask a question, the `number`-th of its load, and read the stream of its answer.
+
+    `on_begin` gets the headers, which come with the first token, and the explanation in them (app/frontend/explain.py).
+    """
     reading = _Reading()
     began_at = time.monotonic()
     found: dict[str, Any] = {}
     try:
-        async with client.stream("POST", question.path, json=question.body(model)) as response:
+        headers = {} if on_begin is None else {"x-baton-explain": "1"}
+        async with client.stream("POST", question.path, json=question.body(model), headers=headers) as response:
             found["status"] = response.status_code
+            if on_begin is not None:
+                on_begin(response.headers)
             if response.status_code == httpx.codes.OK:
                 await reading.read(response)
             else:

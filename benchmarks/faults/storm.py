@@ -33,12 +33,21 @@ class Storm(msgspec.Struct, frozen=True):
         return f"{self.num} times in a row: {'kill -9' if self.act == 'kill' else 'stop'} {self.target}"
 
     async def strike(self, fleet: Fleet, random: Random) -> str:
-        """Return how many were taken.  Those that are stopped stay so until they are replaced."""
+        """Return how many were taken, when all are gone: those that are stopped until they are replaced.
+
+        Raises NotWhole.
+        """
         number = signal.SIGKILL if self.act == "kill" else signal.SIGSTOP
         began = time.monotonic()
+        taken: list[psutil.Process] = []
         for _ in range(self.num):
             await asyncio.sleep(random.uniform(0, LONGEST_PAUSE_S))
-            send_signal(random.choice(await self._willing(fleet)), number)
+            victim = random.choice(await self._willing(fleet))
+            send_signal(victim, number)
+            taken += victim
+        _, left = await asyncio.to_thread(psutil.wait_procs, taken, READY_TIMEOUT_S)
+        if left:
+            raise NotWhole(f"after {READY_TIMEOUT_S:.0f} s some of those that were taken are still there: {left}")
         return f"{self.num} in {time.monotonic() - began:.0f} s"
 
     async def _willing(self, fleet: Fleet) -> list[list[psutil.Process]]:

@@ -26,6 +26,8 @@ def _serve(server: socket.socket) -> None:
             try:
                 module, name, arguments = json.loads(stream.readline())
                 answer = {"result": getattr(importlib.import_module(module), name)(**arguments)}
+            except LookupError as error:  # what was to be struck is not there
+                answer = {"missing": str(error)}
             except Exception as error:  # noqa: BLE001  the campaign is told, and this process goes on
                 answer = {"error": repr(error)}
             stream.write(json.dumps(answer).encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, cast
 
@@ -31,7 +31,11 @@ class OneReplica:
         self.replica = psutil.Popen(["sleep", "60"])
         self.num_killed = 0
 
-    async def busy_decode_replica(self) -> psutil.Popen:
+    async def busy_decode_replica(self, timeout_s: float) -> str:
+        return "r1"
+
+    async def process_of(self, replica_id: str) -> psutil.Popen:
+        assert replica_id == "r1"
         return self.replica
 
     async def until_succeeded(self, timeout_s: float) -> float:
@@ -40,9 +44,16 @@ class OneReplica:
         self.replica = psutil.Popen(["sleep", "60"])
         return 0.0
 
-    async def ask(self, client: httpx.AsyncClient, model: str, question: Question) -> Answer:
+    async def ask(
+        self,
+        client: httpx.AsyncClient,
+        model: str,
+        question: Question,
+        on_begin: Callable[[httpx.Headers], None],
+    ) -> Answer:
         """Answer with six tokens, of which those that come after a loss are late."""
         asked, began_at, heard_at = self.replica, time.monotonic(), []
+        on_begin(httpx.Headers({"x-baton-explain": '[{"decode": {"replica": "r1"}}]'}))
         for _ in range(6):
             await asyncio.sleep(STEP_S)
             if not asked.is_running() and self.replica is asked:

@@ -120,9 +120,9 @@ def test_one_call_raises_and_the_next_goes_on() -> None:
 
 
 def test_what_a_process_has_not_loaded_is_not_there(process: int) -> None:
-    with pytest.raises(RuntimeError, match="has not loaded sqlite3"):
+    with pytest.raises(LookupError, match="has not loaded sqlite3"):
         call(process, "benchmarks.faults.inside_engine:break_call", function="sqlite3:connect")
-    with pytest.raises(RuntimeError, match="no thread nixl"):
+    with pytest.raises(LookupError, match="no thread nixl"):
         call(process, "benchmarks.faults.inside_engine:throw_into_thread", name="nixl")
 
 
