@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from random import Random
 from typing import Any, cast
@@ -116,6 +117,31 @@ async def test_a_storm_takes_one_after_another_and_never_the_last() -> None:
         await storm.strike(cast("Fleet", Pool()), Random(1))
         running = [process for process in there if process.poll() is None]
         assert len(running) in (1, 2)  # the last one killed may not be gone yet
+    finally:
+        for process in there:
+            if process.poll() is None:
+                process.kill()
+            process.wait(10)
+
+
+async def test_a_storm_of_stops_is_over_when_all_that_it_stopped_are_gone() -> None:
+    there = [psutil.Popen(["sleep", "60"]) for _ in range(3)]
+
+    class Pool:
+        pools = {"decode": 2}  # noqa: RUF012
+
+        async def processes(self, target: str) -> list[list[psutil.Process]]:
+            return [[process] for process in there if process.poll() is None]
+
+    try:
+        strike = asyncio.create_task(Storm("decode replica", "stop", 1).strike(cast("Fleet", Pool()), Random(1)))
+        async with asyncio.timeout(20):
+            while not (stopped := [each for each in there if each.status() == psutil.STATUS_STOPPED]):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        done, _ = await asyncio.wait([strike], timeout=0.5)
+        assert not done, "it is stopped, and nobody has replaced it"
+        stopped[0].kill()
+        assert (await strike).startswith("1 in")
     finally:
         for process in there:
             if process.poll() is None:
