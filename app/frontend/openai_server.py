@@ -132,8 +132,8 @@ async def build_server(
 async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator, limits: LimitsConfig) -> FastAPI:
     """Make vLLM's server of one model, without the routes that are about an engine in its process."""
     from app.frontend.engine_client import PooledEngineClient
-    from app.frontend.plain_streams import PlainStreams
-    from app.frontend.vllm_streams_surface import plain_apis
+    from app.frontend.plain_answers import PlainAnswers
+    from app.frontend.vllm_answers_surface import plain_apis
     from app.frontend.vllm_surface import build_app, init_app_state
 
     arguments = server_namespace(model, index)
@@ -142,7 +142,7 @@ async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator,
     app: FastAPI = build_app(arguments, ("generate",), vllm_config.model_config)
     await init_app_state(engine, app.state, arguments, ("generate",))
     _remove_routes(app, (*WITHOUT_MEANING, "/health"))
-    app.router.middleware_stack = PlainStreams(app.router.middleware_stack, plain_apis(app.state), engine)
+    app.router.middleware_stack = PlainAnswers(app.router.middleware_stack, plain_apis(app.state), engine)
     return app
 
 

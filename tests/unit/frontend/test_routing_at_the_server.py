@@ -415,4 +415,5 @@ async def test_who_killed_engines_is_not_told_to_try_again(ask: Ask, orchestrato
 async def test_vllms_server_runs_no_task_that_nobody_watches(ask: Ask) -> None:
     await ask("/v1/completions")
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    assert [task for task in tasks if not is_watched(task)] == []
+    # The one that waited for the client to leave is cancelled with the answer, and ends in the loop's next turn.
+    assert [task for task in tasks if not is_watched(task) and not task.cancelling()] == []

@@ -1,9 +1,10 @@
-"""Serves plain streams with little CPU: one sequence as a stream of text and nothing else, as most requests want it.
+"""Serves plain answers with little CPU: the text of one sequence and nothing else, streamed or whole, as most
+requests want it.
 
 vLLM's server takes some 50 µs for each token of a stream and over a millisecond for each request.  Here a request is
 parsed, checked, rendered and turned into sampling parameters by vLLM's own classes, but without FastAPI around them;
-its text comes from vLLM's detokenizer without the objects in between, and its events are bytes around that text.  What
-a client gets is the same, byte for byte (tests/unit/frontend/test_plain_streams.py).
+its text comes from vLLM's detokenizer without the objects in between, and its answer is bytes around that text.  What
+a client gets is the same, byte for byte (tests/unit/frontend/test_plain_answers.py).
 
 A request that asks for anything else, or that is refused before an engine is asked, is served by vLLM's server.
 """
@@ -20,15 +21,15 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BatonError
+from app.frontend.answer_frames import AnswerFrames, FrameCache, stream_frames, text_as_json, whole_frames
+from app.frontend.answer_text import AnswerText
 from app.frontend.engine_client import EngineRequest, PooledEngineClient
 from app.frontend.request_body import read_body, replay_body
 from app.frontend.request_context import current_request
-from app.frontend.stream_frames import FrameCache, StreamFrames, text_as_json
-from app.frontend.text_stream import TextStream
-from app.frontend.vllm_streams_surface import PRIORITY_HEADER, PlainApi
-from app.frontend.vllm_surface import GenerationError
+from app.frontend.vllm_answers_surface import LOAD_FORMAT_HEADER, PRIORITY_HEADER, PlainApi
+from app.frontend.vllm_surface import GenerationError, create_error_response
 
-logger = logging.getLogger("baton.plain_streams")
+logger = logging.getLogger("baton.plain_answers")
 
 SHORT_BYTES = 4 * 1024
 """A body of so many bytes is tokenized at once, which takes about a millisecond; a longer one would keep all other
@@ -36,36 +37,39 @@ streams waiting for longer than a switch to a thread and back is worth."""
 LONGEST_BYTES = 256 * 1024
 """A longer body is left to vLLM's server: if it were not plain, it would be parsed twice, some milliseconds each."""
 EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
-_PRIORITY_HEADER = PRIORITY_HEADER.lower().encode()
+JSON = (b"content-type", b"application/json")
+_ODD_HEADERS = {PRIORITY_HEADER.lower().encode(), LOAD_FORMAT_HEADER.encode()}
 
 
 class PlainRequest(msgspec.Struct, frozen=True):
-    """A request that is to be served as a plain stream."""
+    """A request that is to be served here."""
 
     api: PlainApi
+    is_stream: bool
     frames: FrameCache
-    first_frames: StreamFrames
+    first_frames: AnswerFrames
     """Those of before the sequence's end."""
     request_id: str
     session: str | None
     engine_request: EngineRequest
 
 
-class PlainStreams:
+class PlainAnswers:
     """Stands between vLLM's middlewares and its routes."""
 
     def __init__(self, app: ASGIApp, apis: dict[str, PlainApi], engine: PooledEngineClient) -> None:
-        """`apis` holds the APIs with plain streams by their path."""
+        """`apis` holds the APIs with plain answers by their path."""
         self._app = app
         self._apis = apis
         self._engine = engine
         self._warned_of: set[type[Exception]] = set()
         self._frames = {
-            (api, includes_usage): FrameCache(
-                partial(api.example, includes_usage=includes_usage), api.num_events_before_text
+            (api, is_stream, includes_usage): FrameCache(
+                partial(api.example, is_stream=is_stream, includes_usage=includes_usage),
+                partial(stream_frames, num_before=api.num_events_before_text) if is_stream else whole_frames,
             )
             for api in apis.values()
-            for includes_usage in (False, True)
+            for is_stream, includes_usage in ((True, False), (True, True), (False, False))
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,7 +83,7 @@ class PlainStreams:
 
     async def _to_plain(self, api: PlainApi, raw_request: Request, body: bytes) -> PlainRequest | None:
         """Return the request if it is plain.  Whatever is wrong with it, vLLM's server will tell the client."""
-        if len(body) > LONGEST_BYTES or b'"stream"' not in body:
+        if len(body) > LONGEST_BYTES:
             return None
         try:
             request = api.parse(body)
@@ -90,10 +94,11 @@ class PlainStreams:
             engine_request = self._engine.prepare(
                 prompt, api.sampling_params(request, prompt), request_id + api.engine_id_suffix
             )
-            frames = self._frames[api, api.includes_usage(request)]
+            is_stream = bool(request.stream)
+            frames = self._frames[api, is_stream, api.includes_usage(request)]
             first_frames = await frames.get("length", None)
             session = api.session(request, raw_request)
-            return PlainRequest(api, frames, first_frames, request_id, session, engine_request)
+            return PlainRequest(api, is_stream, frames, first_frames, request_id, session, engine_request)
         except (ValueError, BatonError):
             return None
         except Exception as error:
@@ -103,11 +108,11 @@ class PlainStreams:
             return None
 
     async def _serve(self, plain: PlainRequest, receive: Receive, send: Send) -> None:
-        stream = TextStream(plain.api.detokenizer(plain.engine_request.core))
+        text = AnswerText(plain.api.detokenizer(plain.engine_request.core), is_whole=not plain.is_stream)
         gone = asyncio.create_task(_until_disconnected(receive))
-        gone.add_done_callback(lambda _: stream.fail(_ClientGone()))
+        gone.add_done_callback(lambda _: text.fail(_ClientGone()))
         try:
-            await self._answer(plain, stream, send)
+            await (self._stream if plain.is_stream else self._answer)(plain, text, send)
         except _ClientGone:
             pass
         except _NotSent as problem:
@@ -115,20 +120,33 @@ class PlainStreams:
         finally:
             gone.cancel()
 
-    async def _answer(self, plain: PlainRequest, stream: TextStream, send: Send) -> None:
+    async def _answer(self, plain: PlainRequest, text: AnswerText, send: Send) -> None:
+        """Send a whole answer, or raise the error that vLLM's handlers of errors answer."""
+        values = _values(plain)
+        try:
+            async with self._engine.running(plain.engine_request, text, plain.session):
+                values["text"] = text_as_json(await text.get())
+                current_request().has_output = True
+        except (_ClientGone, asyncio.CancelledError):
+            gone = create_error_response("Client disconnected")  # as vLLM's server: nobody gets it, but it is counted
+            await _send_json(gone.error.code, gone.model_dump_json().encode(), send)
+            raise
+        await _send_json(200, await _ending(plain, text, values), send)
+
+    async def _stream(self, plain: PlainRequest, text: AnswerText, send: Send) -> None:
         async def deliver(message: Message) -> None:
             try:
                 await send(message)
             except Exception as error:
                 raise _NotSent(error) from error
 
-        values = {"id": text_as_json(plain.request_id), "created": b"%d" % time.time()}
+        values = _values(plain)
         # A list of its own: vLLM's middlewares add to it.
         await send({"type": "http.response.start", "status": 200, "headers": [EVENT_STREAM]})
         try:
-            async with self._engine.running(plain.engine_request, stream, plain.session):
-                end = await _send_texts(stream, plain.first_frames, values, deliver)
-            end += await _ending(plain, stream, values)
+            async with self._engine.running(plain.engine_request, text, plain.session):
+                end = await _send_texts(text, plain.first_frames, values, deliver)
+            end += await _ending(plain, text, values)
         except (_ClientGone, _NotSent):
             raise
         except Exception as error:  # noqa: BLE001  as in vLLM's generators
@@ -159,7 +177,7 @@ def _posts_json(scope: Scope) -> bool:
         return False
     content_type = b""
     for name, value in scope["headers"]:
-        if name == _PRIORITY_HEADER:
+        if name in _ODD_HEADERS:
             return False
         if name == b"content-type":
             content_type = content_type or value
@@ -171,7 +189,17 @@ async def _until_disconnected(receive: Receive) -> None:
         pass
 
 
-async def _send_texts(stream: TextStream, frames: StreamFrames, values: dict[str, bytes], send: Send) -> bytes:
+def _values(plain: PlainRequest) -> dict[str, bytes]:
+    return {"id": text_as_json(plain.request_id), "created": b"%d" % time.time()}
+
+
+async def _send_json(status: int, body: bytes, send: Send) -> None:
+    headers = [(b"content-length", b"%d" % len(body)), JSON]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _send_texts(stream: AnswerText, frames: AnswerFrames, values: dict[str, bytes], send: Send) -> bytes:
     """Send the events of all texts but the last.  Returns what has to be sent before that."""
     context = current_request()
     waiting = frames.first.fill(values)
@@ -187,16 +215,16 @@ async def _send_texts(stream: TextStream, frames: StreamFrames, values: dict[str
             waiting = b""
 
 
-async def _ending(plain: PlainRequest, stream: TextStream, values: dict[str, bytes]) -> bytes:
-    """Return the events with which the stream ends, from its last text on."""
-    assert stream.finish_reason is not None
-    frames = await plain.frames.get(stream.finish_reason, stream.stop_reason)
-    num_prompt, num_tokens = len(plain.engine_request.generate.prompt_token_ids), stream.num_tokens
+async def _ending(plain: PlainRequest, text: AnswerText, values: dict[str, bytes]) -> bytes:
+    """Return the events with which a stream ends, from its last text on, or the whole answer."""
+    assert text.finish_reason is not None
+    frames = await plain.frames.get(text.finish_reason, text.stop_reason)
+    num_prompt, num_tokens = len(plain.engine_request.generate.prompt_token_ids), text.num_tokens
     values |= {
         "prompt_tokens": b"%d" % num_prompt,
         "completion_tokens": b"%d" % num_tokens,
         "total_tokens": b"%d" % (num_prompt + num_tokens),
-        "cached_tokens": b"%d" % stream.cached_tokens,
+        "cached_tokens": b"%d" % text.cached_tokens,
     }
     return (frames.last.fill(values) if num_tokens else b"") + frames.tail.fill(values)
 

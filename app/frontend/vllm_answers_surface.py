@@ -1,5 +1,5 @@
-"""What plain streams (plain_streams.py) use of vLLM's serving classes, which is what these do with a request up to the
-engine, and the events that they make of the engine's outputs.
+"""What plain answers (plain_answers.py) use of vLLM's serving classes, which is what these do with a request up to the
+engine, and what they make of the engine's outputs: events of a stream, or a whole answer.
 
 Seen with vLLM 0.32, as app/frontend/vllm_surface.py, which must have been imported before.
 """
@@ -12,13 +12,14 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
-from app.frontend.stream_frames import ID, NUM_CACHED, NUM_LAST, NUM_MIDDLE, NUM_PROMPT, TEXT
+from app.frontend.answer_frames import ID, NUM_CACHED, NUM_LAST, NUM_MIDDLE, NUM_PROMPT, TEXT
 from app.upstream import check_attributes, check_parameters, needed
 
-__all__ = ["PRIORITY_HEADER", "PlainApi", "plain_apis"]
+__all__ = ["LOAD_FORMAT_HEADER", "PRIORITY_HEADER", "PlainApi", "plain_apis"]
 
-with needed("vllm", "serve plain streams without a response model for each token"):
+with needed("vllm", "serve plain answers without a response model for each token"):
     from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
     from vllm.entrypoints.generate.base.serving import PRIORITY_HEADER, GenerateBaseServing
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -63,7 +64,21 @@ with needed("vllm", "serve plain streams without a response model for each token
         *("self", "request", "result_generator", "request_id", "model_name", "conversation", "tokenizer"),
         *("request_metadata", "chat_template_kwargs"),
     )
+    check_parameters(
+        OpenAIServingCompletion.request_output_to_completion_response,
+        *("self", "final_res_batch", "request", "request_id", "created_time", "model_name", "tokenizer"),
+        "request_metadata",
+    )
+    check_parameters(
+        OpenAIServingChat.chat_completion_full_generator,
+        *("self", "request", "result_generator", "request_id", "model_name", "conversation", "tokenizer"),
+        *("request_metadata", "parser", "mm_token_counts"),
+    )
     check_attributes(OnlineRenderer, "render_chat")
+
+LOAD_FORMAT_HEADER = "endpoint-load-metrics-format"
+"""A header that adds one to an answer that is not streamed.  vLLM has the name in its routers, which must not be
+imported as early as this (vllm_surface.let_cancellation_through)."""
 
 SAMPLING = {
     "temperature",
@@ -97,12 +112,12 @@ ANY_VALUE = SAMPLING | {
     "cache_salt",
     "add_special_tokens",
 }
-"""Fields of a plain stream's request; all others, if they are there, have the value that they have by themselves."""
+"""Fields of a plain request; all others, if they are there, have the value that they have by themselves."""
 PLAIN_ROLES = ("system", "user", "assistant")
 
 
 class PlainApi(ABC):
-    """One of vLLM's serving classes, as plain streams use it."""
+    """One of vLLM's serving classes, as plain answers use it."""
 
     id_prefix: str
     engine_id_suffix: str
@@ -118,7 +133,7 @@ class PlainApi(ABC):
         self._may_render_here = isinstance(self._renderer.tokenizer, ThreadSafeHFTokenizerMixin)
 
     def is_offered(self) -> bool:
-        """Whether the server is set up so that a stream can be plain at all."""
+        """Whether the server is set up so that an answer can be plain at all."""
         return self._serving.request_logger is None and not is_mistral_tokenizer(self._renderer.tokenizer)
 
     def parse(self, body: bytes) -> Any:
@@ -126,8 +141,8 @@ class PlainApi(ABC):
         return self._request_class.model_validate(json.loads(body))
 
     def is_plain(self, request: Any) -> bool:
-        """Whether the request asks for one sequence, as a stream of text and nothing else."""
-        if not request.stream or not self._serving.models.is_base_model(request.model):
+        """Whether the request asks for the text of one sequence and nothing else."""
+        if not self._serving.models.is_base_model(request.model):
             return False
         if request.stream_options is not None and request.stream_options.continuous_usage_stats:
             return False
@@ -161,7 +176,10 @@ class PlainApi(ABC):
         return params
 
     def request_id(self, request: Any, raw_request: Request) -> str:
-        return f"{self.id_prefix}{self._serving._base_request_id(raw_request, request.request_id)}"
+        """Return the answer's id, which vLLM's handlers of errors then know too."""
+        request_id = f"{self.id_prefix}{self._serving._base_request_id(raw_request, request.request_id)}"
+        raw_request.state.request_metadata = RequestResponseMetadata(request_id=request_id)
+        return request_id
 
     def session(self, request: Any, raw_request: Request) -> str | None:
         session: str | None = self._serving._get_session_id(request, raw_request)
@@ -181,25 +199,33 @@ class PlainApi(ABC):
         return request.stream_options is not None and bool(request.stream_options.include_usage)
 
     def example(
-        self, finish_reason: str, stop_reason: int | str | None, *, includes_usage: bool
+        self, finish_reason: str, stop_reason: int | str | None, *, is_stream: bool, includes_usage: bool
     ) -> AsyncGenerator[str, None]:
-        """Return vLLM's events of a stream as app/frontend/stream_frames.py wants it for an example."""
+        """Return vLLM's events of a stream, or its whole answer, as answer_frames.py wants it for an example."""
         request = self._example_request(
             {
                 "model": self._serving.models.model_name(None),
-                "stream": True,
+                "stream": is_stream,
                 "max_tokens": 1,
                 "stream_options": {"include_usage": True} if includes_usage else None,
             }
         )
-        outputs = _example_outputs(finish_reason, stop_reason)
-        return self._events(request, outputs)
+        if is_stream:
+            return self._events(request, _example_outputs(finish_reason, stop_reason, NUM_MIDDLE, NUM_LAST))
+        return self._whole(request, _example_outputs(finish_reason, stop_reason, NUM_MIDDLE + NUM_LAST))
+
+    async def _whole(self, request: Any, outputs: AsyncIterator[RequestOutput]) -> AsyncGenerator[str, None]:
+        response = await self._response(request, outputs)
+        yield bytes(JSONResponse(response.model_dump()).body).decode()  # as vLLM's routes
 
     @abstractmethod
     def _example_request(self, fields: dict[str, Any]) -> Any: ...
 
     @abstractmethod
     def _events(self, request: Any, outputs: AsyncIterator[RequestOutput]) -> AsyncGenerator[str, None]: ...
+
+    @abstractmethod
+    async def _response(self, request: Any, outputs: AsyncIterator[RequestOutput]) -> Any: ...
 
 
 class PlainCompletions(PlainApi):
@@ -254,6 +280,17 @@ class PlainCompletions(PlainApi):
             request_metadata=RequestResponseMetadata(request_id=ID),
         )
         return events
+
+    async def _response(self, request: Any, outputs: AsyncIterator[RequestOutput]) -> Any:
+        return self._serving.request_output_to_completion_response(
+            [output async for output in outputs],
+            request,
+            ID,
+            0,
+            request.model,
+            self._renderer.tokenizer,
+            RequestResponseMetadata(request_id=ID),
+        )
 
 
 class PlainChat(PlainApi):
@@ -318,14 +355,28 @@ class PlainChat(PlainApi):
         )
         return events
 
+    async def _response(self, request: Any, outputs: AsyncIterator[RequestOutput]) -> Any:
+        return await self._serving.chat_completion_full_generator(
+            request,
+            outputs,
+            ID,
+            request.model,
+            [],
+            self._renderer.tokenizer,
+            RequestResponseMetadata(request_id=ID),
+        )
+
 
 def _extras(request: Any) -> dict[str, Any]:
     return {} if request.cache_salt is None else {"cache_salt": request.cache_salt}
 
 
-async def _example_outputs(finish_reason: str, stop_reason: int | str | None) -> AsyncIterator[RequestOutput]:
-    """Yield two outputs.  Of the token ids only the numbers count, for which ranges take no memory."""
-    for num_tokens, is_last in ((NUM_MIDDLE, False), (NUM_LAST, True)):
+async def _example_outputs(
+    finish_reason: str, stop_reason: int | str | None, *nums_tokens: int
+) -> AsyncIterator[RequestOutput]:
+    """Yield outputs of so many tokens.  Of the token ids only the numbers count, for which ranges take no memory."""
+    for index, num_tokens in enumerate(nums_tokens, 1):
+        is_last = index == len(nums_tokens)
         ends = {"finish_reason": finish_reason, "stop_reason": stop_reason} if is_last else {}
         output = CompletionOutput(0, TEXT, range(num_tokens), None, None, **ends)
         yield RequestOutput(
@@ -341,7 +392,7 @@ async def _example_outputs(finish_reason: str, stop_reason: int | str | None) ->
 
 
 def plain_apis(state: Any) -> dict[str, PlainApi]:
-    """Return the APIs with plain streams by their path; `state` is that of vLLM's application."""
+    """Return the APIs with plain answers by their path; `state` is that of vLLM's application."""
     if getattr(state, "enable_server_load_tracking", False) or state.args.sse_keep_alive_interval:
         return {}
     apis = {

@@ -1,4 +1,4 @@
-"""The text of one sequence on its way to a client that streams it: detokenized as it comes, merged while it waits."""
+"""The text of one sequence on its way to a client: detokenized as it comes, merged while it waits."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 from app.messages import TokenDelta
 
 
-class TextStream:
+class AnswerText:
     """Takes the deltas of one sequence and gives their text, as vLLM's output processor and its queue would.
 
-    `detokenizer` is vLLM's ``IncrementalDetokenizer``, which also looks for stop strings.
+    `detokenizer` is vLLM's ``IncrementalDetokenizer``, which also looks for stop strings.  If `is_whole`, the text is
+    wanted at the end of the sequence only.
     """
 
-    def __init__(self, detokenizer: Any) -> None:
+    def __init__(self, detokenizer: Any, *, is_whole: bool) -> None:
         self._detokenizer = detokenizer
+        self._is_whole = is_whole
         self._text = ""
         self._error: Exception | None = None
         self._ready = asyncio.Event()
@@ -42,17 +44,19 @@ class TextStream:
         stop_string = self._detokenizer.update(delta.token_ids, delta.finish_reason == "stop")
         self.finish_reason = "stop" if stop_string else delta.finish_reason
         self.stop_reason = stop_string or delta.stop_reason
+        if self._is_whole and self.finish_reason is None:
+            return False
         self._text += self._detokenizer.get_next_output_text(self.finish_reason is not None, True)
         self._ready.set()
         return bool(stop_string) and delta.finish_reason is None
 
     def fail(self, error: Exception) -> None:
-        """End the stream with `error`.  Text that still waits is lost."""
+        """End the text with `error`.  What of it still waits is lost."""
         self._error = error
         self._ready.set()
 
     async def get(self) -> str:
-        """Wait for news and return the text that has come since; raise what the stream failed with."""
+        """Wait for news and return the text that has come since; raise what the sequence failed with."""
         await self._ready.wait()
         self._ready.clear()
         if self._error is not None:

@@ -1,6 +1,6 @@
-"""The events of a stream as bytes with gaps, cut out of the events that vLLM's own generator makes of an example.
+"""An answer as bytes with gaps, cut out of what vLLM's own code makes of an example: events, or one piece of JSON.
 
-So a token needs no response model, and what is sent is what vLLM would send, whatever it puts into an event.
+So no token and no answer needs a response model, and what is sent is what vLLM would send, whatever it puts into it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _GAP = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in GAPS.it
 
 
 class NoExample(Exception):
-    """vLLM's generator did not make of the example what it makes of other streams."""
+    """vLLM did not make of the example what it makes of other requests."""
 
 
 class Template:
@@ -59,8 +59,8 @@ class Template:
         return before, after
 
 
-class StreamFrames(msgspec.Struct, frozen=True):
-    """What a stream consists of, from the first event to the end."""
+class AnswerFrames(msgspec.Struct, frozen=True):
+    """What an answer consists of, from the first event to the end.  An answer that is not streamed is all tail."""
 
     first: Template
     """What comes before the first text; empty for completions."""
@@ -71,7 +71,7 @@ class StreamFrames(msgspec.Struct, frozen=True):
     """What comes after that: the usage, if it is asked for, and the mark of the end."""
 
 
-def frames_of(events: list[str], num_before: int) -> StreamFrames:
+def stream_frames(events: list[str], num_before: int) -> AnswerFrames:
     """Cut up an example: the events of a stream with two texts, of which `num_before` come before the texts.
 
     Raises NoExample.
@@ -84,29 +84,36 @@ def frames_of(events: list[str], num_before: int) -> StreamFrames:
     ]:
         raise NoExample(f"vLLM's stream of an example has the events {events}")
     first, (middle, last), tail = events[:num_before], events[num_before : num_before + 2], events[num_before + 2 :]
-    return StreamFrames(Template("".join(first)), Template(middle), Template(last), Template("".join(tail)))
+    return AnswerFrames(Template("".join(first)), Template(middle), Template(last), Template("".join(tail)))
+
+
+def whole_frames(answers: list[str]) -> AnswerFrames:
+    """Take the one answer of an example that is not streamed.  Raises NoExample."""
+    if len(answers) != 1 or answers[0].count(GAPS["text"]) != 1:
+        raise NoExample(f"vLLM's answer to an example is {answers}")
+    nothing = Template("")
+    return AnswerFrames(nothing, nothing, nothing, Template(answers[0]))
 
 
 Example = Callable[[str, "int | str | None"], AsyncIterator[str]]
-"""Returns vLLM's events of an example that ends for this reason."""
+"""Returns vLLM's events of an example that ends for this reason, or its whole answer."""
 
 
 class FrameCache:
-    """The frames of one kind of stream, by how it ends.  Clients choose stop strings, so only some are kept."""
+    """The frames of one kind of answer, by how it ends.  Clients choose stop strings, so only some are kept."""
 
     MOST = 64
 
-    def __init__(self, example: Example, num_before: int) -> None:
+    def __init__(self, example: Example, cut: Callable[[list[str]], AnswerFrames]) -> None:
         self._example = example
-        self._num_before = num_before
-        self._frames: dict[tuple[str, Any], StreamFrames] = {}
+        self._cut = cut
+        self._frames: dict[tuple[str, Any], AnswerFrames] = {}
 
-    async def get(self, finish_reason: str, stop_reason: int | str | None) -> StreamFrames:
+    async def get(self, finish_reason: str, stop_reason: int | str | None) -> AnswerFrames:
         """Raises NoExample."""
         key = finish_reason, stop_reason
         if (frames := self._frames.get(key)) is None:
-            events = [event async for event in self._example(finish_reason, stop_reason)]
-            frames = frames_of(events, self._num_before)
+            frames = self._cut([part async for part in self._example(finish_reason, stop_reason)])
             if len(self._frames) == self.MOST:
                 self._frames.clear()
             self._frames[key] = frames
