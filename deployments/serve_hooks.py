@@ -7,6 +7,7 @@ module imports Ray, which then reads its flags, so deployments/cluster.py does i
 
 from __future__ import annotations
 
+import contextvars
 from typing import Any
 
 from app.upstream import check_attributes, check_parameters, check_uses, needed
@@ -23,10 +24,14 @@ with needed("ray", "keep replicas whose arguments have not changed"):
 
 with needed("ray", "hand a transfer descriptor from prefill to decode by reference"):
     from ray import ObjectRef
-    from ray.serve.handle import DeploymentHandle, DeploymentResponse
+    from ray.serve._private.common import RequestMetadata
+    from ray.serve._private.replica_result import ReplicaResult
+    from ray.serve._private.utils import generate_request_id
+    from ray.serve.handle import DeploymentHandle
 
-    check_parameters(DeploymentHandle.options, "self", "method_name", "_by_reference")
-    check_parameters(DeploymentResponse._to_object_ref, "self")
+    check_attributes(RequestMetadata, "request_id", "internal_request_id", "call_method", "_by_reference")
+    check_parameters(ReplicaResult.to_object_ref, "self")
+    check_parameters(generate_request_id)
 
 with needed("ray", "call the replica that the frontend has chosen"):
     from ray.serve._private.common import DeploymentID
@@ -78,6 +83,7 @@ __all__ = [
     "ChosenReplicaRouter",
     "DeploymentID",
     "RunningReplica",
+    "call_by_reference",
     "delete_internal_kv",
     "deploy_applications",
     "deployment_id_of",
@@ -85,8 +91,6 @@ __all__ = [
     "fix_version",
     "get_internal_kv",
     "handle_from_outside",
-    "method_by_reference",
-    "object_ref_of",
     "put_internal_kv",
     "serve_details",
 ]
@@ -110,21 +114,24 @@ def fix_version(deployment: Any, version: str) -> None:
     deployment._deployment_config = _FixedVersion(version=version)
 
 
-def method_by_reference(handle: Any, method: str) -> Any:
-    """Return `handle` set up to call `method` so that the answer stays in Ray's object store.
+def call_by_reference(replica: RunningReplica, method: str, *arguments: Any) -> ObjectRef[Any]:
+    """Call a method of this replica and return the reference to its answer, which stays in Ray's object store.
 
-    If Serve made the call by gRPC instead (RAY_SERVE_USE_GRPC_BY_DEFAULT), there would be no reference to the answer.
-    Can go with `object_ref_of`.
+    Serve's handle and router are left out: they have nothing to choose here, and do much for each call.  It is sent
+    at once, and outside the HTTP request's context.  Otherwise Serve would cancel it with the request, and what it
+    answers, which may have to be freed, would be lost.  Raises RayError.
+
+    Can go once a handle can be told which replica to call and ``DeploymentResponse`` has a public way to its reference.
     """
-    return handle.options(method_name=method, _by_reference=True)
-
-
-async def object_ref_of(response: Any) -> ObjectRef[Any]:
-    """Wait until a call made through `method_by_reference` is sent, and return the reference to its answer.
-
-    Raises whatever sending the call raised.  Can go once ``DeploymentResponse`` has a public method for this.
-    """
-    return await response._to_object_ref()
+    metadata = RequestMetadata(
+        request_id=generate_request_id(),
+        internal_request_id=generate_request_id(),
+        call_method=method,
+        _by_reference=True,  # by gRPC there would be no reference to the answer
+    )
+    call = PendingRequest(list(arguments), {"replica_id": replica.replica_id.unique_id}, metadata)
+    result: ReplicaResult = contextvars.Context().run(replica.try_send_request, call, with_rejection=False)
+    return result.to_object_ref()
 
 
 def handle_from_outside(deployment: str, application: str) -> DeploymentHandle[Any]:

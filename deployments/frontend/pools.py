@@ -8,7 +8,6 @@ ways.  If it has been handed to prefill, Ray brings the *reference* to its trans
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any
 
 from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
 
 from app.background import watch
 from app.channel.client import Channel, SubmittedSequence
@@ -28,13 +26,13 @@ from app.messages import GenerateRequest, Role
 from app.routing.role_pools import RolePools
 from deployments.detached import spawn_detached
 from deployments.frontend.pool_channels import PoolChannels, share_backlog
-from deployments.serve_hooks import method_by_reference, object_ref_of
+from deployments.ready_replicas import ready_replicas_of
+from deployments.serve_hooks import call_by_reference, deployment_id_of
 
 logger = logging.getLogger("baton.pools")
 
-CALL_TIMEOUT_S = 10.0
-"""How long a replica may take to begin or to answer a call that it can answer at once.  A replica that stands still is
-given up after that."""
+ABANDON_TIMEOUT_S = 10.0
+"""How long a replica may take to answer `abandon`, which it can at once."""
 ATTACH_TIMEOUT_S, ATTACH_AGAIN_S, ATTACH_DEADLINE_S = 3.0, 0.2, 8.0
 """How long one call of `attach` may take; when it is made again if its answer was lost (then after twice as long, and
 so on); how long all that may take.  Decode itself waits longer for the reference (``limits.prefill_timeout_s``)."""
@@ -93,10 +91,9 @@ class RayDeployment:
 
     def __init__(self, handle: Any, pools: RolePools, home: Role) -> None:
         self.channels = PoolChannels(handle, pools, home)
-        self._prefill = method_by_reference(handle, "prefill")
-        self._abandon = method_by_reference(handle, "abandon")
+        self._ready = ready_replicas_of(deployment_id_of(handle))
+        handle.options()  # with this Serve begins to tell this process which replicas are ready
         self._abandoning: set[asyncio.Task[None]] = set()
-        self._attach = method_by_reference(handle, "attach")
         self._attaching: set[asyncio.Task[None]] = set()
 
     async def generate(
@@ -119,25 +116,20 @@ class RayDeployment:
             channel.finish(sequence)
 
     async def start(self, request: GenerateRequest, replica: str) -> RayHandoff:
+        """The call is on its way when this returns; that it arrives is not awaited."""
         lost = self.channels.channel(replica).lost
-        # The call is made outside the HTTP request's context.  Otherwise Serve would cancel it with the request, and
-        # the descriptor might be lost (see `abandon`).
-        response = contextvars.Context().run(self._prefill.remote, request, replica_id=replica)
-        abandon = partial(self._abandon_later, request.request_id, replica)
-        sending = asyncio.ensure_future(object_ref_of(response))
         try:
-            await asyncio.wait((sending, lost), timeout=CALL_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-            if not sending.done():
-                abandon()  # the call may have reached the replica
-                raise ReplicaLost(replica, "its connection ended" if lost.done() else "it does not take the call")
-            return RayHandoff(replica, sending.result(), lost, abandon)
-        except asyncio.CancelledError:
-            abandon()
-            raise
-        except (RayError, RayServeException) as error:
+            ref = self._call("prefill", replica, request)
+        except RayError as error:
             raise ReplicaLost(replica, type(error).__name__) from error
-        finally:
-            sending.cancel()
+        return RayHandoff(replica, ref, lost, partial(self._abandon_later, request.request_id, replica))
+
+    def _call(self, method: str, replica: str, *arguments: Any) -> ObjectRef[Any]:
+        """Call a method of a ready replica.  Raises ReplicaLost for another, and RayError."""
+        ready = self._ready.find(replica)
+        if ready is None:
+            raise ReplicaLost(replica)
+        return call_by_reference(ready, method, *arguments)
 
     def _abandon_later(self, request_id: str, replica: str) -> None:
         """Start to abandon the prefill, in a task that goes on even if the request is cancelled."""
@@ -148,9 +140,9 @@ class RayDeployment:
 
     async def _abandon_now(self, request_id: str, replica: str) -> None:
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                await self._abandon.remote(request_id, replica_id=replica)
-        except (BatonError, RayError, RayServeException, TimeoutError) as error:
+            async with asyncio.timeout(ABANDON_TIMEOUT_S):
+                await self._call("abandon", replica, request_id)
+        except (BatonError, RayError, TimeoutError) as error:
             # Either the replica is gone, and its prefills with it, or the KV is freed when its lease ends.
             logger.info("prefill_replica=%s cannot abandon: %r", replica, error)
 
@@ -207,13 +199,13 @@ class RayDeployment:
         while not (progress.has_first_token or channel.is_closed):
             try:
                 async with asyncio.timeout(ATTACH_TIMEOUT_S):
-                    await self._attach.remote(channel.channel_id, number, [ref], replica_id=replica)
+                    await self._call("attach", replica, channel.channel_id, number, [ref])
                 return
             except (BatonError, RayTaskError) as error:  # it was not sent, or `attach` itself raised it
                 if not may_have_it:
                     raise
                 lost: Exception = error
-            except (RayError, RayServeException, TimeoutError) as error:
+            except (RayError, TimeoutError) as error:
                 may_have_it, lost = True, error
             logger.warning("decode_replica=%s the answer to attach is lost: %r", replica, lost)
             await asyncio.sleep(again_s)

@@ -77,7 +77,7 @@ def test_ray_has_no_public_name_for_it(owner: Any, name: str) -> None:
 
 
 def test_calls_by_reference_have_no_public_option() -> None:
-    """Else: the underscore in `method_by_reference` in deployments/serve_hooks.py."""
+    """Else: the underscore in `call_by_reference` in deployments/serve_hooks.py."""
     assert "by_reference" not in inspect.signature(DeploymentHandle.options).parameters
 
 

@@ -18,6 +18,7 @@ from app.messages import GenerateRequest, PrefillReport, TokenDelta
 from app.routing.role_pools import RolePools
 from deployments.frontend import pools
 from deployments.frontend.pools import RayDeployment, RayHandoff
+from deployments.ready_replicas import ReadyReplicas
 from tests.unit.waiting import until
 
 DEADLINE_S = 5.0
@@ -46,6 +47,19 @@ class FakeChannel:
         self.finished.append(sequence)
 
 
+def deployment_of(
+    replica: str, channels: Any, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> RayDeployment:
+    """Return a deployment of one replica, which Ray calls by `call`."""
+    ready = ReadyReplicas()
+    ready.update([SimpleNamespace(replica_id=SimpleNamespace(unique_id=replica), replica_metadata={})])
+    monkeypatch.setattr(pools, "PoolChannels", lambda *_: channels)
+    monkeypatch.setattr(pools, "deployment_id_of", lambda handle: handle)
+    monkeypatch.setattr(pools, "ready_replicas_of", lambda _: ready)
+    monkeypatch.setattr(pools, "call_by_reference", call)
+    return RayDeployment(SimpleNamespace(options=lambda: None), RolePools({}), "decode")
+
+
 class Served:
     """A sequence with a handoff that is being decoded, and what Ray has still to say."""
 
@@ -58,15 +72,14 @@ class Served:
         self.prefill_lost: Lost = loop.create_future()
         self.deltas: list[TokenDelta] = []
         channels = SimpleNamespace(channel=lambda replica: self.channel)
-        monkeypatch.setattr(pools, "PoolChannels", lambda *_: channels)
-        handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._attach))
-        pool = RayDeployment(handle, RolePools({}), "decode")
+        pool = deployment_of("d", channels, self._attach, monkeypatch)
         handoff = RayHandoff("p", "reference", self.prefill_lost, lambda: None)
         self.progress = SequenceProgress(self.deltas.append)
         self.task = asyncio.create_task(pool.generate(REQUEST, handoff, "", "d", self.progress))
 
-    async def _attach(self, *arguments: Any, replica_id: str) -> None:
-        self.attached.append((*arguments, replica_id))
+    async def _attach(self, replica: Any, method: str, *arguments: Any) -> None:
+        assert method == "attach"
+        self.attached.append((*arguments, replica.replica_id.unique_id))
         await asyncio.shield(self.answer)
 
     async def begin(self, *deltas: TokenDelta) -> SubmittedSequence:
@@ -163,7 +176,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "ATTACH_TIMEOUT_S", 0.05)
     monkeypatch.setattr(pools, "ATTACH_AGAIN_S", 0.001)
     monkeypatch.setattr(pools, "ATTACH_DEADLINE_S", 0.3)
-    monkeypatch.setattr(pools, "CALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(pools, "ABANDON_TIMEOUT_S", 0.1)
 
 
 Answer = Callable[[Served], None]
@@ -242,32 +255,47 @@ def attaching() -> list[asyncio.Task[Any]]:
     return [task for task in asyncio.all_tasks() if task.get_name() == "attach"]
 
 
-class Unanswered:
-    """A prefill replica that takes no call; it counts them."""
+async def test_a_prefill_is_sent_at_once_and_abandoned_when_nobody_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    answered = asyncio.get_running_loop().create_future()
+    answered.set_result(None)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.called: list[str] = []
-        channel = FakeChannel()
-        monkeypatch.setattr(pools, "PoolChannels", lambda *_: SimpleNamespace(channel=lambda replica: channel))
-        monkeypatch.setattr(pools, "object_ref_of", lambda call: call)
-        self.pool = RayDeployment(SimpleNamespace(options=self._method), RolePools({}), "prefill")
+    def call(replica: Any, *words: Any) -> Any:
+        calls.append((replica.replica_id.unique_id, *words))
+        return answered
 
-    def _method(self, *, method_name: str, **_: Any) -> Any:
-        async def call(*_: Any, replica_id: str) -> None:
-            self.called.append(method_name)
-            await asyncio.Event().wait()
+    channel = FakeChannel()
+    pool = deployment_of("p", SimpleNamespace(channel=lambda _: channel), call, monkeypatch)
+    handoff = await pool.start(REQUEST, "p")
+    assert calls == [("p", "prefill", REQUEST)]
+    assert (handoff.ref, handoff.lost) == (answered, channel.lost)
+    handoff.cancel()
+    await until(lambda: not pool._abandoning)
+    assert calls[1:] == [("p", "abandon", "r")]
 
-        return SimpleNamespace(remote=call)
+
+@pytest.mark.parametrize("error", [RayActorError(), None], ids=["Ray cannot send it", "Serve has removed it"])
+async def test_a_prefill_that_cannot_be_sent_says_that_its_replica_is_lost(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    def call(*_: Any) -> None:
+        assert error is not None
+        raise error
+
+    channels = SimpleNamespace(channel=lambda _: FakeChannel())
+    pool = deployment_of("p" if error else "another", channels, call, monkeypatch)
+    with pytest.raises(ReplicaLost):
+        await pool.start(REQUEST, "p")
 
 
-async def test_a_prefill_that_its_replica_does_not_take_is_given_up(
+async def test_an_abandoned_prefill_that_is_not_answered_is_forgotten(
     monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
-    prefill = Unanswered(monkeypatch)
-    with pytest.raises(ReplicaLost, match="it does not take the call"):
-        await asyncio.wait_for(prefill.pool.start(REQUEST, "p"), DEADLINE_S)
-    await until(lambda: prefill.called == ["prefill", "abandon"])
-    await until(lambda: not prefill.pool._abandoning)
+    never = asyncio.get_running_loop().create_future()
+    channel = FakeChannel()
+    pool = deployment_of("p", SimpleNamespace(channel=lambda _: channel), lambda *_: never, monkeypatch)
+    (await pool.start(REQUEST, "p")).cancel()
+    await until(lambda: not pool._abandoning)
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True], ids=["ended", "cancelled"])
@@ -289,10 +317,8 @@ async def test_attach_outlives_its_sequence(monkeypatch: pytest.MonkeyPatch, is_
 
 async def test_a_prefill_replica_gets_whole_sequences_on_its_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     channel = FakeChannel()
-    monkeypatch.setattr(pools, "PoolChannels", lambda *_: SimpleNamespace(channel=lambda replica: channel))
-    handle = SimpleNamespace(options=lambda **_: None)
     deltas: list[TokenDelta] = []
-    pool = RayDeployment(handle, RolePools({}), "prefill")
+    pool = deployment_of("p", SimpleNamespace(channel=lambda _: channel), lambda *_: None, monkeypatch)
     serving = pool.generate(REQUEST, None, "decode_full", "p", SequenceProgress(deltas.append))
     task = asyncio.create_task(serving)
     await until(lambda: channel.sequences)

@@ -38,17 +38,17 @@ class Handle:
     def __init__(self, role: Role, answers: dict[str, Callable[[], Any]]) -> None:
         self.deployment_name, self.app_name = role, "baton"
         self._answers = answers
-        self.stats = self.options(method_name="stats")
+        self.stats = SimpleNamespace(remote=self._stats)
         self.calls: list[str] = []
+        """The methods that were called by reference."""
 
-    def options(self, *, method_name: str, **_: Any) -> Any:
-        async def call(*_: Any, replica_id: str) -> Any:
-            self.calls.append(method_name)
-            if method_name not in self._answers:
-                await asyncio.Event().wait()
-            return self._answers[method_name]()
+    def options(self) -> Any:
+        return self
 
-        return SimpleNamespace(remote=call)
+    async def _stats(self, *, replica_id: str) -> Any:
+        if "stats" not in self._answers:
+            await asyncio.Event().wait()
+        return self._answers["stats"]()
 
 
 class Cluster:
@@ -61,19 +61,20 @@ class Cluster:
         self.servers = {role: ChannelServer(f"{role}-1", self._run) for role in ROLES}
         self.addresses: dict[Role, dict[str, str]] = {}
         self.runs: list[tuple[FrontendChannel, Submit]] = []
-        for module in (pool_channels, served_model):
+        for module in (pool_channels, pools, served_model):
             monkeypatch.setattr(module, "deployment_id_of", lambda handle: handle.deployment_name)
             monkeypatch.setattr(module, "ready_replicas_of", self.ready.__getitem__)
-        monkeypatch.setattr(pools, "object_ref_of", self._reference)
+        monkeypatch.setattr(pools, "call_by_reference", self._call)
         engine = {"engine": "vllm"}
         config = parse(
             {"models": [{"name": "m", "source": "owner/m", "prefill": engine, "decode": engine}], "transfer": {}}
         )
         self.model = ServedModel(config.models[0], self.handles, config.limits)
 
-    async def _reference(self, call: Any) -> str:
-        call.close()
-        return "reference"
+    def _call(self, replica: Any, method: str, *_: Any) -> Any:
+        role = next(role for role, ready in self.ready.items() if ready.find(replica.replica_id.unique_id) is replica)
+        self.handles[role].calls.append(method)
+        return asyncio.get_running_loop().create_future()
 
     async def _run(self, channel: FrontendChannel, call: Submit) -> None:
         self.runs.append((channel, call))
