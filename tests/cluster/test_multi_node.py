@@ -37,6 +37,8 @@ TOKENS_PER_S = 50
 
 Document = dict[str, Any]
 
+pytestmark = pytest.mark.timeout(600)  # the first one waits for seven nodes and for what they serve
+
 
 def simulated(**bounds: int) -> Document:
     """The profile with engines that compute nothing; `bounds` are min_replicas of pools.
