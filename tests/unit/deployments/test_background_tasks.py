@@ -308,9 +308,13 @@ async def test_a_replica_that_is_told_to_look_does_not_wait_for_its_next_look(
     replicas: dict[str, Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "TOLD_POLL_S", 3600.0)
-    read = asyncio.Event()
-    monkeypatch.setattr(roles, "get_internal_kv", lambda key: (loop.call_soon_threadsafe(read.set), KV.get(key))[1])
-    loop = asyncio.get_running_loop()
+    loop, read = asyncio.get_running_loop(), asyncio.Event()
+
+    def get(key: str) -> Any:
+        loop.call_soon_threadsafe(read.set)
+        return KV.get(key)
+
+    monkeypatch.setattr(roles, "get_internal_kv", get)
     for _ in range(2):  # the second one is followed by the long rest
         read.clear()
         replicas["prefill"]._roles.look()
