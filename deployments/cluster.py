@@ -38,6 +38,9 @@ RAY_FLAGS = {
     # A connection to another machine that acknowledges nothing ends after 10 s, as the channel's do, and calls on it
     # fail instead of waiting; with the default of 120 s they still wait when the network has long been whole again.
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
+    # With fewer files than this, 1,000 by default, the monitor of log files looks for new ones ten times a second, else
+    # twice, which saves 2 of the 3 ms that it takes of each.  `baton run --verbose` shows a new process's lines later.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     "RAY_worker_niceness": "0",  # Ray's default is 15: on a busy machine serving would come last
     "RAY_raylet_start_wait_time_s": "120",  # 30 s are not enough on two busy cores
 }

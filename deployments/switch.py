@@ -36,7 +36,8 @@ def switch(
     found, index = find_model(applications, name)
     application, model = found["name"], parse(found["args"]).models[index]
     warnings = check_trade(f"models.{index}", model)
-    members = _members(application, model, details)
+    handles = {home: handle_from_outside(model.deployment_name(home), application) for home in SWITCHABLE}
+    members = _members(application, model, details, handles)
     num_prefill = check_targets(model, targets, len(members))
     before = {member.replica: member.role for member in members}
     after = reassign(members, num_prefill)
@@ -47,6 +48,8 @@ def switch(
     homes = {member.replica: member.home for member in members}
     assigned = {replica: role for replica, role in after.items() if role != homes[replica]}
     write_roles(application, model.name, _absent(application, model, details, homes) | assigned)
+    for replica, home in homes.items():  # all, as each heeds the others' roles; one that is not reached looks later
+        handles[home].look_at_roles.remote(replica_id=replica)
     lines = []
     for replica, role, seconds in _wait(application, homes, changes, began, patience_s):
         lines.append(f"{replica}: {before[replica]} -> {role} after {seconds:.3f} s")
@@ -74,14 +77,16 @@ def check_targets(model: ModelConfig, targets: Mapping[str, Bounds], num_running
     return targets["prefill"].low
 
 
-def _members(application: str, model: ModelConfig, details: Mapping[str, Any]) -> list[Member]:
+def _members(
+    application: str, model: ModelConfig, details: Mapping[str, Any], handles: Mapping[Role, Any]
+) -> list[Member]:
     """Return the running replicas of the two pools with their present roles and how much they have to do."""
     deployments, roles = details["applications"][application]["deployments"], read_roles(application, model.name)
     members: list[Member] = []
     for home in SWITCHABLE:
         name = model.deployment_name(home)
         running = [r["replica_id"] for r in deployments[name]["replicas"] if r["state"].value == "RUNNING"]
-        work = _work(handle_from_outside(name, application), running)
+        work = _work(handles[home], running)
         members += [Member(replica, home, roles.get(replica, home), work[replica]) for replica in running]
     return members
 

@@ -54,7 +54,7 @@ from deployments.replica.prefill import PrefillHalf
 from deployments.replica.prefill_peers import RayPrefillPeers
 from deployments.replica.publisher import Publisher
 from deployments.replica.sequences import Sequences
-from deployments.roles import POLL_S, RoleWatch
+from deployments.roles import POLL_S, TOLD_POLL_S, RoleWatch
 
 logger = logging.getLogger("baton.worker")
 
@@ -205,7 +205,7 @@ class Worker:
             if self.role != self._recorded_role:
                 await (self._roles.forget() if self.role == self.home else self._roles.tell(self.role))
                 self._recorded_role = self.role
-            await asyncio.sleep(POLL_S)
+            await self._roles.wait(TOLD_POLL_S if self._model.gpus is None else POLL_S)
 
     async def _switch(self, role: Role) -> None:
         """Change the role.  What runs goes on, and what is on its way is served too."""
@@ -343,6 +343,11 @@ class Worker:
     async def stats(self, *, replica_id: str) -> EngineStats:
         self.check_is_me(replica_id)
         return msgspec.structs.replace(await self._engine.stats(), num_probes=self._decodes.num_probes)
+
+    async def look_at_roles(self, *, replica_id: str) -> None:
+        """Be told that the assignment of roles has changed (deployments/roles.py)."""
+        self.check_is_me(replica_id)
+        self._roles.look()
 
     async def prefill(self, request: GenerateRequest, *, replica_id: str) -> bytes:
         """As `PrefillHalf.prefill`."""

@@ -186,7 +186,11 @@ def test_serve_has_a_port_that_all_clusters_would_share(variable: str, defaults:
 @pytest.mark.parametrize("flag", [name for name in RAY_FLAGS if not name.startswith("RAY_SERVE_")])
 def test_ray_knows_a_flag(flag: str) -> None:
     """Else: the flag in RAY_FLAGS in deployments/cluster.py."""
-    assert flag.removeprefix("RAY_").encode() in (RAY / "core/src/ray/raylet/raylet").read_bytes()
+    of_python = (RAY / "_private/log_monitor.py").read_text()
+    assert (
+        f'"{flag}"' in of_python
+        or flag.removeprefix("RAY_").encode() in (RAY / "core/src/ray/raylet/raylet").read_bytes()
+    )
 
 
 # vLLM's server

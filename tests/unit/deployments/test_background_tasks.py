@@ -33,6 +33,10 @@ ENDS_THE_REPLICA = {"engine-health", "sim-steps"}
 """What cannot begin anew; all others do."""
 
 
+RESTS = [(module, "TOLD_POLL_S"), (module, "HEALTH_POLL_S"), (worker_metrics, "PERIOD_S"), (progress, "REST_S")]
+"""How long tasks rest that have nothing to do."""
+AS_SERVED = [(where, name, getattr(where, name)) for where, name in RESTS]
+
 KV: dict[str, Any] = {}
 """Ray's."""
 
@@ -142,7 +146,7 @@ async def replicas(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.setattr(worker_metrics, "PERIOD_S", 0.05)
     monkeypatch.setattr(module, "RayPrefillPeers", Peers)
     monkeypatch.setattr(module, "DeploymentHandle", lambda *_: None)
-    monkeypatch.setattr(module, "POLL_S", 0.01)
+    monkeypatch.setattr(module, "TOLD_POLL_S", 0.01)
     monkeypatch.setattr(roles, "get_internal_kv", KV.get)
     monkeypatch.setattr(roles, "put_internal_kv", KV.__setitem__)
     monkeypatch.setattr(roles, "delete_internal_kv", lambda key: KV.pop(key, None))
@@ -185,6 +189,28 @@ async def test_each_task_of_a_replica_has_an_owner(replicas: dict[str, Worker]) 
         worker: Any = replicas[role]
         owned = {task.get_name() for task in before if is_watched(task, worker)}
         assert owned == expected, "a new one belongs into one of the two tests below"
+
+
+async def test_a_replica_at_rest_wakes_ten_times_a_second_at_most(
+    replicas: dict[str, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the times for which its tasks rest, not by the clock.  Ray's and Serve's own timers come on top."""
+    loop, rests = asyncio.get_running_loop(), dict[str, dict[str, float]]()
+    call_at, worker_of = loop.call_at, {worker: role for role, worker in replicas.items()}
+
+    def note(when: float, *arguments: Any, **keywords: Any) -> asyncio.TimerHandle:
+        task = asyncio.current_task()
+        for worker, role in worker_of.items():
+            if task is not None and is_watched(task, worker):
+                rests.setdefault(role, {})[task.get_name()] = when - loop.time()
+        return call_at(when, *arguments, **keywords)
+
+    for where, name, seconds in AS_SERVED:
+        monkeypatch.setattr(where, name, seconds)
+    monkeypatch.setattr(loop, "call_at", note)
+    expected = {"engine-health", "follow-role", "sim-progress", "watch-load", "worker-metrics"}
+    await until(lambda: all(rests.get(role, {}).keys() >= expected for role in replicas))
+    await until(lambda: all(sum(1 / seconds for seconds in of_role.values()) < 10 for of_role in rests.values()))
 
 
 async def throw_into(worker: Any, name: str, error: Exception) -> None:
@@ -276,6 +302,26 @@ async def test_a_replica_follows_its_assignment_and_loses_nothing(replicas: dict
     assert await generate(channel, [4] * 40) == 20
     another.close()
     channel.close()
+
+
+async def test_a_replica_that_is_told_to_look_does_not_wait_for_its_next_look(
+    replicas: dict[str, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOLD_POLL_S", 3600.0)
+    loop, read = asyncio.get_running_loop(), asyncio.Event()
+
+    def get(key: str) -> Any:
+        loop.call_soon_threadsafe(read.set)
+        return KV.get(key)
+
+    monkeypatch.setattr(roles, "get_internal_kv", get)
+    for _ in range(2):  # the second one is followed by the long rest
+        read.clear()
+        replicas["prefill"]._roles.look()
+        await asyncio.wait_for(read.wait(), 5)
+    roles.write_roles("a", "m", {"p": "decode"})
+    await replicas["prefill"].look_at_roles(replica_id="p")
+    await until(lambda: replicas["prefill"].role == "decode")
 
 
 async def test_a_replica_that_decodes_now_probes_those_that_prefill_now(replicas: dict[str, Worker]) -> None:
