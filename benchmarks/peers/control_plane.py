@@ -6,21 +6,24 @@
 `vllm-rs`                   vLLM's Rust front end over another engine that computes nothing (vllm_rs.py): the floor
                             for the same if it were in Rust
 `baton-sim`                 Baton with a decode pool of sim engines
-`baton-sim-pd`              the same with prefill apart, so with a handoff for each request
+`baton-sim-2`, -4, -8       the same with so many frontends, which share the port
+`baton-sim-pd`              `baton-sim` with prefill apart, so with a handoff for each request
 `dynamo`                    NVIDIA Dynamo: its frontend with the KV router, and its mocker as the engine
 `ray-llm-sim`               Ray Serve LLM's OpenAI application with its defaults, over the engine of `vllm-fake`
 `ray-llm-sim-direct`        the same with what its documentation names for throughput: HAProxy, direct streaming, gRPC
 `sglang-router-fake`        sglang-router in front of `vllm-fake`: less `vllm-fake` it is the router's cost alone
 ==========================  ===============================================================================
 
-Each is one engine behind one frontend.  Full speed shows how much load a server can take, and what it adds to the TTFT.
-But a server that puts several tokens into one event can then put many into each.  With `Setup.token_ms`, every engine
-makes one token of each sequence in each step, all steps take the same time, and nearly every token is an event.
+Each is one engine behind one frontend, but for `baton-sim-2` to -8.  Full speed shows how much load a server can take,
+and what it adds to the TTFT.  But a server that puts several tokens into one event can then put many into each.  With
+`Setup.token_ms`, every engine makes one token of each sequence in each step, all steps take the same time, and nearly
+every token is an event.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,12 @@ def _plan_sglang_router(setup: Setup, folder: Path) -> Plan:
 
 def _plan_baton_sim(setup: Setup, folder: Path) -> Plan:
     return run_baton(setup, folder, sim_document(setup, folder, is_disaggregated=False))
+
+
+def _plan_baton_frontends(setup: Setup, folder: Path, num: int) -> Plan:
+    document = sim_document(setup, folder, is_disaggregated=False)
+    document["applications"][0]["args"]["frontend"]["replicas"] = num
+    return run_baton(setup, folder, document)
 
 
 def _plan_baton_sim_pd(setup: Setup, folder: Path) -> Plan:
@@ -179,6 +188,7 @@ TARGETS: dict[str, Planner] = {
     "vllm-fake": _plan_vllm_fake,
     "vllm-rs": _plan_vllm_rs,
     "baton-sim": _plan_baton_sim,
+    **{f"baton-sim-{num}": partial(_plan_baton_frontends, num=num) for num in (2, 4, 8)},
     "baton-sim-pd": _plan_baton_sim_pd,
     "dynamo": _plan_dynamo,
     "ray-llm-sim": _plan_ray_llm_sim,
