@@ -49,11 +49,13 @@ def check_thoroughly(document: dict[str, Any]) -> str:
     This takes seconds.  Raises ConfigError.
     """
     from deployments.build import check_autoscaling
+    from deployments.process import without_collections
 
     device = check_document(document)
     for config in configs(document):
         check_autoscaling(config)
-        check_with_vllm(config, check_config(config, [local_gpus()]))
+        with without_collections():
+            check_with_vllm(config, check_config(config, [local_gpus()]))
         if runs_here():
             check_with_sglang(config)
     return device

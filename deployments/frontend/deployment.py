@@ -21,7 +21,7 @@ from app.frontend.routing_metrics import RoutingMetrics
 from app.messages import Role
 from deployments.frontend.served_model import ServedModel
 from deployments.guard import be_guarded
-from deployments.process import adopt_serve_logging, freeze_heap
+from deployments.process import adopt_serve_logging, freeze_heap, without_collections
 from deployments.serve_hooks import AsgiIngress
 
 logger = logging.getLogger("baton.frontend")
@@ -42,7 +42,8 @@ class Frontend(AsgiIngress):
         ]
         self._name = serve.get_replica_context().replica_id.unique_id
         orchestrators = [model.orchestrator for model in self._models]
-        self._app = await build_server(config, orchestrators, self._health, self._stats)
+        with without_collections():
+            self._app = await build_server(config, orchestrators, self._health, self._stats)
         routers = {model.name: model.router for model in self._models}
         quarantines = {model.name: model.orchestrator.quarantine for model in self._models}
         wakers = {model.name: waker for model in self._models if (waker := model.orchestrator.waker) is not None}

@@ -45,7 +45,7 @@ from app.ports import reserve_port
 from app.recent_load import RecentLoad
 from deployments.detached import spawn_detached
 from deployments.guard import be_guarded
-from deployments.process import adopt_serve_logging, freeze_heap, keep_serve_logging
+from deployments.process import adopt_serve_logging, freeze_heap, keep_serve_logging, without_collections
 from deployments.replica.decode import DecodeHalf
 from deployments.replica.link_record import LinkRecord
 from deployments.replica.links import LinkKeeper
@@ -93,7 +93,7 @@ class Worker:
         self._death: EngineDead | None = None
         self._engine: Engine = self.create_engine(pool.engine, spec)
         try:
-            with keep_serve_logging():
+            with keep_serve_logging(), without_collections():
                 self._info: EngineInfo = await self._engine.start()
             self._pace = self._engine.prompt_queue.pace = await self._measure_pace(spec)
             self._make_halves(spec)

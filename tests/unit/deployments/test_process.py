@@ -1,7 +1,8 @@
-"""The log of a replica's process, when an engine in it sets up logging too."""
+"""The log of a replica's process, when an engine in it sets up logging too, and its garbage collector."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import logging.config
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.process import adopt_serve_logging, keep_serve_logging
+from deployments.process import adopt_serve_logging, keep_serve_logging, without_collections
 
 
 @pytest.fixture
@@ -65,3 +66,10 @@ def test_a_full_disk_does_not_end_the_replica(monkeypatch: pytest.MonkeyPatch) -
         buffer.setTarget(logging.StreamHandler(full))
         logging.getLogger("baton.worker").warning("this cannot be written")
     assert stderr.num_lines == 0
+
+
+def test_garbage_is_looked_for_again_after_a_start_that_failed() -> None:
+    with suppress(ValueError), without_collections():
+        assert not gc.isenabled()
+        raise ValueError
+    assert gc.isenabled()
