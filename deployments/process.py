@@ -44,7 +44,8 @@ def keep_serve_logging() -> Generator[None, None, None]:
 def without_collections() -> Generator[None, None, None]:
     """Look for no garbage in a block that imports an engine or a server.
 
-    What that makes stays.  The collector would walk it again and again, a seventh of the CPU of the whole import.
+    What that makes stays.  The collector would walk it again and again: ``import vllm.entrypoints.openai.api_server`` took
+    8.8 to 13.0 s of CPU with it and 7.0 to 7.4 s without.
     """
     gc.disable()
     try:
