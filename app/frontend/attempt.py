@@ -204,6 +204,10 @@ class Attempt:
                 raise PrefillFailed("the prefill replica is gone")
             without = job.lost | job.suspects
             self._in_flight.choose_again(lambda: self._router.receiver(job.request, job.hints, without, decision))
+        except asyncio.CancelledError:
+            # Decode gets the handoff all the same, and is cancelled with it: only its engine can free the KV of a
+            # prefill that is over.
+            _cancel_later()
         except BaseException:
             handoff.cancel()
             raise
@@ -326,6 +330,14 @@ def _to_prefill(request: GenerateRequest, prefill: Candidate, attempt: int) -> G
         expected_cached_tokens=prefill.cached_tokens,
         sent_at=time.time(),
     )
+
+
+def _cancel_later() -> None:
+    """Cancel the current task where it waits next, instead of here, where it is being cancelled."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()
+    task.cancel()
 
 
 def _has_failed(report: PrefillReport) -> bool:

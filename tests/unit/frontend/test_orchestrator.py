@@ -881,13 +881,21 @@ async def test_a_prefill_replica_that_is_lost_meanwhile_is_replaced() -> None:
     assert [handoff.is_cancelled for handoff in prefill.handoffs] == [True, False]
 
 
-async def test_cancelling_meanwhile_cancels_the_prefill() -> None:
-    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], [LAST])
-    server, task, _ = await prefilling(prefill, decode)
+async def test_cancelling_meanwhile_cancels_the_prefill_and_lets_decode_free_what_it_has_computed() -> None:
+    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], [HANG])
+    server, task, before = await prefilling(prefill, decode)
     assert isinstance(await ended(task), asyncio.CancelledError)
     assert prefill.handoffs[0].is_cancelled
-    assert decode.calls == []
+    assert decode.calls == [Call(request(), prefill.handoffs[0], "", before)]
     assert loads(server) == {"prefill": Counter(), "decode": Counter()}
+
+
+async def test_a_time_limit_meanwhile_is_a_time_limit() -> None:
+    prefill, decode = FakePrefill("p"), FakeDecode(["d0", "d1"], [HANG])
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(LOOK_AGAIN_S / 2):
+            await served(orchestrator(prefill, decode, info={"pace": SLOW}))
+    assert len(decode.calls) == 1
 
 
 @pytest.mark.parametrize(
