@@ -31,7 +31,7 @@ from tests.engine_contract import Pair
 from tests.engines import workers
 from tests.engines.engine_process import EngineProcess, engine_process, vllm_spec
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 CONFIG = REPOSITORY / "cluster" / "local" / "two-engines.yaml"
 SGLANG_AGGREGATED = "tiny-sglang-aggregated"
 SIM = "tiny-sim"
