@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from os.path import commonprefix
 from typing import Any
 
 import httpx
@@ -102,11 +101,7 @@ def test_every_prompt_of_a_list_is_answered_from_its_own_kv(real: Baton) -> None
     together = [choice.text for choice in real.complete(PROMPTS, **options).choices]
     one_by_one = [real.complete(prompt, max_tokens=24).choices[0].text for prompt in PROMPTS]
     assert len(set(one_by_one)) == len(PROMPTS)
-
-    # Not all of the text: in bfloat16 a batch rounds in another way than one sequence does.
-    for number, text in enumerate(together):
-        alike = [len(commonprefix([text, alone])) for alone in one_by_one]  # noqa: RUF071  texts, not paths
-        assert alike[number // 3] == max(alike), f"answer {number} begins like that to another prompt"
+    assert together == [text for text in one_by_one for _ in range(3)]
 
 
 def test_min_tokens_binds_decode(real: Baton) -> None:
