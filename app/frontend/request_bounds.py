@@ -111,7 +111,8 @@ class RequestBounds:
         """Run `translate`, which translates a schema or grammar, in a thread, and return what it returns.
 
         Raises InvalidRequest if a request's schemas take longer than ``limits.schema_timeout_s``, and Overloaded if
-        those of others kept all threads busy for so long.  A late thread cannot be ended; its result is dropped.
+        those of others kept all threads busy for so long.  A late thread cannot be ended: its result is dropped, and the
+        request gets no other one beside it.
         """
         began: list[float] = []
 
@@ -128,6 +129,7 @@ class RequestBounds:
             except TimeoutError:
                 if not began:
                     raise Overloaded(self._limits.schema_timeout_s) from None
+                context.schema_s = self._limits.schema_timeout_s
                 raise self._too_slow() from None
             finally:
                 context.schema_s += time.monotonic() - began[0] if began else 0.0

@@ -373,7 +373,7 @@ async def pair(real: Baton) -> Pair:
         num_tokens_of_slow=LONG_PROMPT_TOKENS,
         can_decode_prefill=is_vllm,
         can_prefill_decode=is_vllm,
-        is_exact=cpu_dtype() == "float32",
+        is_exact=real.dtype == "float32",
         keeps_kv=is_vllm,
     )
     await pair.until_idle()

@@ -296,7 +296,7 @@ async def grows(app: Application, role: str, wave: dict[str, Any], while_stays: 
         assert plan["wanted"] > 1
         assert plan["reason"]
         assert plan["signals"]
-    assert seen == {1}, f"{while_stays} grew too"
+    assert seen == {1}, f"{while_stays} grew too: {app.plan(f'{while_stays}-tiny')}"
     await app.until(lambda: app.targets() == {"prefill": 1, "decode": 1}, 20, f"{role} returns")
 
 

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from typing import Any
 
 import httpx
@@ -236,14 +237,14 @@ async def test_a_schema_that_takes_long_is_refused_and_nobody_waits_for_it(
 
 
 async def test_the_schemas_of_one_request_have_one_thread_and_one_deadline() -> None:
-    bounds, context = RequestBounds(LimitsConfig(schema_timeout_s=0.3), 100), RequestContext()
+    bounds, context = RequestBounds(LimitsConfig(schema_timeout_s=1.5), 100), RequestContext()
     running, most = 0, 0
 
     def translate() -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
-        time.sleep(0.2)
+        time.sleep(1)
         running -= 1
 
     results = await asyncio.gather(
@@ -254,6 +255,30 @@ async def test_the_schemas_of_one_request_have_one_thread_and_one_deadline() -> 
     assert isinstance(results[1], InvalidRequest)
     assert isinstance(results[2], InvalidRequest)
     bounds.close()
+
+
+async def test_a_request_whose_schema_is_late_gets_no_second_thread_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if its thread began late, and has not had all of the request's time when that is over."""
+    bounds, context, go_on = RequestBounds(LimitsConfig(schema_timeout_s=0.3), 100), RequestContext(), threading.Event()
+    submit, num_begun = bounds._threads.submit, 0
+
+    def submit_late(timed: Callable[[], Any]) -> Future[Any]:
+        return submit(lambda: (time.sleep(0.1), timed()))
+
+    def translate() -> None:
+        nonlocal num_begun
+        num_begun += 1
+        go_on.wait(DEADLINE_S)
+
+    monkeypatch.setattr(bounds._threads, "submit", submit_late)
+    try:
+        late = [bounds.beside_the_loop(context, translate) for _ in range(3)]
+        results = await asyncio.gather(*late, return_exceptions=True)
+    finally:
+        go_on.set()
+        bounds.close()
+    assert [type(result) for result in results] == [InvalidRequest] * 3
+    assert num_begun == 1
 
 
 async def test_a_request_whose_turn_does_not_come_is_told_to_come_again() -> None:
