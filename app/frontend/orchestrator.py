@@ -31,7 +31,16 @@ from functools import partial
 import msgspec
 
 from app.config import LimitsConfig
-from app.errors import BatonError, EngineDead, InvalidRequest, NoReplica, PrefillFailed, ReplicaLost, TakenElsewhere
+from app.errors import (
+    BatonError,
+    EngineDead,
+    EngineFailed,
+    InvalidRequest,
+    NoReplica,
+    PrefillFailed,
+    ReplicaLost,
+    TakenElsewhere,
+)
 from app.frontend.attempt import Attempt, DecodePool, Job, Pools, PrefillPool
 from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.time_limits import Overdue, in_time
@@ -140,6 +149,8 @@ class Orchestrator:
                 return False
             except BaseException as error:
                 attempt.give_up(error, token_is_overdue=overdue.what == "token")
+                if isinstance(error, EngineFailed) and self._may_repeat(job, attempt, error):
+                    return False
                 raise
             return True
         finally:
@@ -165,6 +176,24 @@ class Orchestrator:
         if not self.retry_budget.take():
             logger.warning("request_id=%s is not tried again: the retry budget is spent", job.request.request_id)
             raise NoReplica(pool, "failed this request, and too many were tried again lately") from error
+
+    def _may_repeat(self, job: Job, attempt: Attempt, error: EngineFailed) -> bool:
+        """Whether a sequence that its engine failed, and nothing else, may be tried again; elsewhere, if possible.
+
+        Not after its first token: it may be a token that nobody could take.
+        """
+        job.num_failed, job.num_failed_on_engines = job.num_failed + 1, job.num_failed_on_engines + 1
+        if (
+            job.progress.token_ids
+            or job.num_failed >= self._limits.max_attempts
+            or job.num_failed_on_engines >= MAX_FAILED_ON_ENGINES
+            or not self.retry_budget.take()
+        ):
+            return False
+        job.suspects.add(attempt.serving)
+        job.why_again = "lost"
+        logger.warning("request_id=%s is tried again: %s failed it: %s", job.request.request_id, attempt.serving, error)
+        return True
 
     def _resume(self, job: Job, attempt: Attempt, error: BatonError) -> None:
         """Have the next attempt go on after the tokens that there are.  Raises ReplicaLost if this was the last one.

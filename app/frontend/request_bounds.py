@@ -111,8 +111,8 @@ class RequestBounds:
         """Run `translate`, which translates a schema or grammar, in a thread, and return what it returns.
 
         Raises InvalidRequest if a request's schemas take longer than ``limits.schema_timeout_s``, and Overloaded if
-        those of others kept all threads busy for so long.  A late thread cannot be ended: its result is dropped, and the
-        request gets no other one beside it.
+        those of others kept all threads busy for so long.  A late thread cannot be ended: its result is dropped, and
+        the request gets no other one beside it.
         """
         began: list[float] = []
 

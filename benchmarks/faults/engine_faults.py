@@ -105,6 +105,7 @@ VLLM = (
     EngineFault("decode engine", "read of KV", f"{_NIXL}.pull_worker:NixlPullConnectorWorker._read_blocks_for_req"),
     EngineFault("decode engine", "lease plug-in", f"{_LEASE}:Leases.judge"),
     EngineFault("decode engine", "question for the clock", f"{_LEASE}:PeerClock._timed_ask", then="goes on"),
+    EngineFault("decode engine", "new request", "vllm.v1.request:Request.__init__", then="goes on"),
 )
 _PD = "sglang.srt.disaggregation"
 SGLANG = (

@@ -151,9 +151,11 @@ async def test_internal_errors_of_one_replica_alone_have_it_avoided() -> None:
                 raise errors.EngineFailed("CUDA error")
             await super().generate(request, *rest)
 
-    server = orchestrator(None, Broken(["d0", "d1"]))
+    server = orchestrator(None, decode := Broken(["d0", "d1"]))
     hold_prompt(server, "decode", "d0")
-    assert await outcomes(server, PROMPT) == Counter(EngineFailed=3, served=NUM_REQUESTS - 3)
+    assert await outcomes(server, PROMPT) == Counter(served=NUM_REQUESTS)
+    assert server._router.ejections.is_ejected("d0")
+    assert decode.served_by == Counter(d1=NUM_REQUESTS)
 
 
 async def test_a_replica_that_got_a_request_when_its_time_was_nearly_over_is_not_blamed() -> None:

@@ -518,11 +518,43 @@ async def test_what_the_engines_cannot_resume_stays_once_it_has_tokens(sampling:
     assert len(decode.calls) == (1 if sampling and has_token else 2)
 
 
-@pytest.mark.parametrize("error", [InvalidRequest("no"), EngineFailed("no")])
-async def test_an_error_of_the_request_itself_is_not_tried_again(error: Exception) -> None:
-    decode = FakeDecode(["d0", "d1"], [error])
-    with pytest.raises(type(error)):
+async def test_an_error_of_the_request_itself_is_not_tried_again() -> None:
+    decode = FakeDecode(["d0", "d1"], [InvalidRequest("no")])
+    with pytest.raises(InvalidRequest):
         await served(orchestrator(FakePrefill("p"), decode))
+    assert len(decode.calls) == 1
+
+
+@pytest.mark.parametrize("replicas", [["d0", "d1", "d2"], ["d0"]], ids=["of three", "of one"])
+async def test_what_an_engine_failed_alone_is_tried_once_more_and_elsewhere_if_there_is_another(
+    replicas: list[str],
+) -> None:
+    decode = FakeDecode(replicas, [EngineFailed("no")], [REMOTE, LAST])
+    server = orchestrator(FakePrefill("p"), decode)
+    assert await served(server) == [REMOTE, LAST]
+    assert len({call.replica for call in decode.calls}) == min(len(replicas), 2)
+    decode = FakeDecode(replicas, [EngineFailed("no")])
+    with pytest.raises(EngineFailed):
+        await served(server := orchestrator(FakePrefill("p"), decode))
+    assert len(decode.calls) == 2
+    assert server.quarantine.num_quarantined == 0
+
+
+async def test_what_an_engine_failed_after_its_first_token_is_not_tried_again() -> None:
+    """It may be a token that the frontend itself could not take (app/channel/client.py)."""
+    decode = FakeDecode(["d0", "d1"], [FIRST, EngineFailed("no")])
+    with pytest.raises(EngineFailed):
+        await served(orchestrator(FakePrefill("p"), decode))
+    assert len(decode.calls) == 1
+
+
+async def test_what_engines_fail_is_tried_again_only_within_the_retry_budget() -> None:
+    decode = FakeDecode(["d0", "d1"], [EngineFailed("no")])
+    server = orchestrator(FakePrefill("p"), decode)
+    while server.retry_budget.take():
+        pass
+    with pytest.raises(EngineFailed):
+        await served(server)
     assert len(decode.calls) == 1
 
 

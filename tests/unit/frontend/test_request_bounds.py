@@ -262,8 +262,12 @@ async def test_a_request_whose_schema_is_late_gets_no_second_thread_beside_it(mo
     bounds, context, go_on = RequestBounds(LimitsConfig(schema_timeout_s=0.3), 100), RequestContext(), threading.Event()
     submit, num_begun = bounds._threads.submit, 0
 
-    def submit_late(timed: Callable[[], Any]) -> Future[Any]:
-        return submit(lambda: (time.sleep(0.1), timed()))
+    def submit_late(timed: Callable[[], None]) -> Future[None]:
+        def late() -> None:
+            time.sleep(0.1)
+            timed()
+
+        return submit(late)
 
     def translate() -> None:
         nonlocal num_begun
