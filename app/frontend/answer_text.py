@@ -20,7 +20,10 @@ class AnswerText:
         self._is_whole = is_whole
         self._text = ""
         self._error: Exception | None = None
-        self._ready = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._has_news = False
+        self._waiter: asyncio.Future[None] | None = None
+        """Of whoever waits for news; an asyncio.Event would do, but takes twice as long."""
         self._has_begun = False
         self.finish_reason: str | None = None
         """Why the sequence has ended; None until it has."""
@@ -47,18 +50,28 @@ class AnswerText:
         if self._is_whole and self.finish_reason is None:
             return False
         self._text += self._detokenizer.get_next_output_text(self.finish_reason is not None, True)
-        self._ready.set()
+        self._tell()
         return bool(stop_string) and delta.finish_reason is None
 
     def fail(self, error: Exception) -> None:
         """End the text with `error`.  What of it still waits is lost."""
         self._error = error
-        self._ready.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        self._has_news = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def get(self) -> str:
-        """Wait for news and return the text that has come since; raise what the sequence failed with."""
-        await self._ready.wait()
-        self._ready.clear()
+        """Wait for news and return the text that has come since; raise what the sequence failed with.
+
+        Only one task at a time may wait.
+        """
+        if not self._has_news:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        self._has_news = False
         if self._error is not None:
             raise self._error
         text, self._text = self._text, ""

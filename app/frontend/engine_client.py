@@ -67,7 +67,6 @@ from app.routing.decision import RoutingHints
 
 logger = logging.getLogger("baton.engine_client")
 
-_DEFAULT_SAMPLING = SamplingParams()
 _FINISH_REASONS = {str(reason): reason for reason in FinishReason}
 # These fields concern the output processor in this process: it detokenizes and streams, whatever the caller asked for.
 _FRONTEND_FIELDS = {
@@ -79,6 +78,12 @@ _FRONTEND_FIELDS = {
     "include_stop_str_in_output",
     "output_text_buffer_length",
 }
+# The others with their defaults, without those that are derived from the model: the engine derives them again.
+_ENGINE_FIELDS = [
+    (name, getattr(SamplingParams(), name))
+    for name in SamplingParams.__struct_fields__
+    if name not in _FRONTEND_FIELDS and not name.startswith("_")
+]
 
 
 class Outputs(Protocol):
@@ -501,15 +506,11 @@ def _to_generate_request(request: EngineCoreRequest, prefill_mode: PrefillMode) 
 
 
 def sampling_fields(params: SamplingParams) -> dict[str, Any]:
-    """Return, as plain values, the fields that an engine needs and that differ from their defaults.
-
-    Fields that begin with an underscore are left out: they are derived from the model, and the engine derives them
-    again.
-    """
+    """Return, as plain values, the fields that an engine needs and that differ from their defaults."""
     fields = {}
-    for name in SamplingParams.__struct_fields__:
+    for name, default in _ENGINE_FIELDS:
         value = getattr(params, name)
-        if name.startswith("_") or name in _FRONTEND_FIELDS or value == getattr(_DEFAULT_SAMPLING, name):
+        if value == default:
             continue
         plain = msgspec.to_builtins(value)
         if name == "structured_outputs":

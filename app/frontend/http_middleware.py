@@ -174,6 +174,7 @@ class RoutingHeaders:
             return
         wants_explanation = dict(scope["headers"]).get(EXPLAIN_HEADER) == b"1"
         with begin_request(wants_explanation=wants_explanation) as context:
+            context.send = send
 
             async def telling_send(message: Message) -> None:
                 if message["type"] == "http.response.start":

@@ -133,7 +133,7 @@ async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator,
     """Make vLLM's server of one model, without the routes that are about an engine in its process."""
     from app.frontend.engine_client import PooledEngineClient
     from app.frontend.plain_answers import PlainAnswers
-    from app.frontend.vllm_answers_surface import plain_apis
+    from app.frontend.vllm_answers_surface import passes_bodies_on, plain_apis
     from app.frontend.vllm_surface import build_app, init_app_state
 
     arguments = server_namespace(model, index)
@@ -142,7 +142,12 @@ async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator,
     app: FastAPI = build_app(arguments, ("generate",), vllm_config.model_config)
     await init_app_state(engine, app.state, arguments, ("generate",))
     _remove_routes(app, (*WITHOUT_MEANING, "/health"))
-    app.router.middleware_stack = PlainAnswers(app.router.middleware_stack, plain_apis(app.state), engine)
+    apis = plain_apis(app.state)
+    app.router.middleware_stack = PlainAnswers(
+        app.router.middleware_stack, apis, engine, skips_middlewares=passes_bodies_on(app)
+    )
+    # vLLM's metrics try one route after the other until they know a request's name.
+    app.router.routes.sort(key=lambda route: getattr(route, "path", None) not in apis)
     return app
 
 

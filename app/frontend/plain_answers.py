@@ -57,11 +57,17 @@ class PlainRequest(msgspec.Struct, frozen=True):
 class PlainAnswers:
     """Stands between vLLM's middlewares and its routes."""
 
-    def __init__(self, app: ASGIApp, apis: dict[str, PlainApi], engine: PooledEngineClient) -> None:
-        """`apis` holds the APIs with plain answers by their path."""
+    def __init__(
+        self, app: ASGIApp, apis: dict[str, PlainApi], engine: PooledEngineClient, *, skips_middlewares: bool
+    ) -> None:
+        """`apis` holds the APIs with plain answers by their path.
+
+        `skips_middlewares` says that no middleware does anything to the parts of a body between the first and the last.
+        """
         self._app = app
         self._apis = apis
         self._engine = engine
+        self._skips_middlewares = skips_middlewares
         self._warned_of: set[type[Exception]] = set()
         self._frames = {
             (api, is_stream, includes_usage): FrameCache(
@@ -134,11 +140,16 @@ class PlainAnswers:
         await _send_json(200, await _ending(plain, text, values), send)
 
     async def _stream(self, plain: PlainRequest, text: AnswerText, send: Send) -> None:
+        later = current_request().send if self._skips_middlewares else None
+        way = send
+
         async def deliver(message: Message) -> None:
+            nonlocal way
             try:
-                await send(message)
+                await way(message)
             except Exception as error:
                 raise _NotSent(error) from error
+            way = later or send
 
         values = _values(plain)
         # A list of its own: vLLM's middlewares add to it.

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from starlette.types import Send
+
 from app.frontend.sequence_record import SequenceRecord
 
 
@@ -24,6 +26,8 @@ class RequestContext:
         self.wants_explanation = wants_explanation
         self.deadline = math.inf
         """When the request must have ended, in seconds of `time.monotonic`, whatever it has started by then."""
+        self.send: Send | None = None
+        """Sends parts of the answer's body past the middlewares that only pass them on, once they have passed one."""
         self.sequences: list[SequenceRecord] = []
         """The request's sequences in the order of their start; empty unless an explanation is wanted."""
         self.has_output = False

@@ -45,7 +45,7 @@ class SequenceRecord:
         """The decision of the last attempt."""
         self.num_attempts = 0
         self._model = model
-        self._gaps = _labelled(metrics.INTER_TOKEN_LATENCY, model)
+        self._gaps = metrics.INTER_TOKEN_LATENCY.of(model)
         # Made now, so that they are exported before a sequence is resumed.
         self._resume_gaps = {reason: _labelled(metrics.RESUME_GAP, model, reason) for reason in get_args(ResumeReason)}
         self._request_id = request_id

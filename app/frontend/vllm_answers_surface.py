@@ -11,13 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+from fastapi import FastAPI
+from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from app.frontend.answer_frames import ID, NUM_CACHED, NUM_LAST, NUM_MIDDLE, NUM_PROMPT, TEXT
 from app.upstream import check_attributes, check_parameters, needed
 
-__all__ = ["LOAD_FORMAT_HEADER", "PRIORITY_HEADER", "PlainApi", "plain_apis"]
+__all__ = ["LOAD_FORMAT_HEADER", "PRIORITY_HEADER", "PlainApi", "passes_bodies_on", "plain_apis"]
 
 with needed("vllm", "serve plain answers without a response model for each token"):
     from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
@@ -26,6 +29,9 @@ with needed("vllm", "serve plain answers without a response model for each token
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.serve.elastic_ep.middleware import ScalingMiddleware
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+    from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
     from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.renderers.base import BaseRenderer
@@ -79,6 +85,15 @@ with needed("vllm", "serve plain answers without a response model for each token
 LOAD_FORMAT_HEADER = "endpoint-load-metrics-format"
 """A header that adds one to an answer that is not streamed.  vLLM has the name in its routers, which must not be
 imported as early as this (vllm_surface.let_cancellation_through)."""
+
+PASS_BODIES_ON = {
+    AuthenticationMiddleware,
+    CORSMiddleware,
+    PrometheusInstrumentatorMiddleware,
+    ScalingMiddleware,
+    XRequestIdMiddleware,
+}
+"""The middlewares that vLLM's server may have and that do nothing to the parts of an answer's body."""
 
 SAMPLING = {
     "temperature",
@@ -173,6 +188,7 @@ class PlainApi(ABC):
             truncate_prompt_tokens=None,
         )
         params: SamplingParams = request.to_sampling_params(max_tokens, serving.default_sampling_params)
+        params.skip_clone = True  # nobody else has them
         return params
 
     def request_id(self, request: Any, raw_request: Request) -> str:
@@ -389,6 +405,11 @@ async def _example_outputs(
             num_cached_tokens=NUM_CACHED,
             num_cache_creation_tokens=0,  # as it is without vLLM's scheduler in this process
         )
+
+
+def passes_bodies_on(app: FastAPI) -> bool:
+    """Whether all of the application's middlewares do; users may add others (``server_args.middleware``)."""
+    return all(middleware.cls in PASS_BODIES_ON for middleware in app.user_middleware)
 
 
 def plain_apis(state: Any) -> dict[str, PlainApi]:

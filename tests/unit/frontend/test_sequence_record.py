@@ -7,9 +7,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from prometheus_client import REGISTRY
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY, CollectorRegistry, Histogram
 
 from app.config import SloConfig
+from app.frontend.metrics import _LATENCY_BUCKETS_S, InterTokenLatency
 from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
 from app.messages import PrefillReport, TokenDelta
@@ -235,6 +238,20 @@ def test_a_resumed_sequence_says_how_long_its_client_waited(model: str, caplog: 
     assert count("baton_resume_gap_seconds_sum", model=model, reason="drained") == 1.5
     assert count("baton_inter_token_latency_seconds_sum", model=model) == pytest.approx(0.04)
     assert count("baton_prefills_total", model=model, kind="remote", reason="") == 1
+
+
+@given(st.lists(st.floats(0, 100) | st.sampled_from([0.001, 0.025, 10.0, 60.0]), max_size=20))
+def test_gaps_are_counted_as_by_prometheus_own_histogram(gaps_s: list[float]) -> None:
+    registry, latency = CollectorRegistry(), InterTokenLatency()
+    name, buckets = "baton_inter_token_latency_seconds", _LATENCY_BUCKETS_S
+    theirs = Histogram(name, "", ["model"], buckets=buckets, registry=registry).labels("m")
+    for gap_s in gaps_s:
+        latency.of("m").observe(gap_s)
+        theirs.observe(gap_s)
+    (family,) = latency.collect()
+    for sample in family.samples:
+        assert registry.get_sample_value(sample.name, sample.labels) == pytest.approx(sample.value)
+    assert len(family.samples) == (len(buckets) + 3) * bool(gaps_s)
 
 
 def test_clocks_that_disagree_do_not_make_a_sum_fall(model: str) -> None:
