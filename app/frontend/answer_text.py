@@ -23,7 +23,7 @@ class AnswerText:
         self._loop = asyncio.get_running_loop()
         self._has_news = False
         self._waiter: asyncio.Future[None] | None = None
-        """Of whoever waits for news; an asyncio.Event would do, but takes twice as long."""
+        """Of whoever waits for news; an asyncio.Event would do, but takes more for each token."""
         self._has_begun = False
         self.finish_reason: str | None = None
         """Why the sequence has ended; None until it has."""

@@ -51,8 +51,8 @@ class TokenGaps:
 
 
 class InterTokenLatency(Collector):
-    """A histogram that takes little for each value, as there is one for each token: `Histogram` was a sixth of what a
-    token took of this process."""
+    """A histogram that takes little for each value, as there is one for each token: `Histogram` took 80
+    instructions of some 500 that a token took of this process without the event loop's."""
 
     def __init__(self) -> None:
         self._gaps: dict[str, TokenGaps] = {}

@@ -149,7 +149,7 @@ class Orchestrator:
                 return False
             except BaseException as error:
                 attempt.give_up(error, token_is_overdue=overdue.what == "token")
-                if isinstance(error, EngineFailed) and self._may_repeat(job, attempt, error):
+                if isinstance(error, EngineFailed) and self._repeat(job, attempt, error):
                     return False
                 raise
             return True
@@ -171,24 +171,23 @@ class Orchestrator:
             return
         job.num_failed_on_engines += was_on_engine
         pool = "prefill" if isinstance(error, PrefillFailed) and attempt.prefill is not None else "decode"
-        if job.num_failed == self._limits.max_attempts or job.num_failed_on_engines == MAX_FAILED_ON_ENGINES:
+        if not self._has_tries_left(job):
             raise NoReplica(pool) from error
         if not self.retry_budget.take():
             logger.warning("request_id=%s is not tried again: the retry budget is spent", job.request.request_id)
             raise NoReplica(pool, "failed this request, and too many were tried again lately") from error
 
-    def _may_repeat(self, job: Job, attempt: Attempt, error: EngineFailed) -> bool:
-        """Whether a sequence that its engine failed, and nothing else, may be tried again; elsewhere, if possible.
+    def _has_tries_left(self, job: Job) -> bool:
+        """Whether a sequence without a token has failed less often than it may."""
+        return job.num_failed < self._limits.max_attempts and job.num_failed_on_engines < MAX_FAILED_ON_ENGINES
 
-        Not after its first token: it may be a token that nobody could take.
+    def _repeat(self, job: Job, attempt: Attempt, error: EngineFailed) -> bool:
+        """Have the next attempt repeat what one engine failed, and goes on without; elsewhere, if possible.
+
+        Returns whether there is to be one.  Not after the first token: it may be a token that nobody could take.
         """
         job.num_failed, job.num_failed_on_engines = job.num_failed + 1, job.num_failed_on_engines + 1
-        if (
-            job.progress.token_ids
-            or job.num_failed >= self._limits.max_attempts
-            or job.num_failed_on_engines >= MAX_FAILED_ON_ENGINES
-            or not self.retry_budget.take()
-        ):
+        if job.progress.token_ids or not self._has_tries_left(job) or not self.retry_budget.take():
             return False
         job.suspects.add(attempt.serving)
         job.why_again = "lost"

@@ -72,9 +72,12 @@ def test_an_answer_is_the_same_streamed_and_whole_and_from_either_replica(url: s
 
 
 def test_tokens_come_one_by_one_to_a_client_that_keeps_up(url: str) -> None:
-    with httpx.stream("POST", f"{url}/v1/completions", json=completion(stream=True, max_tokens=30)) as response:
-        events = [line for line in response.iter_lines() if line.startswith("data: {")]
-    assert 25 <= len(events) <= 30, "on a busy machine a few come together"
+    def num_events() -> int:
+        with httpx.stream("POST", f"{url}/v1/completions", json=completion(stream=True, max_tokens=30)) as response:
+            return sum(line.startswith("data: {") for line in response.iter_lines())
+
+    # Whoever is late for a moment, on a busy machine, gets two at once.
+    wait_until(lambda: num_events() == 30, 60, "a stream of 30 tokens has 30 events")
 
 
 def test_kv_moves_and_all_blocks_return(url: str) -> None:
