@@ -97,6 +97,13 @@ class EngineFailed(BatonError):
         super().__init__(detail)
 
 
+class DeltaNotTaken(BatonError):
+    """The frontend could not take a token that an engine sent, so that no attempt could complete the answer."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+
+
 class PrefillFailed(BatonError):
     """A prompt's KV did not come from prefill, and this decode engine cannot compute it; another prefill may."""
 

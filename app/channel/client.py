@@ -35,7 +35,7 @@ from app.channel.protocol import (
     to_frame,
     tune,
 )
-from app.errors import BatonError, EngineDead, EngineFailed, InvalidRequest, ReplicaLost
+from app.errors import BatonError, DeltaNotTaken, EngineDead, EngineFailed, InvalidRequest, ReplicaLost
 from app.kv_cache.updates import merge_waiting
 from app.messages import GenerateRequest, KvUpdate, Link, ReplicaLoad, Role, TokenDelta, merge_deltas
 from app.observers import tell
@@ -216,8 +216,8 @@ class Channel:
         try:
             sequence.emit(delta)
         except Exception as error:
-            logger.exception("replica_id=%s a delta was not taken", self.replica_id)
-            sequence.fail(EngineFailed(f"a delta was not taken: {type(error).__name__}"))
+            logger.exception("replica_id=%s a token was not taken", self.replica_id)
+            sequence.fail(DeltaNotTaken(f"a token was not taken: {type(error).__name__}"))
             self.finish(sequence)
             return
         if delta.finish_reason is not None:

@@ -178,20 +178,29 @@ class Orchestrator:
             raise NoReplica(pool, "failed this request, and too many were tried again lately") from error
 
     def _has_tries_left(self, job: Job) -> bool:
-        """Whether a sequence without a token has failed less often than it may."""
+        """Whether a sequence may fail once more, if not by the loss of its replica after its first token."""
         return job.num_failed < self._limits.max_attempts and job.num_failed_on_engines < MAX_FAILED_ON_ENGINES
 
-    def _repeat(self, job: Job, attempt: Attempt, error: EngineFailed) -> bool:
-        """Have the next attempt repeat what one engine failed, and goes on without; elsewhere, if possible.
+    def _can_go_on(self, job: Job) -> bool:
+        """Whether another engine could go on after the tokens that there are."""
+        return self._can_resume_counting or not (job.progress.token_ids and job.original.counts_output)
 
-        Returns whether there is to be one.  Not after the first token: it may be a token that nobody could take.
+    def _repeat(self, job: Job, attempt: Attempt, error: EngineFailed) -> bool:
+        """Have the next attempt do what one engine failed, and goes on without; elsewhere, if possible.
+
+        It goes on after the tokens that there are.  Returns whether there is to be one.
         """
         job.num_failed, job.num_failed_on_engines = job.num_failed + 1, job.num_failed_on_engines + 1
-        if job.progress.token_ids or not self._has_tries_left(job) or not self.retry_budget.take():
+        if not (self._has_tries_left(job) and self._can_go_on(job) and self.retry_budget.take()):
             return False
         job.suspects.add(attempt.serving)
-        job.why_again = "lost"
-        logger.warning("request_id=%s is tried again: %s failed it: %s", job.request.request_id, attempt.serving, error)
+        job.why_again = "failed"
+        if token_ids := job.progress.token_ids:
+            job.request = job.original.resumed(token_ids)
+        logger.warning(
+            "request_id=%s is tried again after %d tokens: %s failed it: %s",
+            *(job.request.request_id, len(token_ids), attempt.serving, error),
+        )
         return True
 
     def _resume(self, job: Job, attempt: Attempt, error: BatonError) -> None:
@@ -213,9 +222,9 @@ class Orchestrator:
         If none has, or if engines cannot go on with it, it stays where it is.  The tokens that the next attempt goes on
         after are all that have come when the replica is let go, as nothing is awaited in between.
         """
-        token_ids = job.progress.token_ids
-        if token_ids and job.original.counts_output and not self._can_resume_counting:
+        if not self._can_go_on(job):
             return
+        token_ids = job.progress.token_ids
         request = job.original.resumed(token_ids) if token_ids else job.request
         without = job.lost | job.suspects | {attempt.serving}
         try:

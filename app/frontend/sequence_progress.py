@@ -11,8 +11,9 @@ import msgspec
 from app.messages import Emit, PrefillKind, PrefillReport, TokenDelta
 from app.observers import tell
 
-ResumeReason = Literal["lost", "drained"]
-"""Why a sequence went on elsewhere: its replica was *lost*, or is being removed and was *drained*."""
+ResumeReason = Literal["lost", "drained", "failed"]
+"""Why a sequence went on elsewhere: its replica was *lost*, or is being removed and was *drained*, or its engine
+*failed* this sequence and serves others."""
 
 
 class SequenceProgress:

@@ -10,7 +10,7 @@ import pytest
 from app.channel import client, server
 from app.channel.client import Channel
 from app.channel.protocol import Batch, Failure
-from app.errors import EngineFailed, InvalidRequest, ReplicaLost
+from app.errors import DeltaNotTaken, EngineFailed, InvalidRequest, ReplicaLost
 from app.messages import KvUpdate, Link, Logprobs, ReplicaLoad, TokenDelta
 from tests.unit.channel.test_channel import LAST, Replica, Told, connected, request, served
 from tests.unit.waiting import PATIENCE_S, until
@@ -31,7 +31,7 @@ async def test_a_delta_that_one_sequence_cannot_take_ends_that_one_alone() -> No
         for call in replica.calls:
             replica.channels[0].put(call.number, TokenDelta([1]))
         async with asyncio.timeout(PATIENCE_S):
-            with pytest.raises(EngineFailed, match=r"^a delta was not taken: ValueError$"):
+            with pytest.raises(DeltaNotTaken, match=r"^a token was not taken: ValueError$"):
                 await sequence.ended
         await until(lambda: replica.cancelled == ["failing"])
         for call in replica.calls:
@@ -46,7 +46,7 @@ async def test_a_sequence_whose_end_cannot_be_taken_has_ended() -> None:
         replica.script = [LAST]
         sequence = channel.submit(request(), lambda delta: 1 / 0, has_handoff=False, local_reason="")  # type: ignore[arg-type]
         async with asyncio.timeout(PATIENCE_S):
-            with pytest.raises(EngineFailed):
+            with pytest.raises(DeltaNotTaken):
                 await sequence.ended
         channel.finish(sequence)
         await served(channel, [])

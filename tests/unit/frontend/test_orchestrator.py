@@ -16,6 +16,7 @@ from app.config import LimitsConfig, PredictedPlacement, RemotePlacement, Routin
 from app.errors import (
     BatonError,
     CannotResume,
+    DeltaNotTaken,
     DeadlineExceeded,
     EngineDead,
     EngineFailed,
@@ -540,12 +541,41 @@ async def test_what_an_engine_failed_alone_is_tried_once_more_and_elsewhere_if_t
     assert server.quarantine.num_quarantined == 0
 
 
-async def test_what_an_engine_failed_after_its_first_token_is_not_tried_again() -> None:
-    """It may be a token that the frontend itself could not take (app/channel/client.py)."""
-    decode = FakeDecode(["d0", "d1"], [FIRST, EngineFailed("no")])
+async def test_what_an_engine_failed_after_its_first_token_goes_on_elsewhere_once() -> None:
+    failed = EngineFailed("no")
+    decode, received = FakeDecode(["d0", "d1", "d2"], [FIRST, failed], [FIRST, LAST]), list[TokenDelta]()
+    progress = SequenceProgress(received.append)
+    server = orchestrator(FakePrefill("p"), decode)
+    async with asyncio.timeout(DEADLINE_S):
+        await server.run(request(), progress)
+    assert received == [FIRST, FIRST, LAST]
+    assert progress.resume_reasons == ["failed"]
+    first, rest = decode.calls
+    assert first.replica != rest.replica
+    assert rest.request == request().resumed(FIRST.token_ids)
+    assert not any(loads(server).values())
+    decode = FakeDecode(["d0", "d1", "d2"], [FIRST, failed])
     with pytest.raises(EngineFailed):
         await served(orchestrator(FakePrefill("p"), decode))
+    assert len(decode.calls) == 2
+
+
+async def test_what_an_engine_failed_and_no_other_can_resume_keeps_its_error() -> None:
+    decode = FakeDecode(["d0", "d1"], [FIRST, EngineFailed("no")])
+    server = orchestrator(FakePrefill("p"), decode, can_resume_counting=False)
+    counting = msgspec.structs.replace(request(), sampling={"presence_penalty": 0.5})
+    with pytest.raises(EngineFailed):
+        await server.run(counting, SequenceProgress(lambda delta: None))
     assert len(decode.calls) == 1
+
+
+async def test_a_token_that_the_frontend_could_not_take_is_not_asked_for_again() -> None:
+    decode = FakeDecode(["d0", "d1"], [FIRST, DeltaNotTaken("ValueError")])
+    server = orchestrator(FakePrefill("p"), decode)
+    with pytest.raises(DeltaNotTaken):
+        await served(server)
+    assert len(decode.calls) == 1
+    assert server._router.ejections.describe() == []
 
 
 async def test_what_engines_fail_is_tried_again_only_within_the_retry_budget() -> None:
