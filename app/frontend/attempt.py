@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Protocol
 
 import msgspec
@@ -17,6 +18,7 @@ from app.routing.decision import Candidate, Decision, RoutingHints
 from app.routing.ejection import STRONG, WEAK
 from app.routing.in_flight import InFlight
 from app.routing.placement import corrupt_prompt
+from app.routing.quarantine import Quarantine
 from app.routing.router import Router
 from app.routing.waiting_line import WaitingLine
 
@@ -121,14 +123,17 @@ class Attempt:
         decision: Decision,
         in_flight: InFlight,
         line: WaitingLine,
-        on_survived: Callable[[], object],
+        quarantine: Quarantine,
+        exposure: ExitStack,
     ) -> None:
         """`line` is told when the first token has come, as a replica has more room then.
 
-        `on_survived` is called when the serving engine has computed a token, so that none died of the sequence.
+        `quarantine` is told when the serving engine has computed a token, so that none died of the sequence; then
+        `exposure` is closed, which its owner does in any case.
         """
         self._pools = pools
-        self._on_survived = on_survived
+        self._quarantine = quarantine
+        self._exposure = exposure
         self._router = pools.router
         self._ejections = pools.router.ejections
         self._job = job
@@ -163,6 +168,8 @@ class Attempt:
             request = msgspec.structs.replace(request, expected_cached_tokens=decision.serving.cached_tokens)
         is_there = self._router.by_role.find(self.serving) is not None
         self._was_sound = is_there and not self._ejections.is_ejected(self.serving)
+        replicas = [self.serving] if handoff is None else [self.serving, handoff.replica]
+        self._exposure.enter_context(self._quarantine.exposing(*replicas))
         try:
             await pool.generate(request, handoff, local_reason, self.serving, progress)
         finally:
@@ -220,7 +227,9 @@ class Attempt:
 
     def _on_report(self, report: PrefillReport) -> None:
         if report.is_complete:
-            self._on_survived()
+            # Not after `serve`: with its last token a sequence is cancelled, mostly before that returns.
+            self._quarantine.on_success(self._job.original)
+            self._exposure.close()
         if (handoff := self._handoff) is None:
             return
         if report.kind == "remote" and report.is_complete:

@@ -14,8 +14,8 @@
 5. If the decode replica is being removed and asks for it, the sequence goes on elsewhere in the same way.  Another
    replica must have room for it first; until then it stays where it is, and no attempt counts as failed.
 6. What failed is left out for a while (app/routing/ejection.py).  A request that may have ended an engine is tried once
-   more, and is refused when it has ended two (app/routing/quarantine.py).  All retries together are bounded
-   (app/routing/retry_budget.py).
+   more, and is refused when it has ended two, or three if others may have done it (app/routing/quarantine.py).  All
+   retries together are bounded (app/routing/retry_budget.py).
 
 Cancelling `Orchestrator.run` at any moment cancels everything that runs for the sequence.
 """
@@ -26,6 +26,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from functools import partial
 
 import msgspec
@@ -61,7 +62,8 @@ HANDOVER_S = 2.0
 """How long a request that no replica can serve waits for one to which a connection is being made.  In an update Serve
 may tell of a new replica and of the end of the last old one at the same moment."""
 MAX_FAILED_ON_ENGINES = 2
-"""How often a request may fail on an engine; the first time it is tried again."""
+"""How often a request may fail on an engine; the first time it is tried again, and once more if it is on trial
+(app/routing/quarantine.py)."""
 
 
 class Orchestrator:
@@ -96,6 +98,8 @@ class Orchestrator:
             router.on_join(waker.on_join)
         self.quarantine = Quarantine(router.clock)
         """The prompts of this model that are refused."""
+        self._trial = asyncio.Lock()
+        """Held for one prompt at a time of those that are on trial."""
         router.on_end(self.quarantine.on_gone)
         self.retry_budget = RetryBudget(router.clock)
         """All orchestrators of a frontend share one (app/frontend/openai_server.py)."""
@@ -131,31 +135,45 @@ class Orchestrator:
 
     async def _try(self, job: Job, on_decision: Callable[[Decision], object], overdue: Overdue) -> bool:
         """Make one attempt.  Returns whether it has served the sequence; if not, another one may."""
-        place, job.place = job.place, None
-        decision, in_flight = place or await self._turn(job)
-        try:
-            on_decision(decision)
-            # Not after `serve`: with its last token a sequence is cancelled, mostly before that returns.
-            on_survived = partial(self.quarantine.on_success, job.original)
-            attempt = Attempt(self._pools, job, decision, in_flight, self.line, on_survived)
-            job.progress.on_leaving = partial(self._take_elsewhere, job, attempt)
+        with ExitStack() as exposure:
+            await self._await_trial(job, exposure)
+            place, job.place = job.place, None
+            decision, in_flight = place or await self._turn(job)
             try:
-                await attempt.serve()
-            except TakenElsewhere:
+                on_decision(decision)
+                attempt = Attempt(self._pools, job, decision, in_flight, self.line, self.quarantine, exposure)
+                job.progress.on_leaving = partial(self._take_elsewhere, job, attempt)
+                return await self._serve(job, attempt, overdue)
+            finally:
+                in_flight.end()
+                self.line.on_news()
+
+    async def _await_trial(self, job: Job, exposure: ExitStack) -> None:
+        """Wait while another prompt is on trial, if this one is to be, and keep others waiting until `exposure` ends.
+
+        Raises Quarantined if the other one was the same and ended an engine.
+        """
+        if self.quarantine.is_on_trial(job.original):
+            await self._trial.acquire()
+            exposure.callback(self._trial.release)
+            self.quarantine.check(job.original)
+
+    async def _serve(self, job: Job, attempt: Attempt, overdue: Overdue) -> bool:
+        """Serve the sequence by `attempt`.  Returns whether that did; if not, another one may."""
+        try:
+            await attempt.serve()
+        except TakenElsewhere:
+            return False
+        except (PrefillFailed, ReplicaLost, EngineDead) as error:
+            attempt.fail(error)
+            self._check_retry(job, attempt, error)
+            return False
+        except BaseException as error:
+            attempt.give_up(error, token_is_overdue=overdue.what == "token")
+            if isinstance(error, EngineFailed) and self._repeat(job, attempt, error):
                 return False
-            except (PrefillFailed, ReplicaLost, EngineDead) as error:
-                attempt.fail(error)
-                self._check_retry(job, attempt, error)
-                return False
-            except BaseException as error:
-                attempt.give_up(error, token_is_overdue=overdue.what == "token")
-                if isinstance(error, EngineFailed) and self._repeat(job, attempt, error):
-                    return False
-                raise
-            return True
-        finally:
-            in_flight.end()
-            self.line.on_news()
+            raise
+        return True
 
     def _check_retry(self, job: Job, attempt: Attempt, error: BatonError) -> None:
         """Raise an error for the client unless the sequence, whose attempt failed by `error`, is to be tried again."""
@@ -179,7 +197,9 @@ class Orchestrator:
 
     def _has_tries_left(self, job: Job) -> bool:
         """Whether a sequence may fail once more, if not by the loss of its replica after its first token."""
-        return job.num_failed < self._limits.max_attempts and job.num_failed_on_engines < MAX_FAILED_ON_ENGINES
+        if job.num_failed >= self._limits.max_attempts:
+            return False
+        return job.num_failed_on_engines < MAX_FAILED_ON_ENGINES or self.quarantine.is_on_trial(job.original)
 
     def _can_go_on(self, job: Job) -> bool:
         """Whether another engine could go on after the tokens that there are."""

@@ -1,7 +1,10 @@
 """Prompts under which engines died.  After two deaths a prompt is refused, as it would end one engine after the other.
 
 One death is no evidence: an engine that dies under fifty sequences makes fifty suspects, and all but one of them, if
-any, are innocent.  The deaths of two different engines under the same prompt are, and its success clears it.
+any, are innocent.  The deaths of two different engines under the same prompt are, and its success clears it.  But if
+other prompts waited for their first token at both engines, all of them are suspects twice, and engines may have been
+ended for something else.  Then a prompt is on trial: it is tried once more, one such prompt at a time, and refused only
+if a third engine dies.
 
 A replica tells why its engine died.  If only its connection broke, that is a death once Serve has removed the replica
 too.  Such replicas may have been lost for one reason that has nothing to do with the prompt, as a node or a switch
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +25,8 @@ from app.errors import Quarantined
 from app.messages import GenerateRequest
 
 MAX_DEATHS = 2
+MAX_DEATHS_IN_COMPANY = 3
+"""The deaths after which a prompt is refused that was never the only one without a token."""
 REMEMBER_S = 600.0
 """How long a death counts against a prompt, and how long a prompt is refused since the last one.  It may be served
 again after a change of the engines' version or configuration, which takes some minutes too."""
@@ -39,11 +44,13 @@ _ENCODER = msgspec.msgpack.Encoder()
 class Suspect:
     """A prompt that may be poison."""
 
-    __slots__ = ("at", "died", "failed", "gone")
+    __slots__ = ("at", "died", "failed", "gone", "was_alone")
 
     def __init__(self) -> None:
         self.died: set[str] = set()
         """The replicas whose engines died under it."""
+        self.was_alone = False
+        """Whether it was the only one without a token at one of the replicas that it was lost with."""
         self.failed: dict[str, float] = {}
         """When which others failed it.  It is not known whether their engines live."""
         self.gone: list[tuple[str, float]] = []
@@ -57,7 +64,11 @@ class Suspect:
 
     @property
     def is_quarantined(self) -> bool:
-        return self.num_deaths >= MAX_DEATHS
+        return self.num_deaths >= (MAX_DEATHS if self.was_alone else MAX_DEATHS_IN_COMPANY)
+
+    @property
+    def is_on_trial(self) -> bool:
+        return self.num_deaths >= MAX_DEATHS and not self.is_quarantined
 
     def take_gone(self, node: str, failed_at: float) -> None:
         if all(node != other and abs(failed_at - at) > TOGETHER_S for other, at in self.gone):
@@ -70,6 +81,8 @@ class Quarantine:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._suspects: OrderedDict[bytes, Suspect] = OrderedDict()
+        self._num_exposed = Counter[str]()
+        """How many sequences each replica has that no engine has computed a token of."""
         self.num_quarantines = 0
         """How many prompts have been quarantined so far."""
 
@@ -82,6 +95,22 @@ class Quarantine:
         if suspect is not None and suspect.is_quarantined:
             raise Quarantined(suspect.num_deaths, math.ceil(suspect.at + REMEMBER_S - self._clock()))
 
+    def is_on_trial(self, request: GenerateRequest) -> bool:
+        """Whether this request may be tried once more, but not together with another of which that is true."""
+        return bool(self._suspects) and (found := self._suspects.get(_key(request))) is not None and found.is_on_trial
+
+    @contextmanager
+    def exposing(self, *replicas: str) -> Iterator[None]:
+        """Count a sequence that may end the engines of `replicas`, while the block runs."""
+        self._num_exposed.update(replicas)
+        try:
+            yield
+        finally:
+            for replica in replicas:
+                self._num_exposed[replica] -= 1
+                if not self._num_exposed[replica]:
+                    del self._num_exposed[replica]
+
     @property
     def num_quarantined(self) -> int:
         """How many prompts are refused now."""
@@ -92,11 +121,22 @@ class Quarantine:
         """Take note of an engine that died while the request was on it and had no token."""
         suspect = self._suspect(request)
         with self._counting(suspect):
+            suspect.was_alone |= self._was_alone_at(replica, suspect)
             suspect.died.add(replica)
 
     def on_failure(self, request: GenerateRequest, replica: str) -> None:
         """Take note of a replica that failed the request before its first token, for a reason that is not known."""
-        self._suspect(request).failed[replica] = self._clock()
+        suspect = self._suspect(request)
+        suspect.was_alone |= self._was_alone_at(replica, suspect)
+        suspect.failed[replica] = self._clock()
+
+    def _was_alone_at(self, replica: str, suspect: Suspect) -> bool:
+        """Whether no other sequence was exposed to what ended `replica`: those that it failed before are suspects."""
+        return self._num_exposed[replica] <= 1 and not any(
+            replica in other.died or replica in other.failed
+            for other in self._suspects.values()
+            if other is not suspect
+        )
 
     def on_gone(self, replica: str, node: str | None) -> None:
         """Take note that Serve has removed a replica of `node`, or that its engine died (None)."""

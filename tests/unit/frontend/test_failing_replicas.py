@@ -18,6 +18,7 @@ from app.messages import GenerateRequest, KvUpdate, PrefillReport, TokenDelta
 from tests.unit.frontend.test_orchestrator import DEADLINE_S, FakeDecode, FakePrefill, orchestrator, served
 from tests.unit.routing.fleet import Timers
 from tests.unit.routing.samples import hashes, prompt
+from tests.unit.waiting import PATIENCE_S, until
 
 NUM_REQUESTS = 20
 PROMPT = prompt(160)
@@ -329,6 +330,83 @@ async def test_a_replica_that_dies_under_many_sequences_makes_none_of_them_poiso
     assert [type(result) for result in results] == [list] * 16
     for each in prompts:
         await served(server, prompt=each)
+
+
+class Killable(Decode):
+    """Decode engines that compute no token before `computes` is set, and that a test can kill."""
+
+    def __init__(self, replicas: list[str]) -> None:
+        super().__init__(replicas)
+        self.computes = asyncio.Event()
+        self.running: dict[str, dict[int, asyncio.Future[None]]] = {replica: {} for replica in replicas}
+        """On each replica, by the first token of its prompt: what ends the sequence."""
+
+    @property
+    def num_running(self) -> int:
+        return sum(map(len, self.running.values()))
+
+    def kill_that_of(self, token_ids: list[int]) -> None:
+        replica = next(replica for replica, running in self.running.items() if token_ids[0] in running)
+        killed, self.running[replica] = self.running[replica], {}
+        for ended in killed.values():
+            ended.set_exception(EngineDead())
+
+    async def generate(self, request: GenerateRequest, *rest: Any) -> None:
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.running[rest[2]][request.prompt_token_ids[0]] = ended
+        computes: asyncio.Future[Any] = asyncio.ensure_future(self.computes.wait())
+        try:
+            await asyncio.wait([ended, computes], return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                ended.result()
+        finally:
+            computes.cancel()
+            self.running[rest[2]].pop(request.prompt_token_ids[0], None)
+        await super().generate(request, *rest)
+
+
+async def kill_two_under(victim: list[int]) -> tuple[Orchestrator, Killable, dict[int, asyncio.Task[Any]], set[int]]:
+    """Kill two engines of three under 16 prompts.  Returns also their tasks, and those that were on both engines."""
+    server = orchestrator(None, decode := Killable(["d0", "d1", "d2"]))
+    for _ in range(1000):
+        server.retry_budget.count_request()  # so that all may be tried again
+    prompts = [victim, *(prompt(160, start=1000 * number) for number in range(3, 18))]
+    tasks = {each[0]: asyncio.create_task(served(server, prompt=each)) for each in prompts}
+    on_both = set(tasks)
+    for _ in range(2):
+        await until(lambda: decode.num_running == len(prompts))
+        on_both &= next(set(running) for running in decode.running.values() if victim[0] in running)
+        decode.kill_that_of(victim)
+    await until(lambda: len(server._trial._waiters or ()) == len(on_both) - 1)
+    return server, decode, tasks, on_both
+
+
+@pytest.mark.parametrize("victim", [POISON, prompt(160, start=2000)], ids=["poison", "innocent"])
+async def test_engines_that_die_under_many_sequences_make_no_innocent_poison(victim: list[int]) -> None:
+    """Found by kills in a row under load: two engines of four died within 3 s, and prompts were refused for minutes."""
+    server, decode, tasks, on_both = await kill_two_under(victim)
+    assert len(on_both) > 1
+    on_trial = [sum(number in running for number in on_both) for running in decode.running.values()]
+    assert sum(on_trial) == 1, "one suspect is tried at a time, and all others go on"
+    assert decode.num_running == len(tasks) - len(on_both) + 1
+    decode.computes.set()
+    results = await asyncio.gather(*tasks.values(), return_exceptions=True)
+    ends = [type(result) for result in results]
+    assert ends == [errors.Quarantined if victim is POISON else list, *[list] * 15]
+    assert server.quarantine.num_quarantined == (victim is POISON)
+    assert not server.quarantine._num_exposed
+    assert not server._trial.locked()
+
+
+async def test_a_client_that_leaves_while_its_prompt_waits_for_its_trial_keeps_no_other_waiting() -> None:
+    server, decode, tasks, on_both = await kill_two_under(prompt(160, start=2000))
+    gone = tasks.pop(next(iter(on_both - {n for running in decode.running.values() for n in running})))
+    gone.cancel()
+    decode.computes.set()
+    async with asyncio.timeout(PATIENCE_S):
+        await asyncio.gather(*tasks.values())
+    assert gone.cancelled()
+    assert not server._trial.locked()
 
 
 async def test_a_prefill_and_a_decode_replica_that_are_lost_together_are_one_death() -> None:

@@ -16,8 +16,8 @@ from app.config import LimitsConfig, PredictedPlacement, RemotePlacement, Routin
 from app.errors import (
     BatonError,
     CannotResume,
-    DeltaNotTaken,
     DeadlineExceeded,
+    DeltaNotTaken,
     EngineDead,
     EngineFailed,
     InvalidRequest,

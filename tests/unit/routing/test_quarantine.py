@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 
 from app.errors import Quarantined
@@ -37,6 +39,59 @@ def test_the_deaths_of_two_engines_quarantine_a_prompt_and_no_other(known: Quara
     assert is_refused(known, request_id="d")
     assert not is_refused(known, start=1)
     assert not is_refused(known, sampling={"temperature": 0.5})
+
+
+def die_together(known: Quarantine, replica: str, *starts: int) -> None:
+    """Have an engine die under several prompts, of which one sequence after another hears that."""
+    exposures = ExitStack()
+    for _ in starts:
+        exposures.enter_context(known.exposing(replica))
+    for start in starts:
+        known.on_death(request(start=start), replica)
+        exposures.close()  # all but the first hear of it when it is over
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1)])
+def test_prompts_that_lost_two_engines_together_are_tried_once_more_each(
+    known: Quarantine, order: tuple[int, ...]
+) -> None:
+    die_together(known, "d0", 1, 2, 3)
+    assert not any(known.is_on_trial(request(start=start)) for start in order)
+    die_together(known, "d1", *order)
+    assert not any(is_refused(known, start=start) for start in order)
+    assert all(known.is_on_trial(request(start=start)) for start in order)
+    assert not known.is_on_trial(request(start=4))
+    die_together(known, "d2", 2)
+    assert [is_refused(known, start=start) for start in (1, 2, 3)] == [False, True, False]
+    assert not known.is_on_trial(request(start=2))
+    known.on_success(request(start=1))
+    assert not known.is_on_trial(request(start=1))
+
+
+def test_a_prompt_that_was_once_alone_on_an_engine_that_died_is_refused_after_two(known: Quarantine) -> None:
+    die_together(known, "d0", 1)
+    die_together(known, "d1", 1, 2, 3)
+    assert [is_refused(known, start=start) for start in (1, 2, 3)] == [True, False, False]
+
+
+def test_replicas_that_only_went_away_are_no_proof_either_if_others_waited_there(
+    known: Quarantine, clock: Timers
+) -> None:
+    for replica in ("d0", "d1"):
+        with known.exposing(replica), known.exposing(replica):
+            known.on_failure(request(), replica)
+        known.on_failure(request(start=1), replica)
+        known.on_gone(replica, replica)
+        clock.advance(TOGETHER_S + 1)
+    assert not is_refused(known)
+    assert not is_refused(known, start=1)
+    assert known.is_on_trial(request())
+
+
+def test_what_is_exposed_no_longer_is_forgotten(known: Quarantine) -> None:
+    with known.exposing("d0", "p0"), known.exposing("d0"):
+        pass
+    assert not known._num_exposed
 
 
 def test_a_prompt_is_refused_for_some_minutes_since_the_last_death(known: Quarantine, clock: Timers) -> None:
