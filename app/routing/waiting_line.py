@@ -104,7 +104,11 @@ class TenantLine(Flow):
 
     def last(self) -> Ticket:
         """Return the one that has the last turn.  One must wait."""
-        return next(ticket for ticket in chain(reversed(self.late), reversed(self.in_time)) if not ticket.has_left)
+        while self.late and self.late[-1].has_left:
+            self.late.pop()
+        while not self.late and self.in_time[-1].has_left:
+            self.in_time.pop()
+        return (self.late or self.in_time)[-1]
 
 
 class WaitingLine:
@@ -256,9 +260,9 @@ class WaitingLine:
     def _serve_one(self) -> bool:
         """Serve one of those in front.  Returns whether one was served, refused or let others pass."""
         again, *classes = self.orders
-        highest = next((order for order in classes if order.num_waiting), again)
+        highest = next((order for order in classes if order.num_waiting), None)
         is_first = True
-        for flow in [*again.first(1), *(highest.first(NUM_TRIED) if highest is not again else ())]:
+        for flow in again.first(1) + (highest.first(NUM_TRIED) if highest is not None else []):
             self._sort_out(flow)
             if not flow.num_waiting:
                 return True
