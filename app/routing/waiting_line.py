@@ -9,7 +9,7 @@
    still can.  If all were served in order, a load that is a little too much would make every one of them late.  One in
    LATE_TURN turns is for the late ones, so that each is served.
 5. Who would wait longer than ``limits.max_ttft_ms`` is refused, as soon as that is predicted.  Those behind it do not
-   count.  If one that goes before others makes some of them too late, these are refused, of the lowest class first.
+   count: a lower class never makes a higher one too late.  Whom one that goes before makes too late is refused.
 """
 
 from __future__ import annotations
@@ -204,8 +204,8 @@ class WaitingLine:
             self._make_room(ticket)
 
     def _make_room(self, newcomer: Ticket) -> None:
-        """Refuse those who will be too late now that another one goes before them, of the lowest class first."""
-        for order in reversed(self.orders[newcomer.rank :]):
+        """Refuse those who will be too late now that another one goes before them, from the end of each class on."""
+        for order in self.orders[newcomer.rank :]:
             while order.num_waiting and (last := order.last().last()) is not newcomer:
                 if not self._refuse(last, self._turn_in_s(last, is_counted=True)):
                     break
