@@ -82,6 +82,23 @@ def test_a_higher_class_is_served_before_a_lower_one(joined: list[tuple[str, str
     assert served == sorted(served, key=SERVICE_CLASSES.index)  # type: ignore[arg-type]
 
 
+@given(st.lists(st.tuples(CLASSES, TENANTS, st.booleans()), max_size=10), st.sets(st.integers(0, 9)), st.integers(1, 6))
+@settings(deadline=None, max_examples=50)
+def test_whoever_there_is_room_for_is_served(joined: list[tuple[str, str, bool]], left: set[int], room: int) -> None:
+    line = full()
+    for index, (service_class, tenant, was_served) in enumerate(joined):
+        line.join(str(index), hints={"service_class": service_class, "tenant": tenant}, was_served=was_served)
+    waiting = {str(index) for index in range(len(joined)) if index not in left}
+    for index in left & set(range(len(joined))):
+        line.line.leave(line.tickets[str(index)])
+    for number in range(1, room + 1):
+        line.fleet.join("decode", f"d{number}")
+    line.timers.advance(LATEST_LOOK_S)
+    assert len(line.served) == 1 + min(room, len(waiting))
+    assert line.line.num_waiting == max(0, len(waiting) - room)
+    assert set(line.served) <= waiting | {"running"}
+
+
 def test_one_of_a_higher_class_that_finds_room_does_not_wait_behind_lower_ones() -> None:
     line = full()
     line.of("default", "waits")
