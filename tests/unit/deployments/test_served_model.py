@@ -231,7 +231,7 @@ async def test_who_waits_is_told_by_class_and_by_those_tenants_of_whom_most_wait
     line = cluster.model.orchestrator.line
     waiting = [RoutingHints(tenant=str(number)) for number in range(30) for _ in range(number)]
     waiting += [RoutingHints(service_class="flex")] * 33
-    line.tickets = lambda: iter([SimpleNamespace(hints=hints) for hints in waiting])  # type: ignore[assignment,misc]
+    line.tickets = lambda: iter([SimpleNamespace(hints=hints) for hints in waiting])  # type: ignore[method-assign,misc]
     told = cluster.model.describe_line()
     assert told["by_class"] == {"priority": 0, "default": 29 * 30 // 2, "flex": 33}
     assert told["by_tenant"] == {str(number): number for number in range(29, 9, -1)}

@@ -79,7 +79,7 @@ def test_a_higher_class_is_served_before_a_lower_one(joined: list[tuple[str, str
     for index, (service_class, tenant) in enumerate(joined):
         line.join(str(index), hints={"service_class": service_class, "tenant": tenant})
     served = [joined[int(name)][0] for name in served_one_by_one(line, "running", len(joined))]
-    assert served == sorted(served, key=SERVICE_CLASSES.index)  # type: ignore[arg-type]
+    assert served == sorted(served, key=SERVICE_CLASSES.index)
 
 
 @given(st.lists(st.tuples(CLASSES, TENANTS, st.booleans()), max_size=10), st.sets(st.integers(0, 9)), st.integers(1, 6))
@@ -339,7 +339,7 @@ class AnyFairLine(AnyLine):
         tenant=TENANTS,
         was_served=st.sampled_from([False, False, True]),
     )
-    def join(  # type: ignore[override]
+    def join(
         self, num_tokens: int, prefill_mode: str, waited_s: float, service_class: str, tenant: str, was_served: bool
     ) -> None:
         name = str(len(self.joined))
