@@ -163,7 +163,7 @@ class PooledEngineClient(EngineClient):
                 )
                 request.reasoning_ended = reasoning_ended
                 self._bounds.check_values(_to_generate_request(request, prefill_mode))
-                hints = RoutingHints(session=session_id, explain=context.wants_explanation)
+                hints = _hints(context, session_id)
                 async with aclosing(self._outputs(request, prompt_text, prefill_mode, hints, context)) as outputs:
                     async for output in outputs:
                         context.has_output = True
@@ -196,8 +196,7 @@ class PooledEngineClient(EngineClient):
         The block raises the error that ends the sequence, which `outputs` gets: one of vLLM's, as of `generate`.
         """
         context = current_request()
-        hints = RoutingHints(session=session, explain=context.wants_explanation)
-        sequence = self._run_sequence(request.generate, hints, context, outputs)
+        sequence = self._run_sequence(request.generate, _hints(context, session), context, outputs)
         task = asyncio.create_task(sequence, name=request.core.request_id)
         try:
             yield
@@ -445,6 +444,10 @@ def _refuse_what_cannot_be_served(prompt: Any, params: SamplingParams, lora_requ
     kind = prompt.get("type", "token") if isinstance(prompt, dict) else "token"
     if kind != "token":
         raise VLLMValidationError(f"only text prompts are served, got {kind} input", parameter="prompt")
+
+
+def _hints(context: RequestContext, session: str | None) -> RoutingHints:
+    return RoutingHints(session=session, explain=context.wants_explanation, service_class=context.service_class)
 
 
 def _take_prefill_mode(params: SamplingParams) -> Any:

@@ -106,7 +106,7 @@ async def build_server(
         orchestrator.retry_budget = retry_budget
     vllm_surface.allow_several_greedy_sequences()
     vllm_surface.let_cancellation_through()
-    vllm_surface.take_the_user_for_the_session()
+    vllm_surface.take_session_and_service_class()
     vllm_surface.leave_structural_tags_to_the_engine_client()
     vllm_surface.refuse_what_vllms_checks_cannot_take()
     if len(config.models) > 1:

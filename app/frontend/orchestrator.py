@@ -311,7 +311,8 @@ class Orchestrator:
             turn.set_result((decision, in_flight))
 
         since = max(job.progress.waits_since, job.woken_at)
-        ticket = self.line.join(job.request, job.hints, lost, since, on_turn, turn.set_exception)
+        was_served = job.num_attempts > 0
+        ticket = self.line.join(job.request, job.hints, lost, since, on_turn, turn.set_exception, was_served=was_served)
         if ticket is None:
             return turn.result()
         try:

@@ -17,6 +17,9 @@ from typing import Any
 from starlette.types import Send
 
 from app.frontend.sequence_record import SequenceRecord
+from app.routing.decision import SERVICE_CLASSES, ServiceClass
+
+SERVICE_CLASS_OF_TIER: dict[str, ServiceClass] = {name: name for name in SERVICE_CLASSES}
 
 
 class RequestContext:
@@ -26,6 +29,8 @@ class RequestContext:
         self.wants_explanation = wants_explanation
         self.deadline = math.inf
         """When the request must have ended, in seconds of `time.monotonic`, whatever it has started by then."""
+        self.service_class: ServiceClass = "default"
+        """Whom it goes before if it has to wait, as the client asked for (app/routing/waiting_line.py)."""
         self.send: Send | None = None
         """Sends parts of the answer's body past the middlewares that only pass them on, once they have passed one."""
         self.sequences: list[SequenceRecord] = []
@@ -54,6 +59,10 @@ class RequestContext:
     def early_failure(self) -> dict[str, Any] | None:
         """The failure of the request, if vLLM's server was given no output before it."""
         return None if self.has_output else self.failure
+
+    def take_service_tier(self, tier: str | None) -> None:
+        """Take OpenAI's ``service_tier``: "auto", "scale" and none are the default class."""
+        self.service_class = SERVICE_CLASS_OF_TIER.get(tier or "", "default")
 
     def add(self, num_sequences: int, num_prompt_tokens: int, num_prompt_logprobs: int) -> None:
         """Count the sequences of a prompt that begin; negative numbers if they end."""

@@ -14,6 +14,7 @@ import logging
 import sys
 from typing import Any
 
+from app.frontend.request_context import current_request
 from app.upstream import Patch, UpstreamChanged, check_attributes, check_parameters, check_uses, needed
 
 with needed("vllm", "serve its API over engines in other processes"):
@@ -158,7 +159,7 @@ __all__ = [
     "refuse_what_vllms_checks_cannot_take",
     "renderer_from_config",
     "share_http_metrics",
-    "take_the_user_for_the_session",
+    "take_session_and_service_class",
     "validate_api_server_args",
     "validate_parsed_serve_args",
 ]
@@ -209,14 +210,16 @@ def let_cancellation_through() -> None:
     WITH_CANCELLATION.apply(lambda handler: handler)
 
 
-def take_the_user_for_the_session() -> None:
+def take_session_and_service_class() -> None:
     """Take OpenAI's ``user`` (``metadata.user_id`` in Anthropic's API) for the session if nothing else names one.
 
     vLLM 0.32 passes on a session only from the header ``X-Session-ID`` or from its own field ``session_id``, and no
-    OpenAI client sends these.  Can go once vLLM falls back on ``user``.
+    OpenAI client sends these.  Can go once vLLM falls back on ``user``.  Where it reads the session of any request,
+    ``service_tier`` is read too, which it does not pass on at all.
     """
 
     def session_or_user(request: Any, raw_request: Any) -> str | None:
+        current_request().take_service_tier(request.service_tier)
         return SESSION_ID.original(request, raw_request) or request.user or None
 
     def with_user(request: Any, messages: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -112,10 +112,22 @@ class Decision(msgspec.Struct, frozen=True):
         return self.way.ttft_s
 
 
+ServiceClass = Literal["priority", "default", "flex"]
+"""Who goes first of those that wait (app/routing/waiting_line.py), by OpenAI's names of ``service_tier``."""
+SERVICE_CLASSES: tuple[ServiceClass, ...] = get_args(ServiceClass)
+"""The highest first."""
+
+
 class RoutingHints(msgspec.Struct, frozen=True):
-    """What a client says about routing."""
+    """Who asks, and what a client says about routing."""
 
     session: str | None = None
     """Requests of one session are preferably served by one replica."""
     explain: bool = False
     """Whether `Decision.others` is wanted."""
+    service_class: ServiceClass = "default"
+    tenant: str = ""
+    """With whom the request shares its part of the tokens (app/routing/fair_order.py); empty for nobody in particular,
+    which are one tenant together."""
+    weight: float = 1.0
+    """How many times as many tokens the tenant gets as one of weight 1 if both want more than they get; above 0."""

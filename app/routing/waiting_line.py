@@ -1,26 +1,31 @@
 """The requests of one frontend for which no replica has room.  They are nobody's yet, so any replica can relieve them.
 
-1. A request that finds room is served at once; the line costs it one comparison.
-2. Otherwise it waits.  Whenever a replica has told something, those in front try again, in the order of their arrival.
-3. Who can no longer be in time (`slo.ttft_ms`) lets those pass that still can.  If all were served in order, a load
-   that is a little too much would make every one of them late.  One in LATE_TURN turns is for the late ones, so that
-   each is served.
-4. Who would wait longer than ``limits.max_ttft_ms`` is refused, as soon as that is predicted.
+1. A request that finds room is served at once if nobody of its class or a higher one waits.
+2. Otherwise it waits.  Whenever a replica has told something, those in front try again: first those that have been
+   served before and lost their replica, then the highest class (`SERVICE_CLASSES`) of which somebody waits.  Lower
+   ones do not even get what that one leaves, or else small requests would take the room before a large one finds it.
+3. Within a class tenants have turns so that each gets tokens by its weight (app/routing/fair_order.py).
+4. Of one tenant those go first that arrived first.  Who can no longer be in time (`slo.ttft_ms`) lets those pass that
+   still can.  If all were served in order, a load that is a little too much would make every one of them late.  One in
+   LATE_TURN turns is for the late ones, so that each is served.
+5. Who would wait longer than ``limits.max_ttft_ms`` is refused, as soon as that is predicted.  Those behind it do not
+   count: a lower class never makes a higher one too late.  Whom one that goes before makes too late is refused.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection
-from itertools import islice
+from collections.abc import Callable, Collection, Iterator
+from itertools import chain, islice
 from random import uniform
 
 import msgspec
 
 from app.errors import BatonError, Overloaded
 from app.messages import GenerateRequest
-from app.routing.decision import Decision, Lack, RoutingHints, Wait
+from app.routing.decision import SERVICE_CLASSES, Decision, Lack, RoutingHints, Wait
+from app.routing.fair_order import FairOrder, Flow
 from app.routing.in_flight import InFlight
 from app.routing.router import Router
 
@@ -34,7 +39,8 @@ IN_TIME = 0.9
 """Who is predicted to get the first token later than in this share of `slo.ttft_ms` counts as late.  Clients count the
 way to the frontend and back as well, and a prediction is off by a few per cent."""
 NUM_TRIED = 2
-"""How many of those in front try, each time.  The second may take what the first cannot."""
+"""How many tenants in front try each time, and of each how many of those in front.  The second may take what the first
+cannot."""
 LATE_TURN = 8
 """One in so many turns is for a request that is late already."""
 RATE_WINDOW_S = 10.0
@@ -57,12 +63,52 @@ class Ticket(msgspec.Struct, eq=False):
     on_error: Callable[[BatonError], object]
     alone_s: float
     """The predicted seconds to its first token once it is its turn."""
+    rank: int
+    """Its place among `WaitingLine.orders`."""
+    flow: TenantLine
+    tokens: float
+    """What it takes of its tenant's part if nothing of its prompt is cached."""
     is_late: bool = False
     has_left: bool = False
 
     @property
     def num_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def cost(self) -> float:
+        return self.tokens / self.hints.weight
+
+
+class TenantLine(Flow):
+    """Those of one tenant and class."""
+
+    def __init__(self, tenant: str, num_turns: int) -> None:
+        """`num_turns` are how many the whole line has had."""
+        super().__init__(tenant)
+        self.num_turns = num_turns
+        self.work_s = 0.0
+        """The sum of `Ticket.alone_s`."""
+        self.in_time: deque[Ticket] = deque()
+        self.late: deque[Ticket] = deque()
+
+    def tickets(self) -> Iterator[Ticket]:
+        return (ticket for ticket in chain(self.in_time, self.late) if not ticket.has_left)
+
+    def front(self) -> list[Ticket]:
+        """Return those that are to try, in this order.  The first one that is late has not left."""
+        front = list(islice((ticket for ticket in self.in_time if not ticket.has_left), NUM_TRIED))
+        if self.late:
+            front.insert(0 if self.num_turns % LATE_TURN == LATE_TURN - 1 else len(front), self.late[0])
+        return front
+
+    def last(self) -> Ticket:
+        """Return the one that has the last turn.  One must wait."""
+        while self.late and self.late[-1].has_left:
+            self.late.pop()
+        while not self.late and self.in_time[-1].has_left:
+            self.in_time.pop()
+        return (self.late or self.in_time)[-1]
 
 
 class WaitingLine:
@@ -82,13 +128,13 @@ class WaitingLine:
         self._ttft_s = IN_TIME * router.slo.ttft_ms / 1e3
         self._later = later
         self._clock = router.clock
-        self._in_time: deque[Ticket] = deque()
-        self._late: deque[Ticket] = deque()
+        self.orders = [FairOrder(self._new_flow) for _ in ("again", *SERVICE_CLASSES)]
+        """Those that have been served before, and the classes, the highest first."""
         self._work_s = 0.0
         self._num_turns = 0
         self._will_look = self._will_beat = False
         self._served_s = self._passed_s = 0.0
-        self._rated_at = self._clock()
+        self._rated_at = self._sorted_at = self._clock()
         router.on_change(self.on_news)
 
     def join(
@@ -99,33 +145,70 @@ class WaitingLine:
         arrived_at: float,
         on_turn: OnTurn,
         on_error: Callable[[BatonError], object],
+        *,
+        was_served: bool = False,
     ) -> Ticket | None:
         """Call `on_turn` once it is the request's turn, which may be at once; then this returns None.
 
         `on_turn` gets the decision; from then on the sequence counts as in flight.  `on_error` is called instead if
-        the request is refused while it waits.  Raises Overloaded if it is refused at once, and whatever
+        the request is refused while it waits.  If it was served before, and lost its replica, it goes before all others
+        and takes nothing of its tenant's part again.  Raises Overloaded if it is refused at once, and whatever
         `Router.decide` raises.
         """
         waited_s = self._clock() - arrived_at
+        rank = 0 if was_served else 1 + SERVICE_CLASSES.index(hints.service_class)
         choice = self._router.decide(request, hints, lost, waited_s=waited_s, waiting_tokens=self.queued_tokens)
         if isinstance(choice, Wait):
             alone_s, lacks = choice.alone_s, choice.lacks
-        elif self.num_waiting:
+        elif self.num_waiting and any(order.num_waiting for order in self.orders[: rank + 1]):
             alone_s, lacks = choice.way.alone_s, self.lacks
         else:
+            if self.num_waiting:
+                self._rate(choice.way.alone_s)
             on_turn(choice, self._router.begin(request, choice))
             return None
         if not self.num_waiting:
             self._rated_at = self._clock()
-        ticket = Ticket(request, hints, lost, arrived_at, on_turn, on_error, alone_s)
-        if (excess_s := self._excess_s(ticket, self.predicted_wait_s())) > 0:
-            raise Overloaded(min(LONGEST_RETRY_S, excess_s))
+        flow = self.orders[rank].flow("" if was_served else hints.tenant)
+        tokens = len(request.prompt_token_ids) + self._expected_output(request)
+        ticket = Ticket(request, hints, lost, arrived_at, on_turn, on_error, alone_s, rank, flow, tokens)
+        self._admit(ticket)
         self.lacks = self.lacks or lacks
-        self._in_time.append(ticket)
-        self._count(ticket, 1)
         self.on_news()
         self._beat()
         return ticket
+
+    def _new_flow(self, tenant: str) -> TenantLine:
+        return TenantLine(tenant, self._num_turns)
+
+    def _expected_output(self, request: GenerateRequest) -> float:
+        """Return how many tokens a request is expected to get: what is usual now, or what it allows if that is less.
+
+        What it allows alone says little, as most clients leave it at what the model can do.  Each counts as much as a
+        token of the prompt: tenants are billed and limited in tokens, and how much more work one is than the other
+        depends on the model, the batch and the length of the prompt.
+        """
+        told = [state.load.output_tokens for state in self._router.pools["decode"].replicas.values()]
+        usual = sum(told) / len(told) if told else 0.0
+        allowed = request.sampling.get("max_tokens")
+        return usual if allowed is None else min(usual, allowed)
+
+    def _admit(self, ticket: Ticket) -> None:
+        """Let a request wait.  Raises Overloaded if its turn is predicted to be too late."""
+        has_time_for_all = self._excess_s(ticket, self.predicted_wait_s()) <= 0
+        if not has_time_for_all and (excess_s := self._excess_s(ticket, self._turn_in_s(ticket))) > 0:
+            raise Overloaded(min(LONGEST_RETRY_S, excess_s))
+        ticket.flow.in_time.append(ticket)
+        self._count(ticket, 1)
+        if not has_time_for_all:
+            self._make_room(ticket)
+
+    def _make_room(self, newcomer: Ticket) -> None:
+        """Refuse those who will be too late now that another one goes before them, from the end of each class on."""
+        for order in self.orders[newcomer.rank :]:
+            while order.num_waiting and (last := order.last().last()) is not newcomer:
+                if not self._refuse(last, self._turn_in_s(last, is_counted=True)):
+                    break
 
     def leave(self, ticket: Ticket) -> None:
         """Give up waiting."""
@@ -151,48 +234,64 @@ class WaitingLine:
             self.on_news()
             self._beat()
 
+    def tickets(self) -> Iterator[Ticket]:
+        """Return all that wait."""
+        return (ticket for order in self.orders for flow in order.flows.values() for ticket in flow.tickets())
+
     def _count(self, ticket: Ticket, number: int) -> None:
         self.num_waiting += number
         self.queued_tokens += number * ticket.num_tokens
         self._work_s = max(0.0, self._work_s + number * ticket.alone_s)
+        ticket.flow.work_s = max(0.0, ticket.flow.work_s + number * ticket.alone_s)
+        self.orders[ticket.rank].count(ticket.flow, number, ticket.cost)
         if not self.num_waiting:
             self.lacks = ""
 
     def _look(self) -> None:
         self._will_look = False
         self._rate(0.0)
+        if (now := self._clock()) - self._sorted_at >= HEARTBEAT_S:  # who is not in front is refused in time too
+            self._sorted_at = now
+            for flow in [flow for order in self.orders for flow in order.flows.values()]:
+                self._sort_out(flow)
         while self.num_waiting and self._serve_one():
             pass
 
     def _serve_one(self) -> bool:
         """Serve one of those in front.  Returns whether one was served, refused or let others pass."""
-        self._sort_out()
-        front = list(islice((ticket for ticket in self._in_time if not ticket.has_left), NUM_TRIED))
-        late = self._late[0] if self._late else None
-        if late is not None:
-            front.insert(0 if self._num_turns % LATE_TURN == LATE_TURN - 1 else len(front), late)
-        return any(self._try(ticket, is_first=index == 0) for index, ticket in enumerate(front))
+        again, *classes = self.orders
+        highest = next((order for order in classes if order.num_waiting), None)
+        is_first = True
+        for flow in again.first(1) + (highest.first(NUM_TRIED) if highest is not None else []):
+            self._sort_out(flow)
+            if not flow.num_waiting:
+                return True
+            for ticket in flow.front():
+                if self._try(ticket, is_first=is_first):
+                    return True
+                is_first = False
+        return False
 
-    def _sort_out(self) -> None:
+    def _sort_out(self, flow: TenantLine) -> None:
         """Forget those in front who have left, take those who cannot be in time to the others of that kind, and refuse
         those who are too late altogether.
         """
-        now = self._clock()
-        while self._in_time:
-            first = self._in_time[0]
+        now, in_time, late = self._clock(), flow.in_time, flow.late
+        while in_time:
+            first = in_time[0]
             if not first.has_left and now - first.arrived_at + first.alone_s <= self._ttft_s:
                 break
-            self._in_time.popleft()
+            in_time.popleft()
             if not first.has_left:
                 self._let_others_pass(first)
-        while self._late and (self._late[0].has_left or self._refuse(self._late[0], 0.0)):
-            self._late.popleft()
+        while late and (late[0].has_left or self._refuse(late[0], 0.0)):
+            late.popleft()
 
     def _let_others_pass(self, ticket: Ticket) -> None:
         """Take one that cannot be in time to the others of that kind, or refuse it."""
-        if not self._refuse(ticket, self.predicted_wait_s()):
+        if not self._refuse(ticket, self._turn_in_s(ticket)):
             ticket.is_late = True
-            self._late.append(ticket)
+            ticket.flow.late.append(ticket)
 
     def _refuse(self, ticket: Ticket, wait_s: float) -> bool:
         """Refuse a request that will be too late even for `max_ttft_ms` if its turn is in `wait_s` seconds."""
@@ -218,11 +317,14 @@ class WaitingLine:
                 self.lacks = choice.lacks
             return False
         if not ticket.is_late and waited_s + choice.predicted_ttft_s > self._ttft_s:
-            self._in_time.remove(ticket)
+            ticket.flow.in_time.remove(ticket)
             self._let_others_pass(ticket)
             return True
+        weight = ticket.hints.weight
+        self.orders[ticket.rank].charge(ticket.flow, (ticket.tokens - choice.expected_cached_tokens) / weight)
         self.leave(ticket)
         self._num_turns += 1
+        ticket.flow.num_turns += 1
         self._rate(ticket.alone_s)
         ticket.on_turn(choice, self._router.begin(ticket.request, choice))
         return True
@@ -236,11 +338,25 @@ class WaitingLine:
         self._passed_s = self._passed_s * kept + passed_s
 
     def predicted_wait_s(self) -> float:
-        """Predict how long a request that joins now waits for its turn, if it is not let pass."""
+        """Predict how long a request that joins now waits for its turn, if that is after all others'."""
+        return self._work_s / speed if (speed := self._speed()) else 0.0
+
+    def _turn_in_s(self, ticket: Ticket, *, is_counted: bool = False) -> float:
+        """Predict how long a request waits for its turn as the last one of its tenant.
+
+        `is_counted` says that it is that already, so that its own work is not before it.
+        """
+        order, flow = self.orders[ticket.rank], ticket.flow
+        work_s = sum(order.share_before(flow, other) * other.work_s for other in order.flows.values())
+        work_s += sum(other.work_s for higher in self.orders[: ticket.rank] for other in higher.flows.values())
+        work_s -= ticket.alone_s if is_counted else 0.0
+        return work_s / speed if (speed := self._speed()) else 0.0
+
+    def _speed(self) -> float:
+        """Return how many seconds of work the line has served lately in each second in which somebody waited."""
         pools = self._router.pools
         most = len(pools["prefill" if "prefill" in pools else "decode"].replicas)
-        speed = (self._served_s + most * PRIOR_S) / (self._passed_s + PRIOR_S)
-        return self._work_s / speed if speed else 0.0
+        return (self._served_s + most * PRIOR_S) / (self._passed_s + PRIOR_S)
 
     def _excess_s(self, ticket: Ticket, wait_s: float) -> float:
         """Return by how much a request will be later than `max_ttft_ms` allows if its turn is in `wait_s` seconds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from app.frontend.health import model_state
 from app.frontend.orchestrator import Orchestrator
 from app.frontend.waking import Waker
 from app.messages import Role
+from app.routing.decision import SERVICE_CLASSES
 from app.routing.router import Router
 from app.routing.slowness import slowness
 from deployments.autoscaling import wish_key
@@ -28,6 +30,7 @@ from deployments.serve_hooks import deployment_id_of, put_internal_kv
 
 STATS_TIMEOUT_S = 2.0
 """How long a replica may take to answer for /stats, which says of the others what it knows."""
+MAX_TOLD_TENANTS = 20
 
 
 class ServedModel:
@@ -172,10 +175,17 @@ class ServedModel:
             self._replicas.tell_backlog(role, backlog if role == short else Backlog())
 
     def describe_line(self) -> dict[str, Any]:
-        """Return who waits in this frontend, and for what; `waking` are requests that wait for the model to wake."""
+        """Return who waits in this frontend, and for what; `waking` are requests that wait for the model to wake.
+
+        `by_tenant` names those tenants of which most requests wait, MAX_TOLD_TENANTS at most.
+        """
         line, waker = self.orchestrator.line, self.orchestrator.waker
+        hints = [ticket.hints for ticket in line.tickets()]
+        by_class, by_tenant = Counter(h.service_class for h in hints), Counter(h.tenant for h in hints if h.tenant)
         return {
             "requests": line.num_waiting,
+            "by_class": {name: by_class[name] for name in SERVICE_CLASSES},
+            "by_tenant": dict(by_tenant.most_common(MAX_TOLD_TENANTS)),
             "queued_tokens": line.queued_tokens,
             "lacks": line.lacks or None,
             "waking": waker.num_waiting if waker is not None else 0,

@@ -240,7 +240,7 @@ async def test_a_handler_goes_on_when_its_request_is_cancelled(surface: Any) -> 
 
 
 def test_the_user_names_no_session_by_itself(surface: Any) -> None:
-    """Else: `take_the_user_for_the_session` in app/frontend/vllm_surface.py."""
+    """Else: `take_session_and_service_class` in app/frontend/vllm_surface.py."""
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 

@@ -21,6 +21,7 @@ from app.config import parse
 from app.errors import ReplicaLost
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import EngineStats, GenerateRequest, ReplicaInfo, ReplicaLoad, Role, TokenDelta
+from app.routing.decision import RoutingHints
 from app.routing.ejection import STRONG
 from deployments.frontend import pool_channels, pools, served_model
 from deployments.frontend.served_model import ServedModel
@@ -224,3 +225,13 @@ async def test_prefill_is_told_of_all_that_wait_once_there_is_no_decode_replica(
     await until(lambda: cluster.reachable()["decode"] == 0)
     line.on_backlog()
     await until(lambda: servers["prefill"].backlog() == backlog)
+
+
+async def test_who_waits_is_told_by_class_and_by_those_tenants_of_whom_most_wait(cluster: Cluster) -> None:
+    line = cluster.model.orchestrator.line
+    waiting = [RoutingHints(tenant=str(number)) for number in range(30) for _ in range(number)]
+    waiting += [RoutingHints(service_class="flex")] * 33
+    line.tickets = lambda: iter([SimpleNamespace(hints=hints) for hints in waiting])  # type: ignore[method-assign,misc]
+    told = cluster.model.describe_line()
+    assert told["by_class"] == {"priority": 0, "default": 29 * 30 // 2, "flex": 33}
+    assert told["by_tenant"] == {str(number): number for number in range(29, 9, -1)}

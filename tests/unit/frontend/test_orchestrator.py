@@ -406,6 +406,20 @@ async def test_after_the_first_token_the_sequence_goes_on_elsewhere_after_the_to
     assert rest.handoff is prefill.handoffs[1]
 
 
+@pytest.mark.parametrize("before", [[LOST], [FIRST, LOST]], ids=["before its first token", "after it"])
+async def test_what_lost_its_replica_joins_the_line_as_served_before(before: list[Any]) -> None:
+    server = orchestrator(None, FakeDecode(["d0", "d1"], before, [LAST]))
+    join, joined = server.line.join, list[bool]()
+
+    def noting(*args: Any, was_served: bool) -> Any:
+        joined.append(was_served)
+        return join(*args, was_served=was_served)
+
+    server.line.join = noting  # type: ignore[assignment,method-assign]
+    await served(server)
+    assert joined == [False, True]
+
+
 async def test_each_loss_is_resumed_from_all_tokens_until_no_attempt_is_left() -> None:
     decode = FakeDecode(["d0", "d1", "d2", "d3"], [FIRST, LOST])
     received: list[TokenDelta] = []

@@ -206,6 +206,31 @@ async def test_metadata_without_a_user_is_no_session(ask: Ask, orchestrator: Fak
     assert [hints.session for hints in orchestrator.hints] == [None]
 
 
+# Service classes
+
+
+@STREAM
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize(
+    ("tier", "service_class"),
+    [("priority", "priority"), ("flex", "flex"), ("auto", "default"), ("default", "default"), ("scale", "default")],
+)
+async def test_the_service_tier_is_the_class_in_which_a_request_waits(
+    ask: Ask, orchestrator: FakeOrchestrator, path: str, tier: str, service_class: str, stream: bool
+) -> None:
+    response = await ask(path, service_tier=tier, stream=stream)
+    assert response.status_code == 200
+    assert [hints.service_class for hints in orchestrator.hints] == [service_class]
+
+
+@pytest.mark.parametrize("path", APIS)
+async def test_who_asks_for_no_tier_waits_in_the_default_class(
+    ask: Ask, orchestrator: FakeOrchestrator, path: str
+) -> None:
+    await ask(path)
+    assert [hints.service_class for hints in orchestrator.hints] == ["default"]
+
+
 # Failures
 
 

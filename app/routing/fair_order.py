@@ -1,0 +1,108 @@
+"""Which tenant's turn it is, so that all who want more than they get receive tokens in proportion to their weights.
+
+This is start-time fair queueing: P. Goyal, H. M. Vin, H. Cheng, "Start-time Fair Queuing: A Scheduling Algorithm for
+Integrated Services Packet Switching Networks", SIGCOMM 1996.  Tenants are its flows.  A request's *cost* is its tokens
+by the weight of its tenant.  What a request costs is needed only once it is served, and no rate of service at all.
+
+1. Each flow has a *start*: the virtual time of its next request.  The flow with the earliest start is served.
+2. That moves its start by the request's cost.  The virtual time of all is the start of what was served last.
+3. A flow that had nothing waiting starts at that time at the earliest, so idle time earns nothing.  It does not start
+   before its own start either, so that leaving the line and coming back earns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heappop, heappush, heapreplace
+from itertools import count
+from typing import Generic, TypeVar
+
+
+class Flow:
+    """What waits of one tenant."""
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
+        self.starts_at = 0.0
+        """The virtual time of its next request, in tokens of a tenant of weight 1."""
+        self.num_waiting = 0
+        self.waiting_cost = 0.0
+        """What those that wait are expected to cost."""
+
+    @property
+    def ends_at(self) -> float:
+        """The virtual time at which another request would start that joined now."""
+        return self.starts_at + self.waiting_cost
+
+
+AnyFlow = TypeVar("AnyFlow", bound=Flow)
+
+
+class FairOrder(Generic[AnyFlow]):
+    """The order of those flows from which something waits."""
+
+    def __init__(self, new_flow: Callable[[str], AnyFlow]) -> None:
+        """`new_flow` makes the flow of a tenant."""
+        self.num_waiting = 0
+        self.flows: dict[str, AnyFlow] = {}
+        """By tenant; also those of which nothing waits, as long as they have got more than others."""
+        self._new_flow = new_flow
+        self._heap: list[tuple[float, int, AnyFlow]] = []
+        """Each flow once, by its start.  The start may have become later since."""
+        self._numbers = count()
+        self._now = 0.0
+
+    def flow(self, tenant: str) -> AnyFlow:
+        """Return the flow of a tenant of whom another request is to wait."""
+        if not self.num_waiting:  # Nobody lacks anything, so nobody has got too much.
+            self.flows.clear()
+            self._heap.clear()
+            self._now = 0.0
+        if (flow := self.flows.get(tenant)) is None:
+            flow = self.flows[tenant] = self._new_flow(tenant)
+            flow.starts_at = self._now
+            heappush(self._heap, (flow.starts_at, next(self._numbers), flow))
+        elif not flow.num_waiting:
+            flow.starts_at = max(flow.starts_at, self._now)
+        return flow
+
+    def count(self, flow: AnyFlow, number: int, cost: float) -> None:
+        """Count one request that waits, or does not any more (`number` is -1)."""
+        self.num_waiting += number
+        flow.num_waiting += number
+        flow.waiting_cost = flow.waiting_cost + number * cost if flow.num_waiting else 0.0  # no rounding errors add up
+
+    def first(self, number: int) -> list[AnyFlow]:
+        """Return the first `number` flows, or all if there are fewer, of which something waits."""
+        found: list[tuple[float, int, AnyFlow]] = []
+        while self._heap and len(found) < number:
+            starts_at, rank, flow = self._heap[0]
+            if starts_at < flow.starts_at:
+                heapreplace(self._heap, (flow.starts_at, rank, flow))
+                continue
+            heappop(self._heap)
+            if flow.num_waiting:
+                found.append((starts_at, rank, flow))
+            else:  # All others have got as much by now.
+                self._now = max(self._now, starts_at)
+                del self.flows[flow.tenant]
+        for entry in found:
+            heappush(self._heap, entry)
+        return [flow for _, _, flow in found]
+
+    def charge(self, flow: AnyFlow, cost: float) -> None:
+        """Take note that a request of this cost is served."""
+        self._now = max(self._now, flow.starts_at)
+        flow.starts_at += cost
+
+    def share_before(self, flow: AnyFlow, other: AnyFlow) -> float:
+        """Return the share of what waits in `other` whose turn is before that of one that joins `flow` now."""
+        if other is flow:
+            return 1.0
+        if not other.waiting_cost:
+            return 0.0
+        return min(1.0, max(0.0, (flow.ends_at - other.starts_at) / other.waiting_cost))
+
+    def last(self) -> AnyFlow:
+        """Return the flow of which a request has the last turn.  Something must wait."""
+        return max((flow for flow in self.flows.values() if flow.num_waiting), key=lambda flow: flow.ends_at)

@@ -1,0 +1,137 @@
+"""Tenants have turns so that each gets tokens by its weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.routing.fair_order import FairOrder, Flow
+
+COSTS = st.lists(st.integers(1, 1000), min_size=1, max_size=20)
+WEIGHTS = st.floats(0.1, 10.0)
+
+
+class Tenants:
+    """Tenants whose requests wait in turn, by the tokens that each takes."""
+
+    def __init__(self) -> None:
+        self.order: FairOrder[Flow] = FairOrder(Flow)
+        self.waiting: dict[str, list[float]] = {}
+        self.weights: dict[str, float] = {}
+        self.got: Counter[str] = Counter()
+
+    def join(self, tenant: str, *tokens: float, weight: float = 1.0) -> None:
+        self.weights[tenant] = weight
+        for number in tokens:
+            self.order.count(self.order.flow(tenant), 1, number / weight)
+            self.waiting.setdefault(tenant, []).append(number)
+
+    def serve(self) -> str:
+        (flow,) = self.order.first(1)
+        tokens = self.waiting[flow.tenant].pop(0)
+        self.order.charge(flow, tokens / self.weights[flow.tenant])
+        self.order.count(flow, -1, tokens / self.weights[flow.tenant])
+        self.got[flow.tenant] += int(tokens)
+        return flow.tenant
+
+
+@given(COSTS, COSTS, WEIGHTS, WEIGHTS)
+def test_two_that_always_wait_get_tokens_by_their_weights_within_one_request_of_each(
+    costs_a: list[int], costs_b: list[int], weight_a: float, weight_b: float
+) -> None:
+    """Theorem 1 of the paper: |W_a / w_a - W_b / w_b| <= max_a / w_a + max_b / w_b."""
+    tenants = Tenants()
+    tenants.join("a", *costs_a * 5, weight=weight_a)
+    tenants.join("b", *costs_b * 5, weight=weight_b)
+    bound = max(costs_a) / weight_a + max(costs_b) / weight_b
+    while all(tenants.waiting.values()):
+        tenants.serve()
+        assert abs(tenants.got["a"] / weight_a - tenants.got["b"] / weight_b) <= bound * (1 + 1e-9)
+
+
+@given(COSTS, st.integers(1, 1000), st.integers(1, 40))
+def test_time_in_which_a_tenant_had_nothing_waiting_earns_nothing(costs: list[int], own: int, num_before: int) -> None:
+    tenants = Tenants()
+    tenants.join("busy", *costs * 60)
+    for _ in range(num_before):
+        tenants.serve()
+    tenants.got.clear()
+    tenants.join("idle", *[own] * 100)
+    while all(tenants.waiting.values()):
+        tenants.serve()
+        assert tenants.got["idle"] - tenants.got["busy"] <= own + max(costs)
+
+
+@given(st.integers(1, 1000), st.integers(1, 1000))
+def test_who_leaves_the_line_and_comes_back_for_each_request_gets_no_more(own: int, other: int) -> None:
+    tenants = Tenants()
+    tenants.join("stays", *[other] * 100)
+    tenants.join("comes back", own)
+    while tenants.waiting["stays"]:
+        if tenants.serve() == "comes back":
+            tenants.join("comes back", own)
+        assert tenants.got["comes back"] - tenants.got["stays"] <= own + other
+
+
+@given(st.dictionaries(st.sampled_from("abcdefgh"), st.tuples(COSTS, WEIGHTS), min_size=1))
+def test_nobody_starves_and_all_are_served(wishes: dict[str, tuple[list[int], float]]) -> None:
+    """Between two turns of one that waits, another one gets no more than by its weight and one request more."""
+    tenants = Tenants()
+    for tenant, (costs, weight) in wishes.items():
+        tenants.join(tenant, *costs, weight=weight)
+    most = max(cost / weight for costs, weight in wishes.values() for cost in costs)
+    turns = [tenants.serve() for _ in range(sum(len(costs) for costs, _ in wishes.values()))]
+    assert tenants.order.num_waiting == 0
+    assert tenants.order.first(1) == []
+    for tenant, (costs, weight) in wishes.items():
+        at = [-1, *(index for index, name in enumerate(turns) if name == tenant)]
+        assert len(at) == 1 + len(costs)
+        for begin, end in pairwise(at):
+            between = Counter(turns[begin + 1 : end])
+            for other, number in between.items():
+                cheapest = min(wishes[other][0]) / wishes[other][1]
+                assert (number - 2) * cheapest <= max(costs) / weight + most
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from([1, 1, -1, 0]), st.integers(1, 100)), max_size=60))
+def test_the_numbers_are_right_whoever_comes_leaves_and_is_served(steps: list[tuple[str, int, int]]) -> None:
+    tenants = Tenants()
+    for tenant, what, tokens in steps:
+        mine = tenants.waiting.setdefault(tenant, [])
+        if what == 1:
+            tenants.join(tenant, tokens)
+        elif what == -1 and mine:
+            tenants.order.count(tenants.order.flows[tenant], -1, mine.pop())
+        elif what == 0 and any(tenants.waiting.values()):
+            tenants.serve()
+        num_waiting = {name: len(costs) for name, costs in tenants.waiting.items() if costs}
+        assert tenants.order.num_waiting == sum(num_waiting.values())
+        assert {f.tenant: f.num_waiting for f in tenants.order.first(9)} == num_waiting  # work conservation
+        for flow in tenants.order.first(9):
+            assert flow.waiting_cost == pytest.approx(sum(tenants.waiting[flow.tenant]))
+
+
+def test_those_with_nothing_more_to_answer_for_are_forgotten() -> None:
+    tenants = Tenants()
+    tenants.join("busy", *[10] * 50)
+    for number in range(20):
+        tenants.join(str(number), 1)
+    for _ in range(30):
+        tenants.serve()
+    assert list(tenants.order.flows) == ["busy"]
+
+
+def test_what_goes_before_a_newcomer_is_predicted_by_the_weights() -> None:
+    tenants = Tenants()
+    tenants.join("flood", *[100] * 10)
+    tenants.join("half", *[100], weight=0.5)
+    order, flood, half = tenants.order, tenants.order.flow("flood"), tenants.order.flow("half")
+    new = order.flow("new")
+    assert (order.share_before(new, flood), order.share_before(new, half)) == (0.0, 0.0)
+    assert order.share_before(half, flood) == pytest.approx(0.2)  # 100 tokens at weight 0.5 are 200 of the flood's
+    assert order.share_before(flood, half) == order.share_before(flood, flood) == 1.0
+    assert order.last() is flood
