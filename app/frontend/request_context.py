@@ -60,9 +60,9 @@ class RequestContext:
         """The failure of the request, if vLLM's server was given no output before it."""
         return None if self.has_output else self.failure
 
-    def take_service_tier(self, tier: str | None) -> None:
-        """Take OpenAI's ``service_tier``: "auto", "scale" and none are the default class."""
-        self.service_class = SERVICE_CLASS_OF_TIER.get(tier or "", "default")
+    def take_service_tier(self, tier: object) -> None:
+        """Take OpenAI's ``service_tier``, which vLLM checks only in some APIs.  All but two are the default class."""
+        self.service_class = SERVICE_CLASS_OF_TIER.get(tier, "default") if isinstance(tier, str) else "default"
 
     def add(self, num_sequences: int, num_prompt_tokens: int, num_prompt_logprobs: int) -> None:
         """Count the sequences of a prompt that begin; negative numbers if they end."""

@@ -219,7 +219,7 @@ def take_session_and_service_class() -> None:
     """
 
     def session_or_user(request: Any, raw_request: Any) -> str | None:
-        current_request().take_service_tier(request.service_tier)
+        current_request().take_service_tier(getattr(request, "service_tier", None))
         return SESSION_ID.original(request, raw_request) or request.user or None
 
     def with_user(request: Any, messages: Any) -> Any:

@@ -223,6 +223,15 @@ async def test_the_service_tier_is_the_class_in_which_a_request_waits(
     assert [hints.service_class for hints in orchestrator.hints] == [service_class]
 
 
+@pytest.mark.parametrize("tier", ["nonsense", 7, ["flex"], {"flex": 1}, None])
+async def test_a_tier_that_there_is_not_is_the_default_class(
+    ask: Ask, orchestrator: FakeOrchestrator, tier: Any
+) -> None:
+    response = await ask("/v1/completions", service_tier=tier)
+    assert response.status_code == 200
+    assert [hints.service_class for hints in orchestrator.hints] == ["default"]
+
+
 @pytest.mark.parametrize("path", APIS)
 async def test_who_asks_for_no_tier_waits_in_the_default_class(
     ask: Ask, orchestrator: FakeOrchestrator, path: str
