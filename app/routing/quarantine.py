@@ -50,9 +50,9 @@ class Suspect:
         self.died: set[str] = set()
         """The replicas whose engines died under it."""
         self.was_alone = False
-        """Whether it was the only one without a token at one of the replicas that it was lost with."""
-        self.failed: dict[str, float] = {}
-        """When which others failed it.  It is not known whether their engines live."""
+        """Whether it was the only one without a token at one of the replicas that died."""
+        self.failed: dict[str, tuple[float, bool]] = {}
+        """When which others failed it, and whether it was alone there.  It is not known whether their engines live."""
         self.gone: list[tuple[str, float]] = []
         """The nodes of those of them that Serve has removed, and when they failed it; one for each cause."""
         self.at = 0.0
@@ -89,15 +89,16 @@ class Quarantine:
     def check(self, request: GenerateRequest) -> None:
         """Raise Quarantined if too many engines died of this request's prompt and sampling parameters."""
         self._forget_old()
-        if not self._suspects:  # nearly always, so that nothing is hashed
-            return
-        suspect = self._suspects.get(_key(request))
+        suspect = self._known(request)
         if suspect is not None and suspect.is_quarantined:
             raise Quarantined(suspect.num_deaths, math.ceil(suspect.at + REMEMBER_S - self._clock()))
 
     def is_on_trial(self, request: GenerateRequest) -> bool:
         """Whether this request may be tried once more, but not together with another of which that is true."""
-        return bool(self._suspects) and (found := self._suspects.get(_key(request))) is not None and found.is_on_trial
+        return (suspect := self._known(request)) is not None and suspect.is_on_trial
+
+    def _known(self, request: GenerateRequest) -> Suspect | None:
+        return self._suspects.get(_key(request)) if self._suspects else None  # mostly there are none: nothing is hashed
 
     @contextmanager
     def exposing(self, *replicas: str) -> Iterator[None]:
@@ -127,8 +128,7 @@ class Quarantine:
     def on_failure(self, request: GenerateRequest, replica: str) -> None:
         """Take note of a replica that failed the request before its first token, for a reason that is not known."""
         suspect = self._suspect(request)
-        suspect.was_alone |= self._was_alone_at(replica, suspect)
-        suspect.failed[replica] = self._clock()
+        suspect.failed[replica] = self._clock(), self._was_alone_at(replica, suspect)
 
     def _was_alone_at(self, replica: str, suspect: Suspect) -> bool:
         """Whether no other sequence was exposed to what ended `replica`: those that it failed before are suspects."""
@@ -142,10 +142,11 @@ class Quarantine:
         """Take note that Serve has removed a replica of `node`, or that its engine died (None)."""
         earliest = self._clock() - GONE_WITHIN_S
         for suspect in self._suspects.values():
-            failed_at = suspect.failed.pop(replica, -math.inf)
+            failed_at, was_alone = suspect.failed.pop(replica, (-math.inf, False))
             if failed_at <= earliest:
                 continue
             with self._counting(suspect):
+                suspect.was_alone |= was_alone
                 if node is None:
                     suspect.died.add(replica)
                 else:

@@ -88,6 +88,18 @@ def test_replicas_that_only_went_away_are_no_proof_either_if_others_waited_there
     assert known.is_on_trial(request())
 
 
+def test_who_lost_only_a_connection_when_it_was_alone_stays_on_trial_until_that_was_a_death(known: Quarantine) -> None:
+    die_together(known, "d0", 1, 2)
+    die_together(known, "d1", 1, 2)
+    with known.exposing("d2"):
+        known.on_failure(request(start=1), "d2")
+    assert not is_refused(known, start=1)
+    assert known.is_on_trial(request(start=1))
+    known.on_gone("d2", "a node")
+    assert is_refused(known, start=1)
+    assert known.num_quarantines == 1
+
+
 def test_what_is_exposed_no_longer_is_forgotten(known: Quarantine) -> None:
     with known.exposing("d0", "p0"), known.exposing("d0"):
         pass
