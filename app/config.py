@@ -25,6 +25,10 @@ from app.errors import ConfigError
 from app.messages import EngineName, Role
 from app.models.shapes import SHAPES
 
+NOT_FOR_CLIENTS = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")
+"""Of vLLM's extra arguments: the first two give access to another request's KV, and with the third some cached blocks
+would be told twice, or not at all, which routing counts on."""
+
 
 class Settings(BaseModel):
     """The base of every section: it is immutable, and an unknown key is an error."""
@@ -200,6 +204,9 @@ class ModelConfig(Settings):
     quantised model needs another one."""
     server_args: dict[str, Any] = {}
     """Options of vLLM's API server, e.g. ``tool_call_parser: hermes``, ``reasoning_parser``, ``chat_template``."""
+    vllm_xargs: list[str] = []
+    """What clients may send in ``vllm_xargs`` beside ``baton_prefill``: names that logits processors of your own read.
+    Engines take other things there too, which are not for clients."""
     prefill: PoolConfig | None = None
     """Without it the decode pool serves alone (aggregated)."""
     decode: PoolConfig
@@ -212,6 +219,21 @@ class ModelConfig(Settings):
     ones (app/autoscaling/role_plan.py)."""
     routing: RoutingConfig = RoutingConfig()
     slo: SloConfig = SloConfig()
+
+    @field_validator("vllm_xargs")
+    @classmethod
+    def _are_for_clients(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name.startswith("baton_") or name in NOT_FOR_CLIENTS:
+                raise ValueError(f"{name} is not for clients")
+        return names
+
+    @field_validator("server_args")
+    @classmethod
+    def _one_way_to_set_keys(cls, server_args: dict[str, Any]) -> dict[str, Any]:
+        if "api_key" in server_args:
+            raise ValueError("api_key guards only some of vLLM's routes: set security.keys, which guards all")
+        return server_args
 
     @field_validator("name")
     @classmethod
@@ -436,6 +458,10 @@ class LimitsConfig(Settings):
     max_ttft_ms: float | None = Field(default=None, gt=0)
     """A request that has to wait in the frontend, and whose first token is predicted to take longer than this, is
     refused with 429 and told when to come again.  The default is ten times the model's ``slo.ttft_ms``."""
+    allow_control: bool = False
+    """Whether any client may have a prompt prefilled in a way that it chooses, or wrongly, by
+    ``vllm_xargs: {"baton_prefill": ...}``.  Otherwise an admin's key is needed, or to be on the machine if there are no
+    keys (`security`)."""
     prefill_timeout_s: float = Field(default=60.0, gt=0)
     """How long decode waits for a handoff before it prefills itself."""
     max_wake_s: float = Field(default=120.0, gt=0)
@@ -445,6 +471,25 @@ class LimitsConfig(Settings):
     """How often a sequence may be tried, the first time included; to go on elsewhere after its first token counts too.
     Once an attempt before that has failed on an engine, rather than on the way there, one more is the last one, as the
     request may have ended that engine."""
+
+
+class SecurityConfig(Settings):
+    """Who may ask."""
+
+    keys: str | None = Field(default=None, min_length=1)
+    """The file with the tenants and the hashes of their keys (app/tenants.py), as each frontend's node has it, or
+    ``env:NAME`` for an environment variable with the same text.  Then every request but the short form of /health needs
+    a key, as ``Authorization: Bearer KEY`` or ``x-api-key: KEY``.  A file is read again when it changes; a change that
+    cannot be read is logged, and the keys of before stay valid."""
+    open: bool = False
+    """Without `keys` Baton serves on loopback only, unless this says that whoever reaches the port may use it: all
+    routes, but no control runs (`limits.allow_control`)."""
+
+    @model_validator(mode="after")
+    def _open_means_without_keys(self) -> Self:
+        if self.keys is not None and self.open:
+            raise ValueError("open: true is for a service without keys: remove it, or remove keys")
+        return self
 
 
 class BatonConfig(Settings):
@@ -458,6 +503,7 @@ class BatonConfig(Settings):
     """This section is needed as soon as a model has a prefill pool."""
     frontend: FrontendConfig = FrontendConfig()
     limits: LimitsConfig = LimitsConfig()
+    security: SecurityConfig = SecurityConfig()
 
     @field_validator("models")
     @classmethod
@@ -507,11 +553,20 @@ def parse(args: dict[str, Any]) -> BatonConfig:
     try:
         return BatonConfig.model_validate(args)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        first = problems[0]
-        field = _path(first["loc"]) or "args"
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(field, _explain(first) + more) from None
+        field, problem = explain(error)
+        raise ConfigError(field or "args", problem) from None
+
+
+def explain(
+    error: ValidationError, *, shows_input: bool = True, documented_in: str = "app/config.py"
+) -> tuple[str, str]:
+    """Return the dotted path of the first wrong field, and what is wrong with it and how many more are wrong.
+
+    `shows_input`: whether this may show the value.
+    """
+    problems = error.errors(include_url=False)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return _path(problems[0]["loc"]), _explain(problems[0], shows_input, documented_in) + more
 
 
 def _path(location: tuple[str | int, ...]) -> str:
@@ -520,13 +575,13 @@ def _path(location: tuple[str | int, ...]) -> str:
     return ".".join(part for before, part in zip(["", *parts], parts, strict=False) if before != "placement")
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, shows_input: bool, documented_in: str) -> str:
     if problem["type"] == "extra_forbidden":
-        return "unknown key; see app/config.py for those that exist"
+        return f"unknown key; see {documented_in} for those that exist"
     if problem["type"] == "missing":
         return "missing"
     return str(problem["msg"]).removeprefix("Value error, ") + (
-        f", got {problem['input']!r}" if isinstance(problem["input"], str | int | float) else ""
+        f", got {problem['input']!r}" if shows_input and isinstance(problem["input"], str | int | float) else ""
     )
 
 

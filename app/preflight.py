@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import ipaddress
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from app.messages import Role
 from app.models.shapes import SHAPES
 from app.models.source import check_source, local_path, read_config
 from app.role_trade import check_trade
+from app.tenants import parse_tenants, read_tenants
 
 Device = Literal["cpu", "cuda"]
 
@@ -59,6 +61,36 @@ def check(config: BatonConfig, gpus_per_node: Sequence[int]) -> Device:
     if device == "cuda" and config.device == "auto":
         _check_total(config, gpus_per_node)
     return device
+
+
+def check_address(config: BatonConfig, host: str | None) -> None:
+    """Raise ConfigError if Baton would serve whoever comes at an address that other machines can reach.
+
+    `host` is where Serve listens: an address or the name ``localhost``; None if it serves no HTTP.
+    """
+    if host is None or is_loopback(host) or config.security.keys is not None or config.security.open:
+        return
+    raise ConfigError(
+        "security.keys",
+        f"missing, but Baton would listen at {host} (http_options.host), where other machines reach it: name a file of "
+        "keys (docs/operations.md), listen at 127.0.0.1, or set security.open: true to serve whoever comes",
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server at `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_keys(config: BatonConfig) -> None:
+    """Raise ConfigError if what `security.keys` names cannot be read on this machine."""
+    if config.security.keys is not None:
+        parse_tenants(read_tenants(config.security.keys))
 
 
 def gpus_of_replica(pool: PoolConfig, device: str) -> float:

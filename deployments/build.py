@@ -31,8 +31,8 @@ from app.config import (
 from app.engine_defaults import with_dtype
 from app.errors import ConfigError
 from app.messages import Role
-from app.preflight import check, gpus_of_replica, python_of_replica, replica_budget
-from deployments.serve_hooks import fix_version
+from app.preflight import check, check_address, gpus_of_replica, python_of_replica, replica_budget
+from deployments.serve_hooks import fix_version, http_host
 
 logger = logging.getLogger("baton.build")
 
@@ -63,6 +63,7 @@ def build(args: dict[str, Any]) -> Application:
     from deployments.replica.worker import AggregatedWorker, DecodeWorker, PrefillWorker
 
     config = parse(args)
+    check_address(config, http_host())
     check_autoscaling(config)
     device = check(config, _gpus_per_node())
     # Decided once for all replicas, by the CPU of the node on which Serve builds: nodes may differ, pools must not.

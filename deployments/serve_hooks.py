@@ -68,6 +68,7 @@ with needed("ray", "deploy applications from a configuration, and read it back")
 
     check_parameters(_get_global_client, "raise_if_no_controller_running")
     check_parameters(ServeControllerClient.deploy_apps, "self", "config")
+    check_attributes(ServeControllerClient, "http_config")
     check_parameters(ServeControllerClient.get_serve_details, "self")
     check_attributes(ApplicationDetails, "deployed_app_config")
 
@@ -91,6 +92,7 @@ __all__ = [
     "fix_version",
     "get_internal_kv",
     "handle_from_outside",
+    "http_host",
     "put_internal_kv",
     "serve_details",
 ]
@@ -216,6 +218,13 @@ def find_serve() -> None:
     ``serve.status`` does not tell: without Serve it reports that nothing is served.
     """
     _get_global_client()
+
+
+def http_host() -> str | None:
+    """Return the address at which Serve listens for requests; None if Serve does not run."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    host: str | None = client.http_config.host if client is not None else None
+    return host
 
 
 def deploy_applications(applications: list[dict[str, Any]]) -> None:

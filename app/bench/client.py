@@ -31,13 +31,29 @@ def parse_url(option: str, text: str) -> tuple[str, str]:
     return found[1] or found[3], found[2]
 
 
+API_KEY = "BATON_API_KEY"
+"""The environment variable with the key that every client sends."""
+
+
+def use_key(key: str | None) -> None:
+    """Have the clients of this process, and of those that it starts, send `key` if there is one."""
+    if key:
+        os.environ[API_KEY] = key
+
+
+def key_headers() -> dict[str, str]:
+    """Return the header with the key."""
+    key = os.environ.get(API_KEY)
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def new_client(url: str, timeout_s: float, socket: Path | None = None) -> httpx.Client:
     """Return a client of the endpoint at `url`.
 
     With `socket` it connects to this Unix socket, whatever host the URL names.
     """
     transport = httpx.HTTPTransport(uds=str(socket)) if socket is not None else None
-    return httpx.Client(base_url=url, headers=_headers(), timeout=timeout_s, transport=transport)
+    return httpx.Client(base_url=url, headers=key_headers(), timeout=timeout_s, transport=transport)
 
 
 def new_async_client(url: str, timeout_s: float, socket: Path | None = None) -> httpx.AsyncClient:
@@ -47,12 +63,7 @@ def new_async_client(url: str, timeout_s: float, socket: Path | None = None) -> 
     """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=limits) if socket is not None else None
-    return httpx.AsyncClient(base_url=url, headers=_headers(), timeout=timeout_s, limits=limits, transport=transport)
-
-
-def _headers() -> dict[str, str]:
-    key = os.environ.get("OPENAI_API_KEY")  # the client that sends load uses it too
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.AsyncClient(base_url=url, headers=key_headers(), timeout=timeout_s, limits=limits, transport=transport)
 
 
 def find_cards(option: str, client: httpx.Client) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import uvloop
 
+from app.bench.client import key_headers
 from app.bench.workload import RequestPlan
 from app.upstream import check_attributes, check_parameters, needed
 
@@ -81,6 +82,7 @@ def client_arguments(base_url: str, model: str, load: RequestPlan, samples: list
         "extra_body": {"temperature": 0},
         "ready_check_timeout_sec": 0,
         "disable_tqdm": True,
+        "extra_headers": key_headers() or None,
         # What follows is for statistics of the client's own, and for other kinds of load.
         "selected_percentile_metrics": [],
         "selected_percentiles": [],
@@ -91,5 +93,4 @@ def client_arguments(base_url: str, model: str, load: RequestPlan, samples: list
         "num_warmups": 0,
         "profile": False,
         "lora_modules": None,
-        "extra_headers": None,
     }

@@ -15,6 +15,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from app.bench.client import use_key
 from app.bench.endpoint import Endpoint, find_endpoint
 from app.bench.load import LoadClient
 from app.bench.measure import Benchmark, Workload
@@ -27,6 +28,7 @@ from app.bench.report import (
     this_run,
 )
 from app.bench.workload import GRAMMAR, LoadSpec, parse_lengths, read_trace
+from app.cli.options import ApiKey
 from app.errors import ConfigError
 
 CONCURRENCY, INPUT, OUTPUT, REQUESTS = "1,8,32", "500", "64", 24
@@ -72,12 +74,14 @@ def bench(
     repetitions: Annotated[int, typer.Option(min=1, help="How often each level is measured.")] = 1,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw one page: .svg, .png or .pdf.")] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Measure an OpenAI endpoint that already runs, alone or side by side with another.
 
     Prompts are token ids, sent to /v1/completions with ignore_eos, as vLLM, SGLang and Baton understand them.
     A server that was measured with the same --seed before answers from its prefix cache.
     """
+    use_key(api_key)
     check_files(json, picture)
     closed_or_open = {"--concurrency": concurrency, "--rate": rate, "--burstiness": burstiness}
     drawing = {"--input": input_lengths, "--output": output_lengths, "--requests": requests}

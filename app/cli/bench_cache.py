@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.bench.client import find_card, find_version, new_client, parse_url
+from app.bench.client import find_card, find_version, new_client, parse_url, use_key
 from app.bench.output import check_files
 from app.bench.prefix_cache import (
     ANSWER_TIMEOUT_S,
@@ -28,6 +28,7 @@ from app.bench.prefix_cache import (
     summarize,
 )
 from app.bench.report import TABLE_WIDTH, markdown_table, this_run
+from app.cli.options import ApiKey
 from app.errors import ConfigError
 
 
@@ -38,11 +39,13 @@ def bench_cache(
     repeat: Annotated[int, typer.Option(min=1, help="How many prompts are sent twice.")] = 9,
     turns: Annotated[int, typer.Option(min=2, help="Of the conversation.")] = 5,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Show what the prefix cache of an OpenAI endpoint gives: TTFT and cached tokens, one request at a time.
 
     The exit code is 1 if the server does not report cached tokens where it should have some.
     """
+    use_key(api_key)
     check_files(json, None)
     _, base_url = parse_url("URL", url)
     with new_client(base_url, ANSWER_TIMEOUT_S) as client:

@@ -8,6 +8,7 @@ from app.cli.check import check
 from app.cli.edit import edit
 from app.cli.entry import run_app, to_app
 from app.cli.environments import environments
+from app.cli.key import key
 from app.cli.profile import profile
 from app.cli.run import run
 from app.cli.scale import scale
@@ -15,7 +16,7 @@ from app.cli.smoke import smoke
 from app.cli.status import status
 from app.cli.verify import verify
 
-COMMANDS = (run, check, environments, status, scale, verify, smoke, bench, bench_cache, edit, profile)
+COMMANDS = (run, check, key, environments, status, scale, verify, smoke, bench, bench_cache, edit, profile)
 
 
 def main() -> None:

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from app.bench.client import use_key
 from app.bench.engine_profile import measure_profile
+from app.cli.options import ApiKey
 from app.engines.sim.profile import TransferTimes
 
 
@@ -22,8 +24,10 @@ def profile(
     kv_bytes_per_token: Annotated[int, typer.Option(min=1, help="Not measured; by default a Llama-8B's.")] = 131072,
     transfer_base_ms: Annotated[float, typer.Option(min=0, help="Not measured: what any transfer takes.")] = 5.0,
     transfer_gb_per_s: Annotated[float, typer.Option(min=1e-3, help="Not measured: the link's speed.")] = 25.0,
+    api_key: ApiKey = None,
 ) -> None:
     """Measure how long the engine of a running server takes, and write a profile for the sim engine."""
+    use_key(api_key)
     transfer = TransferTimes(base_s=transfer_base_ms / 1e3, bytes_per_s=transfer_gb_per_s * 1e9)
     measure_profile(
         url,

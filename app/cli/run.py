@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from app.cli.check import check_document
-from app.cli.options import DEFAULT_CONFIG, ConfigPath
+from app.cli.check import check_document, http_options
+from app.cli.options import DEFAULT_CONFIG, ConfigPath, Host
 from app.engine_defaults import cpu_dtype, takes_default_dtype
 from app.serve_document import configs, load_document
 from deployments.cluster import start_cluster, stop_cluster
@@ -25,7 +25,7 @@ from deployments.cluster import start_cluster, stop_cluster
 
 def run(
     config: ConfigPath = DEFAULT_CONFIG,
-    host: Annotated[str | None, typer.Option(help="Instead of http_options.host.")] = None,
+    host: Host = None,
     port: Annotated[int | None, typer.Option(help="Instead of http_options.port.")] = None,
     dashboard: Annotated[bool, typer.Option(help="Ray's dashboard, if Ray is started here.")] = True,
     verbose: Annotated[bool, typer.Option(help="Show the replicas' logs here.")] = False,
@@ -34,13 +34,9 @@ def run(
     console = Console(stderr=True, highlight=False)
     started_at = time.monotonic()
     document = load_document(config)
-    device = check_document(document)
+    device = check_document(document, host)
     console.print(f"{config}: ok; engines run on {describe_device(document, device)}", soft_wrap=True)
-    http = {
-        **document.get("http_options", {}),
-        **({"host": host} if host else {}),
-        **({"port": port} if port else {}),
-    }
+    http = http_options(document, host, port)
 
     def say(what: str) -> None:
         console.print(f"{time.monotonic() - started_at:5.0f} s  {what}", soft_wrap=True)
@@ -50,7 +46,7 @@ def run(
     # vLLM's check takes as long as Ray's start, so both run at once.  It has a process of its own because it changes
     # the environment.
     thorough = subprocess.Popen(
-        [sys.executable, "-m", "app.cli.main", "check", str(config)],
+        [sys.executable, "-m", "app.cli.main", "check", str(config), "--host", http["host"]],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -93,7 +89,7 @@ def _set_on_signals(stop: threading.Event) -> None:
 
 
 def _say_ready(document: dict[str, Any], http: dict[str, Any], console: Console, seconds: float) -> None:
-    base = f"http://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"
+    base = f"http://{http['host']}:{http['port']}"
     models = [model.name for config in configs(document) for model in config.models]
     console.print(f"\n[bold]Baton serves {', '.join(models)} at {base}[/bold] (after {seconds:.0f} s).  Try:")
     console.print(

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from app.bench.client import describe, find_card, new_client, parse_url, read_events
+from app.bench.client import describe, find_card, new_client, parse_url, read_events, use_key
 from app.bench.prefix_cache import COMPLETION_TOKENS, PromptClient, converse, find_vocabulary, repeat_prompts
+from app.cli.options import ApiKey
 from app.errors import BatonError, ConfigError
 from app.messages import PrefillMode
 
@@ -431,11 +432,13 @@ def find_models(client: httpx.Client, name: str | None) -> list[Card]:
 def smoke(
     url: Annotated[str, typer.Argument(help="Where Baton serves.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="By default every one that is served.")] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Check that a running application serves in every way that it should.
 
     The exit code is 1 if a check fails, 2 if there is nothing to check.
     """
+    use_key(api_key)
     _, base_url = parse_url("URL", url)
     console = Console(highlight=False)
     failed: list[str] = []

@@ -36,7 +36,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.bench.client import ask, describe, find_cards, new_client, parse_url
+from app.bench.client import ask, describe, find_cards, new_client, parse_url, use_key
+from app.cli.options import ApiKey
 from app.cli.smoke import Explanation
 from app.errors import BatonError
 from app.messages import PrefillMode
@@ -79,8 +80,10 @@ def verify(
     wait: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for an application or a pool that is not there yet.")
     ] = WAIT_S,
+    api_key: ApiKey = None,
 ) -> None:
     """Compare output under disaggregation with output without it, on the running application."""
+    use_key(api_key)
     passed = compare_output(
         url, model=model, reference=reference, corrupt_kv=corrupt_kv, tolerance=tolerance, seed=seed, wait_s=wait
     )

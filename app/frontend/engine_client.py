@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from copy import copy
@@ -20,7 +22,7 @@ import msgspec
 import numpy as np
 import torch
 
-from app.config import LimitsConfig, ModelConfig
+from app.config import NOT_FOR_CLIENTS, LimitsConfig, ModelConfig
 from app.errors import (
     Asleep,
     BatonError,
@@ -64,10 +66,13 @@ from app.frontend.vllm_surface import (
 )
 from app.messages import GenerateRequest, Logprobs, PrefillMode, TokenDelta
 from app.routing.decision import RoutingHints
+from app.tenants import Tenant
 
 logger = logging.getLogger("baton.engine_client")
 
 _FINISH_REASONS = {str(reason): reason for reason in FinishReason}
+MAX_REQUEST_ID = 256
+_REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID}}}")
 # These fields concern the output processor in this process: it detokenizes and streams, whatever the caller asked for.
 _FRONTEND_FIELDS = {
     "output_kind",
@@ -115,7 +120,9 @@ class PooledEngineClient(EngineClient):
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self._output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self._model_name = model.name
+        self._allowed_xargs = {"session_id", *model.vllm_xargs}
         self._slo = model.slo
+        self._limits = limits
         self._orchestrator = orchestrator
         self._bounds = RequestBounds(limits, self.model_config.get_vocab_size())
 
@@ -150,8 +157,8 @@ class PooledEngineClient(EngineClient):
         """
         context = current_request()
         try:
-            prefill_mode = _to_prefill_mode(_take_prefill_mode(sampling_params), prompt)
-            _refuse_what_cannot_be_served(prompt, sampling_params, lora_request)
+            prefill_mode = self._to_prefill_mode(_take_prefill_mode(sampling_params), context.tenant)
+            self._refuse_what_cannot_be_served(prompt, sampling_params, request_id, lora_request)
             with self._bounds.counted(
                 context,
                 n=sampling_params.n,
@@ -162,6 +169,9 @@ class PooledEngineClient(EngineClient):
                     prompt, sampling_params, request_id, priority, reasoning_parser_kwargs, context
                 )
                 request.reasoning_ended = reasoning_ended
+                if prefill_mode == "corrupted":
+                    # Nobody, not even of the same tenant, shall find the wrong KV in a prefix cache.
+                    request.cache_salt = secrets.token_hex(16)
                 self._bounds.check_values(_to_generate_request(request, prefill_mode))
                 hints = _hints(context, session_id)
                 async with aclosing(self._outputs(request, prompt_text, prefill_mode, hints, context)) as outputs:
@@ -183,8 +193,9 @@ class PooledEngineClient(EngineClient):
 
         Raises vLLM's errors and InvalidRequest.
         """
+        _check_request_id(request_id)
         self._bounds.check_fields(params, None)
-        request = self._process(prompt, params, request_id, 0)
+        request = self._process(prompt, params, request_id, 0, current_request().tenant)
         generate_request = _to_generate_request(request, "auto")
         self._bounds.check_values(generate_request)
         return EngineRequest(request, generate_request)
@@ -207,6 +218,39 @@ class PooledEngineClient(EngineClient):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
+    def _refuse_what_cannot_be_served(
+        self, prompt: Any, params: SamplingParams, request_id: str, lora_request: LoRARequest | None
+    ) -> None:
+        _check_request_id(request_id)
+        for name in params.extra_args or {}:
+            if name in NOT_FOR_CLIENTS:
+                raise VLLMValidationError(f"{name} cannot be set by a client", parameter=name)
+            if name not in self._allowed_xargs:
+                raise VLLMValidationError(
+                    f"vllm_xargs.{name} is not allowed; a model's `vllm_xargs` says which are", parameter="vllm_xargs"
+                )
+        if lora_request is not None:
+            raise VLLMValidationError("LoRA adapters are not offered by this server", parameter="model")
+        kind = prompt.get("type", "token") if isinstance(prompt, dict) else "token"
+        if kind != "token":
+            raise VLLMValidationError(f"only text prompts are served, got {kind} input", parameter="prompt")
+
+    def _to_prefill_mode(self, mode: Any, tenant: Tenant) -> PrefillMode:
+        """Check the mode that a client sent.  Raises VLLMValidationError if there is no such mode, or not for it."""
+        if mode not in get_args(PrefillMode):
+            raise VLLMValidationError(
+                f"baton_prefill must be one of {', '.join(get_args(PrefillMode))}",
+                parameter="baton_prefill",
+                value=mode,
+            )
+        if mode != "auto" and not (tenant.admin or self._limits.allow_control):
+            raise VLLMValidationError(
+                "baton_prefill needs the API key of an admin, or `limits.allow_control: true`",
+                parameter="baton_prefill",
+                value=mode,
+            )
+        return cast(PrefillMode, mode)
+
     async def _to_engine_request(
         self,
         prompt: Any,
@@ -221,21 +265,24 @@ class PooledEngineClient(EngineClient):
         self._bounds.check_sums(context)
         self._bounds.check_fields(params, reasoning_parser_kwargs)
 
-        process = partial(self._process, prompt, params, request_id, priority)
+        process = partial(self._process, prompt, params, request_id, priority, context.tenant)
         # vLLM translates schemas and grammars here, which takes up to seconds.
         is_slow = params.structured_outputs is not None
         request = await self._bounds.beside_the_loop(context, process) if is_slow else process()
         request.reasoning_parser_kwargs = reasoning_parser_kwargs
         return request
 
-    def _process(self, prompt: Any, params: SamplingParams, request_id: str, priority: int) -> EngineCoreRequest:
+    def _process(
+        self, prompt: Any, params: SamplingParams, request_id: str, priority: int, tenant: Tenant
+    ) -> EngineCoreRequest:
         request = self.input_processor.process_inputs(
-            request_id, prompt, params, supported_tasks=("generate",), priority=priority
+            request_id, prompt, params, supported_tasks=("generate",), priority=tenant.bound_priority(priority)
         )
         assert request.sampling_params is not None
         # vLLM resolved this field for this process, which has no engine.  The engine resolves it for itself.
         request.sampling_params.watermarking = params.watermarking
         self.input_processor.assign_request_id(request)
+        request.cache_salt = tenant.cache_salt(request.cache_salt)
         return request
 
     async def _outputs(
@@ -426,28 +473,25 @@ def _not_offered(what: str) -> NoReturn:
     raise NotImplementedError(f"{what} is not offered by this server")
 
 
-def _refuse_what_cannot_be_served(prompt: Any, params: SamplingParams, lora_request: LoRARequest | None) -> None:
-    if "kv_transfer_params" in (params.extra_args or {}):
+def _check_request_id(request_id: str) -> None:
+    """Raise VLLMValidationError for an id that could forge lines of logs, or is so long that it would cost others."""
+    if not _REQUEST_ID.fullmatch(request_id):
         raise VLLMValidationError(
-            "kv_transfer_params cannot be set by a client: it would give access to another request's KV cache",
-            parameter="kv_transfer_params",
+            f"request_id (or the header X-Request-Id) must be at most {MAX_REQUEST_ID} printable ASCII characters "
+            "without spaces",
+            parameter="request_id",
         )
-    if own := [name for name in params.extra_args or {} if name.startswith("baton_")]:
-        raise VLLMValidationError(f"{own[0]} cannot be set by a client", parameter="vllm_xargs")
-    if "kv_cache_report_mode" in (params.extra_args or {}):
-        raise VLLMValidationError(
-            "kv_cache_report_mode cannot be set by a client: routing counts on each cached block being told once",
-            parameter="kv_cache_report_mode",
-        )
-    if lora_request is not None:
-        raise VLLMValidationError("LoRA adapters are not offered by this server", parameter="model")
-    kind = prompt.get("type", "token") if isinstance(prompt, dict) else "token"
-    if kind != "token":
-        raise VLLMValidationError(f"only text prompts are served, got {kind} input", parameter="prompt")
 
 
 def _hints(context: RequestContext, session: str | None) -> RoutingHints:
-    return RoutingHints(session=session, explain=context.wants_explanation, service_class=context.service_class)
+    tenant = context.tenant
+    return RoutingHints(
+        session=tenant.session(session),
+        explain=context.wants_explanation,
+        service_class=context.service_class,
+        tenant=tenant.name,
+        weight=tenant.weight,
+    )
 
 
 def _take_prefill_mode(params: SamplingParams) -> Any:
@@ -459,23 +503,6 @@ def _take_prefill_mode(params: SamplingParams) -> Any:
     mode = extra.pop("baton_prefill", "auto")
     params.extra_args = extra or None  # as it is in a request without any, so that engines treat both the same
     return mode
-
-
-def _to_prefill_mode(mode: Any, prompt: Any) -> PrefillMode:
-    """Check the mode that a client sent.
-
-    Raises VLLMValidationError if there is no such mode, or if `prompt` may not be served in it.
-    """
-    if mode not in get_args(PrefillMode):
-        raise VLLMValidationError(
-            f"baton_prefill must be one of {', '.join(get_args(PrefillMode))}",
-            parameter="baton_prefill",
-            value=mode,
-        )
-    if mode == "corrupted" and not prompt.get("cache_salt"):
-        # Without its own salt, the wrong KV would be found in the prefix cache by other requests.
-        raise VLLMValidationError("baton_prefill=corrupted needs a cache_salt", parameter="cache_salt")
-    return cast(PrefillMode, mode)
 
 
 def _fan_out(request: EngineCoreRequest) -> tuple[ParentRequest | None, list[EngineCoreRequest]]:

@@ -31,6 +31,12 @@ REPLACED_S = b"5"
 replica is replaced no sooner."""
 
 
+def route_path(scope: Scope) -> str:
+    """Return a request's path without the part under which the application is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
     """Return the body of an error response in the format of OpenAI's API."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -173,7 +179,7 @@ class RoutingHeaders:
             await self._app(scope, receive, send)
             return
         wants_explanation = dict(scope["headers"]).get(EXPLAIN_HEADER) == b"1"
-        with begin_request(wants_explanation=wants_explanation) as context:
+        with begin_request(scope["baton.tenant"], wants_explanation=wants_explanation) as context:
             context.send = send
 
             async def telling_send(message: Message) -> None:
@@ -213,7 +219,7 @@ class Deadline:
             if asked is not None and (not _SECONDS.fullmatch(asked) or float(asked) == 0):
                 name = TIMEOUT_HEADER.decode()
                 error = error_body(f"{name} must be a number of seconds above 0.", "BadRequestError", 400, name)
-                await JSONResponse(_shaped(error["error"], scope), status_code=400)(scope, receive, send)
+                await JSONResponse(shaped(error["error"], scope), status_code=400)(scope, receive, send)
                 return
             seconds = self._max_request_s if asked is None else min(self._max_request_s, float(asked))
             current_request().deadline = time.monotonic() + seconds
@@ -282,7 +288,7 @@ class _HeldResponse:
 
     async def _replace(self, error: dict[str, Any]) -> None:
         self._is_replaced = True
-        response = JSONResponse(_shaped(error, self._scope), status_code=error["code"])
+        response = JSONResponse(shaped(error, self._scope), status_code=error["code"])
         await response(self._scope, self._receive, self._send)
 
 
@@ -292,9 +298,9 @@ def _is_start_of_event_stream(message: Message) -> bool:
     )
 
 
-def _shaped(error: dict[str, Any], scope: Scope) -> dict[str, Any]:
+def shaped(error: dict[str, Any], scope: Scope) -> dict[str, Any]:
     """Return a response body for `error`: in Anthropic's format for /v1/messages, else in OpenAI's."""
-    if scope.get("path", "").endswith("/v1/messages"):
+    if "/v1/messages" in scope.get("path", ""):
         return {"type": "error", "error": {"type": error["type"], "message": error["message"]}}
     return {"error": error}
 

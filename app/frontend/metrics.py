@@ -133,6 +133,11 @@ WAKE = Histogram(
 REFUSED_BODIES = Counter("baton_refused_bodies", "Request bodies that were refused, by their HTTP status.", ["status"])
 for _status in (408, 413, 429):
     REFUSED_BODIES.labels(str(_status))  # so that Prometheus sees the first one as an increase
+REFUSED_KEYS = Counter(
+    "baton_refused_keys", "Requests that were refused for their API key, or for having none, by the reason.", ["reason"]
+)
+for _reason in ("missing", "unknown", "not_admin"):
+    REFUSED_KEYS.labels(_reason)
 
 
 class MetricsServer:

@@ -1,16 +1,22 @@
-"""Puts the servers of several models behind one endpoint: the field ``model`` of a request chooses between them.
+"""Puts the servers of several models behind one endpoint: the field ``model`` of a request chooses between them, as far
+as its tenant may use them.
 
-With a single model this is not needed, and `build_server` leaves it out.
+With a single model and no keys this is not needed, and `build_server` leaves it out.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from http import HTTPStatus
 
 import msgspec
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.frontend.http_middleware import error_body
+from app.frontend.http_middleware import error_body, route_path, shaped
 from app.frontend.request_body import read_body, replay_body
+from app.frontend.request_context import current_request
+from app.tenants import Tenant
 
 
 class _Body(msgspec.Struct):
@@ -42,21 +48,21 @@ class ModelDispatch:
         elif _is_about_a_stored_response(scope):
             await self._ask_all(scope, body, receive, send)
         else:
-            await self._choose(body)(scope, replay_body(body, receive), send)
+            app = self._choose(body, current_request().tenant)
+            await app(scope, replay_body(body, receive), send)
 
-    def _choose(self, body: bytes) -> ASGIApp:
+    def _choose(self, body: bytes, tenant: Tenant) -> ASGIApp:
+        apps = {name: app for name, app in self._apps.items() if tenant.may_use(name)}
+        if not body:
+            return self._first
         try:
             model = _DECODER.decode(body).model
-        except msgspec.DecodeError:  # no body, or an invalid one, and any application can say what is wrong with it
-            return self._first
+        except msgspec.DecodeError:  # any application can say what is wrong with it
+            return next(iter(apps.values()), None) or _refusal("The request names no model", 400, apps)
         if model is None:
-            return self._refusal("The field `model` is missing", 400, "BadRequestError")
-        return self._apps.get(model) or self._refusal(f"The model `{model}` does not exist", 404, "NotFoundError")
-
-    def _refusal(self, problem: str, status: int, kind: str) -> ASGIApp:
-        names = ", ".join(f"`{name}`" for name in self._apps)
-        message = f"{problem}; this server has {names}."
-        return JSONResponse(error_body(message, kind, status, "model"), status_code=status)
+            is_clear = len(apps) == len(self._apps) == 1
+            return self._first if is_clear else _refusal("The field `model` is missing", 400, apps)
+        return apps.get(model) or _refusal(f"The model `{model}` does not exist", 404, apps)
 
     async def _ask_all(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Ask one application after the other: only the one that made a stored response has it.
@@ -70,6 +76,18 @@ class ModelDispatch:
             if not attempt.is_not_found:
                 return
         await last(scope, replay_body(body, receive), send)
+
+
+def _refusal(problem: str, status: int, apps: Collection[str]) -> ASGIApp:
+    """Return what answers a request that is for none of `apps`, which its client may know of."""
+    names = ", ".join(f"`{name}`" for name in apps) or "none that you may use"
+    kind = "NotFoundError" if status == HTTPStatus.NOT_FOUND else "BadRequestError"
+    body = error_body(f"{problem}; this server has {names}.", kind, status, "model")
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse(shaped(body["error"], scope), status_code=status)(scope, receive, send)
+
+    return refuse
 
 
 class _UnlessNotFound:
@@ -91,5 +109,5 @@ def _is_about_a_stored_response(scope: Scope) -> bool:
 
     These are GET /v1/responses/{id} and POST /v1/responses/{id}/cancel.
     """
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = route_path(scope)
     return path.startswith("/v1/responses/") and (scope["method"] == "GET" or path.endswith("/cancel"))

@@ -21,11 +21,14 @@ from starlette.types import ASGIApp
 from app.config import BatonConfig, LimitsConfig, ModelConfig
 from app.engine_defaults import cpu_defaults
 from app.errors import ConfigError
+from app.frontend.authentication import Authentication
 from app.frontend.http_middleware import BodyLimit, Deadline, ErrorBeforeStream, RoutingHeaders
 from app.frontend.model_dispatch import ModelDispatch
 from app.frontend.orchestrator import Orchestrator
+from app.frontend.request_context import current_request
 from app.models.source import local_path
 from app.routing.retry_budget import RetryBudget
+from app.tenants import ANYONE, LOCAL, KeyRing
 
 WITHOUT_MEANING = (
     "/scale_elastic_ep",
@@ -34,8 +37,11 @@ WITHOUT_MEANING = (
     "/start_profile",
     "/stop_profile",
     "/ping",
+    "/invocations",
+    "/inference/v1/abort_requests",
 )
-"""Routes of vLLM's server that are about an engine in the same process."""
+"""Routes of vLLM's server that are about an engine in the same process, or about SageMaker, which needs one for each
+model; or that do nothing here: what a client no longer wants ends with its connection."""
 
 NAMES_AT_THE_SERVER = {
     "sglang": {"context_length": "max_model_len", "trust_remote_code": "trust_remote_code"},
@@ -96,9 +102,16 @@ def frontend_config(arguments: argparse.Namespace) -> Any:
 
 
 async def build_server(
-    config: BatonConfig, orchestrators: Sequence[Orchestrator], health: HealthReport, stats: StatsReport
+    config: BatonConfig,
+    orchestrators: Sequence[Orchestrator],
+    health: HealthReport,
+    stats: StatsReport,
+    keys: KeyRing | None,
 ) -> ASGIApp:
-    """Make the ASGI application of all models.  `orchestrators` has one for each of `config.models`."""
+    """Make the ASGI application of all models.
+
+    `orchestrators` has one for each of `config.models`; `keys` are those of `config.security`, if it has any.
+    """
     from app.frontend import vllm_surface
 
     retry_budget = RetryBudget()
@@ -117,16 +130,18 @@ async def build_server(
         for index, (model, orchestrator) in enumerate(zip(config.models, orchestrators, strict=True))
     }
     for app in apps.values():
-        app.router.routes[:0] = _baton_routes(list(apps.values()), health, stats)
-    served: ASGIApp = ModelDispatch(dict(apps)) if len(apps) > 1 else apps[config.models[0].name]
+        app.router.routes[:0] = _baton_routes(list(apps.values()), health, stats, has_keys=keys is not None)
+    is_choice = len(apps) > 1 or keys is not None  # or one between a model and none
+    served: ASGIApp = ModelDispatch(dict(apps)) if is_choice else apps[config.models[0].name]
     # These wrap the applications from outside, because vLLM has already closed its own list of middlewares.
     limits = config.limits
-    return BodyLimit(
+    bounded = BodyLimit(
         RoutingHeaders(Deadline(ErrorBeforeStream(served), limits.max_request_s)),
         limits.max_body_bytes,
         max_inflight_bytes=limits.max_inflight_body_bytes,
         timeout_s=limits.body_timeout_s,
     )
+    return Authentication(bounded, keys, others=ANYONE if config.security.open else LOCAL)
 
 
 async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator, limits: LimitsConfig) -> FastAPI:
@@ -134,13 +149,14 @@ async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator,
     from app.frontend.engine_client import PooledEngineClient
     from app.frontend.plain_answers import PlainAnswers
     from app.frontend.vllm_answers_surface import passes_bodies_on, plain_apis
-    from app.frontend.vllm_surface import build_app, init_app_state
+    from app.frontend.vllm_surface import build_app, init_app_state, keep_responses_by_tenant
 
     arguments = server_namespace(model, index)
     vllm_config = frontend_config(arguments)
     engine = PooledEngineClient(vllm_config, model, orchestrator, limits)
     app: FastAPI = build_app(arguments, ("generate",), vllm_config.model_config)
     await init_app_state(engine, app.state, arguments, ("generate",))
+    keep_responses_by_tenant(app)
     _remove_routes(app, (*WITHOUT_MEANING, "/health"))
     apis = plain_apis(app.state)
     app.router.middleware_stack = PlainAnswers(
@@ -151,10 +167,14 @@ async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator,
     return app
 
 
-def _baton_routes(apps: Sequence[FastAPI], health: HealthReport, stats: StatsReport) -> list[BaseRoute]:
+def _baton_routes(
+    apps: Sequence[FastAPI], health: HealthReport, stats: StatsReport, *, has_keys: bool
+) -> list[BaseRoute]:
     async def get_health(_: Request) -> JSONResponse:
         report = health()
-        return JSONResponse(report, status_code=503 if report["status"] == "unhealthy" else 200)
+        is_short = has_keys and not current_request().tenant.admin
+        shown = {"status": report["status"]} if is_short else report
+        return JSONResponse(shown, status_code=503 if report["status"] == "unhealthy" else 200)
 
     async def get_stats(_: Request) -> JSONResponse:
         return JSONResponse(await stats())
@@ -162,7 +182,10 @@ def _baton_routes(apps: Sequence[FastAPI], health: HealthReport, stats: StatsRep
     async def get_models(_: Request) -> JSONResponse:
         """Join the lists of all applications, and add what Baton knows of the models."""
         cards: list[dict[str, Any]] = []
+        tenant = current_request().tenant
         for app, model in zip(apps, health()["models"], strict=True):
+            if not tenant.may_use(model["name"]):
+                continue
             listed = await app.state.openai_serving_models.show_available_models()
             added = {name: model[name] for name in ("engine", "mode", "local_prefill", "state")}
             cards += [{**card, **added} for card in listed.model_dump()["data"]]

@@ -24,6 +24,7 @@ from app.errors import BatonError
 from app.frontend.answer_frames import AnswerFrames, FrameCache, stream_frames, text_as_json, whole_frames
 from app.frontend.answer_text import AnswerText
 from app.frontend.engine_client import EngineRequest, PooledEngineClient
+from app.frontend.http_middleware import route_path
 from app.frontend.request_body import read_body, replay_body
 from app.frontend.request_context import current_request
 from app.frontend.vllm_answers_surface import LOAD_FORMAT_HEADER, PRIORITY_HEADER, PlainApi
@@ -79,7 +80,7 @@ class PlainAnswers:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        api = self._apis.get(_path(scope)) if _posts_json(scope) else None
+        api = self._apis.get(route_path(scope)) if _posts_json(scope) else None
         if api is None or (body := await read_body(receive)) is None:
             await self._app(scope, receive, send)
         elif (plain := await self._to_plain(api, Request(scope), body)) is None:
@@ -175,11 +176,6 @@ class _NotSent(Exception):
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
         self.reason = reason
-
-
-def _path(scope: Scope) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _posts_json(scope: Scope) -> bool:

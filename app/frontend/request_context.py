@@ -18,6 +18,7 @@ from starlette.types import Send
 
 from app.frontend.sequence_record import SequenceRecord
 from app.routing.decision import SERVICE_CLASSES, ServiceClass
+from app.tenants import LOCAL, Tenant
 
 SERVICE_CLASS_OF_TIER: dict[str, ServiceClass] = {name: name for name in SERVICE_CLASSES}
 
@@ -25,12 +26,15 @@ SERVICE_CLASS_OF_TIER: dict[str, ServiceClass] = {name: name for name in SERVICE
 class RequestContext:
     """One HTTP request and its answer."""
 
-    def __init__(self, *, wants_explanation: bool = False) -> None:
+    def __init__(self, tenant: Tenant = LOCAL, *, wants_explanation: bool = False) -> None:
+        self.tenant = tenant
+        """Who asks."""
         self.wants_explanation = wants_explanation
         self.deadline = math.inf
         """When the request must have ended, in seconds of `time.monotonic`, whatever it has started by then."""
-        self.service_class: ServiceClass = "default"
-        """Whom it goes before if it has to wait, as the client asked for (app/routing/waiting_line.py)."""
+        self.service_class = tenant.bound_class("default")
+        """Whom it goes before if it has to wait (app/routing/waiting_line.py): what the client asked for, or the
+        highest that its tenant gets."""
         self.send: Send | None = None
         """Sends parts of the answer's body past the middlewares that only pass them on, once they have passed one."""
         self.sequences: list[SequenceRecord] = []
@@ -60,9 +64,18 @@ class RequestContext:
         """The failure of the request, if vLLM's server was given no output before it."""
         return None if self.has_output else self.failure
 
-    def take_service_tier(self, tier: object) -> None:
-        """Take OpenAI's ``service_tier``, which vLLM checks only in some APIs.  All but two are the default class."""
-        self.service_class = SERVICE_CLASS_OF_TIER.get(tier, "default") if isinstance(tier, str) else "default"
+    def take_class(self, tier: object, priority: int) -> None:
+        """Take the class that a client asks for.
+
+        It asks by OpenAI's ``service_tier``, which vLLM checks only in some APIs, or by vLLM's ``priority``, of which
+        less goes first.  All but two tiers are the default class.
+        """
+        asked: ServiceClass = "default"
+        if isinstance(tier, str):
+            asked = SERVICE_CLASS_OF_TIER.get(tier, "default")
+        if asked == "default" and priority:
+            asked = "priority" if priority < 0 else "flex"
+        self.service_class = self.tenant.bound_class(asked)
 
     def add(self, num_sequences: int, num_prompt_tokens: int, num_prompt_logprobs: int) -> None:
         """Count the sequences of a prompt that begin; negative numbers if they end."""
@@ -87,9 +100,9 @@ def current_request() -> RequestContext:
 
 
 @contextmanager
-def begin_request(*, wants_explanation: bool) -> Iterator[RequestContext]:
+def begin_request(tenant: Tenant, *, wants_explanation: bool) -> Iterator[RequestContext]:
     """Open a context, which everything that the block starts can see."""
-    token = _current.set(context := RequestContext(wants_explanation=wants_explanation))
+    token = _current.set(context := RequestContext(tenant, wants_explanation=wants_explanation))
     try:
         yield context
     finally:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 from app.frontend.request_context import current_request
@@ -96,7 +97,15 @@ with needed("vllm", "take the user for the session"):
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 
     SESSION_ID = Patch(GenerateBaseServing, "_get_session_id", "request", "raw_request")
+    check_parameters(GenerateBaseServing._get_priority, "request", "raw_request")
     ANTHROPIC_REQUEST = Patch(AnthropicServingMessages, "_build_base_request", "anthropic_request", "openai_messages")
+
+with needed("vllm", "keep stored responses by tenant"):
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    STORES_OF_RESPONSES = ("response_store", "msg_store", "event_store", "background_tasks")
+    for _store in STORES_OF_RESPONSES:
+        check_uses(OpenAIServingResponses.__init__, _store)
 
 with needed("vllm", "translate structural tags beside the event loop"):
     from vllm.entrypoints.generate.base import protocol as base_protocol
@@ -153,6 +162,7 @@ __all__ = [
     "count_tool_calls_by_model",
     "create_error_response",
     "init_app_state",
+    "keep_responses_by_tenant",
     "leave_structural_tags_to_the_engine_client",
     "let_cancellation_through",
     "make_arg_parser",
@@ -215,11 +225,12 @@ def take_session_and_service_class() -> None:
 
     vLLM 0.32 passes on a session only from the header ``X-Session-ID`` or from its own field ``session_id``, and no
     OpenAI client sends these.  Can go once vLLM falls back on ``user``.  Where it reads the session of any request,
-    ``service_tier`` is read too, which it does not pass on at all.
+    ``service_tier``, which it does not pass on at all, and ``priority`` are read too.
     """
 
     def session_or_user(request: Any, raw_request: Any) -> str | None:
-        current_request().take_service_tier(getattr(request, "service_tier", None))
+        priority = GenerateBaseServing._get_priority(request, raw_request)
+        current_request().take_class(getattr(request, "service_tier", None), priority)
         return SESSION_ID.original(request, raw_request) or request.user or None
 
     def with_user(request: Any, messages: Any) -> Any:
@@ -293,3 +304,36 @@ def share_http_metrics() -> None:
 
     if not HTTP_METRICS.is_applied:  # the metrics can be made only once
         HTTP_METRICS.apply(make_once)
+
+
+def keep_responses_by_tenant(app: Any) -> None:
+    """Let clients find only their own tenant's stored responses.
+
+    vLLM 0.32 knows of no tenants: whoever guesses or sees an id gets the answer, or goes on from it.  Can go once it
+    asks an application whose a response is.
+    """
+    serving = app.state.openai_serving_responses
+    for name in STORES_OF_RESPONSES:
+        setattr(serving, name, _ByTenant())
+
+
+class _ByTenant(MutableMapping[str, Any]):
+    """What the tenant of the current request has stored."""
+
+    def __init__(self) -> None:
+        self._stored: dict[tuple[str, str], Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._stored[current_request().tenant.name, key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._stored[current_request().tenant.name, key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._stored[current_request().tenant.name, key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for tenant, key in self._stored if tenant == current_request().tenant.name)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -63,6 +63,7 @@ def of_nodes(document: dict[str, Any]) -> dict[str, Any]:
     """Change a Serve config for one machine such that each replica takes a node of its group."""
     document["http_options"] = {"host": "0.0.0.0", "port": SERVE_PORT}
     arguments = document["applications"][0]["args"]
+    arguments["security"] = {"open": True}  # the nodes are network namespaces of this machine
     (model,) = arguments["models"]
     for group in GROUPS:
         deployment = arguments[group] if group == "frontend" else model[group]

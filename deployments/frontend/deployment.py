@@ -19,6 +19,7 @@ from app.frontend.metrics import MetricsServer
 from app.frontend.openai_server import build_server
 from app.frontend.routing_metrics import RoutingMetrics
 from app.messages import Role
+from app.tenants import KeyRing
 from deployments.frontend.served_model import ServedModel
 from deployments.guard import be_guarded
 from deployments.process import adopt_serve_logging, freeze_heap, without_collections
@@ -42,8 +43,9 @@ class Frontend(AsgiIngress):
         ]
         self._name = serve.get_replica_context().replica_id.unique_id
         orchestrators = [model.orchestrator for model in self._models]
+        keys = KeyRing(config.security.keys) if config.security.keys is not None else None
         with without_collections():
-            self._app = await build_server(config, orchestrators, self._health, self._stats)
+            self._app = await build_server(config, orchestrators, self._health, self._stats, keys)
         routers = {model.name: model.router for model in self._models}
         quarantines = {model.name: model.orchestrator.quarantine for model in self._models}
         wakers = {model.name: waker for model in self._models if (waker := model.orchestrator.waker) is not None}
@@ -53,6 +55,8 @@ class Frontend(AsgiIngress):
             logger.info("metrics at port %d", self._metrics.port)
         self._background = BackgroundTasks("frontend", logger.error)
         self._background.keep("guard", be_guarded)
+        if keys is not None:
+            self._background.keep("keys", keys.follow)
         freeze_heap()
 
     def asgi_app(self) -> ASGIApp:

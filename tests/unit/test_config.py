@@ -201,6 +201,12 @@ def test_an_unknown_key_is_refused_by_its_path(path: str) -> None:
         ),
         ("transfer", {"required_transport": "shm", "backends": ["LIBFABRIC"]}, None, "nothing that LIBFABRIC offers"),
         ("transfer", {"required_transport": "tcp", "backends": ["UCX", "GDS"]}, None, r"\[UCX\] or \[LIBFABRIC\] only"),
+        # keys, and what clients may send
+        ("security", {"keys": "keys.yaml", "open": True}, None, "open: true is for a service without keys"),
+        ("security.keys", "", None, "at least 1 character"),
+        ("models.0.server_args", {"api_key": ["x"]}, None, "set security.keys, which guards all"),
+        ("models.0.vllm_xargs", ["ec_transfer_params"], None, "ec_transfer_params is not for clients"),
+        ("models.0.vllm_xargs", ["baton_prefill"], None, "baton_prefill is not for clients"),
         # names that do not fit into URLs and labels
         ("models.0.name", "my model", None, "got 'my model'"),
         ("models.0.name", "tiny\n", None, "URLs and metric labels"),

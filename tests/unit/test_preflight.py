@@ -9,7 +9,15 @@ import pytest
 from app import preflight
 from app.config import BatonConfig, PoolConfig, parse
 from app.errors import ConfigError
-from app.preflight import check, check_interpreters, choose_device, python_of_replica
+from app.preflight import (
+    check,
+    check_address,
+    check_interpreters,
+    check_keys,
+    choose_device,
+    is_loopback,
+    python_of_replica,
+)
 
 
 def configured(device: str = "auto", source: str = "baton:tiny", **pools: Any) -> BatonConfig:
@@ -256,3 +264,36 @@ def test_sglang_takes_one_nixl_backend() -> None:
     models: list[dict[str, Any]] = [{"name": "m", "source": "baton:tiny", "prefill": pool, "decode": pool}]
     with pytest.raises(ConfigError, match=r"transfer\.backends: SGLang takes one, and models\.0 runs it"):
         check(parse({"models": models, "transfer": {"backends": ["UCX", "GDS"]}}), [])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
+def test_on_loopback_no_keys_are_needed(host: str) -> None:
+    assert is_loopback(host)
+    check_address(configured(), host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "baton.example", ""])
+def test_where_others_reach_it_keys_are_needed_or_the_word_that_it_is_open(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"other machines reach it: .* security.open: true") as caught:
+        check_address(configured(), host)
+    assert caught.value.field == "security.keys"
+    args = configured().model_dump(exclude_unset=True)
+    check_address(parse({**args, "security": {"open": True}}), host)
+    check_address(parse({**args, "security": {"keys": "keys.yaml"}}), host)
+
+
+def test_without_http_nobody_reaches_it() -> None:
+    check_address(configured(), None)
+
+
+def test_keys_that_cannot_be_read_are_found_before_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    config = parse({**configured().model_dump(exclude_unset=True), "security": {"keys": str(path)}})
+    with pytest.raises(ConfigError, match="No such file"):
+        check_keys(config)
+    path.write_text("tenants: [{name: a, keys: [x]}]")
+    with pytest.raises(ConfigError, match=r"tenants\.0\.keys"):
+        check_keys(config)
+    path.write_text("tenants: [{name: a}]")
+    check_keys(config)
+    check_keys(configured())

@@ -8,7 +8,7 @@ import re
 import httpx
 import pytest
 
-from app.bench.client import EventParser, new_async_client, new_client, read_events
+from app.bench.client import API_KEY, EventParser, new_async_client, new_client, read_events
 from tests.conftest import REPOSITORY
 
 TOKENS = ["one\u2028", "\u2029two\x85", "thr\x0bee\x1c", "\u00e9"]
@@ -40,7 +40,7 @@ def test_the_events_of_an_answer() -> None:
 
 
 async def test_every_client_sends_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv(API_KEY, "secret")
     with new_client("http://test", 1.0) as client:
         assert client.headers["Authorization"] == "Bearer secret"
     async with new_async_client("http://test", 1.0) as other:

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from app.cli.check import check_document
+from app.cli.check import check_document, http_options
 from app.cli.run import _say_ready, describe_device
 from app.serve_document import load_document
+from app.tenants import digest, parse_tenants
 from tests.conftest import REPOSITORY
 
 VALID: dict[str, Any] = {
@@ -150,7 +151,8 @@ def test_model_in_the_environment_needs_a_configuration_with_one_model(
 
 def test_all_models_are_named_when_they_serve() -> None:
     said = io.StringIO()
-    _say_ready(yaml.safe_load(several_models()), {"port": 8123}, Console(file=said, width=200), 5.0)
+    document = yaml.safe_load(several_models())
+    _say_ready(document, http_options(document, port=8123), Console(file=said, width=200), 5.0)
     assert "Baton serves tiny, other at http://127.0.0.1:8123" in said.getvalue()
     assert '"model": "tiny"' in said.getvalue()
 
@@ -217,7 +219,35 @@ def test_check_wants_the_python_of_sglang_unless_another_cluster_has_it(
     check_document(load_document(path))
 
 
-@pytest.mark.parametrize("command", ["run", "check", "environments", "verify"])
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_whoever_comes_is_served_only_if_the_configuration_says_so(run: Any, tmp_path: Path, command: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(model_with())
+    code, said = run(command, str(path), "--host", "0.0.0.0")
+    assert code == 2
+    assert said.startswith("baton: security.keys: missing, but Baton would listen at 0.0.0.0")
+
+
+def test_where_serve_listens() -> None:
+    document = {"http_options": {"host": "0.0.0.0", "port": 1, "root_path": "/x"}}
+    assert http_options({}) == {"host": "127.0.0.1", "port": 8000}
+    assert http_options(document) == document["http_options"]
+    assert http_options(document, "::1", 2) == {"host": "::1", "port": 2, "root_path": "/x"}
+
+
+def test_a_key_and_its_entry_are_made(baton_command: Any) -> None:
+    code, entry, said = baton_command("key", "ops", "--admin")
+    assert code == 0
+    (tenant,) = parse_tenants(f"tenants:\n{entry}")
+    assert (tenant.name, tenant.admin) == ("ops", True)
+    assert tenant.keys == [digest(said.split()[-1].encode()).hex()]
+
+
+def test_a_key_for_nobody_is_refused(run: Any) -> None:
+    assert run("key", "a b") == (2, "baton: TENANT: 'a b' is no name: 1 to 64 letters, digits and . _ -\n")
+
+
+@pytest.mark.parametrize("command", ["run", "check", "environments", "verify", "key"])
 def test_an_unknown_option_is_refused(run: Any, command: str) -> None:
     code, said = run(command, "--no-such-option")
     assert code == 2

@@ -17,10 +17,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.frontend import metrics
+from app.frontend.authentication import Authentication
 from app.frontend.http_middleware import BodyLimit, Deadline, ErrorBeforeStream, RoutingHeaders, error_body
 from app.frontend.request_context import begin_request, current_request
 from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
+from app.tenants import LOCAL
 from tests.unit.decisions import decision
 from tests.unit.waiting import until
 
@@ -366,7 +368,8 @@ class Client:
 
     async def run(self, app: ASGIApp) -> None:
         async with asyncio.timeout(DEADLINE_S):
-            await RoutingHeaders(ErrorBeforeStream(app))(self.scope, asyncio.Queue[Message]().get, self.send)
+            served = Authentication(RoutingHeaders(ErrorBeforeStream(app)), None, others=LOCAL)
+            await served(self.scope, asyncio.Queue[Message]().get, self.send)
 
     @property
     def status(self) -> int:
@@ -517,7 +520,7 @@ async def test_only_1_asks_for_an_explanation(value: bytes) -> None:
 
 
 async def test_a_request_context_ends_with_its_request() -> None:
-    with begin_request(wants_explanation=True) as outer:
+    with begin_request(LOCAL, wants_explanation=True) as outer:
         await Client().run(answering(200, 5.0))
         assert current_request() is outer
         assert outer.retry_after_s is None
@@ -532,7 +535,7 @@ async def remaining_s(request: Request) -> Response:
     return JSONResponse(current_request().deadline - time.monotonic())
 
 
-TIMED = RoutingHeaders(Deadline(Starlette(routes=[Route("/", remaining_s)]), 100.0))
+TIMED = Authentication(RoutingHeaders(Deadline(Starlette(routes=[Route("/", remaining_s)]), 100.0)), None, others=LOCAL)
 
 
 @pytest.mark.parametrize(("asked", "seconds"), [(None, 100), ("50", 50), ("7.5", 7.5), ("1000", 100), ("9" * 400, 100)])

@@ -35,7 +35,8 @@ LIMITS = {
     "max_prompt_logprobs": 200,
     "schema_timeout_s": 0.2,
 }
-CONFIG = {"models": [{"name": "tiny", "source": "baton:tiny", "decode": {"engine": "sim"}}], "limits": LIMITS}
+MODEL = {"name": "tiny", "source": "baton:tiny", "decode": {"engine": "sim"}, "vllm_xargs": ["a"]}
+CONFIG = {"models": [MODEL], "limits": LIMITS}
 SLOW_PATTERN = "((a{1,30}){1,30}b{1,30}){1,30}"
 """A few bytes from which xgrammar makes a grammar for 0.1 to 0.4 s."""
 SLOW_SCHEMA = {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": SLOW_PATTERN} for i in range(9)}}

@@ -28,7 +28,9 @@ from tests.unit.frontend.server import server_over
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-CONFIG = {"models": [{"name": "tiny", "source": "baton:tiny", "decode": {"engine": "sim"}}]}
+CONFIG = {
+    "models": [{"name": "tiny", "source": "baton:tiny", "decode": {"engine": "sim"}, "vllm_xargs": ["other"]}],
+}
 EXPLAIN = {"x-baton-explain": "1"}
 TTFT_S = 0.02
 REPORT = PrefillReport("remote", "", "prefill-1", "decode-1", 48, 52, "shm")

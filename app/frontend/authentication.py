@@ -1,0 +1,106 @@
+"""The outermost middleware: who asks, and whether they may.  Nothing of a request is parsed before it is known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from http import HTTPStatus
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.frontend import metrics
+from app.frontend.http_middleware import error_body, route_path, shaped
+from app.tenants import ANYONE, KeyRing, Tenant
+
+OF_CLIENTS = frozenset(
+    {
+        "/v1/models",
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/generative_scoring",
+        "/tokenize",
+        "/detokenize",
+        "/version",
+    }
+)
+"""What any key is good for.  Other routes need an admin's, so that none that a new vLLM brings is open at once."""
+OF_STORED_RESPONSES = re.compile(r"/v1/responses/[^/]+(/cancel)?")
+HEALTH = "/health"
+
+
+class Authentication:
+    """Finds out by the key whose a request is, and refuses it if nobody has the key, or not the right to this route.
+
+    /health goes through without a key, and answers with less then (openai_server.py).  So do the questions that a
+    browser asks about a site before it sends a request (CORS), as it sends no key with them.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing | None, others: Tenant) -> None:
+        """`others`: as who those without a key are let in if there are no keys."""
+        self._app = app
+        self._keys = keys
+        self._others = others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            if self._keys is None:
+                scope["baton.tenant"] = self._others
+            elif (refusal := self._admit(self._keys, scope)) is not None:
+                await refusal(scope, receive, send)
+                return
+        elif scope["type"] == "websocket" and self._keys is not None:
+            await send({"type": "websocket.close", "code": 1008})  # no route has one, and none shall go past the keys
+            return
+        await self._app(scope, receive, send)
+
+    def _admit(self, keys: KeyRing, scope: Scope) -> JSONResponse | None:
+        """Note in the scope whose the request is, or return what it is refused with."""
+        shown = list(_keys_shown(scope))
+        tenant = next((found for key in shown if (found := keys.find(key)) is not None), None)
+        path = route_path(scope)
+        if tenant is None and path != HEALTH and not _is_preflight(scope):
+            if shown:
+                return _refuse(scope, "unknown", "The API key is not valid.")
+            problem = "An API key is missing: send `Authorization: Bearer KEY` or `x-api-key: KEY`."
+            return _refuse(scope, "missing", problem)
+        if tenant is not None and not tenant.admin and not _is_for_clients(path):
+            return _refuse(scope, "not_admin", f"{scope['method']} {path} needs the API key of an admin.")
+        scope["baton.tenant"] = tenant or ANYONE
+        return None
+
+
+def _is_for_clients(path: str) -> bool:
+    return path in OF_CLIENTS or path == HEALTH or OF_STORED_RESPONSES.fullmatch(path) is not None
+
+
+def _is_preflight(scope: Scope) -> bool:
+    names = {name for name, _ in scope["headers"]}
+    return scope["method"] == "OPTIONS" and {b"origin", b"access-control-request-method"} <= names
+
+
+def _keys_shown(scope: Scope) -> Iterator[bytes]:
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            kind, _, key = value.partition(b" ")
+            if kind.lower() == b"bearer":
+                yield key.strip()
+        elif name == b"x-api-key":
+            yield value
+
+
+def _refuse(scope: Scope, reason: str, message: str) -> JSONResponse:
+    """Return the answer to a request without the right key, in the shape that its API's clients expect.
+
+    Its body is not read: the connection stays, and what still comes of it is dropped.
+    """
+    metrics.REFUSED_KEYS.labels(reason).inc()
+    status = HTTPStatus.FORBIDDEN if reason == "not_admin" else HTTPStatus.UNAUTHORIZED
+    kind = "permission_error" if reason == "not_admin" else "authentication_error"
+    headers = {"www-authenticate": "Bearer"} if status is HTTPStatus.UNAUTHORIZED else {}
+    body = shaped(error_body(message, kind, status)["error"], scope)
+    return JSONResponse(body, status_code=status, headers=headers)
