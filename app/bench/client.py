@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,12 @@ def find_card(option: str, client: httpx.Client, model: str | None, model_option
     if model is not None and model not in names:
         raise ConfigError(model_option, f"there is no model {model!r}; served are {', '.join(names)}")
     return cards[names.index(model) if model is not None else 0]
+
+
+def check_admin(client: httpx.Client) -> None:
+    """Raise ConfigError, naming --api-key, if the endpoint has keys and the client has not an admin's."""
+    if client.get("/stats").status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        raise ConfigError("--api-key", f"{_url(client)} has keys, and an admin's is needed")
 
 
 def find_version(client: httpx.Client) -> str:

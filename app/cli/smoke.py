@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from app.bench.client import describe, find_card, new_client, parse_url, read_events, use_key
+from app.bench.client import check_admin, describe, find_card, new_client, parse_url, read_events, use_key
 from app.bench.prefix_cache import COMPLETION_TOKENS, PromptClient, converse, find_vocabulary, repeat_prompts
 from app.cli.options import ApiKey
 from app.errors import BatonError, ConfigError
@@ -422,6 +422,7 @@ def run_check(name: str, baton: SmokeTarget) -> Result:
 def find_models(client: httpx.Client, name: str | None) -> list[Card]:
     """Return the model called `name`, or all models.  Raises ConfigError if there is none, or if this is not Baton."""
     find_card("URL", client, name)
+    check_admin(client)
     try:
         cards = msgspec.convert(client.get("/v1/models").json()["data"], list[Card])
     except msgspec.ValidationError as error:

@@ -36,7 +36,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.bench.client import ask, describe, find_cards, new_client, parse_url, use_key
+from app.bench.client import ask, check_admin, describe, find_cards, new_client, parse_url, use_key
 from app.cli.options import ApiKey
 from app.cli.smoke import Explanation
 from app.errors import BatonError
@@ -225,6 +225,7 @@ class VerifyTarget:
         try:
             models = msgspec.json.decode(answer.content, type=_Health).models
         except msgspec.DecodeError as error:
+            check_admin(self._client)
             raise VerifyError(f"GET /health is not Baton's ({error}); is it Baton that runs there?") from None
         for model in models:
             missing = [role for role, pool in model.pools.items() if not pool.reachable]
