@@ -481,6 +481,9 @@ class SecurityConfig(Settings):
     ``env:NAME`` for an environment variable with the same text.  Then every request but the short form of /health needs
     a key, as ``Authorization: Bearer KEY`` or ``x-api-key: KEY``.  A file is read again when it changes; a change that
     cannot be read is logged, and the keys of before stay valid."""
+    usage_records: str | None = Field(default=None, min_length=1)
+    """A folder in which each frontend appends a line of JSON for each sequence that ends: whose it was, and how many
+    tokens it took (app/frontend/usage_records.py)."""
     open: bool = False
     """Without `keys` Baton serves on loopback only, unless this says that whoever reaches the port may use it: all
     routes, but no control runs (`limits.allow_control`)."""

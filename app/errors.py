@@ -150,6 +150,19 @@ class Asleep(BatonError):
         return f"the model is still waking up, for about another {self.retry_after_s} s"
 
 
+class LimitReached(BatonError):
+    """A tenant has used what one of its limits allows for now (HTTP 429 with ``Retry-After``)."""
+
+    def __init__(self, tenant: str, limit: str, retry_after_s: float) -> None:
+        super().__init__(tenant, limit, retry_after_s)
+        self.tenant = tenant
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.tenant} has reached its limit `{self.limit}`; please retry in {self.retry_after_s} s"
+
+
 class Overloaded(BatonError):
     """No replica will have room in time (HTTP 429 with ``Retry-After``).
 

@@ -23,7 +23,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -38,6 +38,9 @@ FIELD = "security.keys"
 FROM_ENVIRONMENT = "env:"
 KEY_PREFIX, KEY_BYTES = "baton-", 32
 """A key begins so, so that it is known for one where it does not belong, and has so many random bytes."""
+Rate = Literal["requests", "prompt_tokens", "output_tokens"]
+RATES: tuple[Rate, ...] = get_args(Rate)
+"""What limits are about that are so much in a second."""
 RELOAD_S = 2.0
 """How often the file is read.  A key that is taken out is refused within this time by every frontend."""
 
@@ -59,6 +62,14 @@ class Tenant(Settings):
     """How many times as many tokens it gets as a tenant of weight 1 if both want more than they get."""
     highest_class: ServiceClass = "priority"
     """The highest service class that it gets, whatever ``service_tier`` its clients ask for."""
+    requests_per_s: float | None = Field(default=None, gt=0)
+    prompt_tokens_per_s: float | None = Field(default=None, gt=0)
+    """A prompt counts once for each of its sequences, whatever of it is cached."""
+    output_tokens_per_s: float | None = Field(default=None, gt=0)
+    """These three are of all frontends together, and so is the next.  What comes in ten seconds may be used at once
+    (app/tenant_usage.py); beyond it the answer is 429 and says when to come again."""
+    max_sequences: int | None = Field(default=None, ge=1)
+    """How many of its sequences run at a time."""
     cache_group: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Tenants of one group share the prefix cache.  By default a tenant has its own: whether a prompt has been sent
     before can be seen by how soon its answer begins, so this tells it to the others of the group."""
@@ -70,6 +81,15 @@ class Tenant(Settings):
             if not re.fullmatch(r"[0-9a-f]{64}", key):  # it may be a key itself, so no message may show it
                 raise ValueError("each is the SHA-256 of a key, 64 lower-case hexadecimal digits: `baton key` makes it")
         return keys
+
+    def rates(self) -> dict[Rate, float]:
+        """Return what each limit brings in a second, of those that are set."""
+        rates: dict[Rate, float | None] = {
+            "requests": self.requests_per_s,
+            "prompt_tokens": self.prompt_tokens_per_s,
+            "output_tokens": self.output_tokens_per_s,
+        }
+        return {kind: rate for kind, rate in rates.items() if rate is not None}
 
     def bound_class(self, asked: ServiceClass) -> ServiceClass:
         """Return the service class that the tenant gets if it asks for `asked`."""

@@ -24,6 +24,7 @@ from app.config import (
     LimitsConfig,
     ModelConfig,
     PoolConfig,
+    Resources,
     RoutingConfig,
     SloConfig,
     parse,
@@ -32,6 +33,7 @@ from app.engine_defaults import with_dtype
 from app.errors import ConfigError
 from app.messages import Role
 from app.preflight import check, check_address, gpus_of_replica, python_of_replica, replica_budget
+from deployments.ledger import LedgerDeployment
 from deployments.serve_hooks import fix_version, http_host
 
 logger = logging.getLogger("baton.build")
@@ -77,7 +79,15 @@ def build(args: dict[str, Any]) -> Application:
         max_ongoing_requests=config.frontend.max_ongoing_requests,
         **_options(config.frontend, config.frontend.resources.num_gpus or 0, frontend_autoscaling(config)),
     )
-    return frontend.bind(given, pools)
+    return frontend.bind(given, pools, build_ledger(config) if config.security.keys is not None else None)
+
+
+def build_ledger(config: BatonConfig) -> Application:
+    """Make the deployment with the tenants' limits, on a node for frontends.  It computes next to nothing."""
+    frontend = config.frontend
+    resources = Resources(num_cpus=0, node_labels=frontend.resources.node_labels)
+    ledger = DeploymentConfig(replicas=1, resources=resources, environment=frontend.environment)
+    return _deployment(LedgerDeployment).options(name="ledger", **_options(ledger, 0, None)).bind()
 
 
 def for_frontends(config: BatonConfig) -> BatonConfig:

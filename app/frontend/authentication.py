@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from http import HTTPStatus
 
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.errors import LimitReached
 from app.frontend import metrics
 from app.frontend.http_middleware import error_body, route_path, shaped
+from app.frontend.limit_headers import limit_headers
+from app.tenant_usage import Accounts
 from app.tenants import ANYONE, KeyRing, Tenant
 
 OF_CLIENTS = frozenset(
@@ -34,16 +38,20 @@ HEALTH = "/health"
 
 
 class Authentication:
-    """Finds out by the key whose a request is, and refuses it if nobody has the key, or not the right to this route.
+    """Finds out by the key whose a request is.
+
+    It refuses the request if nobody has the key, or not the right to this route, or has asked too often
+    (`requests_per_s`).
 
     /health goes through without a key, and answers with less then (openai_server.py).  So do the questions that a
     browser asks about a site before it sends a request (CORS), as it sends no key with them.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing | None, others: Tenant) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing | None, accounts: Accounts, others: Tenant) -> None:
         """`others`: as who those without a key are let in if there are no keys."""
         self._app = app
         self._keys = keys
+        self._accounts = accounts
         self._others = others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,12 +59,29 @@ class Authentication:
             if self._keys is None:
                 scope["baton.tenant"] = self._others
             elif (refusal := self._admit(self._keys, scope)) is not None:
-                await refusal(scope, receive, send)
+                await refusal(scope, receive, self._telling(scope, send))
                 return
+            else:
+                send = self._telling(scope, send)
         elif scope["type"] == "websocket" and self._keys is not None:
             await send({"type": "websocket.close", "code": 1008})  # no route has one, and none shall go past the keys
             return
         await self._app(scope, receive, send)
+
+    def _telling(self, scope: Scope, send: Send) -> Send:
+        """Return a `send` that adds what is left of the tenant's limits, if it has any."""
+        tenant = scope.get("baton.tenant", ANYONE)
+        if not tenant.rates():
+            return send
+        account = self._accounts.of(tenant)
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                told = limit_headers(account, is_anthropic="/v1/messages" in scope["path"])
+                message = {**message, "headers": [*message.get("headers", ()), *told]}
+            await send(message)
+
+        return tell
 
     def _admit(self, keys: KeyRing, scope: Scope) -> JSONResponse | None:
         """Note in the scope whose the request is, or return what it is refused with."""
@@ -71,6 +96,11 @@ class Authentication:
         if tenant is not None and not tenant.admin and not _is_for_clients(path):
             return _refuse(scope, "not_admin", f"{scope['method']} {path} needs the API key of an admin.")
         scope["baton.tenant"] = tenant or ANYONE
+        if tenant is not None and scope["method"] == "POST":
+            try:
+                self._accounts.of(tenant).begin_request()
+            except LimitReached as error:
+                return _too_many(scope, error)
         return None
 
 
@@ -91,6 +121,12 @@ def _keys_shown(scope: Scope) -> Iterator[bytes]:
                 yield key.strip()
         elif name == b"x-api-key":
             yield value
+
+
+def _too_many(scope: Scope, error: LimitReached) -> JSONResponse:
+    body = shaped(error_body(str(error), "rate_limit_error", HTTPStatus.TOO_MANY_REQUESTS)["error"], scope)
+    headers = {"retry-after": str(math.ceil(error.retry_after_s))}
+    return JSONResponse(body, status_code=HTTPStatus.TOO_MANY_REQUESTS, headers=headers)
 
 
 def _refuse(scope: Scope, reason: str, message: str) -> JSONResponse:

@@ -30,6 +30,7 @@ from app.errors import (
     DeadlineExceeded,
     EngineDead,
     InvalidRequest,
+    LimitReached,
     NoReplica,
     Overloaded,
     Quarantined,
@@ -66,6 +67,7 @@ from app.frontend.vllm_surface import (
 )
 from app.messages import GenerateRequest, Logprobs, PrefillMode, TokenDelta
 from app.routing.decision import RoutingHints
+from app.tenant_usage import Accounts
 from app.tenants import Tenant
 
 logger = logging.getLogger("baton.engine_client")
@@ -112,7 +114,12 @@ class PooledEngineClient(EngineClient):
     """One model, served by a decode pool and, unless it is aggregated, a prefill pool."""
 
     def __init__(
-        self, vllm_config: VllmConfig, model: ModelConfig, orchestrator: Orchestrator, limits: LimitsConfig
+        self,
+        vllm_config: VllmConfig,
+        model: ModelConfig,
+        orchestrator: Orchestrator,
+        limits: LimitsConfig,
+        accounts: Accounts,
     ) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
@@ -124,6 +131,7 @@ class PooledEngineClient(EngineClient):
         self._slo = model.slo
         self._limits = limits
         self._orchestrator = orchestrator
+        self._accounts = accounts
         self._bounds = RequestBounds(limits, self.model_config.get_vocab_size())
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
@@ -368,16 +376,18 @@ class PooledEngineClient(EngineClient):
             len(request.prompt_token_ids),
             slo=self._slo,
             has_session=hints.session is not None,
+            tenant=hints.tenant,
         )
         if hints.explain:
             context.sequences.append(record)
         try:
-            await self._orchestrator.run(
-                request, progress, hints=hints, on_decision=record.on_decision, deadline=context.deadline
-            )
+            with self._accounts.of(context.tenant).counted(record):
+                await self._orchestrator.run(
+                    request, progress, hints=hints, on_decision=record.on_decision, deadline=context.deadline
+                )
         except (BatonError, TimeoutError) as error:
             end = type(error).__name__
-            if isinstance(error, Overloaded | Asleep):
+            if isinstance(error, LimitReached | Overloaded | Asleep):
                 context.refuse_for(error.retry_after_s)
             outputs.fail(_to_vllm_error(error))
         except Exception as error:
@@ -593,7 +603,7 @@ def _to_tensors(logprobs: Logprobs) -> LogprobsTensors:
 
 
 class _TooBusy(GracefulHTTPError, GenerationError):
-    """The error for overload.
+    """The error for overload, and for a limit that is reached.
 
     It is a GracefulHTTPError for its HTTP status.  It is a GenerationError because vLLM's streams log a traceback for
     any other error, and under overload there would be many.
@@ -613,6 +623,8 @@ def _to_vllm_error(error: BatonError | TimeoutError) -> VLLMError:
         return RetryableRequestError("No replica is ready to serve this request; please retry.")
     if isinstance(error, Asleep):
         return RetryableRequestError("The model slept and is still waking up; please retry.")
+    if isinstance(error, LimitReached):
+        return _TooBusy(str(error), HTTPStatus.TOO_MANY_REQUESTS)
     if isinstance(error, Overloaded):
         return _TooBusy("Too many prompts wait to be computed; please retry later.", HTTPStatus.TOO_MANY_REQUESTS)
     if isinstance(error, ReplicaLost | EngineDead | CannotResume):

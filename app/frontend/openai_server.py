@@ -28,6 +28,7 @@ from app.frontend.orchestrator import Orchestrator
 from app.frontend.request_context import current_request
 from app.models.source import local_path
 from app.routing.retry_budget import RetryBudget
+from app.tenant_usage import Accounts
 from app.tenants import ANYONE, LOCAL, KeyRing
 
 WITHOUT_MEANING = (
@@ -107,10 +108,12 @@ async def build_server(
     health: HealthReport,
     stats: StatsReport,
     keys: KeyRing | None,
+    accounts: Accounts,
 ) -> ASGIApp:
     """Make the ASGI application of all models.
 
-    `orchestrators` has one for each of `config.models`; `keys` are those of `config.security`, if it has any.
+    `orchestrators` has one for each of `config.models`; `keys` are those of `config.security`, if it has any, and
+    `accounts` count what their tenants use.
     """
     from app.frontend import vllm_surface
 
@@ -126,7 +129,7 @@ async def build_server(
         vllm_surface.count_tool_calls_by_model()
         vllm_surface.share_http_metrics()
     apps = {
-        model.name: await _build_app(index, model, orchestrator, config.limits)
+        model.name: await _build_app(index, model, orchestrator, config.limits, accounts)
         for index, (model, orchestrator) in enumerate(zip(config.models, orchestrators, strict=True))
     }
     for app in apps.values():
@@ -141,10 +144,12 @@ async def build_server(
         max_inflight_bytes=limits.max_inflight_body_bytes,
         timeout_s=limits.body_timeout_s,
     )
-    return Authentication(bounded, keys, others=ANYONE if config.security.open else LOCAL)
+    return Authentication(bounded, keys, accounts, others=ANYONE if config.security.open else LOCAL)
 
 
-async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator, limits: LimitsConfig) -> FastAPI:
+async def _build_app(
+    index: int, model: ModelConfig, orchestrator: Orchestrator, limits: LimitsConfig, accounts: Accounts
+) -> FastAPI:
     """Make vLLM's server of one model, without the routes that are about an engine in its process."""
     from app.frontend.engine_client import PooledEngineClient
     from app.frontend.plain_answers import PlainAnswers
@@ -153,7 +158,7 @@ async def _build_app(index: int, model: ModelConfig, orchestrator: Orchestrator,
 
     arguments = server_namespace(model, index)
     vllm_config = frontend_config(arguments)
-    engine = PooledEngineClient(vllm_config, model, orchestrator, limits)
+    engine = PooledEngineClient(vllm_config, model, orchestrator, limits, accounts)
     app: FastAPI = build_app(arguments, ("generate",), vllm_config.model_config)
     await init_app_state(engine, app.state, arguments, ("generate",))
     keep_responses_by_tenant(app)

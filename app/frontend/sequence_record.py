@@ -11,6 +11,7 @@ from prometheus_client import Counter, Histogram
 from app.config import SloConfig
 from app.frontend import metrics
 from app.frontend.sequence_progress import ResumeReason, SequenceProgress
+from app.frontend.usage_records import UsageLine, record_usage
 from app.messages import PrefillReport, TokenDelta
 from app.observers import observing
 from app.routing.decision import Decision
@@ -39,6 +40,7 @@ class SequenceRecord:
         *,
         slo: SloConfig = DEFAULT_SLO,
         has_session: bool = False,
+        tenant: str = "",
     ) -> None:
         self.progress = progress
         self.decision: Decision | None = None
@@ -49,10 +51,11 @@ class SequenceRecord:
         # Made now, so that they are exported before a sequence is resumed.
         self._resume_gaps = {reason: _labelled(metrics.RESUME_GAP, model, reason) for reason in get_args(ResumeReason)}
         self._request_id = request_id
-        self._prompt_tokens = prompt_tokens
+        self.prompt_tokens = prompt_tokens
         self.slo = slo
         self._has_session = has_session
-        self._output_tokens = 0
+        self._tenant = tenant
+        self.output_tokens = 0
 
     @observing
     def on_decision(self, decision: Decision) -> None:
@@ -65,7 +68,7 @@ class SequenceRecord:
     @observing
     def on_delta(self, delta: TokenDelta) -> None:
         """Count a delta that `progress` has recorded."""
-        self._output_tokens += len(delta.token_ids)
+        self.output_tokens += len(delta.token_ids)
         if (gap_s := self.progress.last_gap_s) is not None:
             self._gaps.observe(gap_s)
         elif self.progress.resume_gaps_s:
@@ -80,17 +83,29 @@ class SequenceRecord:
             end = GAVE_UP
         _labelled(metrics.SEQUENCES, self._model, end).inc()
         _labelled(metrics.WITHIN_SLO, self._model).inc(end in GOOD_ENDS and self._is_within_slo())
-        _labelled(metrics.GENERATION_TOKENS, self._model).inc(self._output_tokens)
+        _labelled(metrics.GENERATION_TOKENS, self._model).inc(self.output_tokens)
         if progress.prompt_report is not None and progress.ttft_s is not None:
             self._count_prompt(progress.prompt_report, progress.ttft_s)
+        report = progress.prompt_report
+        record_usage(
+            UsageLine(
+                tenant=self._tenant,
+                model=self._model,
+                request_id=self._request_id,
+                end=end,
+                prompt_tokens=self.prompt_tokens if report is not None else 0,
+                cached_tokens=report.cached_tokens if report is not None else 0,
+                output_tokens=self.output_tokens,
+            )
+        )
         logger.info(
             "request_id=%s model=%s end=%s prompt_tokens=%d output_tokens=%d ttft_ms=%s total_ms=%.1f %s %s "
-            "resumed_after_ms=%s resume_reasons=%s resumed_cached_tokens=%s session=%s",
+            "resumed_after_ms=%s resume_reasons=%s resumed_cached_tokens=%s session=%s tenant=%s",
             self._request_id,
             self._model,
             end,
-            self._prompt_tokens,
-            self._output_tokens,
+            self.prompt_tokens,
+            self.output_tokens,
             _ms(progress.ttft_s),
             (progress.now() - progress.arrived_at) * 1e3,
             _describe_prefill(progress.prompt_report),
@@ -99,6 +114,7 @@ class SequenceRecord:
             ",".join(progress.resume_reasons) or "none",
             ",".join(map(str, progress.resumed_cached_tokens)) or "none",
             "yes" if self._has_session else "no",
+            self._tenant or "none",
         )
 
     def _is_within_slo(self) -> bool:
@@ -106,11 +122,11 @@ class SequenceRecord:
         if progress.ttft_s is None or progress.ttft_s * 1e3 > self.slo.ttft_ms:
             return False
         decoding_s = progress.last_token_at - progress.arrived_at - progress.ttft_s
-        return decoding_s * 1e3 <= self.slo.itl_ms * (self._output_tokens - 1)
+        return decoding_s * 1e3 <= self.slo.itl_ms * (self.output_tokens - 1)
 
     def _count_prompt(self, report: PrefillReport, ttft_s: float) -> None:
         _labelled(metrics.PREFILLS, self._model, report.kind, report.reason).inc()
-        _labelled(metrics.PROMPT_TOKENS, self._model).inc(self._prompt_tokens)
+        _labelled(metrics.PROMPT_TOKENS, self._model).inc(self.prompt_tokens)
         _labelled(metrics.CACHED_TOKENS, self._model).inc(report.cached_tokens)
         kind = self.progress.first_token_kind or report.kind
         _labelled(metrics.TIME_TO_FIRST_TOKEN, self._model, kind).observe(ttft_s)

@@ -33,7 +33,7 @@ OF_REPLICAS = (
     *("watch-load", "worker-metrics"),
 )
 OF_DECODE = ("links",)
-OF_FRONTENDS = ("guard", "keys", "channel-")
+OF_FRONTENDS = ("guard", "keys", "tenants", "channel-")
 """How the names of all tasks with an owner begin (tests/unit/deployments/test_background_tasks.py lists them)."""
 OF_ENGINES = {
     "sim": ("sim-progress", "sim-steps", "follow-role"),

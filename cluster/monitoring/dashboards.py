@@ -47,7 +47,7 @@ def quantiles(histogram: str, by: str = "model") -> dict[str, str]:
     }
 
 
-GOOD_AND_BAD = rate("baton_sequences_total", "model", OF_MODEL + ', end!~"cancelled|InvalidRequest"')
+GOOD_AND_BAD = rate("baton_sequences_total", "model", OF_MODEL + ', end!~"cancelled|InvalidRequest|LimitReached"')
 GOODPUT = f"{rate('baton_sequences_within_slo_total', 'model')} / {GOOD_AND_BAD}"
 QUEUED_TOKENS = total("ray_baton_queued_prompt_tokens", "model, role")
 CACHED, EXPECTED_CACHED, PROMPT_TOKENS = (

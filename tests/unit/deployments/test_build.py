@@ -92,7 +92,8 @@ def test_each_pool_is_given_its_model_alone() -> None:
 
 
 def test_the_frontend_has_the_handles_of_all_pools_in_the_order_of_the_models() -> None:
-    _, pools = deployments(ARGS)["frontend"].init_args
+    _, pools, ledger = deployments(ARGS)["frontend"].init_args
+    assert ledger is None
     assert all(isinstance(handle, DeploymentHandle) for pool in pools for handle in pool.values())
     names = [{role: handle.deployment_name for role, handle in pool.items()} for pool in pools]
     assert names == [
@@ -100,6 +101,16 @@ def test_the_frontend_has_the_handles_of_all_pools_in_the_order_of_the_models() 
         {"decode": "decode-second"},
         {"decode": "decode-third", "prefill": "prefill-third", "aggregated": "aggregated-third"},
     ]
+
+
+def test_with_keys_there_is_a_ledger_beside_the_frontends() -> None:
+    frontend = {"resources": {"num_cpus": 2, "node_labels": {"baton/group": "frontend"}}, "replicas": 3}
+    found = deployments({**ARGS, "security": {"keys": "keys.yaml"}, "frontend": frontend})
+    assert found["frontend"].init_args[2].deployment_name == "ledger"
+    options = found["ledger"].ray_actor_options
+    assert (options["num_cpus"], options["label_selector"]) == (0, {"baton/group": "frontend"})
+    assert found["ledger"].num_replicas == 1
+    assert "ledger" not in deployments(ARGS)
 
 
 def test_an_aggregated_pool_has_nothing_to_do_with_transfers() -> None:

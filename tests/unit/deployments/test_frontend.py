@@ -43,8 +43,8 @@ async def test_a_frontend_that_has_ended_gives_its_guard_no_more_signs_of_life(m
     for name in ("adopt_serve_logging", "freeze_heap"):
         monkeypatch.setattr(deployment, name, lambda: None)
     config = parse({"models": [{"name": "m", "source": "owner/m", "decode": {"engine": "vllm"}}]})
-    frontend = SimpleNamespace(_metrics=None, _health=dict, _stats=dict)
-    await AS_WRITTEN.__init__(frontend, config, [{}])
+    frontend = SimpleNamespace(_metrics=None, _usage=None, _health=dict, _stats=dict)
+    await AS_WRITTEN.__init__(frontend, config, [{}], None)
     await until(lambda: guards == ["alive"])
     await AS_WRITTEN.__del__(frontend)
     assert guards == ["alive", "no sign of life"]

@@ -11,11 +11,14 @@ from starlette.types import ASGIApp
 
 from app.config import parse
 from app.frontend.orchestrator import Orchestrator
+from app.tenant_usage import Accounts
 from app.tenants import KeyRing
 
 
 @asynccontextmanager
-async def server_over(orchestrator: object, config: dict[str, Any]) -> AsyncIterator[ASGIApp]:
+async def server_over(
+    orchestrator: object, config: dict[str, Any], accounts: Accounts | None = None
+) -> AsyncIterator[ASGIApp]:
     """Yield the application of a configuration, all of whose models `orchestrator` serves."""
     from app.frontend.openai_server import build_server
 
@@ -33,7 +36,7 @@ async def server_over(orchestrator: object, config: dict[str, Any]) -> AsyncIter
     keys = KeyRing(parsed.security.keys) if parsed.security.keys is not None else None
     before = dict(os.environ)
     orchestrators = [cast(Orchestrator, orchestrator)] * len(parsed.models)
-    yield await build_server(parsed, orchestrators, healthy, no_stats, keys)
+    yield await build_server(parsed, orchestrators, healthy, no_stats, keys, Accounts())
     # vLLM sets variables as it is imported, which is nothing for other tests' processes.
     os.environ.clear()
     os.environ.update(before)

@@ -10,7 +10,10 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import anthropic
 import httpx
+import httpx2
+import openai
 import pytest
 import pytest_asyncio
 import yaml
@@ -24,9 +27,11 @@ from app.frontend.authentication import OF_CLIENTS, Authentication
 from app.frontend.sequence_progress import SequenceProgress
 from app.messages import GenerateRequest, PrefillReport, TokenDelta
 from app.routing.decision import RoutingHints
+from app.tenant_usage import Accounts
 from app.tenants import LOCAL, Tenant, digest
 from tests.unit.decisions import decision, local_way
 from tests.unit.frontend.server import server_over
+from tests.unit.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -52,6 +57,8 @@ class OneToken:
     def __init__(self) -> None:
         self.requests: list[GenerateRequest] = []
         self.hints: list[RoutingHints] = []
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     async def run(
         self, request: GenerateRequest, progress: SequenceProgress, *, hints: RoutingHints, on_decision: Any, **_: Any
@@ -59,6 +66,7 @@ class OneToken:
         self.requests.append(request)
         self.hints.append(hints)
         on_decision(decision(way=local_way(), reason="aggregated"))
+        await self.may_answer.wait()
         report = PrefillReport("local", "aggregated", "", "decode-1", 0, len(request.prompt_token_ids), "")
         progress.take(TokenDelta([20], finish_reason="length", report=report))
 
@@ -225,7 +233,7 @@ async def test_websockets_are_closed() -> None:
         def find(self, key: bytes) -> None: ...
 
     scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
-    await Authentication(unused, NoKeys(), others=LOCAL)(scope, unused, send)  # type: ignore[arg-type]
+    await Authentication(unused, NoKeys(), Accounts(), others=LOCAL)(scope, unused, send)  # type: ignore[arg-type]
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
@@ -479,3 +487,102 @@ async def _status(app: ASGIApp, method: str, path: str, headers: list[tuple[byte
     await app(scope, receive, send)
     (status,) = statuses
     return status
+
+
+# Limits
+
+LIMITED = {
+    "requests": {"requests_per_s": 0.2},
+    "prompt_tokens": {"prompt_tokens_per_s": 0.1},
+    "output_tokens": {"output_tokens_per_s": 0.01},
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def limited(orchestrator: OneToken, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ASGIApp]:
+    keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    tenants = [
+        {"name": f"{kind}-{api}", "keys": [digest(f"{kind}-{api}".encode()).hex()], **limits}
+        for kind, limits in LIMITED.items()
+        for api in ("plain", "chat", "messages", "openai", "anthropic")
+    ]
+    tenants.append({"name": "one", "keys": [digest(b"one").hex()], "max_sequences": 1})
+    keys.write_text(yaml.safe_dump({"tenants": tenants}))
+    async with server_over(orchestrator, {"models": MODELS[:1], "security": {"keys": str(keys)}}) as built:
+        yield built
+
+
+LIMITED_APIS = {
+    "plain": ("/v1/completions", COMPLETION),
+    "chat": ("/v1/chat/completions", {**CHAT, "stream": True}),
+    "messages": ("/v1/messages", CHAT),
+}
+
+
+@pytest.mark.parametrize("api", LIMITED_APIS)
+@pytest.mark.parametrize("kind", LIMITED)
+async def test_beyond_a_limit_the_answer_is_429_and_says_when_to_come_again(
+    limited: ASGIApp, kind: str, api: str
+) -> None:
+    path, body = LIMITED_APIS[api]
+    transport = httpx.ASGITransport(limited, raise_app_exceptions=False)
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://test", headers=bearer(f"{kind}-{api}")
+    ) as client:
+        answers = [await client.post(path, json=body) for _ in range(4)]
+    statuses = [answer.status_code for answer in answers]
+    assert statuses[0] == 200
+    assert statuses[-1] == 429
+    assert set(statuses) == {200, 429}
+    refusal = answers[-1]
+    assert int(refusal.headers["retry-after"]) >= 1
+    assert f"{kind}_per_s" in refusal.text
+    told = {
+        "messages": f"anthropic-ratelimit-{kind.replace('_', '-').replace('prompt', 'input')}",
+        "plain": "x-ratelimit",
+        "chat": "x-ratelimit",
+    }[api]
+    for answer in answers:
+        assert any(name.startswith(told) for name in answer.headers), answer.headers
+
+
+async def test_no_more_sequences_at_a_time_than_allowed(limited: ASGIApp, orchestrator: OneToken) -> None:
+    orchestrator.may_answer.clear()
+    transport = httpx.ASGITransport(limited, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=bearer("one")) as client:
+        first = asyncio.create_task(client.post("/v1/completions", json=COMPLETION))
+        num = len(orchestrator.requests)
+        await until(lambda: len(orchestrator.requests) > num)
+        second = await client.post("/v1/completions", json=COMPLETION)
+        orchestrator.may_answer.set()
+        assert (second.status_code, (await first).status_code) == (429, 200)
+        assert "max_sequences" in second.text
+        assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 200
+
+
+async def test_the_clients_retries_get_through(limited: ASGIApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of openai and anthropic wait as long as they are told to."""
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
+    transport = httpx2.ASGITransport(limited, raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport) as http:
+        of_openai = openai.AsyncOpenAI(
+            base_url="http://test/v1", api_key="requests-openai", http_client=http, max_retries=1
+        )
+        for _ in range(2):
+            await of_openai.completions.create(**COMPLETION)
+        with pytest.raises(openai.RateLimitError):
+            await of_openai.completions.create(**COMPLETION)
+        assert len(waits) == 1
+        assert waits[0] >= 1
+        of_anthropic = anthropic.AsyncAnthropic(
+            base_url="http://test", api_key="requests-anthropic", http_client=http, max_retries=0
+        )
+        for _ in range(2):
+            await of_anthropic.messages.create(**CHAT)
+        with pytest.raises(anthropic.RateLimitError):
+            await of_anthropic.messages.create(**CHAT)

@@ -22,6 +22,7 @@ from app.frontend.http_middleware import BodyLimit, Deadline, ErrorBeforeStream,
 from app.frontend.request_context import begin_request, current_request
 from app.frontend.sequence_progress import SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
+from app.tenant_usage import Accounts
 from app.tenants import LOCAL
 from tests.unit.decisions import decision
 from tests.unit.waiting import until
@@ -368,7 +369,7 @@ class Client:
 
     async def run(self, app: ASGIApp) -> None:
         async with asyncio.timeout(DEADLINE_S):
-            served = Authentication(RoutingHeaders(ErrorBeforeStream(app)), None, others=LOCAL)
+            served = Authentication(RoutingHeaders(ErrorBeforeStream(app)), None, Accounts(), others=LOCAL)
             await served(self.scope, asyncio.Queue[Message]().get, self.send)
 
     @property
@@ -535,7 +536,9 @@ async def remaining_s(request: Request) -> Response:
     return JSONResponse(current_request().deadline - time.monotonic())
 
 
-TIMED = Authentication(RoutingHeaders(Deadline(Starlette(routes=[Route("/", remaining_s)]), 100.0)), None, others=LOCAL)
+TIMED = Authentication(
+    RoutingHeaders(Deadline(Starlette(routes=[Route("/", remaining_s)]), 100.0)), None, Accounts(), others=LOCAL
+)
 
 
 @pytest.mark.parametrize(("asked", "seconds"), [(None, 100), ("50", 50), ("7.5", 7.5), ("1000", 100), ("9" * 400, 100)])

@@ -95,6 +95,7 @@ def test_one_line_says_all_of_a_sequence_and_its_decision(model: str, caplog: py
         "resume_reasons": "none",
         "resumed_cached_tokens": "none",
         "session": "yes",
+        "tenant": "none",
     }
 
 
@@ -216,7 +217,7 @@ def test_metrics_that_fail_end_nothing(model: str, monkeypatch: pytest.MonkeyPat
     for _ in range(2):
         record.progress.take(TokenDelta([1, 2]))
     record.on_end("stop")
-    assert (record.num_attempts, record._output_tokens) == (1, 4)
+    assert (record.num_attempts, record.output_tokens) == (1, 4)
 
 
 def test_a_resumed_sequence_says_how_long_its_client_waited(model: str, caplog: pytest.LogCaptureFixture) -> None:

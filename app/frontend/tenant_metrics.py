@@ -1,0 +1,44 @@
+"""What tenants have used, for Prometheus: metrics by tenant, of which there are as many as the file of keys names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from app.tenant_usage import Accounts
+from app.tenants import RATES, KeyRing
+
+
+class TenantMetrics(Collector):
+    """Those of one frontend."""
+
+    def __init__(self, keys: KeyRing | None, accounts: Accounts) -> None:
+        self._keys = keys
+        self._accounts = accounts
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """Yield the metrics.  This runs in the thread of the scrape, beside the event loop."""
+        used = {tenant: usage for tenant, usage in self._accounts.usage().items() if tenant}
+        for kind in RATES:
+            what = kind.replace("_", " ")
+            counted = CounterMetricFamily(f"baton_tenant_{kind}", f"The {what} of a tenant.", labels=["tenant"])
+            for tenant, usage in used.items():
+                counted.add_metric([tenant], usage.counts[kind])
+            yield counted
+        running = GaugeMetricFamily("baton_tenant_sequences", "Sequences of a tenant that run.", labels=["tenant"])
+        for tenant, usage in used.items():
+            running.add_metric([tenant], usage.sequences)
+        yield running
+        refused = CounterMetricFamily(
+            "baton_tenant_limit_reached", "Requests and sequences that a limit refused.", labels=["tenant", "limit"]
+        )
+        for (tenant, limit), number in self._accounts.refusals().items():
+            refused.add_metric([tenant, limit], number)
+        yield refused
+        yield GaugeMetricFamily(
+            "baton_keys_current",
+            "1 if the file of keys could be read at the last look; if not, those of before are valid.",
+            value=float(self._keys is None or self._keys.is_current),
+        )

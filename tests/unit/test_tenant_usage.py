@@ -1,0 +1,261 @@
+"""Limits of tenants over several frontends: exact however the load is spread, and when frontends or the ledger die."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from random import Random
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.errors import LimitReached
+from app.tenant_usage import BURST_S, EXCHANGE_S, Account, Accounts, Ledger
+from app.tenants import Tenant
+
+STEP_S = 0.01
+
+
+class Sequence(msgspec.Struct, eq=False):
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Fleet:
+    """Frontends that talk to one ledger, each at its own moments."""
+
+    def __init__(self, num: int, tenant: Tenant) -> None:
+        self.now = 100.0
+        self.tenant = tenant
+        self.ledger: Ledger | None = Ledger(self.clock)
+        self.frontends = [Accounts(self.clock) for _ in range(num)]
+        self.names = [f"frontend-{index}" for index in range(num)]
+        self._due = [self.now + index * EXCHANGE_S / num for index in range(num)]
+        for index in [*range(num)] * 2:  # so that each knows of all
+            self.exchange(index)
+
+    def clock(self) -> float:
+        return self.now
+
+    def exchange(self, index: int) -> None:
+        accounts = self.frontends[index]
+        told = accounts.usage()
+        accounts.settle(self.ledger.exchange(self.names[index], told) if self.ledger is not None else None, told)
+
+    def tick(self) -> None:
+        self.now += STEP_S
+        for index, due in enumerate(self._due):
+            if self.now >= due:
+                self._due[index] = self.now + EXCHANGE_S
+                self.exchange(index)
+
+    def account(self, index: int) -> Account:
+        return self.frontends[index].of(self.tenant)
+
+    def begins_request(self, index: int) -> bool:
+        try:
+            self.account(index).begin_request()
+        except LimitReached:
+            return False
+        return True
+
+
+@pytest.mark.parametrize("num_frontends", [1, 2, 4, 8])
+@pytest.mark.parametrize("spread", ["even", "one", "skewed", "moving"])
+def test_a_flood_gets_what_the_limit_allows(num_frontends: int, spread: str) -> None:
+    """Requests come at five times the limit, however they are spread."""
+    rate, seconds = 50.0, 60.0
+    fleet, random = Fleet(num_frontends, Tenant(name="a", requests_per_s=rate)), Random(1)
+
+    def frontend() -> int:
+        if spread == "one":
+            return 0
+        if spread == "skewed":
+            return min(random.randrange(num_frontends), random.randrange(num_frontends))
+        if spread == "moving":
+            return int(fleet.now / 7) % num_frontends
+        return random.randrange(num_frontends)
+
+    def flood(seconds: float) -> int:
+        until, served = fleet.now + seconds, 0
+        while fleet.now < until:
+            fleet.tick()
+            served += sum(fleet.begins_request(frontend()) for _ in range(round(5 * rate * STEP_S)))
+        return served
+
+    flood(BURST_S)  # what had come in before is used
+    assert flood(seconds) == pytest.approx(rate * seconds, rel=0.05)
+
+
+@pytest.mark.parametrize("num_frontends", [1, 2, 4])
+def test_tokens_are_exact_whatever_one_request_takes(num_frontends: int) -> None:
+    """Each takes several seconds' worth, and its output is known only as it comes."""
+    tenant = Tenant(name="a", prompt_tokens_per_s=1000, output_tokens_per_s=200)
+    fleet, random = Fleet(num_frontends, tenant), Random(2)
+    used: list[tuple[float, int, int]] = []
+    running: list[tuple[float, Sequence, ExitStack]] = []
+    while fleet.now < 400:
+        fleet.tick()
+        for each in list(running):
+            ends_at, sequence, stack = each
+            if fleet.now >= ends_at:
+                stack.close()
+                running.remove(each)
+            elif random.random() < 0.3:
+                sequence.output_tokens += 1
+                used.append((fleet.now, 0, 1))
+        stack, sequence = ExitStack(), Sequence(random.randrange(1, 6000))
+        try:
+            stack.enter_context(fleet.account(random.randrange(num_frontends)).counted(sequence))
+        except LimitReached:
+            continue
+        used.append((fleet.now, sequence.prompt_tokens, 0))
+        running.append((fleet.now + random.uniform(1, 8), sequence, stack))
+    late = [each for each in used if each[0] >= 160]
+    prompt, output = sum(each[1] for each in late) / 240, sum(each[2] for each in late) / 240
+    assert prompt <= 1000 * 1.05
+    assert output <= 200 * 1.05
+    assert max(prompt / 1000, output / 200) >= 0.95, "one of the two is what is short, and is used up"
+
+
+@pytest.mark.parametrize("num_frontends", [1, 2, 4])
+def test_no_more_sequences_run_at_a_time_and_all_of_them_do(num_frontends: int) -> None:
+    fleet, random = Fleet(num_frontends, Tenant(name="a", max_sequences=10)), Random(3)
+    running: list[tuple[float, ExitStack]] = []
+    counts: list[int] = []
+    while fleet.now < 160:
+        fleet.tick()
+        for each in list(running):
+            if fleet.now >= each[0]:
+                each[1].close()
+                running.remove(each)
+        for _ in range(4):
+            stack = ExitStack()
+            try:
+                stack.enter_context(fleet.account(random.randrange(num_frontends)).counted(Sequence()))
+            except LimitReached:
+                continue
+            running.append((fleet.now + random.expovariate(1 / 10), stack))
+        if fleet.now > 110:
+            counts.append(len(running))
+    assert max(counts) == 10
+    assert sum(counts) / len(counts) >= 9.5
+
+
+def test_a_tenant_that_has_used_nothing_has_a_burst_and_no_more() -> None:
+    fleet = Fleet(1, Tenant(name="a", requests_per_s=2))
+    served = 0
+    while fleet.begins_request(0):
+        served += 1
+    assert served == 2 * BURST_S
+    with pytest.raises(LimitReached) as caught:
+        fleet.account(0).begin_request()
+    assert (caught.value.tenant, caught.value.limit) == ("a", "requests_per_s")
+    assert caught.value.retry_after_s == EXCHANGE_S
+    fleet.exchange(0)
+    fleet.now += 1000
+    fleet.exchange(0)
+    assert sum(fleet.begins_request(0) for _ in range(1000)) == 2 * BURST_S, "idle time earns no more than that"
+
+
+def test_who_is_refused_is_told_when_it_has_made_up_for_its_last_request() -> None:
+    fleet = Fleet(1, Tenant(name="a", prompt_tokens_per_s=100))
+    account = fleet.account(0)
+    with account.counted(Sequence(3000)):
+        pass
+    with pytest.raises(LimitReached) as caught, account.counted(Sequence(1)):
+        pass
+    assert caught.value.retry_after_s == pytest.approx((3000 - 100 * BURST_S) / 100)
+    for _ in range(round(caught.value.retry_after_s / STEP_S) + 1):
+        fleet.tick()
+    with account.counted(Sequence(1)):
+        pass
+
+
+def test_without_limits_nothing_is_refused() -> None:
+    fleet = Fleet(2, Tenant(name="a"))
+    assert all(fleet.begins_request(0) for _ in range(1000))
+    assert fleet.account(0).left("requests") == math.inf
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(fleet.account(0).counted(Sequence(10**6, 10**6)))
+
+
+def test_a_frontend_that_begins_late_knows_what_is_left() -> None:
+    fleet = Fleet(1, Tenant(name="a", requests_per_s=2))
+    while fleet.begins_request(0):
+        pass
+    fleet.exchange(0)
+    late = Accounts(fleet.clock)
+    assert fleet.ledger is not None
+    late.settle(fleet.ledger.exchange("late", {}), {})
+    with pytest.raises(LimitReached):
+        late.of(fleet.tenant).begin_request()
+
+
+def test_a_frontends_death_gives_nothing_back_but_its_sequences() -> None:
+    fleet = Fleet(2, Tenant(name="a", requests_per_s=2, max_sequences=2))
+    while fleet.begins_request(1):
+        pass
+    stack = ExitStack()
+    stack.enter_context(fleet.account(1).counted(Sequence()))
+    fleet.exchange(1)
+    fleet.exchange(0)
+    left = fleet.account(0).left("requests")
+    fleet.names[1] = "frontend-9"  # another process, which has counted nothing
+    fleet.frontends[1] = Accounts(fleet.clock)
+    for _ in range(round(6 / STEP_S)):
+        fleet.tick()
+    assert fleet.account(0).left("requests") <= (left + 6 * 2) + 0.1
+    with ExitStack() as both:
+        both.enter_context(fleet.account(0).counted(Sequence()))
+        for _ in range(round(2 * EXCHANGE_S / STEP_S)):
+            fleet.tick()
+        both.enter_context(fleet.account(1).counted(Sequence()))
+
+
+@pytest.mark.parametrize("num_frontends", [1, 4])
+def test_without_a_ledger_an_even_load_still_gets_its_limit(num_frontends: int) -> None:
+    rate = 50.0
+    fleet, random = Fleet(num_frontends, Tenant(name="a", requests_per_s=rate)), Random(4)
+
+    def flood(seconds: float) -> int:
+        until, served = fleet.now + seconds, 0
+        while fleet.now < until:
+            fleet.tick()
+            served += sum(fleet.begins_request(random.randrange(num_frontends)) for _ in range(3))
+        return served
+
+    flood(BURST_S)
+    fleet.ledger = None
+    assert flood(30) == pytest.approx(rate * 30, rel=0.1)
+    fleet.ledger = Ledger(fleet.clock)  # begins with full buckets, and with frontends that have counted much
+    flood(BURST_S)
+    assert flood(30) == pytest.approx(rate * 30, rel=0.05)
+
+
+def test_a_changed_limit_holds_at_once() -> None:
+    fleet = Fleet(1, Tenant(name="a", requests_per_s=1000))
+    assert all(fleet.begins_request(0) for _ in range(100))
+    fleet.tenant = Tenant(name="a", requests_per_s=1)
+    assert sum(fleet.begins_request(0) for _ in range(100)) <= BURST_S
+    fleet.tenant = Tenant(name="a")
+    assert all(fleet.begins_request(0) for _ in range(100))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_never_more_than_came_in_and_one_request_of_each_frontend(data: st.DataObject) -> None:
+    """Whatever each does and when: no window has more than its burst, its rate and the last ones of all frontends."""
+    num = data.draw(st.integers(1, 5))
+    rate = data.draw(st.sampled_from([3.0, 20.0, 100.0]))
+    fleet = Fleet(num, Tenant(name="a", requests_per_s=rate))
+    began, served = fleet.now, 0
+    for _ in range(data.draw(st.integers(1, 30))):
+        index, tries = data.draw(st.integers(0, num - 1)), data.draw(st.integers(0, 400))
+        served += sum(fleet.begins_request(index) for _ in range(tries))
+        for _ in range(data.draw(st.integers(0, 120))):
+            fleet.tick()
+    assert served <= rate * (BURST_S + fleet.now - began) + num
