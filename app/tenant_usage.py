@@ -17,8 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -186,21 +185,23 @@ class Account:
 
     def begin_request(self) -> None:
         """Count a request.  Raises LimitReached."""
-        self._check("requests")
+        if self._buckets:
+            self._check("requests")
         self._counts["requests"] += 1
 
-    @contextmanager
-    def counted(self, sequence: CountedSequence) -> Iterator[None]:
-        """Count `sequence`, which runs while the block does.  Raises LimitReached."""
-        self._check("prompt_tokens")
-        self._check("output_tokens")
-        if len(self._running) + 1 > self._max_running:
+    def begin(self, sequence: CountedSequence) -> None:
+        """Count a sequence, and its prompt, which runs until `end`.  Raises LimitReached."""
+        if self._buckets:
+            self._check("prompt_tokens")
+            self._check("output_tokens")
+        if len(self._running) >= self._max_running:
             raise self._refusal("max_sequences", EXCHANGE_S)
         self._counts["prompt_tokens"] += sequence.prompt_tokens
         self._running.add(sequence)
-        try:
-            yield
-        finally:
+
+    def end(self, sequence: CountedSequence) -> None:
+        """Count its output.  One that has not begun is left out."""
+        if sequence in self._running:
             self._running.remove(sequence)
             self._counts["output_tokens"] += sequence.output_tokens
 

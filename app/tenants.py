@@ -93,6 +93,8 @@ class Tenant(Settings):
 
     def bound_class(self, asked: ServiceClass) -> ServiceClass:
         """Return the service class that the tenant gets if it asks for `asked`."""
+        if self.highest_class == SERVICE_CLASSES[0]:
+            return asked
         return max(asked, self.highest_class, key=SERVICE_CLASSES.index)
 
     def bound_priority(self, asked: int) -> int:

@@ -380,11 +380,12 @@ class PooledEngineClient(EngineClient):
         )
         if hints.explain:
             context.sequences.append(record)
+        account = self._accounts.of(context.tenant)
         try:
-            with self._accounts.of(context.tenant).counted(record):
-                await self._orchestrator.run(
-                    request, progress, hints=hints, on_decision=record.on_decision, deadline=context.deadline
-                )
+            account.begin(record)
+            await self._orchestrator.run(
+                request, progress, hints=hints, on_decision=record.on_decision, deadline=context.deadline
+            )
         except (BatonError, TimeoutError) as error:
             end = type(error).__name__
             if isinstance(error, LimitReached | Overloaded | Asleep):
@@ -396,6 +397,7 @@ class PooledEngineClient(EngineClient):
             outputs.fail(GenerationError())
             raise
         finally:
+            account.end(record)
             record.on_end(end or CANCELLED)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from prometheus_client import Counter, Histogram
 from app.config import SloConfig
 from app.frontend import metrics
 from app.frontend.sequence_progress import ResumeReason, SequenceProgress
-from app.frontend.usage_records import UsageLine, record_usage
+from app.frontend.usage_records import UsageLine, record_usage, records_usage
 from app.messages import PrefillReport, TokenDelta
 from app.observers import observing
 from app.routing.decision import Decision
@@ -86,18 +86,8 @@ class SequenceRecord:
         _labelled(metrics.GENERATION_TOKENS, self._model).inc(self.output_tokens)
         if progress.prompt_report is not None and progress.ttft_s is not None:
             self._count_prompt(progress.prompt_report, progress.ttft_s)
-        report = progress.prompt_report
-        record_usage(
-            UsageLine(
-                tenant=self._tenant,
-                model=self._model,
-                request_id=self._request_id,
-                end=end,
-                prompt_tokens=self.prompt_tokens if report is not None else 0,
-                cached_tokens=report.cached_tokens if report is not None else 0,
-                output_tokens=self.output_tokens,
-            )
-        )
+        if records_usage():
+            self._record_usage(end)
         logger.info(
             "request_id=%s model=%s end=%s prompt_tokens=%d output_tokens=%d ttft_ms=%s total_ms=%.1f %s %s "
             "resumed_after_ms=%s resume_reasons=%s resumed_cached_tokens=%s session=%s tenant=%s",
@@ -115,6 +105,20 @@ class SequenceRecord:
             ",".join(map(str, progress.resumed_cached_tokens)) or "none",
             "yes" if self._has_session else "no",
             self._tenant or "none",
+        )
+
+    def _record_usage(self, end: str) -> None:
+        report = self.progress.prompt_report
+        record_usage(
+            UsageLine(
+                tenant=self._tenant,
+                model=self._model,
+                request_id=self._request_id,
+                end=end,
+                prompt_tokens=self.prompt_tokens if report is not None else 0,
+                cached_tokens=report.cached_tokens if report is not None else 0,
+                output_tokens=self.output_tokens,
+            )
         )
 
     def _is_within_slo(self) -> bool:

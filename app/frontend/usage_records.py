@@ -64,8 +64,13 @@ class UsageRecords:
         self._file.close()
 
 
+def records_usage() -> bool:
+    """Whether this process records usage."""
+    return logger.isEnabledFor(logging.INFO)
+
+
 def record_usage(line: UsageLine) -> None:
-    """Write a line if this process records usage."""
-    if logger.isEnabledFor(logging.INFO):
+    """Write a line if there was any usage."""
+    if line.prompt_tokens or line.output_tokens:
         line.at = datetime.now(UTC).isoformat(timespec="milliseconds")
         logger.info(msgspec.json.encode(line).decode())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from random import Random
 
 import msgspec
@@ -21,6 +22,15 @@ STEP_S = 0.01
 class Sequence(msgspec.Struct, eq=False):
     prompt_tokens: int = 0
     output_tokens: int = 0
+
+
+@contextmanager
+def counted(account: Account, sequence: Sequence) -> Iterator[None]:
+    account.begin(sequence)
+    try:
+        yield
+    finally:
+        account.end(sequence)
 
 
 class Fleet:
@@ -108,7 +118,7 @@ def test_tokens_are_exact_whatever_one_request_takes(num_frontends: int) -> None
                 used.append((fleet.now, 0, 1))
         stack, sequence = ExitStack(), Sequence(random.randrange(1, 6000))
         try:
-            stack.enter_context(fleet.account(random.randrange(num_frontends)).counted(sequence))
+            stack.enter_context(counted(fleet.account(random.randrange(num_frontends)), sequence))
         except LimitReached:
             continue
         used.append((fleet.now, sequence.prompt_tokens, 0))
@@ -134,7 +144,7 @@ def test_no_more_sequences_run_at_a_time_and_all_of_them_do(num_frontends: int) 
         for _ in range(4):
             stack = ExitStack()
             try:
-                stack.enter_context(fleet.account(random.randrange(num_frontends)).counted(Sequence()))
+                stack.enter_context(counted(fleet.account(random.randrange(num_frontends)), Sequence()))
             except LimitReached:
                 continue
             running.append((fleet.now + random.expovariate(1 / 10), stack))
@@ -163,14 +173,14 @@ def test_a_tenant_that_has_used_nothing_has_a_burst_and_no_more() -> None:
 def test_who_is_refused_is_told_when_it_has_made_up_for_its_last_request() -> None:
     fleet = Fleet(1, Tenant(name="a", prompt_tokens_per_s=100))
     account = fleet.account(0)
-    with account.counted(Sequence(3000)):
+    with counted(account, Sequence(3000)):
         pass
-    with pytest.raises(LimitReached) as caught, account.counted(Sequence(1)):
+    with pytest.raises(LimitReached) as caught, counted(account, Sequence(1)):
         pass
     assert caught.value.retry_after_s == pytest.approx((3000 - 100 * BURST_S) / 100)
     for _ in range(round(caught.value.retry_after_s / STEP_S) + 1):
         fleet.tick()
-    with account.counted(Sequence(1)):
+    with counted(account, Sequence(1)):
         pass
 
 
@@ -180,7 +190,7 @@ def test_without_limits_nothing_is_refused() -> None:
     assert fleet.account(0).left("requests") == math.inf
     with ExitStack() as stack:
         for _ in range(100):
-            stack.enter_context(fleet.account(0).counted(Sequence(10**6, 10**6)))
+            stack.enter_context(counted(fleet.account(0), Sequence(10**6, 10**6)))
 
 
 def test_a_frontend_that_begins_late_knows_what_is_left() -> None:
@@ -200,7 +210,7 @@ def test_a_frontends_death_gives_nothing_back_but_its_sequences() -> None:
     while fleet.begins_request(1):
         pass
     stack = ExitStack()
-    stack.enter_context(fleet.account(1).counted(Sequence()))
+    stack.enter_context(counted(fleet.account(1), Sequence()))
     fleet.exchange(1)
     fleet.exchange(0)
     left = fleet.account(0).left("requests")
@@ -210,10 +220,10 @@ def test_a_frontends_death_gives_nothing_back_but_its_sequences() -> None:
         fleet.tick()
     assert fleet.account(0).left("requests") <= (left + 6 * 2) + 0.1
     with ExitStack() as both:
-        both.enter_context(fleet.account(0).counted(Sequence()))
+        both.enter_context(counted(fleet.account(0), Sequence()))
         for _ in range(round(2 * EXCHANGE_S / STEP_S)):
             fleet.tick()
-        both.enter_context(fleet.account(1).counted(Sequence()))
+        both.enter_context(counted(fleet.account(1), Sequence()))
 
 
 @pytest.mark.parametrize("num_frontends", [1, 4])

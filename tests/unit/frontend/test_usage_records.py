@@ -23,6 +23,7 @@ def test_lines_are_appended_until_it_is_closed(tmp_path: Path) -> None:
     record_usage(line("before"))
     records = UsageRecords(str(tmp_path / "usage"), "frontend-1")
     record_usage(line("a"))
+    record_usage(UsageLine("refused", "tiny", "cmpl-2", "LimitReached", 0, 0, 0))
     records.close()
     again = UsageRecords(str(tmp_path / "usage"), "frontend-1")
     record_usage(line("b"))
