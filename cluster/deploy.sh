@@ -139,19 +139,30 @@ check_storage() {
         die "no StorageClass is the default, which Redis' volume asks for: make one the default, or add --component redis-external"
 }
 
+# make_keys: the command that makes an admin's key, and the file of keys with its hash.
+make_keys() {
+    # shellcheck disable=SC2016  # whoever runs it expands them
+    printf '%s; kubectl --namespace %s %s' \
+        "secret 'baton-keys' is missing: key=baton-\$(openssl rand -hex 32)" "$namespace" \
+        'create secret generic baton-keys --from-literal=admin-key="$key" --from-literal=keys.yaml="tenants: [{name: operators, admin: true, keys: [$(printf %s "$key" | openssl dgst -sha256 -r | cut -c-64)]}]"'
+}
+
 check_secrets() {
     local secrets secret key optional value missing=""
-    secrets=$(manifests '{range ..secretKeyRef}{.name} {.key} {.optional}{"\n"}{end}' | sort -u) || return
+    secrets=$(
+        manifests '{range ..secretKeyRef}{.name} {.key} {.optional}{"\n"}{end}{range ..secret}{.secretName} {"\n"}{end}' | sort -u
+    ) || return
     while read -r secret key optional; do
         [[ -n $secret && $optional != true ]] || continue
         k get "secret/$secret" >/dev/null 2>&1 && continue
+        missing=yes
         case $secret in
+            baton-keys) say "$(make_keys)" && continue ;;
             hf-token) value='YOUR_HUGGING_FACE_TOKEN' ;;
             baton-redis) value="\"\$(head -c 24 /dev/urandom | base64)\"" ;;
             *) value=VALUE ;;
         esac
         say "secret '$secret' is missing: kubectl --namespace $namespace create secret generic $secret --from-literal=$key=$value"
-        missing=yes
     done <<<"$secrets"
     [[ -z $missing ]]
 }

@@ -5,7 +5,8 @@
 # conversation, structured output, refusals.  Prints TTFT and ITL; the exit code is 0 if all of it passes.
 #
 #   NAME       a RayService: waits until it is ready, then runs `baton smoke` in its head pod
-#              local: the application that `make run` serves here, at BATON_URL (http://127.0.0.1:8000)
+#              with the admin's key of the secret baton-keys
+#              local: the application that `make run` serves here, at BATON_URL (http://127.0.0.1:8000), with BATON_API_KEY
 #   --model    only this one of several
 #   --timeout  how long to wait until it is ready; 1800, as loading a large model may take 20 minutes
 #   --namespace  by default BATON_NAMESPACE, or baton
@@ -38,4 +39,7 @@ require_name --namespace "$namespace"
 require_rayservice "$name"
 wait_until_ready "$name" "$timeout_s"
 pod=$(head_pod "$name")
-in_head "$pod" baton smoke "http://$name-serve-svc:8000" "$@" </dev/null
+key=$(k get secret/baton-keys --output='jsonpath={.data.admin-key}' | base64 -d) || exit
+# shellcheck disable=SC2016  # the pod expands it
+in_head "$pod" bash -c 'read -r BATON_API_KEY; export BATON_API_KEY; exec baton smoke "$@"' - \
+    "http://$name-serve-svc:8000" "$@" <<<"$key"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from app.config import TransferConfig
 from deployments.cluster import RAY_FLAGS
@@ -289,7 +290,8 @@ def test_the_load_balancer_reaches_the_serve_service_alone(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_secrets_are_required_and_are_those_that_the_documentation_names(name: str) -> None:
-    assert set(secrets(profile(name))) == {("hf-token", "token"), ("baton-redis", "password")}
+    wanted = {("hf-token", "token"), ("baton-redis", "password"), ("baton-keys", "keys.yaml")}
+    assert set(secrets(profile(name))) == wanted
 
 
 def secrets(thing: Any) -> Iterator[tuple[str, str]]:
@@ -301,8 +303,29 @@ def secrets(thing: Any) -> Iterator[tuple[str, str]]:
         if reference := thing.get("secretKeyRef"):
             assert not reference.get("optional"), f"{reference['name']} is optional: a pod would start without it"
             yield reference["name"], reference["key"]
+        if volume := thing.get("secret"):
+            assert not volume.get("optional"), f"{volume['secretName']} is optional: a pod would start without it"
+            yield from ((volume["secretName"], item["key"]) for item in volume["items"])
         for each in thing.values():
             yield from secrets(each)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_only_frontends_have_the_file_of_keys_that_the_serve_config_names(name: str) -> None:
+    (service,) = of_kind(profile(name), "RayService")
+    spec = service["spec"]["rayClusterConfig"]
+    groups = {"head": spec["headGroupSpec"], **{group["groupName"]: group for group in spec["workerGroupSpecs"]}}
+    found = {
+        f"{mount['mountPath']}/{item['path']}": name
+        for name, group in groups.items()
+        for volume in group["template"]["spec"]["volumes"]
+        for item in volume.get("secret", {}).get("items", [])
+        for container in group["template"]["spec"]["containers"]
+        for mount in container["volumeMounts"]
+        if mount["name"] == volume["name"]
+    }
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    assert found == {application["args"]["security"]["keys"]: "frontend"}
 
 
 # Broken on purpose: what the checks above say of it.

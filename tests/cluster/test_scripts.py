@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import pty
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from app.tenants import digest, parse_tenants
 from tests.cluster.api_server import ApiServer, path_of, serving
 from tests.cluster.manifests import CLUSTER, kustomize, load, validate
 from tests.conftest import wait_until
@@ -50,6 +52,7 @@ spec:
               env:
                 - {name: REDIS_PASSWORD, valueFrom: {secretKeyRef: {name: baton-redis, key: password}}}
                 - {name: UNUSED, valueFrom: {secretKeyRef: {name: not-needed, key: any, optional: true}}}
+          volumes: [{name: keys, secret: {secretName: baton-keys, items: [{key: keys.yaml, path: keys.yaml}]}}]
     workerGroupSpecs:
       - groupName: prefill
         maxReplicas: 4
@@ -97,7 +100,7 @@ while [[ $1 != -- ]]; do shift; done
 BATON = """\
 #!/bin/bash
 [[ $1 == smoke ]] || exec {real} "$@"
-echo "smoked ${{*:2}}"
+echo "smoked ${{*:2}}${{BATON_API_KEY:+ with $BATON_API_KEY}}"
 exit "${{SMOKE_EXIT:-0}}"
 """
 
@@ -167,6 +170,7 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
         server.add("v1", "Namespace", "baton")
         server.add("v1", "Secret", "hf-token")
         server.add("v1", "Secret", "baton-redis")
+        server.add("v1", "Secret", "baton-keys", data={"admin-key": base64.b64encode(b"the-key").decode()})
         server.add("karpenter.sh/v1", "NodePool", "baton-g6")
         yield Desk(tmp_path, server)
 
@@ -406,17 +410,29 @@ def test_a_placeholder_that_was_left(desk: Desk) -> None:
 
 
 def test_missing_secrets_come_with_the_commands_that_make_them(desk: Desk) -> None:
-    for secret in ("hf-token", "baton-redis"):
+    for secret in ("hf-token", "baton-redis", "baton-keys"):
         desk.server.objects.pop(f"/api/v1/namespaces/baton/secrets/{secret}")
     done = deploy(desk)
     assert done.returncode == 1
-    redis, token = done.stderr.splitlines()
+    keys, redis, token = done.stderr.splitlines()
     assert token.endswith(
         "'hf-token' is missing: kubectl --namespace baton create secret generic hf-token "
         "--from-literal=token=YOUR_HUGGING_FACE_TOKEN"
     )
     assert redis.endswith('generic baton-redis --from-literal=password="$(head -c 24 /dev/urandom | base64)"')
     assert desk.server.calls == []
+    desk.put("kubectl", '#!/bin/bash\nprintf "%s\\n" "${@: -2}"\n')
+    made = subprocess.run(
+        ["bash", "-c", keys.partition("is missing: ")[2]],
+        env=desk.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    key, file = (line.split("=", 2)[2] for line in made.stdout.splitlines())
+    (tenant,) = parse_tenants(file)
+    assert (tenant.name, tenant.admin, tenant.keys) == ("operators", True, [digest(key.encode()).hex()])
+    assert len(key) > 64
 
 
 def test_nodes_that_nobody_will_bring(desk: Desk) -> None:
@@ -442,7 +458,7 @@ def test_no_gpu_at_all(desk: Desk) -> None:
 def test_the_test_runs_in_the_head_pod_that_serves(running: Desk) -> None:
     done = running.run("test.sh", NAME, "--model", "tiny")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "smoked http://sample-serve-svc:8000 --model tiny\n"
+    assert done.stdout == "smoked http://sample-serve-svc:8000 --model tiny with the-key\n"
     assert running.calls.read_text().startswith(
         "--namespace baton exec --stdin pod/sample-abc-head --container=ray-head"
     )
@@ -577,7 +593,7 @@ def test_deleting_takes_what_was_applied_and_leaves_the_data(filled: Desk) -> No
     assert done.returncode == 0, done.stderr
     assert filled.server.names("RayService") == []
     assert filled.server.names("Service") == ["of-others"]
-    assert filled.server.names("Secret") == ["baton-redis", "hf-token"]
+    assert filled.server.names("Secret") == ["baton-keys", "baton-redis", "hf-token"]
     assert filled.server.names("PersistentVolumeClaim") == ["model-cache"]
     assert filled.server.names("Namespace") == ["baton"]
     assert "  node-1 (baton-g6)" in done.stdout
