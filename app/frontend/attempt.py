@@ -234,6 +234,8 @@ class Attempt:
             return
         if report.kind == "remote" and report.is_complete:
             self._ejections.pair_succeeded(handoff.replica, self.serving, self._in_flight.began_at)
+            if self._progress.has_first_token and (transfer_s := report.phases.get("transfer")) is not None:
+                self._in_flight.pulled(report.transferred_tokens or 0, transfer_s)
         elif _has_failed(report):
             self._blame_prefill_or_pair(STRONG)
 

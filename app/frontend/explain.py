@@ -84,6 +84,7 @@ def _explain_way(way: Way) -> dict[str, Any]:
         "kind": way.kind,
         "serves": way.serving_role,
         "ttft_ms": _ms(way.ttft_s),
+        "pull_ms": _ms(way.pull_s),
         "queue_ms": _ms(way.queue_s),
         "itl_ms": _ms(way.itl_s),
         "interference_ms": _ms(way.interference_s),

@@ -39,6 +39,8 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     """Predicted seconds until the prompts that wait on the replica that prefills are computed."""
     alone_s: float
     """Predicted seconds to the first token without `queue_s`."""
+    pull_s: float = 0.0
+    """Predicted seconds for which the sequence's second token waits for the KV after a first that prefill sent."""
     itl_s: float
     """Predicted mean seconds between this sequence's tokens."""
     interference_s: float = 0.0
@@ -50,9 +52,14 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
         return self.queue_s + self.alone_s
 
     @property
+    def flows_s(self) -> float:
+        """Predicted seconds until tokens flow: a first one that comes alone is no answer yet."""
+        return self.ttft_s + self.pull_s
+
+    @property
     def cost_s(self) -> float:
         """What it costs this sequence and others, in seconds of waiting."""
-        return self.ttft_s + self.interference_s
+        return self.flows_s + self.interference_s
 
 
 class Wait(msgspec.Struct, frozen=True):

@@ -92,9 +92,17 @@ class InFlight:
         if self._prefill is not None and report.prefill_s is not None:
             self._prefill.prompt_slowness.learn(expected.total_s, report.prefill_s)
         num_moved = report.transferred_tokens or self._num_tokens - self.serving.cached_tokens
-        slowness = predictor.learn_remote(
-            expected, ttft_s, report.prefill_s, num_moved, waited_for_kv=report.transferred_tokens is not None
-        )
+        waited_for_kv = report.transferred_tokens is not None
+        slowness = predictor.learn_remote(expected, ttft_s, report.prefill_s, num_moved, waited_for_kv=waited_for_kv)
+        if waited_for_kv:
+            self._learn_topology(slowness)
+
+    @observing
+    def pulled(self, num_moved: int, transfer_s: float) -> None:
+        """Take note that the KV of `num_moved` tokens took `transfer_s` after the first token, which did not wait."""
+        self._learn_topology(self._state.predictor.learn_pull(num_moved, transfer_s))
+
+    def _learn_topology(self, slowness: float | None) -> None:
         if slowness is not None and self._prefill is not None and self._serving is not None:
             self._state.topology.learn(self._prefill.info.node_ip, self._serving.info.node_ip, slowness)
 

@@ -22,25 +22,26 @@ class LearntRatio:
     """The median of actual / expected over the latest requests.  It fades to 1 while requests avoid the way that it is
     about.  What made the way slow may have passed, and only a request can find that out.
 
-    So a way that was believed to be hopeless is tried by one request in PATIENCE, or by more if it is nearly as good as
-    the other one.  If it turns out to be so no longer, what was learnt before is dropped.
+    So a way that was believed to be hopeless is tried by one request in `patience`, or by more if it is nearly as good
+    as the other one.  If it turns out to be so no longer, what was learnt before is dropped.
     """
 
-    def __init__(self, most: float = MOST) -> None:
+    def __init__(self, most: float = MOST, patience: int = PATIENCE) -> None:
         self._most = math.log(most)
+        self._patience = patience
         self._logs: deque[float] = deque(maxlen=WINDOW)
         self._num_avoided = 0
 
     @property
     def value(self) -> float:
-        if not self._logs or self._num_avoided >= PATIENCE:
+        if not self._logs or self._num_avoided >= self._patience:
             return 1.0
-        believed = median(self._logs) * (1 - self._num_avoided / PATIENCE)
+        believed = median(self._logs) * (1 - self._num_avoided / self._patience)
         return math.exp(min(self._most, max(-self._most, believed)))
 
     def learn(self, expected_s: float, actual_s: float) -> None:
         """Take in one request."""
-        if self._num_avoided >= PATIENCE // 2:
+        if self._num_avoided >= self._patience // 2:
             self._logs.clear()
         self._num_avoided = 0
         self._logs.append(math.log(max(actual_s, SHORTEST_S) / max(expected_s, SHORTEST_S)))

@@ -18,7 +18,7 @@ from app.routing.decision import Way
 PlacementPolicy = PredictedPlacement | ThresholdPlacement | RemotePlacement
 
 EASY = 0.5
-"""A way that gives the first token within this share of the TTFT that was promised counts as easy.  Among easy ways the
+"""A way by which tokens flow within this share of the TTFT that was promised counts as easy.  Among easy ways the
 one that disturbs least is taken.  Later than that a sequence takes any way that is in time: what has been predicted
 exactly for the promised moment is late half of the time."""
 NEAR, NEAR_S = 0.9, 0.002
@@ -69,20 +69,23 @@ def place(policy: PlacementPolicy, slo: SloConfig, prospect: Prospect, ways: Seq
 
 
 def choose_in_time(ttft_s: float, waited_s: float, ways: Sequence[Way]) -> Way | None:
-    """Choose the way with which a request that has waited for `waited_s` gets its first token in `ttft_s` seconds.
+    """Choose the way with which the tokens of a request that has waited for `waited_s` flow within `ttft_s` seconds.
 
     1. If ways are easy, the cheapest of them.  A remote one may lack room on prefill: then it is worth waiting for, as
        its time includes that.  How long decode will lack room is not known.
-    2. Otherwise the quickest that is open.  If that is too late anyway, it hurts nobody else.
+    2. Otherwise the quickest that is open.  If that is too late anyway, it hurts nobody else.  But one that is too late
+       only because KV moves slowly is no way while a replica that serves whole sequences may soon have room.
 
     None if there is none, or if it is better to wait.
     """
     known = [way for way in ways if not way.lacks or (way.lacks == "prefill" and way.kind == "remote")]
-    easy = [way for way in known if waited_s + way.ttft_s <= EASY * ttft_s]
+    easy = [way for way in known if waited_s + way.flows_s <= EASY * ttft_s]
     if easy:
         return min(easy, key=_cost_s)
     is_open = [way for way in ways if not way.lacks]
-    return min(is_open, key=lambda way: way.ttft_s, default=None)
+    if any(way.kind == "local" and way.lacks != "decode" for way in ways):
+        is_open = [way for way in is_open if not way.pull_s or waited_s + way.flows_s <= ttft_s]
+    return min(is_open, key=lambda way: way.flows_s, default=None)
 
 
 def _cost_s(way: Way) -> float:

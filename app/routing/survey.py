@@ -87,10 +87,11 @@ class Survey:
         return next((way for way in ways if not way.lacks), ways[0])
 
     def ways(self) -> list[Way]:
-        """Return a remote and a local way, and if decode has no room for either, one on a prefill replica."""
+        """Return a remote and a local way, and one on a prefill replica if decode has no room or KV moves slowly."""
         assert self.local_role is not None
-        ways = [self.remote(), self.local(self.local_role, is_optional=True)]
-        if self._state.can_prefill_decode and all(way.lacks == "decode" for way in ways):
+        remote = self.remote()
+        ways = [remote, self.local(self.local_role, is_optional=True)]
+        if self._state.can_prefill_decode and (remote.pull_s or all(way.lacks == "decode" for way in ways)):
             ways.append(self.on_prefill())
         return ways
 
@@ -109,6 +110,8 @@ class Survey:
             prefill=prefill.candidate(),
             queue_s=predictor.prefill.value * times.queue_s,
             alone_s=predictor.prefill.value * times.prompt_s + predictor.handover_s(num_moved),
+            pull_s=predictor.pull_s(num_moved)
+            * self._state.topology.slowness(prefill.state.info.node_ip, decode.state.info.node_ip),
             itl_s=self._state.capacity.itl_after_s(decode.state, self._num_tokens),
             lacks=lacks,
         )

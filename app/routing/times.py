@@ -2,10 +2,11 @@
 
     prefill  = (queue + prompt) * learnt            on a prefill replica
     handover = (BASE_S + S_PER_TOKEN * moved) * learnt     from prefill's end to the first token
+    pull     = S_PER_TOKEN * moved * learnt         from there to the second, if only that waits for the KV
     local    = (queue + prompt) * learnt            where the prompt is decoded
 
 `queue` and `prompt` are seconds by the replica's pace (app/pace.py), measured when it started, by prompts that were not
-its first.  What requests teach is only by how much the three are off (learnt_ratio.py).  So neither a first request nor
+its first.  What requests teach is only by how much the four are off (learnt_ratio.py).  So neither a first request nor
 a stall makes a way look hopeless for long, and a cold frontend predicts as well as any other.
 """
 
@@ -18,7 +19,14 @@ from app.routing.learnt_ratio import LearntRatio
 BASE_S = 0.008
 """Ray's call, the descriptor's way and a step: 5 to 7 ms (docs/benchmarks/2026-11-28-gpu.md), and some more on CPUs."""
 S_PER_TOKEN = 1.3e-5
-"""10 GB/s with 131,072 bytes of KV per token.  It counts if the first token waits for the KV."""
+"""10 GB/s with 131,072 bytes of KV per token.  It is part of the handover if the first token waits for the KV, else of
+the pull."""
+MIN_MOVED, NOTICED_S = 1024, 0.05
+"""What is learnt of a pull: from so many tokens on, and without the time in which an engine may notice the KV only when
+its step ends."""
+PULL_PATIENCE = 512
+"""How many requests that went another way it takes until a slow way for KV is tried again.  It rarely gets quicker, and
+trying it costs a client seconds: 8 s for 30,000 tokens by TCP on one machine (docs/benchmarks/2026-11-29-gpu.md)."""
 SMOOTHING = 0.3
 """The share of the newest request in the belief that first tokens wait for their KV."""
 
@@ -42,6 +50,7 @@ class TimePredictor:
         self.prefill = LearntRatio()
         self.local = LearntRatio()
         self.handover = LearntRatio()
+        self.pull = LearntRatio(patience=PULL_PATIENCE)
         self._waits_for_kv = 0.0
 
     def handover_s(self, num_moved: int) -> float:
@@ -50,6 +59,25 @@ class TimePredictor:
 
     def _expected_handover_s(self, num_moved: int) -> float:
         return BASE_S + S_PER_TOKEN * num_moved * (self._waits_for_kv > 0.5)
+
+    def pull_s(self, num_moved: int) -> float:
+        """Predict for how many seconds the second token waits for KV after a first that did not, on a slow way.
+
+        What it takes on a quick one (S_PER_TOKEN) does not count: it is no longer than what one prompt on decode costs
+        the others there, and goodput is no better if it does.
+        """
+        return 0.0 if self._waits_for_kv > 0.5 else max(0.0, self.pull.value - 1) * S_PER_TOKEN * num_moved
+
+    def learn_pull(self, num_moved: int, transfer_s: float) -> float | None:
+        """Learn that the KV of `num_moved` tokens took `transfer_s` from one engine to the other.
+
+        Returns this time divided by what it takes lately; None if it tells nothing.
+        """
+        if num_moved < MIN_MOVED:
+            return None
+        quick_s, took_s = S_PER_TOKEN * num_moved, max(0.0, transfer_s - NOTICED_S)
+        self.pull.learn(quick_s, took_s)
+        return took_s / (self.pull.value * quick_s)
 
     def learn_remote(
         self, expected: PromptTimes, ttft_s: float, prefill_s: float | None, num_moved: int, *, waited_for_kv: bool
@@ -72,7 +100,13 @@ class TimePredictor:
         self.local.learn(expected.total_s, ttft_s)
         self.prefill.avoid()
         self.handover.avoid()
+        self.pull.avoid()
 
     def ratios(self) -> dict[str, float]:
-        """Return by how much each of the three is off at present."""
-        return {"prefill": self.prefill.value, "local": self.local.value, "handover": self.handover.value}
+        """Return by how much each of the four is off at present."""
+        return {
+            "prefill": self.prefill.value,
+            "local": self.local.value,
+            "handover": self.handover.value,
+            "pull": self.pull.value,
+        }

@@ -27,6 +27,10 @@ class Topology:
         if len(self._slowness) > MAX_PAIRS:
             self._slowness.popitem(last=False)
 
+    def slowness(self, prefill_node: str, decode_node: str) -> float:
+        """Return how many times as long as on average handovers between two nodes take; 1 if none was seen."""
+        return self._slowness.get((prefill_node, decode_node), 1.0)
+
     def nearness(self, prefill_node: str, decode_nodes: Collection[str]) -> dict[str, float]:
         """Return a number in (0, 1] for each of `decode_nodes`: 1 where handovers take no longer than on average."""
         found = {}

@@ -211,9 +211,10 @@ class Fleet:
         if pair not in self._used_pairs:
             self._used_pairs.add(pair)
             seconds += spec.first_use_s
-        self._timeline.after(seconds, self._end_pull, sequence)
+        self._timeline.after(seconds, self._end_pull, sequence, num_tokens, seconds)
 
-    def _end_pull(self, sequence: FleetSequence) -> None:
+    def _end_pull(self, sequence: FleetSequence, num_tokens: int, seconds: float) -> None:
+        sequence.run.assignment.pulled(num_tokens, seconds)
         replica = self.replicas[sequence.run.replica]
         replica.scheduler.end_transfer(sequence, sequence.digest)
         replica.wake()

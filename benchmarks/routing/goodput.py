@@ -85,6 +85,9 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 def make_spec(scenario: Scenario, contender: Contender, profile: SimProfile) -> FleetSpec:
     is_whole = contender == "aggregated"
+    if scenario.link_bytes_per_s is not None:
+        transfer = profile.transfer.model_copy(update={"bytes_per_s": scenario.link_bytes_per_s})
+        profile = profile.model_copy(update={"transfer": transfer})
     return FleetSpec(
         profile=profile,
         num_prefill=0 if is_whole else scenario.num_prefill,

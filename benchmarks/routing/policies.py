@@ -31,6 +31,8 @@ class FleetAssignment(msgspec.Struct, frozen=True):
     """The replica that decodes: one of the decode pool or, if `prefill` is None, of any pool."""
     first_token: Callable[[PrefillReport], None]
     end: Callable[[], None]
+    pulled: Callable[[int, float], object] = lambda num_tokens, seconds: None
+    """Called with the tokens whose KV was pulled, and the seconds that it took."""
     reason: str = ""
     expected_cached_tokens: int = 0
     """The cached tokens that the router expects on the replica that computes the prompt."""
@@ -165,6 +167,7 @@ class Baton:
             decode=decision.serving.replica,
             first_token=first_token,
             end=end,
+            pulled=in_flight.pulled,
             reason=f"{decision.kind} {decision.reason}",
             expected_cached_tokens=(prefill or decision.serving).cached_tokens,
             predicted_ttft_s=decision.predicted_ttft_s + decision.waited_s,

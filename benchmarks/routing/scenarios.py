@@ -28,6 +28,8 @@ from benchmarks.routing.replica import MAX_MODEL_LEN
 
 SEEDS_APART = 1000
 """How far the seeds of held-out scenarios are from those of the others."""
+BY_TCP = 0.45e9
+"""Bytes of KV per second by TCP within one machine (docs/benchmarks/2026-11-29-gpu.md)."""
 LONGEST_DRAWN = 32_000
 """Drawn lengths are cut there, in tokens."""
 
@@ -76,6 +78,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of the gamma-distributed gaps between requests; 1 is a Poisson process, and less is more bursty."""
     first_use_s: float = 0.0
     pace_error: float = 1.0
+    link_bytes_per_s: float | None = None
+    """How fast KV moves; by default as the profile says."""
     measured: dict[str, float] = {}
     """The goodput of fixed ways on two H200s, in requests/s over the time until the last answer."""
 
@@ -270,6 +274,21 @@ SIZES = tuple(
     )
 )
 
+SLOW_LINKS = tuple(
+    Scenario(
+        name=f"slow link, {name} at {rate}/s",
+        load=steady(120, rate, kind),  # its first requests cannot know
+        slo=slo,
+        link_bytes_per_s=BY_TCP,
+        is_held_out=is_held_out,
+    )
+    for name, kind, slo, rate, is_held_out in (
+        ("4096+128", MEDIUM_PROMPTS, TIGHT, 3, False),
+        ("8192+256", LONG_PROMPTS, LONG, 2, True),
+        ("chat", CHAT, TIGHT, 8, True),
+    )
+)
+
 LENGTHS = (
     Scenario(
         name="heavy tails at 10/s",
@@ -349,4 +368,4 @@ TRACES = tuple(
     )
 )
 
-SCENARIOS = (*MEASURED, *COLD, *CHANGING, *SIZES, *LENGTHS, *PREFIXES, *WRONG_PACES, *TRACES)
+SCENARIOS = (*MEASURED, *COLD, *CHANGING, *SIZES, *SLOW_LINKS, *LENGTHS, *PREFIXES, *WRONG_PACES, *TRACES)

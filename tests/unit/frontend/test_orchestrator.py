@@ -360,6 +360,16 @@ async def test_a_prefill_replica_is_not_blamed_when_decode_had_the_prompt_cached
     )
 
 
+async def test_how_long_the_kv_took_is_learnt_from_the_engines_report() -> None:
+    """It comes with the second token, as the first was prefill's."""
+    report = PrefillReport("remote", "", "p", "d", 0, 4000, "tcp", phases={"transfer": 1.2})
+    prefill = FakePrefill("p")
+    decode = FakeDecode(["d"], [SAMPLED_BY_PREFILL, TokenDelta([1], report=report), LAST])
+    serving = orchestrator(prefill, decode)
+    await served(serving, "remote")
+    assert serving._router.predictor.pull_s(4000) == pytest.approx(1.1, rel=0.1)
+
+
 async def test_a_corrupted_request_prefills_another_prompt_than_it_decodes() -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
     await served(orchestrator(prefill, decode), "corrupted")

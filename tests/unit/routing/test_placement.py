@@ -148,6 +148,23 @@ def test_nobody_waits_for_room_on_decode_while_another_way_is_open() -> None:
     assert chosen(remote(0.1 * EASY_S, "decode"), here) is here
 
 
+def test_a_token_that_comes_alone_is_no_beginning_of_an_answer() -> None:
+    slow_link, here = remote(0.1 * EASY_S, pull_s=EASY_S), local(0.9 * EASY_S)
+    assert chosen(slow_link, here) is here
+    assert chosen(slow_link, local(0.9 * EASY_S, interference_s=2 * EASY_S)) is not slow_link
+    quick_link = remote(0.1 * EASY_S, pull_s=0.1 * EASY_S)
+    assert chosen(quick_link, here) is quick_link
+
+
+def test_a_way_that_only_slow_kv_makes_late_is_none_while_another_may_soon_have_room() -> None:
+    slow_link = remote(0.1 * EASY_S, pull_s=2 * TTFT_S)
+    assert chosen(slow_link, local(0.9 * TTFT_S, "prefill")) is None
+    assert chosen(slow_link, local(0.9 * TTFT_S, "decode")) is slow_link, "how long decode is full is not known"
+    assert chosen(slow_link, local(0.9 * TTFT_S, "decode"), whole := on_prefill(0.9 * TTFT_S)) is whole
+    late = remote(2 * TTFT_S)
+    assert chosen(late, local(0.9 * TTFT_S, "prefill")) is late, "what is late for another reason is as before"
+
+
 def test_what_a_request_has_waited_makes_ways_less_easy() -> None:
     cheap, quick = remote(0.5 * EASY_S), local(0.4 * EASY_S, interference_s=EASY_S)
     assert chosen(cheap, quick, waited_s=0.4 * EASY_S) is cheap

@@ -720,7 +720,8 @@ def test_what_waited_before_a_prompt_is_no_slowness_of_its_replica() -> None:
     prefill_s = state.queue_s + PACE.prompt_s(1000)
     assert decision.predicted_ttft_s == pytest.approx(prefill_s + BASE_S)
     fleet.serve(decision, 1000, prefill_s + 2 * BASE_S, prefill_s=prefill_s)
-    assert fleet.router.predictor.ratios() == {"prefill": pytest.approx(1), "handover": pytest.approx(2), "local": 1}
+    learnt = {"prefill": pytest.approx(1), "handover": pytest.approx(2), "local": 1, "pull": 1}
+    assert fleet.router.predictor.ratios() == learnt
 
 
 def test_a_first_token_that_did_not_wait_for_the_kv_takes_no_longer_for_a_long_prompt() -> None:
@@ -733,6 +734,38 @@ def test_a_first_token_that_did_not_wait_for_the_kv_takes_no_longer_for_a_long_p
         in_flight.first_token(report, prefill_s + 0.005)
         in_flight.end()
     assert fleet.decide(8192, start=9).predicted_ttft_s == pytest.approx(PACE.prompt_s(8192) + 0.005)
+
+
+def test_where_kv_moves_slowly_prompts_stay_where_they_are_decoded() -> None:
+    """30,000 tokens that move by TCP take 8 s, which no first token by prefill makes up for."""
+    fleet = Fleet(1, 1, **TIMED)
+    decision = fleet.decide(30_000, prefill_mode="remote")
+    assert decision.way.pull_s == 0
+    in_flight = fleet.router.begin(request(30_000), decision)
+    in_flight.pulled(30_000, 8.2)
+    in_flight.end()
+    ways = fleet.decide(30_000, start=100_000, hints=RoutingHints(explain=True))
+    assert ways.kind == "local"
+    assert [(way.kind, way.serving_role) for way in ways.ways] == [
+        ("remote", "decode"),
+        ("local", "decode"),
+        ("local", "prefill"),
+    ]
+    assert ways.ways[0].pull_s == pytest.approx(8.2, rel=0.1)
+
+
+def test_the_nodes_between_which_kv_moves_slowly_are_far_apart() -> None:
+    fleet = Fleet(1, 0, **REMOTE, **TIMED)
+    seconds = {"near": 0.1, "far": 5.0}
+    for node in seconds:
+        fleet.join("decode", node, pace=PACE, node_ip=node)
+    for node, other in (("near", "far"), ("far", "near")) * 5:
+        in_flight = fleet.router.begin(request(8192), fleet.decide(8192, lost=[other]))
+        in_flight.pulled(8192, seconds[node])
+        in_flight.end()
+    prefill_node = fleet.router.pools["prefill"].replicas["p0"].info.node_ip
+    nearness = fleet.router.topology.nearness(prefill_node, list(seconds))
+    assert nearness["near"] > 2 * nearness["far"]
 
 
 def test_a_way_that_was_slow_is_tried_again_by_the_requests_that_avoided_it() -> None:

@@ -10,10 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.routing.learnt_ratio import MOST, PATIENCE, WINDOW
-from app.routing.times import BASE_S, S_PER_TOKEN, PromptTimes, TimePredictor
+from app.routing.times import (
+    BASE_S,
+    MIN_MOVED,
+    NOTICED_S,
+    PULL_PATIENCE,
+    S_PER_TOKEN,
+    PromptTimes,
+    TimePredictor,
+)
 
 EXPECTED = PromptTimes(queue_s=0.3, prompt_s=0.1)
-UNLEARNT = {"prefill": 1.0, "local": 1.0, "handover": 1.0}
+UNLEARNT = {"prefill": 1.0, "local": 1.0, "handover": 1.0, "pull": 1.0}
 NUM_MOVED = 5000
 
 History = list[tuple[Any, ...]]
@@ -48,7 +56,7 @@ def test_before_any_request_the_pace_counts_as_it_was_measured() -> None:
 def test_the_parts_of_a_remote_prefill_are_learnt_apart_from_each_other_and_from_local_ones() -> None:
     predictor = TimePredictor()
     remote(predictor, prefill_s=2 * EXPECTED.total_s, handover_s=3 * BASE_S)
-    assert predictor.ratios() == {"prefill": pytest.approx(2), "handover": pytest.approx(3), "local": 1}
+    assert predictor.ratios() == {**UNLEARNT, "prefill": pytest.approx(2), "handover": pytest.approx(3)}
     predictor = TimePredictor()
     predictor.learn_local(EXPECTED, 4 * EXPECTED.total_s)
     assert predictor.ratios() == {**UNLEARNT, "local": pytest.approx(4)}
@@ -97,6 +105,54 @@ def test_ways_that_requests_avoid_soon_count_as_they_were_measured() -> None:
         remote(predictor, 2 * EXPECTED.total_s, BASE_S)
     assert predictor.ratios()["local"] == 1
     assert predictor.ratios()["prefill"] == pytest.approx(2)
+
+
+def test_a_slow_way_for_kv_is_known_after_its_first_pull_and_counts_by_the_tokens_moved() -> None:
+    """As KV of 30,000 tokens came by TCP (docs/benchmarks/2026-11-29-gpu.md)."""
+    predictor = TimePredictor()
+    assert predictor.pull_s(30_000) == 0
+    predictor.learn_pull(30_000, 8.2)
+    assert predictor.pull_s(30_000) == pytest.approx(8.2 - NOTICED_S - 30_000 * S_PER_TOKEN)
+    assert predictor.pull_s(4_000) == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_quick_way_for_kv_is_no_reason_against_it() -> None:
+    predictor = TimePredictor()
+    for _ in range(WINDOW):
+        predictor.learn_pull(8192, NOTICED_S + 8192 * S_PER_TOKEN / 4)
+    assert predictor.pull_s(8192) == 0
+
+
+def test_what_few_tokens_took_says_nothing_of_the_way() -> None:
+    predictor = TimePredictor()
+    assert predictor.learn_pull(MIN_MOVED - 1, 9.0) is None
+    assert predictor.ratios() == UNLEARNT
+
+
+def test_one_stall_does_not_make_a_way_slow() -> None:
+    predictor = TimePredictor()
+    for seconds in (0.1, 0.1, 30.0, 0.1):
+        predictor.learn_pull(8192, seconds)
+    assert predictor.pull_s(8192) == 0
+
+
+def test_a_slow_way_is_tried_again_only_after_many_requests_went_another_way() -> None:
+    predictor = TimePredictor()
+    predictor.learn_pull(8192, 5.0)
+    slow_s = predictor.pull_s(8192)
+    for _ in range(10 * PATIENCE):
+        predictor.learn_local(EXPECTED, EXPECTED.total_s)
+    assert predictor.pull_s(8192) > slow_s / 10
+    for _ in range(PULL_PATIENCE):
+        predictor.learn_local(EXPECTED, EXPECTED.total_s)
+    assert predictor.pull_s(8192) == 0
+
+
+def test_a_pull_that_the_first_token_waits_for_is_part_of_the_handover() -> None:
+    predictor = TimePredictor()
+    predictor.learn_pull(8192, 5.0)
+    remote(predictor, 0.4, 5.0, waited_for_kv=True, times=WINDOW)
+    assert predictor.pull_s(8192) == 0
 
 
 def learn(predictor: TimePredictor, history: History) -> None:
