@@ -2,7 +2,7 @@
 
     prefill  = (queue + prompt) * learnt            on a prefill replica
     handover = (BASE_S + S_PER_TOKEN * moved) * learnt     from prefill's end to the first token
-    pull     = S_PER_TOKEN * moved * learnt         from there to the second, if only that waits for the KV
+    pull     = S_PER_TOKEN * moved * (learnt - 1)   from there to the second, if only that waits for the KV
     local    = (queue + prompt) * learnt            where the prompt is decoded
 
 `queue` and `prompt` are seconds by the replica's pace (app/pace.py), measured when it started, by prompts that were not

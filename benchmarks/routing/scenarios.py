@@ -277,7 +277,7 @@ SIZES = tuple(
 SLOW_LINKS = tuple(
     Scenario(
         name=f"slow link, {name} at {rate}/s",
-        load=steady(120, rate, kind),  # its first requests cannot know
+        load=steady(240, rate, kind),  # long, as its first requests cannot know
         slo=slo,
         link_bytes_per_s=BY_TCP,
         is_held_out=is_held_out,
