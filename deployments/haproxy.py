@@ -24,6 +24,9 @@ from pathlib import Path
 
 HEADERS_S = 10
 """How long a client may take to send a request's headers, or to send nothing on a new connection."""
+QUEUE_S = 5
+"""How long a request may wait in HAProxy for a frontend that takes no more.  As Serve configures HAProxy, none waits:
+every frontend takes all, and has bounds of its own."""
 KEEPALIVE = """    option srvtcpka
     srvtcpka-idle 5s
     srvtcpka-intvl 2s
@@ -44,7 +47,12 @@ OWN_ERRORS = {
     503: "No frontend can be reached now; please retry.",
     504: "The frontend that has this request does not answer.",
 }
-"""What HAProxy answers itself.  Not 500, with which clients cannot tell that the request was not to blame."""
+"""What HAProxy answers for a frontend.  Not 500, with which clients cannot tell that the request was not to blame.
+
+Its 400 and 408 for what is no whole request stay HTML: no line of a configuration gives them another form.
+"""
+NO_APPLICATION = "No application has this path; /-/routes lists those that have one."
+NOTHING_YET = "Nothing is served yet; please retry."
 PROBE_PORT = "BATON_HAPROXY_PROBE_PORT"
 """Environment variable: the port of a frontend that only answers ``/-/healthz``.  Without it there is none."""
 
@@ -79,38 +87,40 @@ def safer(configuration: str, max_connections: int | None, probe_port: int | Non
     """Return Serve's configuration of HAProxy with these changes.
 
     - The admin socket is its owner's alone.  Statistics and metrics are for this machine alone; Serve asks the socket.
-    - Clients have HEADERS_S to send a request's headers.
+    - Clients have HEADERS_S to send a request's headers, and a request waits QUEUE_S at most for a frontend.
     - A frontend that no packet reaches is given up within 11 s, also by requests that it has.
     - There are `max_connections` instead of Serve's 4,096; None leaves Serve's number.  Beyond half of them each answer
       ends its connection, so that idle ones do not take up the rest for ``http-keep-alive``.  That time itself stays
       long (90 s), because a load balancer that keeps connections open for 60 s must not find them closed.
-    - While HAProxy has not been told of any application, as after its restart, the answer is 503 instead of 404.
+    - While HAProxy has not been told of any application, as after its restart, the answer is 503 instead of 404.  Both
+      have the form of other errors.
     - What HAProxy says for a frontend that is gone, cannot be reached or does not answer has the status that it is, and
       the form of other errors (OWN_ERRORS); Serve makes a plain 500 of all three.
     - The probe port, if it is given, answers ``/-/healthz`` even if clients have all connections that they can have.
 
     Raises ConfigurationChanged if a line that is to be changed is not there exactly once.
     """
-    if re.search(r"^\s*timeout http-request\b", configuration, re.MULTILINE):
-        raise ConfigurationChanged("it has a `timeout http-request` of its own")
+    if own := re.search(r"^\s*(timeout (?:http-request|queue))\b", configuration, re.MULTILINE):
+        raise ConfigurationChanged(f"it has a `{own[1]}` of its own")
+    times = f"    timeout http-request {HEADERS_S}s\n    timeout queue {QUEUE_S}s"
     for pattern, replacement in (
         (r"(    stats socket \S+ mode )666( level admin .*)", r"\g<1>600\2"),
-        (r"(    timeout client \d+s)", rf"\1\n    timeout http-request {HEADERS_S}s\n{KEEPALIVE}"),
+        (r"(    timeout client \d+s)", rf"\1\n{times}\n{KEEPALIVE}"),
         (r"(frontend prometheus\n    bind ):(\d+)", r"\g<1>127.0.0.1:\2"),
         (r"(listen stats\n  bind )\*:(\d+)", r"\g<1>127.0.0.1:\2"),
     ):
         configuration = _replace(pattern, replacement, configuration)
     for status, message in OWN_ERRORS.items():
-        configuration = _replace(rf"    errorfile {status} \S+", _own_error(status, message), configuration)
+        line = f"    http-error {_answer(status, message)}"
+        configuration = _replace(rf"    errorfile {status} \S+", line, configuration)
     configuration = re.sub(
         r"^    server .* check\b.*", rf"\g<0> tcp-ut {UNANSWERED_S}s", configuration, flags=re.MULTILINE
     )
-    if not re.search(r"^    use_backend ", configuration, re.MULTILINE):
-        configuration = _replace(
-            r"(backend default_backend\n    http-request return status )404 .*",
-            r'\g<1>503 content-type text/plain string "Nothing is served yet; please retry." hdr Retry-After 1',
-            configuration,
-        )
+    has_routes = re.search(r"^    use_backend ", configuration, re.MULTILINE)
+    answer = _answer(404, NO_APPLICATION) if has_routes else _answer(503, NOTHING_YET)
+    configuration = _replace(
+        r"(backend default_backend\n    http-request return )status 404 .*", rf"\g<1>{answer}", configuration
+    )
     if max_connections is not None:
         configuration = _replace(r"(global\n(?:    .*\n)*?    maxconn )\d+", rf"\g<1>{max_connections}", configuration)
     total = int(_only(r"global\n(?:    .*\n)*?    maxconn (\d+)", configuration)[1])
@@ -128,11 +138,12 @@ def safer(configuration: str, max_connections: int | None, probe_port: int | Non
     )
 
 
-def _own_error(status: int, message: str) -> str:
-    """Return the line for an error of HAProxy's own, in the format of OpenAI's API."""
+def _answer(status: int, message: str) -> str:
+    """Return an answer of HAProxy's own, as its configuration has it, in the format of OpenAI's API."""
     kind = HTTPStatus(status).phrase.replace(" ", "") + "Error"
     body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}})
-    return f"    http-error status {status} content-type application/json string '{body}' hdr Retry-After 1"
+    retry = " hdr Retry-After 1" if status >= 500 else ""
+    return f"status {status} content-type application/json string '{body}'{retry}"
 
 
 def _only(pattern: str, configuration: str) -> re.Match[str]:

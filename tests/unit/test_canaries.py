@@ -139,11 +139,12 @@ def test_serves_haproxy_makes_500_of_its_own_errors() -> None:
     assert "errorfile 502 {{ config.error_file_path }}" in HAPROXY_CONFIG_TEMPLATE
 
 
-def test_serve_sets_no_time_for_a_requests_headers() -> None:
-    """Else: HEADERS_S in deployments/haproxy.py."""
+def test_serve_sets_no_time_for_a_requests_headers_nor_for_its_wait() -> None:
+    """Else: HEADERS_S or QUEUE_S in deployments/haproxy.py."""
     from ray.serve._private.haproxy import HAProxyConfig
 
     assert HAProxyConfig().timeout_http_request_s is None
+    assert HAProxyConfig().timeout_queue_s is None
 
 
 def test_replicas_report_their_load_too_seldom_by_themselves() -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,12 +34,13 @@ PATIENCE_S = 20.0
 SLOW_S = 3.0
 MAXCONN = 100
 HEADERS_S = 2
+QUEUE_S = 1
 RUN = f"""
 import os, resource
 from deployments import haproxy
 if files := os.environ.get("FILES"):
     resource.setrlimit(resource.RLIMIT_NOFILE, (int(files), int(files)))
-haproxy.HEADERS_S = {HEADERS_S}
+haproxy.HEADERS_S, haproxy.QUEUE_S = {HEADERS_S}, {QUEUE_S}
 haproxy.main()
 """
 
@@ -87,10 +89,12 @@ def ports() -> Ports:
     return Ports()
 
 
-def write_serves_file(folder: Path, ports: Ports, frontend: int | None, timeout_client_s: int = 3600) -> Path:
+def write_serves_file(
+    folder: Path, ports: Ports, frontend: int | None, timeout_client_s: int = 3600, prefix: str = "/"
+) -> Path:
     """Write the configuration file as Serve does, for requests on all interfaces.  Returns its path.
 
-    Without a `frontend`, Serve has no application.
+    Without a `frontend`, Serve has no application; else its application has the paths that begin with `prefix`.
     """
     configuration = HAProxyConfig(
         http_options=HTTPOptions(host="0.0.0.0", port=ports.requests),
@@ -108,7 +112,7 @@ def write_serves_file(folder: Path, ports: Ports, frontend: int | None, timeout_
     backends = {}
     if frontend is not None:
         server = ServerConfig(name="replica", host="127.0.0.1", port=frontend)
-        backends["baton"] = BackendConfig(name="baton", path_prefix="/", app_name="baton", servers=[server])
+        backends["baton"] = BackendConfig(name="baton", path_prefix=prefix, app_name="baton", servers=[server])
     path = folder / "haproxy.cfg"
     HAProxyApi(configuration, backends, config_file_path=str(path))._generate_config_file_internal()
     return path
@@ -247,6 +251,7 @@ def copy_of(file: int, pid: int) -> socket.socket:
     return socket.socket(fileno=copy)
 
 
+@pytest.mark.usefixtures("proxy")
 def test_idle_connections_do_not_keep_a_readiness_probe_waiting(ports: Ports) -> None:
     with ExitStack() as idle:
         for _ in range(2 * MAXCONN):
@@ -275,7 +280,6 @@ def test_connections_are_kept_for_further_requests_while_there_are_few(ports: Po
     assert closing_headers[-4:] == ["close"] * 4
 
 
-@pytest.mark.usefixtures("proxy")
 def refusal(port: int, path: str) -> tuple[int, dict[str, Any], str | None]:
     """The status, the error in the body, and after how many seconds to come again."""
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)) as connection:
@@ -300,6 +304,34 @@ def test_no_frontend_that_can_be_reached_is_a_503(tmp_path: Path) -> None:
     assert (status, error["code"], error["type"], retry_after) == (503, 503, "ServiceUnavailableError", "1")
 
 
+def test_a_request_does_not_wait_long_for_a_frontend_that_takes_no_more(tmp_path: Path, frontend: int) -> None:
+    """Serve gives frontends no bound, as is done here; by itself HAProxy would wait for 5 s."""
+    ports = Ports()
+    serve_file = write_serves_file(tmp_path, ports, frontend)
+    serve_file.write_text(serve_file.read_text().replace(f":{frontend} check", f":{frontend} check maxconn 1"))
+    with haproxy_with(serve_file, ports), ThreadPoolExecutor(2) as clients:
+        statuses = clients.map(lambda _: get(ports.requests, "/slow"), range(2))
+        assert sorted(statuses, key=str) == [200, 503]
+
+
+def test_a_path_of_no_application_is_a_404_in_the_form_of_other_errors(tmp_path: Path, frontend: int) -> None:
+    ports = Ports()
+    with haproxy_with(write_serves_file(tmp_path, ports, frontend, prefix="/baton"), ports):
+        assert get(ports.requests, "/baton/") == 200
+        status, error, retry_after = refusal(ports.requests, "/other")
+    assert (status, error["code"], error["type"], retry_after) == (404, 404, "NotFoundError", None)
+    assert "/-/routes" in error["message"]
+
+
+def test_before_any_application_is_known_clients_are_told_to_try_again(tmp_path: Path) -> None:
+    ports = Ports()
+    with haproxy_with(write_serves_file(tmp_path, ports, None), ports, healthz=503):
+        status, error, retry_after = refusal(ports.requests, "/v1/models")
+    assert (status, error["code"], error["type"], retry_after) == (503, 503, "ServiceUnavailableError", "1")
+    assert error["message"] == haproxy.NOTHING_YET
+
+
+@pytest.mark.usefixtures("proxy")
 def test_the_probe_port_answers_probes_only(ports: Ports) -> None:
     assert get(ports.probe, "/") == 404
     assert get(ports.probe, "/-/routes") == 404
@@ -350,6 +382,7 @@ def test_the_number_of_connections_follows_the_files_that_may_be_open(
     safer = haproxy.safer(text, 5000, None)
     assert "    maxconn 5000\n" in safer.split("defaults")[0]
     assert "timeout http-request 10s" in safer
+    assert "timeout queue 5s" in safer
     for files, expected in (
         (20_000, 7_795),
         (1_048_576, haproxy.MOST_CONNECTIONS),
@@ -365,6 +398,7 @@ def test_the_number_of_connections_follows_the_files_that_may_be_open(
     [
         ("mode 666", "mode 600"),
         ("    timeout client", "    timeout http-request 5s\n    timeout client"),
+        ("    timeout client", "    timeout queue 5s\n    timeout client"),
         ("    timeout client", "    timeout clients"),
         ("    bind :", "    bind 127.0.0.1:"),
         ("listen stats", "listen statistics"),
@@ -379,25 +413,6 @@ def test_another_configuration_than_serves_is_refused(serve_file: Path, there: s
     assert there in text
     with pytest.raises(haproxy.ConfigurationChanged):
         haproxy.safer(text.replace(there, instead), None, None)
-
-
-def test_before_any_application_is_known_clients_are_told_to_try_again(
-    tmp_path: Path, ports: Ports, serve_file: Path
-) -> None:
-    path = write_serves_file(tmp_path, ports, frontend=None)
-    safer = haproxy.safer(path.read_text(), None, None)
-    assert 'return status 503 content-type text/plain string "Nothing is served yet' in safer
-    checked = subprocess.run(
-        [sys.executable, "-c", RUN, "-c", "-f", str(path)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
-    assert checked.returncode == 0, checked.stderr
-    assert (
-        "return status 404" in haproxy.safer(serve_file.read_text(), None, None).split("\nbackend default_backend\n")[1]
-    )
 
 
 def test_a_refusal_says_what_to_do(serve_file: Path, tmp_path: Path) -> None:
