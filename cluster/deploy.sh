@@ -187,6 +187,7 @@ cat <<NEXT
 
 Next:
   BATON_NAMESPACE=$namespace $here/test.sh $name     waits until it serves, then checks that it does
+  kubectl label namespace CLIENTS baton.io/client=true     lets its pods send requests, as those of $namespace may
   kubectl --namespace $namespace port-forward service/$name-head-svc 8265     Ray's dashboard, at http://127.0.0.1:8265; its token:
   kubectl --namespace $namespace get secret CLUSTER --output=jsonpath={.data.auth_token} | base64 -d     CLUSTER: kubectl get rayclusters
 NEXT

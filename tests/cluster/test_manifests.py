@@ -6,13 +6,13 @@ import copy
 import functools
 import shutil
 from collections.abc import Iterator
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from app.config import TransferConfig
 from deployments.cluster import RAY_FLAGS
 from tests.cluster import manifests
 from tests.cluster.manifests import CLUSTER, Object, kustomize, load, render, validate
@@ -257,24 +257,64 @@ def test_prefill_and_decode_share_a_zone(name: str) -> None:
         assert pod["metadata"]["labels"]["baton.io/kv"] == name
 
 
-@pytest.mark.parametrize("name", PROFILES)
-def test_the_ports_of_the_engines_are_open_to_the_service_alone(name: str) -> None:
-    """What others may reach, by pods and port; anything else is refused, as policies of both types select all pods."""
-    policies = of_kind(profile(name), "NetworkPolicy")
-    everything = {"matchLabels": {"baton.io/service": name}}
-    inside = [policy for policy in policies if policy["spec"]["podSelector"] == everything]
-    assert [sorted(policy["spec"]["policyTypes"]) for policy in inside] == [["Egress", "Ingress"]]
-    opened = {
-        port["port"]
-        for policy in policies
-        for rule in policy["spec"]["ingress"]
-        for port in rule.get("ports", [])
-        if rule.get("from") != [{"podSelector": everything}]
+def openings(objects: list[Object]) -> dict[str, list[tuple[Object, Object]]]:
+    """For each NetworkPolicy who may connect to which port of the pods that it selects; ``{}`` stands for all."""
+    return {
+        policy["metadata"]["name"]: [
+            (peer, port)
+            for rule in policy["spec"]["ingress"]
+            for peer in rule.get("from") or [{}]
+            for port in rule.get("ports") or [{}]
+        ]
+        for policy in of_kind(objects, "NetworkPolicy")
     }
-    assert opened == {8000, 8080, 8265, 9100}
-    assert not opened & set(range(TransferConfig().port_min, TransferConfig().port_max + 1))
-    unbound = [rule for policy in policies for rule in policy["spec"]["ingress"] if not rule.get("from")]
-    assert unbound == [{"ports": [{"port": 8000}]}]
+
+
+def namespace(label: str, value: str) -> Object:
+    """The peer of a NetworkPolicy that stands for all pods of the namespaces with a label."""
+    return {"namespaceSelector": {"matchLabels": {label: value}}}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_port_is_open_to_the_service_alone_or_says_to_whom_else(name: str) -> None:
+    """Ray's ports, channels, side channels, SGLang's bootstrap and UCX's are for the service's own pods."""
+    own = {"matchLabels": {"baton.io/service": name}}
+    monitoring = namespace("kubernetes.io/metadata.name", "monitoring")
+    assert openings(profile(name)) == {
+        f"{name}-inside": [({"podSelector": own}, {}), (monitoring, {"port": 8080}), (monitoring, {"port": 9100})],
+        f"{name}-requests": [(namespace("baton.io/client", "true"), {"port": 8000})],
+        f"{name}-dashboard": [(namespace("kubernetes.io/metadata.name", "kuberay-system"), {"port": 8265})],
+    }
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_what_no_policy_opens_is_closed(name: str) -> None:
+    """A policy of both types selects all pods; the others add what they open to the pods that need it."""
+    policies = {policy["metadata"]["name"]: policy["spec"] for policy in of_kind(profile(name), "NetworkPolicy")}
+    selected = {"baton.io/service": name}
+    assert policies[f"{name}-inside"]["podSelector"] == {"matchLabels": selected}
+    assert sorted(policies[f"{name}-inside"]["policyTypes"]) == ["Egress", "Ingress"]
+    no_frontend = {"key": "baton.io/group", "operator": "NotIn", "values": ["head", "redis"]}
+    assert policies[f"{name}-requests"]["podSelector"] == {"matchLabels": selected, "matchExpressions": [no_frontend]}
+    assert policies[f"{name}-dashboard"]["podSelector"] == {"matchLabels": {**selected, "baton.io/group": "head"}}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_services_own_namespace_may_send_requests(name: str) -> None:
+    """A gateway of Istio's is there."""
+    (namespace,) = of_kind(profile(name), "Namespace")
+    assert namespace["metadata"]["labels"]["baton.io/client"] == "true"
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_for_a_load_balancer_the_port_of_requests_is_open_to_private_addresses(name: str, tmp_path: Path) -> None:
+    requests, before = f"{name}-requests", openings(profile(name))
+    after = openings(with_components(tmp_path, name, ("ingress-alb",)))
+    assert after == {**before, requests: after[requests]}
+    added = after[requests][len(before[requests]) :]
+    blocks = [ip_network(peer["ipBlock"]["cidr"]) for peer, port in added if port == {"port": 8000}]
+    assert len(blocks) == len(added) > 0
+    assert all(block.is_private and block.prefixlen > 0 for block in blocks)
 
 
 def test_the_load_balancer_reaches_the_serve_service_alone(tmp_path: Path) -> None:

@@ -370,6 +370,7 @@ def test_deploying_applies_the_manifests(desk: Desk) -> None:
     assert done.returncode == 0, done.stderr
     assert "test.sh sample" in done.stdout
     assert "port-forward service/sample-head-svc" in done.stdout
+    assert "kubectl label namespace CLIENTS baton.io/client=true" in done.stdout
     created, applied = desk.server.calls
     assert (created.method, created.body["metadata"]["name"]) == ("POST", "baton")
     assert applied.path.endswith("/namespaces/baton/rayservices/sample")
