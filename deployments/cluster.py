@@ -46,6 +46,19 @@ RAY_FLAGS = {
 }
 """The environment of every Ray and Serve process.  Variables that the user has set take precedence."""
 
+LOOPBACK = {
+    # "0" has Ray take 127.0.0.1 for this node's address, so that its processes, Serve's, channels and side channels
+    # listen there.  Ray means it for systems whose firewalls ask about each port.  Otherwise it takes the machine's own
+    # address, also in place of a 127.0.0.1 that is given to it.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "UCX_NET_DEVICES": "lo",  # else NIXL's UCX listens on all; NVLink and shared memory are not among them
+    "VLLM_HOST_IP": "127.0.0.1",
+    "SGLANG_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
+"""What keeps a cluster on the loopback interface.  One that is started here has no other machine to talk to."""
+
 FIXED_PORTS = (
     "RAY_SERVE_HAPROXY_STATS_PORT",
     "RAY_SERVE_HAPROXY_METRICS_PORT",
@@ -63,9 +76,13 @@ def runs_here() -> bool:
 
 
 def ray_environment() -> dict[str, str]:
-    """Return RAY_FLAGS, the path of Baton's HAProxy, and free ports for what would otherwise listen on fixed ones."""
+    """Return RAY_FLAGS, the path of Baton's HAProxy, and free ports for what would otherwise listen on fixed ones.
+
+    If the cluster is started here, LOOPBACK too; any other keeps the addresses by which its machines reach each other.
+    """
     ports = {name: str(free_port()) for name in FIXED_PORTS}
-    return {**RAY_FLAGS, "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy.command(), **ports}
+    loopback = LOOPBACK if runs_here() else {}
+    return {**RAY_FLAGS, **loopback, "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy.command(), **ports}
 
 
 def start_cluster(http: dict[str, Any], proxy_location: str, dashboard: bool, verbose: bool) -> None:
@@ -98,8 +115,9 @@ def connect() -> None:
     from ray.exceptions import RaySystemError
     from ray.serve.exceptions import RayServeException
 
-    from deployments.serve_hooks import find_serve
+    from deployments.serve_hooks import find_serve, look_on_loopback
 
+    look_on_loopback()
     try:
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
         find_serve()

@@ -211,6 +211,21 @@ class AsgiIngress:
 with needed("ray", "serve vLLM's ASGI application"):
     getattr(AsgiIngress, SERVE_BUILD_ASGI_APP_METHOD)
 
+with needed("ray", "find a cluster on loopback"):
+    from ray._private import ray_constants, services
+
+    check_uses(services.get_node_ip_address, "ENABLE_RAY_CLUSTER")
+    check_uses(services.resolve_ip_for_localhost, "get_node_ip_address")
+
+
+def look_on_loopback() -> None:
+    """Have Ray look there for a cluster that listens on 127.0.0.1, instead of at this machine's own address.
+
+    As RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER does (LOOPBACK in deployments/cluster.py), which Ray reads when it is imported.
+    Other clusters are found as before.
+    """
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
 
 def find_serve() -> None:
     """Raise RayServeException unless Serve runs in the cluster.

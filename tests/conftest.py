@@ -7,9 +7,12 @@ import os
 import platform
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from app.engine_defaults import cpu_dtype
@@ -76,6 +79,27 @@ async def eventually(condition: Callable[[], Awaitable[Any]], timeout_s: float, 
             return value
         await asyncio.sleep(0.05)
     pytest.fail(f"{what}: not within {timeout_s} s")
+
+
+BOUND_TO_ALL = ("ray::ServeReplica", "sglang::scheduler")
+"""Processes with one port on ``[::]`` that nothing moves: Serve's calls of replicas, and torch's TCPStore of SGLang."""
+
+
+def open_to_others() -> list[str]:
+    """Return where this process, and all that it has started, listens to other machines, without BOUND_TO_ALL."""
+    found = []
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            command = " ".join(process.cmdline())
+            listening = [each.laddr for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+            reachable = [address for address in listening if not _is_loopback(address.ip)]
+            if not (command.startswith(BOUND_TO_ALL) and [address.ip for address in reachable] == ["::"]):
+                found += [f"{address.ip}:{address.port} of {command}" for address in reachable]
+    return found
+
+
+def _is_loopback(ip: str) -> bool:
+    return ip_address(ip.removeprefix("::ffff:")).is_loopback  # Python looks into such addresses from 3.13 on
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import yaml
 from ray import serve
 
 from deployments.replica.link_record import read_links
-from tests.conftest import REPOSITORY, wait_until
+from tests.conftest import REPOSITORY, open_to_others, wait_until
 from tests.engines.conftest import START_TIMEOUT_S, Application, Baton
 
 pytestmark = [pytest.mark.serve, pytest.mark.engine, pytest.mark.timeout(900)]
@@ -31,6 +31,12 @@ def test_a_pair_is_proven_before_decode_is_ready(application: Application, real:
     remote = real.count_prefills("remote")
     real.complete([7] * 100, max_tokens=4)
     assert real.count_prefills("remote") == remote + 1
+
+
+@pytest.mark.usefixtures("application")
+def test_no_other_machine_can_connect_to_an_engine() -> None:
+    """NIXL's side channels, SGLang's bootstrap server and UCX ask nobody for a token."""
+    assert open_to_others() == []
 
 
 def needs_nvlink() -> dict[str, Any]:

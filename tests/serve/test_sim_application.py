@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+import ray
 from ray import serve
 
 from app.replica_bounds import Bounds
+from deployments.cluster import LOOPBACK
 from deployments.serve_hooks import serve_details
 from deployments.switch import switch
-from tests.conftest import wait_until
+from tests.conftest import open_to_others, wait_until
 
 pytestmark = pytest.mark.serve
 
@@ -120,6 +125,24 @@ def test_health_does_not_tell_how_to_reach_a_replica(url: str) -> None:
     assert '"replica_id"' in health
     assert '"token"' not in health
     assert '"channel"' not in health
+
+
+@pytest.mark.usefixtures("url")
+def test_no_other_machine_can_connect() -> None:
+    """Whoever reaches Ray's ports and has its token can run code; NIXL's side channels ask for none."""
+    assert open_to_others() == []
+    with socket.create_server(("", 0)) as server:  # the control
+        (found,) = open_to_others()
+        assert found.startswith(f"0.0.0.0:{server.getsockname()[1]} of ")
+
+
+@pytest.mark.usefixtures("url")
+def test_the_command_line_finds_a_cluster_on_loopback() -> None:
+    """Ray by itself looks for it at the machine's own address; it is imported before `connect` could set a variable."""
+    code = "from deployments.application import connect; connect()"
+    environment = {name: value for name, value in os.environ.items() if name not in LOOPBACK}
+    environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=True)
 
 
 class Clients:

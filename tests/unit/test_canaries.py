@@ -33,7 +33,7 @@ from starlette.testclient import TestClient
 
 from app.config import parse
 from deployments.build import REPORT_S
-from deployments.cluster import FIXED_PORTS, RAY_FLAGS, ray_environment
+from deployments.cluster import FIXED_PORTS, LOOPBACK, RAY_FLAGS, ray_environment
 
 RAY = Path(ray.__file__).parent
 
@@ -182,6 +182,23 @@ def test_serve_has_a_port_that_all_clusters_would_share(variable: str, defaults:
     source = (RAY / "serve/_private/constants.py").read_text()
     assert f'"{variable}"' in source
     assert int(ray_environment()[variable]) != defaults[variable]
+
+
+def test_ray_looks_at_the_machines_own_address_for_a_cluster_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else: `look_on_loopback` in deployments/serve_hooks.py."""
+    from ray._private import ray_constants, services
+
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda _: "192.0.2.1")
+    assert services.resolve_ip_for_localhost("127.0.0.1") == "192.0.2.1"
+
+
+def test_ray_takes_loopback_for_the_address_of_a_node_that_is_alone() -> None:
+    """Else: RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER in deployments/cluster.py, which Ray has for other systems."""
+    code = "import ray; print(ray.util.get_node_ip_address())"
+    environment = {**os.environ, **LOOPBACK}
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert answer.stdout.split() == ["127.0.0.1"]
 
 
 @pytest.mark.parametrize("flag", [name for name in RAY_FLAGS if not name.startswith("RAY_SERVE_")])
