@@ -85,18 +85,23 @@ def ray_environment() -> dict[str, str]:
     return {**RAY_FLAGS, **loopback, "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy.command(), **ports}
 
 
-def start_cluster(http: dict[str, Any], proxy_location: str, dashboard: bool, verbose: bool) -> None:
-    """Start Ray here, or connect to the cluster that RAY_ADDRESS names.  Then start Serve on it."""
+def start_cluster(http: dict[str, Any], proxy_location: str, dashboard: bool, verbose: bool) -> str | None:
+    """Start Ray here, or connect to the cluster that RAY_ADDRESS names.  Then start Serve on it.
+
+    Return the address of Ray's dashboard, if it has one.
+    """
     for name, value in ray_environment().items():
         os.environ.setdefault(name, value)
     import ray
     from ray import serve
 
     if runs_here():
-        ray.init(address="local", include_dashboard=dashboard, log_to_driver=verbose)
+        context = ray.init(address="local", include_dashboard=dashboard, log_to_driver=verbose)
     else:
-        ray.init(log_to_driver=verbose)
+        context = ray.init(log_to_driver=verbose)
     serve.start(proxy_location=proxy_location, http_options=http)
+    dashboard_address: str | None = context.dashboard_url
+    return dashboard_address
 
 
 def stop_cluster() -> None:

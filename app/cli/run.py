@@ -6,6 +6,7 @@ during it, hints after it, and Serve flags that make streaming cheap (deployment
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def run(
         text=True,
     )
     say("starting Ray; meanwhile vLLM checks the configuration")
-    start_cluster(http, document.get("proxy_location", "EveryNode"), dashboard, verbose)
+    dashboard_address = start_cluster(http, document.get("proxy_location", "EveryNode"), dashboard, verbose)
     _set_on_signals(stop)  # again, as Ray's own handler of SIGTERM ends this process at once and leaves HAProxy running
     try:
         if thorough.poll() is None:
@@ -66,6 +67,8 @@ def run(
         deploy(document, say, stop)
         if not stop.is_set():
             _say_ready(document, http, console, time.monotonic() - started_at)
+            if dashboard_address:
+                _say_dashboard(dashboard_address, console)
             stop.wait()
         console.print("stopping")
     finally:
@@ -100,3 +103,10 @@ API reference: {base}/docs      Ctrl-C stops it.""",
         markup=False,
         soft_wrap=True,  # otherwise long commands would be broken at the terminal's width
     )
+
+
+def _say_dashboard(address: str, console: Console) -> None:
+    """Say where Ray's dashboard is, and what prints the token without which its API answers 401 and its pages ask."""
+    asks = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"  # as Ray has set it by now, unless the user has
+    token = "; the token that it asks for: ray get-auth-token" if asks else ""
+    console.print(f"Ray's dashboard: http://{address}{token}", soft_wrap=True)

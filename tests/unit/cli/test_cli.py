@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from app.cli.check import check_document, http_options
-from app.cli.run import _say_ready, describe_device
+from app.cli.run import _say_dashboard, _say_ready, describe_device
 from app.serve_document import load_document
 from app.tenants import digest, parse_tenants
 from tests.conftest import REPOSITORY
@@ -155,6 +155,15 @@ def test_all_models_are_named_when_they_serve() -> None:
     _say_ready(document, http_options(document, port=8123), Console(file=said, width=200), 5.0)
     assert "Baton serves tiny, other at http://127.0.0.1:8123" in said.getvalue()
     assert '"model": "tiny"' in said.getvalue()
+
+
+@pytest.mark.parametrize(("mode", "asks"), [("token", True), ("disabled", False)])
+def test_run_says_how_to_get_into_rays_dashboard(mode: str, asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    said = io.StringIO()
+    _say_dashboard("127.0.0.1:8265", Console(file=said, width=20))
+    assert "http://127.0.0.1:8265" in said.getvalue()
+    assert ("ray get-auth-token" in said.getvalue()) is asks
 
 
 @pytest.mark.parametrize(
