@@ -9,7 +9,7 @@
 4. If the ledger does not answer, each frontend takes it that every other one uses as much as itself.
 
 Sequences at a time are no rate.  Of those that are free, each frontend may begin its equal part until the next report,
-unless what others may still begin leaves less.
+as far as what others may still begin leaves it.  While one of them lacks some, those that want none give theirs back.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
 
-from app.errors import LimitReached
+from app.errors import InvalidRequest, LimitReached
 from app.tenants import RATES, Rate, Tenant
 
 EXCHANGE_S = 0.5
@@ -30,8 +30,8 @@ EXCHANGE_S = 0.5
 BURST_S = 10.0
 """What a limit brings in so many seconds may be used at once by a tenant that has used nothing before.  With N
 frontends this must be several times N * EXCHANGE_S, as each uses only its part of it in that time."""
-GONE_S = 5.0
-"""A frontend that has told nothing for so long is gone, and its sequences with it."""
+GONE_S, FORGOTTEN_S = 5.0, 600.0
+"""A frontend that has told nothing for so long is gone, and its sequences with it; later its counts are too."""
 
 
 class Usage(msgspec.Struct):
@@ -43,6 +43,13 @@ class Usage(msgspec.Struct):
     rates: dict[Rate, float]
     """What each limit brings in a second, of those that are set."""
     max_sequences: int | None = None
+    wants_sequences: bool = False
+    """Whether any began or were refused since the last report."""
+    lacks_sequences: bool = False
+    """Whether any were refused since then."""
+
+
+NOTHING = Usage(dict.fromkeys(RATES, 0), 0, {})
 
 
 class Lease(msgspec.Struct):
@@ -77,13 +84,16 @@ class Bucket:
         self._level, self._at = level, now
 
 
-class _Frontend(msgspec.Struct):
+class _Frontend(msgspec.Struct, eq=False):
     """What one frontend told last, and what it may do."""
 
     told_at: float
     used: dict[str, Usage]
     may_run: dict[str, int]
     """Sequences at a time, by tenant."""
+
+    def usage(self, tenant: str) -> Usage:
+        return self.used.get(tenant, NOTHING)
 
 
 class Ledger:
@@ -104,46 +114,55 @@ class Ledger:
         for tenant, usage in used.items():
             self._take(tenant, usage, frontend.used.get(tenant), now)
         frontend.told_at, frontend.used = now, used
-        self._frontends = {each: told for each, told in self._frontends.items() if told.told_at >= now - GONE_S}
-        tenants = {tenant: usage for told in self._frontends.values() for tenant, usage in told.used.items()} | used
-        leases = {tenant: self._lease(tenant, usage.max_sequences, frontend, now) for tenant, usage in tenants.items()}
-        return Leases(leases, len(self._frontends))
+        self._frontends = {each: told for each, told in self._frontends.items() if told.told_at >= now - FORGOTTEN_S}
+        alive = [told for told in self._frontends.values() if told.told_at >= now - GONE_S]
+        tenants = {tenant: usage for told in alive for tenant, usage in told.used.items()} | used
+        leases = {
+            tenant: self._lease(tenant, usage.max_sequences, frontend, alive, now) for tenant, usage in tenants.items()
+        }
+        return Leases(leases, len(alive))
 
     def _take(self, tenant: str, usage: Usage, before: Usage | None, now: float) -> None:
         for kind in RATES:
             if (rate := usage.rates.get(kind)) is None:
-                self._buckets.pop((tenant, kind), None)
-                continue
+                continue  # not for all frontends yet, when a limit is taken back
             bucket = self._buckets.setdefault((tenant, kind), Bucket(rate, now))
             more = usage.counts[kind] - (before.counts[kind] if before is not None else 0)
             bucket.set(bucket.level(now) - more, now)
             bucket.rate = rate
 
-    def _lease(self, tenant: str, max_sequences: int | None, frontend: _Frontend, now: float) -> Lease:
+    def _lease(
+        self, tenant: str, max_sequences: int | None, frontend: _Frontend, alive: Sequence[_Frontend], now: float
+    ) -> Lease:
         found = {kind: self._buckets.get((tenant, kind)) for kind in RATES}
         levels = {kind: bucket.level(now) for kind, bucket in found.items() if bucket is not None}
         if max_sequences is None:
             frontend.may_run.pop(tenant, None)
             return Lease(levels)
-        own = _running(frontend, tenant)
-        others = [told for told in self._frontends.values() if told is not frontend]
-        running = own + sum(_running(told, tenant) for told in others)
-        unasked = _unasked(max_sequences, len(self._frontends))
-        taken = own + sum(max(_running(told, tenant), told.may_run.get(tenant, unasked)) for told in others)
-        part = math.ceil(max(0, max_sequences - running) / len(self._frontends))
-        may_begin = max(0, min(part, max_sequences - taken))
-        frontend.may_run[tenant] = own + may_begin
-        return Lease(levels, own + may_begin)
+        frontend.may_run[tenant] = may_run = _may_run(tenant, max_sequences, frontend, alive)
+        return Lease(levels, may_run)
+
+
+def _may_run(tenant: str, max_sequences: int, frontend: _Frontend, alive: Sequence[_Frontend]) -> int:
+    """Return how many sequences of a tenant `frontend` may run until its next report."""
+    own = frontend.usage(tenant)
+    others = [told for told in alive if told is not frontend]
+    free = max_sequences - own.sequences - sum(told.usage(tenant).sequences for told in others)
+    if free < 0:  # the limit is lower than before, or this ledger new: what runs may end, and nothing takes its place
+        num_running = sum(bool(told.usage(tenant).sequences) for told in alive)
+        return max(0, own.sequences - math.ceil(-free / max(1, num_running)))
+    is_short = any(told.usage(tenant).lacks_sequences for told in alive)
+    sharers = [told for told in alive if told.usage(tenant).wants_sequences] if is_short else alive
+    if frontend not in sharers:
+        return own.sequences
+    unasked = _unasked(max_sequences, len(alive))
+    claimed = sum(max(told.usage(tenant).sequences, told.may_run.get(tenant, unasked)) for told in others)
+    return own.sequences + max(0, min(math.ceil(free / len(sharers)), max_sequences - own.sequences - claimed))
 
 
 def _unasked(max_sequences: int, num_frontends: int) -> int:
     """Return how many sequences a frontend may run before the ledger knows that it has any of this tenant."""
-    return max(1, max_sequences // num_frontends)
-
-
-def _running(frontend: _Frontend, tenant: str) -> int:
-    usage = frontend.used.get(tenant)
-    return usage.sequences if usage is not None else 0
+    return max_sequences // num_frontends
 
 
 class CountedSequence(Protocol):
@@ -159,8 +178,8 @@ class Account:
     def __init__(self, tenant: Tenant, leases: Leases, clock: Callable[[], float]) -> None:
         self.tenant = tenant
         self._clock = clock
-        self._counts: dict[Rate, int] = dict.fromkeys(RATES, 0)
-        """Without the output of sequences that run."""
+        self.ended: dict[Rate, int] = dict.fromkeys(RATES, 0)
+        """What requests and ended sequences have used."""
         self._running: set[CountedSequence] = set()
         self._buckets: dict[Rate, Bucket] = {}
         """How full they are for all frontends."""
@@ -172,7 +191,8 @@ class Account:
         self._max_running = math.inf
         """How many of its sequences may run here at a time."""
         self.take_limits(tenant)
-        self.settle(leases, dict(self._counts))
+        self._wants = self._lacks = False
+        self.settle(leases, dict(self.ended))
 
     def take_limits(self, tenant: Tenant) -> None:
         """Go by the limits that the tenant has now."""
@@ -187,27 +207,44 @@ class Account:
         """Count a request.  Raises LimitReached."""
         if self._buckets:
             self._check("requests")
-        self._counts["requests"] += 1
+        self.ended["requests"] += 1
 
-    def begin(self, sequence: CountedSequence) -> None:
-        """Count a sequence, and its prompt, which runs until `end`.  Raises LimitReached."""
+    def begin(self, sequence: CountedSequence, num_together: int = 1) -> None:
+        """Count a sequence, and its prompt, which runs until `end`; `num_together` are those of its request.
+
+        Raises LimitReached, and InvalidRequest if so many can never run at a time.
+        """
+        most = self.tenant.max_sequences
+        if most is not None and num_together > most:
+            raise InvalidRequest(f"{num_together} sequences in one request are more than `max_sequences` {most} allows")
         if self._buckets:
             self._check("prompt_tokens")
             self._check("output_tokens")
+        self._wants = True
         if len(self._running) >= self._max_running:
-            raise self._refusal("max_sequences", EXCHANGE_S)
-        self._counts["prompt_tokens"] += sequence.prompt_tokens
+            self._lacks = True
+            raise self._refusal("max_sequences", 2 * EXCHANGE_S)
         self._running.add(sequence)
 
-    def end(self, sequence: CountedSequence) -> None:
-        """Count its output.  One that has not begun is left out."""
+    def end(self, sequence: CountedSequence, *, has_prompt: bool) -> None:
+        """Count what it used; `has_prompt`: whether its prompt was computed.  One that has not begun is left out."""
         if sequence in self._running:
             self._running.remove(sequence)
-            self._counts["output_tokens"] += sequence.output_tokens
+            self.ended["prompt_tokens"] += sequence.prompt_tokens * has_prompt
+            self.ended["output_tokens"] += sequence.output_tokens
 
     def usage(self) -> Usage:
+        """Return what to tell the ledger."""
         counts = {kind: self._count(kind) for kind in RATES}
-        return Usage(counts, len(self._running), self.tenant.rates(), self.tenant.max_sequences)
+        told = Usage(
+            counts, len(self._running), self.tenant.rates(), self.tenant.max_sequences, self._wants, self._lacks
+        )
+        self._wants = self._lacks = False
+        return told
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     def state(self, kind: Rate) -> tuple[float, float, float] | None:
         """Return the most that may be used at once, what is left of it, and the seconds until all of it is there.
@@ -216,16 +253,21 @@ class Account:
         """
         if (bucket := self._buckets.get(kind)) is None:
             return None
-        most = bucket.rate * BURST_S
-        left = bucket.level(self._clock()) - (self._count(kind) - self._own[kind])
+        most, left = bucket.rate * BURST_S, self._left_of_all(kind)
         return most, max(0.0, left), max(0.0, most - left) / bucket.rate
 
     def left(self, kind: Rate) -> float:
         """Return what this frontend may still use of a limit before the ledger speaks again; infinite without one."""
         if (bucket := self._buckets.get(kind)) is None:
             return math.inf
-        own = self._count(kind) - self._own[kind]
-        return bucket.level(self._clock()) / self._num_frontends - own
+        return bucket.level(self._clock()) / self._num_frontends - self._own_since(kind)
+
+    def _left_of_all(self, kind: Rate) -> float:
+        """Return what is left if the others have used nothing since the ledger spoke."""
+        return self._buckets[kind].level(self._clock()) - self._own_since(kind)
+
+    def _own_since(self, kind: Rate) -> int:
+        return self._count(kind) - self._own[kind]
 
     def settle(self, leases: Leases | None, told: dict[Rate, int]) -> None:
         """Take what the ledger says is left, after it was `told` this frontend's counts; None if it said nothing."""
@@ -251,12 +293,18 @@ class Account:
         return leased
 
     def _count(self, kind: Rate) -> int:
-        running = sum(each.output_tokens for each in list(self._running)) if kind == "output_tokens" else 0
-        return self._counts[kind] + running
+        """Return what has been used of a limit, by sequences that run too."""
+        match kind:
+            case "prompt_tokens":
+                return self.ended[kind] + sum(each.prompt_tokens for each in self._running)
+            case "output_tokens":
+                return self.ended[kind] + sum(each.output_tokens for each in self._running)
+        return self.ended[kind]
 
     def _check(self, kind: Rate) -> None:
-        if kind in self._buckets and (left := self.left(kind)) <= 0:
-            raise self._refusal(f"{kind}_per_s", max(EXCHANGE_S, -left / self._buckets[kind].rate))
+        if kind in self._buckets and self.left(kind) <= 0:
+            lacking = max(0.0, -self._left_of_all(kind))
+            raise self._refusal(f"{kind}_per_s", max(EXCHANGE_S, lacking / self._buckets[kind].rate))
 
     def _refusal(self, limit: str, retry_after_s: float) -> LimitReached:
         self.refusals[limit] += 1
@@ -272,22 +320,29 @@ class Accounts:
         self._leases = Leases({}, 1)
 
     def of(self, tenant: Tenant) -> Account:
-        """Return the account of a tenant, with the limits that it has now."""
+        """Return the account of a tenant."""
         account = self._accounts.get(tenant.name)
         if account is None:
             account = self._accounts[tenant.name] = Account(tenant, self._leases, self._clock)
-        elif account.tenant is not tenant:
-            account.take_limits(tenant)
         return account
 
-    def usage(self) -> dict[str, Usage]:
-        """Return what this frontend has counted, by tenant."""
-        return {name: account.usage() for name, account in list(self._accounts.items())}
+    def follow(self, tenants: Iterable[Tenant]) -> None:
+        """Go by the limits that the file of keys has now.  Who is no longer in it goes once nothing of it runs."""
+        found = {tenant.name: tenant for tenant in tenants}
+        for name, account in list(self._accounts.items()):
+            if (tenant := found.get(name)) is None:
+                if not account.num_running:
+                    del self._accounts[name]
+            elif account.tenant is not tenant:
+                account.take_limits(tenant)
 
-    def refusals(self) -> dict[tuple[str, str], int]:
-        """Return how often a limit refused something, by tenant and limit."""
-        accounts = list(self._accounts.items())
-        return {(name, limit): number for name, account in accounts for limit, number in list(account.refusals.items())}
+    def all(self) -> dict[str, Account]:
+        """Return the accounts by tenant.  Any thread may call this."""
+        return dict(self._accounts)
+
+    def usage(self) -> dict[str, Usage]:
+        """Return what to tell the ledger, by tenant."""
+        return {name: account.usage() for name, account in self._accounts.items()}
 
     def settle(self, leases: Leases | None, told: dict[str, Usage]) -> None:
         """Take what the ledger said after it was `told` that; None if it did not answer."""

@@ -58,14 +58,14 @@ class Tenant(Settings):
     (``baton_prefill``)."""
     models: list[str] | None = None
     """The names of the models that it may use; all if this is not set.  It is told that there are no others."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """How many times as many tokens it gets as a tenant of weight 1 if both want more than they get."""
     highest_class: ServiceClass = "priority"
     """The highest service class that it gets, whatever ``service_tier`` its clients ask for."""
-    requests_per_s: float | None = Field(default=None, gt=0)
-    prompt_tokens_per_s: float | None = Field(default=None, gt=0)
+    requests_per_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    prompt_tokens_per_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """A prompt counts once for each of its sequences, whatever of it is cached."""
-    output_tokens_per_s: float | None = Field(default=None, gt=0)
+    output_tokens_per_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """These three are of all frontends together, and so is the next.  What comes in ten seconds may be used at once
     (app/tenant_usage.py); beyond it the answer is 429 and says when to come again."""
     max_sequences: int | None = Field(default=None, ge=1)
@@ -149,7 +149,7 @@ def parse_tenants(text: str) -> list[Tenant]:
     """Return the tenants in the YAML of a keys file.  Raises ConfigError, in which no value is that may be a key."""
     try:
         found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the latter two for dates, and for what is too deep
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(FIELD, f"it is no YAML: {getattr(error, 'problem', None) or 'not readable'}{where}") from None
@@ -196,7 +196,8 @@ class KeyRing:
         self.is_current = True
         """Whether what it names could be read at the last look.  If not, those before stay valid."""
         self._text = read_tenants(where)
-        self._by_digest = _by_digest(parse_tenants(self._text))
+        self.tenants = parse_tenants(self._text)
+        self._by_digest = _by_digest(self.tenants)
 
     def find(self, key: bytes) -> Tenant | None:
         """Return the tenant with this key.
@@ -213,7 +214,8 @@ class KeyRing:
             try:
                 text = await asyncio.to_thread(read_tenants, self._where)
                 if text != self._text:
-                    self._by_digest = _by_digest(parse_tenants(text))
+                    self.tenants = parse_tenants(text)
+                    self._by_digest = _by_digest(self.tenants)
                     self._text = text
                     logger.info("the keys have changed: %d are valid", len(self._by_digest))
                 problem = ""

@@ -144,7 +144,7 @@ make_keys() {
     # shellcheck disable=SC2016  # whoever runs it expands them
     printf '%s; kubectl --namespace %s %s' \
         "secret 'baton-keys' is missing: key=baton-\$(openssl rand -hex 32)" "$namespace" \
-        'create secret generic baton-keys --from-literal=admin-key="$key" --from-literal=keys.yaml="tenants: [{name: operators, admin: true, keys: [$(printf %s "$key" | openssl dgst -sha256 -r | cut -c-64)]}]"'
+        'create secret generic baton-keys --from-literal=admin-key="$key" --from-literal=keys.yaml="$(printf "tenants:\n- name: operators\n  admin: true\n  keys:\n  - %s" "$(printf %s "$key" | openssl dgst -sha256 -r | cut -c-64)")"'
 }
 
 check_secrets() {

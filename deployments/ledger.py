@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 from app.tenant_usage import EXCHANGE_S, Accounts, Leases, Ledger, Usage
+from app.tenants import KeyRing
 from deployments.process import adopt_serve_logging
 
 logger = logging.getLogger("baton.ledger")
@@ -30,10 +31,11 @@ class LedgerDeployment:
         return self._ledger.exchange(frontend, used)
 
 
-async def share_limits(ledger: Any, frontend: str, accounts: Accounts) -> None:
+async def share_limits(ledger: Any, frontend: str, keys: KeyRing, accounts: Accounts) -> None:
     """Tell the ledger what `frontend` has counted, and take what it says is left.  Runs until it is cancelled."""
     is_lost = False
     while True:
+        accounts.follow(keys.tenants)
         told = accounts.usage()
         try:
             leases = await asyncio.wait_for(ledger.exchange.remote(frontend, told), ANSWER_TIMEOUT_S)

@@ -14,6 +14,7 @@ from app.errors import LimitReached
 from app.frontend import metrics
 from app.frontend.http_middleware import error_body, route_path, shaped
 from app.frontend.limit_headers import limit_headers
+from app.frontend.request_body import replay_body
 from app.tenant_usage import Accounts
 from app.tenants import ANYONE, KeyRing, Tenant
 
@@ -63,6 +64,8 @@ class Authentication:
                 return
             else:
                 send = self._telling(scope, send)
+                if scope["baton.tenant"] is ANYONE:
+                    receive = replay_body(b"", receive)  # whoever has no key shall not fill the memory for bodies
         elif scope["type"] == "websocket" and self._keys is not None:
             await send({"type": "websocket.close", "code": 1008})  # no route has one, and none shall go past the keys
             return
@@ -88,7 +91,7 @@ class Authentication:
         shown = list(_keys_shown(scope))
         tenant = next((found for key in shown if (found := keys.find(key)) is not None), None)
         path = route_path(scope)
-        if tenant is None and path != HEALTH and not _is_preflight(scope):
+        if tenant is None and not _is_health(scope, path) and not _is_preflight(scope):
             if shown:
                 return _refuse(scope, "unknown", "The API key is not valid.")
             problem = "An API key is missing: send `Authorization: Bearer KEY` or `x-api-key: KEY`."
@@ -106,6 +109,10 @@ class Authentication:
 
 def _is_for_clients(path: str) -> bool:
     return path in OF_CLIENTS or path == HEALTH or OF_STORED_RESPONSES.fullmatch(path) is not None
+
+
+def _is_health(scope: Scope, path: str) -> bool:
+    return path == HEALTH and scope["method"] in ("GET", "HEAD")
 
 
 def _is_preflight(scope: Scope) -> bool:

@@ -382,7 +382,7 @@ class PooledEngineClient(EngineClient):
             context.sequences.append(record)
         account = self._accounts.of(context.tenant)
         try:
-            account.begin(record)
+            account.begin(record, context.num_sequences)
             await self._orchestrator.run(
                 request, progress, hints=hints, on_decision=record.on_decision, deadline=context.deadline
             )
@@ -397,7 +397,7 @@ class PooledEngineClient(EngineClient):
             outputs.fail(GenerationError())
             raise
         finally:
-            account.end(record)
+            account.end(record, has_prompt=progress.prompt_report is not None)
             record.on_end(end or CANCELLED)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.frontend import metrics
 from app.frontend.explain import explain_header
 from app.frontend.request_context import RequestContext, begin_request, current_request
+from app.tenants import Tenant
 
 EXPLAIN_HEADER = b"x-baton-explain"
 """A request with the value ``1`` gets this header in its response; any other value is ignored."""
@@ -178,8 +179,10 @@ class RoutingHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        wants_explanation = dict(scope["headers"]).get(EXPLAIN_HEADER) == b"1"
-        with begin_request(scope["baton.tenant"], wants_explanation=wants_explanation) as context:
+        tenant: Tenant = scope["baton.tenant"]
+        may_know = tenant.admin or not tenant.name  # it tells of replicas and of what others wait for
+        wants_explanation = may_know and dict(scope["headers"]).get(EXPLAIN_HEADER) == b"1"
+        with begin_request(tenant, wants_explanation=wants_explanation) as context:
             context.send = send
 
             async def telling_send(message: Message) -> None:

@@ -18,7 +18,7 @@ from starlette.types import Send
 
 from app.frontend.sequence_record import SequenceRecord
 from app.routing.decision import SERVICE_CLASSES, ServiceClass
-from app.tenants import LOCAL, Tenant
+from app.tenants import ANYONE, Tenant
 
 SERVICE_CLASS_OF_TIER: dict[str, ServiceClass] = {name: name for name in SERVICE_CLASSES}
 
@@ -26,7 +26,7 @@ SERVICE_CLASS_OF_TIER: dict[str, ServiceClass] = {name: name for name in SERVICE
 class RequestContext:
     """One HTTP request and its answer."""
 
-    def __init__(self, tenant: Tenant = LOCAL, *, wants_explanation: bool = False) -> None:
+    def __init__(self, tenant: Tenant = ANYONE, *, wants_explanation: bool = False) -> None:
         self.tenant = tenant
         """Who asks."""
         self.wants_explanation = wants_explanation

@@ -20,22 +20,24 @@ class TenantMetrics(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """Yield the metrics.  This runs in the thread of the scrape, beside the event loop."""
-        used = {tenant: usage for tenant, usage in self._accounts.usage().items() if tenant}
+        accounts = {tenant: account for tenant, account in self._accounts.all().items() if tenant}
         for kind in RATES:
             what = kind.replace("_", " ")
-            counted = CounterMetricFamily(f"baton_tenant_{kind}", f"The {what} of a tenant.", labels=["tenant"])
-            for tenant, usage in used.items():
-                counted.add_metric([tenant], usage.counts[kind])
+            counted = CounterMetricFamily(
+                f"baton_tenant_{kind}", f"The {what} of a tenant, of sequences that have ended.", labels=["tenant"]
+            )
+            for tenant, account in accounts.items():
+                counted.add_metric([tenant], account.ended[kind])
             yield counted
         running = GaugeMetricFamily("baton_tenant_sequences", "Sequences of a tenant that run.", labels=["tenant"])
-        for tenant, usage in used.items():
-            running.add_metric([tenant], usage.sequences)
-        yield running
         refused = CounterMetricFamily(
             "baton_tenant_limit_reached", "Requests and sequences that a limit refused.", labels=["tenant", "limit"]
         )
-        for (tenant, limit), number in self._accounts.refusals().items():
-            refused.add_metric([tenant, limit], number)
+        for tenant, account in accounts.items():
+            running.add_metric([tenant], account.num_running)
+            for limit, number in list(account.refusals.items()):
+                refused.add_metric([tenant, limit], number)
+        yield running
         yield refused
         yield GaugeMetricFamily(
             "baton_keys_current",

@@ -76,7 +76,8 @@ class Decision(msgspec.Struct, frozen=True):
     `kind` and `reason` are labels of ``baton_decisions_total``.  A local prefill has one of the reasons ``aggregated``
     (there is no prefill pool), ``requested``, ``prompt_logprobs``, ``no_prefill_replica``, ``no_usable_link`` (decode
     can get KV from no prefill replica), ``no_decode_replica`` (another pool's replica serves, as decode is gone or left
-    out), ``faster``, ``decode_full`` (a prefill replica serves, as no decode replica has room), ``short`` and
+    out), ``faster``, ``decode_full`` (a prefill replica serves, as no decode replica has room), ``slow_kv`` (it does,
+    as KV moves slowly), ``short`` and
     ``prefill_queue`` (by thresholds).  A remote one has ``requested``, ``only_way`` (nothing else can prefill),
     ``configured``, ``faster`` or ``long`` (by thresholds).
     """

@@ -59,7 +59,9 @@ def place(policy: PlacementPolicy, slo: SloConfig, prospect: Prospect, ways: Seq
     match policy:
         case PredictedPlacement():
             way = choose_in_time(slo.ttft_ms / 1e3, prospect.waited_s, ways)
-            reason = "decode_full" if way is not None and way.serving_role == "prefill" else "faster"
+            reason = "faster"
+            if way is not None and way.serving_role == "prefill":
+                reason = "slow_kv" if any(other.pull_s for other in ways) else "decode_full"
         case ThresholdPlacement():
             kind, reason = _by_thresholds(policy, prospect, ways)
             way = next(way for way in ways if way.kind == kind)
@@ -74,7 +76,8 @@ def choose_in_time(ttft_s: float, waited_s: float, ways: Sequence[Way]) -> Way |
     1. If ways are easy, the cheapest of them.  A remote one may lack room on prefill: then it is worth waiting for, as
        its time includes that.  How long decode will lack room is not known.
     2. Otherwise the quickest that is open.  If that is too late anyway, it hurts nobody else.  But one that is too late
-       only because KV moves slowly is no way while a replica that serves whole sequences may soon have room.
+       only because KV moves slowly is no way while a replica that serves whole sequences may soon have room, and the
+       request still be in time.
 
     None if there is none, or if it is better to wait.
     """
@@ -83,7 +86,7 @@ def choose_in_time(ttft_s: float, waited_s: float, ways: Sequence[Way]) -> Way |
     if easy:
         return min(easy, key=_cost_s)
     is_open = [way for way in ways if not way.lacks]
-    if any(way.kind == "local" and way.lacks != "decode" for way in ways):
+    if waited_s <= ttft_s and any(way.kind == "local" and way.lacks != "decode" for way in ways):
         is_open = [way for way in is_open if not way.pull_s or waited_s + way.flows_s <= ttft_s]
     return min(is_open, key=lambda way: way.flows_s, default=None)
 

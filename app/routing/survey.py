@@ -110,8 +110,9 @@ class Survey:
             prefill=prefill.candidate(),
             queue_s=predictor.prefill.value * times.queue_s,
             alone_s=predictor.prefill.value * times.prompt_s + predictor.handover_s(num_moved),
-            pull_s=predictor.pull_s(num_moved)
-            * self._state.topology.slowness(prefill.state.info.node_ip, decode.state.info.node_ip),
+            pull_s=predictor.pull_s(
+                num_moved, self._state.topology.slowness(prefill.state.info.node_ip, decode.state.info.node_ip)
+            ),
             itl_s=self._state.capacity.itl_after_s(decode.state, self._num_tokens),
             lacks=lacks,
         )

@@ -25,7 +25,7 @@ MIN_MOVED, NOTICED_S = 1024, 0.05
 """What is learnt of a pull: from so many tokens on, and without the time in which an engine may notice the KV only when
 its step ends."""
 PULL_PATIENCE = 512
-"""How many requests that went another way it takes until a slow way for KV is tried again.  It rarely gets quicker, and
+"""How many requests that went another way it takes until a slow way for KV is forgotten.  It rarely gets quicker, and
 trying it costs a client seconds: 8 s for 30,000 tokens by TCP on one machine (docs/benchmarks/2026-11-29-gpu.md)."""
 SMOOTHING = 0.3
 """The share of the newest request in the belief that first tokens wait for their KV."""
@@ -60,13 +60,19 @@ class TimePredictor:
     def _expected_handover_s(self, num_moved: int) -> float:
         return BASE_S + S_PER_TOKEN * num_moved * (self._waits_for_kv > 0.5)
 
-    def pull_s(self, num_moved: int) -> float:
+    def pull_s(self, num_moved: int, slowness: float = 1.0) -> float:
         """Predict for how many seconds the second token waits for KV after a first that did not, on a slow way.
 
-        What it takes on a quick one (S_PER_TOKEN) does not count: it is no longer than what one prompt on decode costs
-        the others there, and goodput is no better if it does.
+        `slowness` is that of the pair's nodes (topology.py).  What it takes on a quick way (S_PER_TOKEN) does not
+        count: it is no longer than what one prompt on decode costs the others there, and goodput is no better with it.
         """
-        return 0.0 if self._waits_for_kv > 0.5 else max(0.0, self.pull.value - 1) * S_PER_TOKEN * num_moved
+        if self._waits_for_kv > 0.5:
+            return 0.0
+        return max(0.0, self._slow_at_least_1 * slowness - 1) * S_PER_TOKEN * num_moved
+
+    @property
+    def _slow_at_least_1(self) -> float:
+        return max(1.0, self.pull.value)
 
     def learn_pull(self, num_moved: int, transfer_s: float) -> float | None:
         """Learn that the KV of `num_moved` tokens took `transfer_s` from one engine to the other.
@@ -77,7 +83,7 @@ class TimePredictor:
             return None
         quick_s, took_s = S_PER_TOKEN * num_moved, max(0.0, transfer_s - NOTICED_S)
         self.pull.learn(quick_s, took_s)
-        return took_s / (self.pull.value * quick_s)
+        return took_s / (self._slow_at_least_1 * quick_s)
 
     def learn_remote(
         self, expected: PromptTimes, ttft_s: float, prefill_s: float | None, num_moved: int, *, waited_for_kv: bool

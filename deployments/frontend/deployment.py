@@ -70,7 +70,7 @@ class Frontend(AsgiIngress):
         REGISTRY.register(TenantMetrics(keys, accounts))
         if keys is not None:
             self._background.keep("keys", keys.follow)
-            self._background.keep("tenants", partial(share_limits, ledger, self._name, accounts))
+            self._background.keep("tenants", partial(share_limits, ledger, self._name, keys, accounts))
         freeze_heap()
 
     def asgi_app(self) -> ASGIApp:

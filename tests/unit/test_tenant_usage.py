@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from random import Random
 
 import msgspec
@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.errors import LimitReached
-from app.tenant_usage import BURST_S, EXCHANGE_S, Account, Accounts, Ledger
+from app.errors import InvalidRequest, LimitReached
+from app.tenant_usage import BURST_S, EXCHANGE_S, GONE_S, Account, Accounts, Ledger
 from app.tenants import Tenant
 
 STEP_S = 0.01
@@ -30,7 +30,7 @@ def counted(account: Account, sequence: Sequence) -> Iterator[None]:
     try:
         yield
     finally:
-        account.end(sequence)
+        account.end(sequence, has_prompt=True)
 
 
 class Fleet:
@@ -51,6 +51,7 @@ class Fleet:
 
     def exchange(self, index: int) -> None:
         accounts = self.frontends[index]
+        accounts.follow([self.tenant])
         told = accounts.usage()
         accounts.settle(self.ledger.exchange(self.names[index], told) if self.ledger is not None else None, told)
 
@@ -130,28 +131,134 @@ def test_tokens_are_exact_whatever_one_request_takes(num_frontends: int) -> None
     assert max(prompt / 1000, output / 200) >= 0.95, "one of the two is what is short, and is used up"
 
 
-@pytest.mark.parametrize("num_frontends", [1, 2, 4])
-def test_no_more_sequences_run_at_a_time_and_all_of_them_do(num_frontends: int) -> None:
-    fleet, random = Fleet(num_frontends, Tenant(name="a", max_sequences=10)), Random(3)
-    running: list[tuple[float, ExitStack]] = []
-    counts: list[int] = []
-    while fleet.now < 160:
-        fleet.tick()
-        for each in list(running):
-            if fleet.now >= each[0]:
-                each[1].close()
-                running.remove(each)
-        for _ in range(4):
-            stack = ExitStack()
-            try:
-                stack.enter_context(counted(fleet.account(random.randrange(num_frontends)), Sequence()))
-            except LimitReached:
-                continue
-            running.append((fleet.now + random.expovariate(1 / 10), stack))
-        if fleet.now > 110:
-            counts.append(len(running))
-    assert max(counts) == 10
-    assert sum(counts) / len(counts) >= 9.5
+class Flood:
+    """Clients that begin sequences of some 10 s whenever they may, by the frontends that `choose` draws."""
+
+    def __init__(self, fleet: Fleet, choose: Callable[[], int]) -> None:
+        self.fleet = fleet
+        self.running: list[tuple[float, ExitStack]] = []
+        self._choose = choose
+        self._random = Random(3)
+
+    def go_on(self, seconds: float) -> list[int]:
+        """Return how many ran at each moment."""
+        until, counts = self.fleet.now + seconds, []
+        while self.fleet.now < until:
+            self.fleet.tick()
+            for each in list(self.running):
+                if self.fleet.now >= each[0]:
+                    each[1].close()
+                    self.running.remove(each)
+            for _ in range(4):
+                stack = ExitStack()
+                try:
+                    stack.enter_context(counted(self.fleet.account(self._choose()), Sequence()))
+                except LimitReached:
+                    continue
+                self.running.append((self.fleet.now + self._random.expovariate(1 / 10), stack))
+            counts.append(len(self.running))
+        return counts
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 10, 16])
+@pytest.mark.parametrize("num_frontends", [1, 2, 4, 8])
+@pytest.mark.parametrize("spread", ["even", "one"])
+def test_all_of_the_sequences_run_wherever_they_are_asked_for(most: int, num_frontends: int, spread: str) -> None:
+    fleet, random = Fleet(num_frontends, Tenant(name="a", max_sequences=most)), Random(3)
+    for index in range(num_frontends):  # each has had one
+        with suppress(LimitReached), counted(fleet.account(index), Sequence()):
+            pass
+    flood = Flood(fleet, lambda: random.randrange(num_frontends) if spread == "even" else 0)
+    flood.go_on(20)
+    counts = flood.go_on(60)
+    assert max(counts) == most
+    assert sum(counts) / len(counts) >= 0.85 * most
+
+
+@pytest.mark.parametrize("num_frontends", [1, 2, 8])
+def test_a_lowered_limit_lets_run_what_runs_and_begins_no_more(num_frontends: int) -> None:
+    fleet, random = Fleet(num_frontends, Tenant(name="a", max_sequences=40)), Random(3)
+    flood = Flood(fleet, lambda: random.randrange(num_frontends))
+    assert flood.go_on(30)[-1] >= 36
+    fleet.tenant = Tenant(name="a", max_sequences=4)
+    flood.go_on(60)
+    assert max(flood.go_on(30)) <= 4
+
+
+def test_a_new_ledger_brings_what_runs_back_under_the_limit() -> None:
+    fleet, random = Fleet(8, Tenant(name="a", max_sequences=16)), Random(3)
+    flood = Flood(fleet, lambda: random.randrange(8))
+    flood.go_on(30)
+    fleet.ledger = Ledger(fleet.clock)
+    flood.go_on(60)
+    assert max(flood.go_on(30)) <= 16
+
+
+def test_more_sequences_in_one_request_than_may_ever_run_are_a_fault_of_the_request() -> None:
+    account = Fleet(1, Tenant(name="a", max_sequences=2)).account(0)
+    with pytest.raises(InvalidRequest, match="3 sequences in one request are more than `max_sequences` 2 allows"):
+        account.begin(Sequence(), 3)
+
+
+def test_a_prompt_that_nobody_computed_is_given_back() -> None:
+    fleet = Fleet(1, Tenant(name="a", prompt_tokens_per_s=10))
+    for _ in range(50):
+        sequence = Sequence(1000)
+        fleet.account(0).begin(sequence)
+        assert fleet.account(0).left("prompt_tokens") < 0
+        fleet.account(0).end(sequence, has_prompt=False)
+    assert fleet.account(0).left("prompt_tokens") == 10 * BURST_S
+
+
+@pytest.mark.parametrize("before", [None, 5.0])
+def test_a_limit_that_changes_while_a_frontend_is_idle_holds_for_all(before: float | None) -> None:
+    fleet = Fleet(2, Tenant(name="a", requests_per_s=before))
+    for index in range(2):
+        assert fleet.begins_request(index)
+    fleet.tenant = Tenant(name="a", requests_per_s=20)
+
+    def flood(seconds: float) -> int:
+        until, served = fleet.now + seconds, 0
+        while fleet.now < until:
+            fleet.tick()
+            served += sum(fleet.begins_request(0) for _ in range(3))
+        return served
+
+    flood(BURST_S + 2)
+    assert flood(30) == pytest.approx(20 * 30, rel=0.05)
+
+
+def test_a_tenant_that_is_taken_out_of_the_file_leaves_nothing() -> None:
+    accounts = Accounts()
+    tenant = Tenant(name="a")
+    sequence = Sequence()
+    accounts.of(tenant).begin(sequence)
+    accounts.follow([])
+    assert accounts.all()
+    accounts.of(tenant).end(sequence, has_prompt=True)
+    accounts.follow([])
+    assert not accounts.all()
+
+
+def test_a_frontend_that_was_silent_for_a_while_has_not_used_nothing() -> None:
+    fleet = Fleet(1, Tenant(name="a", requests_per_s=2))
+    assert fleet.begins_request(0)
+    fleet.exchange(0)
+    while fleet.begins_request(0):
+        pass
+    fleet.now += 2 * GONE_S
+    fleet.exchange(0)
+    assert fleet.account(0).left("requests") <= 2
+
+
+@pytest.mark.parametrize("num_frontends", [1, 4])
+def test_who_is_refused_is_told_the_whole_time_by_any_number_of_frontends(num_frontends: int) -> None:
+    fleet = Fleet(num_frontends, Tenant(name="a", prompt_tokens_per_s=10))
+    with counted(fleet.account(0), Sequence(500)):
+        pass
+    with pytest.raises(LimitReached) as caught:
+        fleet.account(0).begin(Sequence(1))
+    assert caught.value.retry_after_s == pytest.approx((500 - 10 * BURST_S) / 10)
 
 
 def test_a_tenant_that_has_used_nothing_has_a_burst_and_no_more() -> None:
@@ -246,12 +353,14 @@ def test_without_a_ledger_an_even_load_still_gets_its_limit(num_frontends: int) 
     assert flood(30) == pytest.approx(rate * 30, rel=0.05)
 
 
-def test_a_changed_limit_holds_at_once() -> None:
+def test_a_changed_limit_holds_from_the_next_report_on() -> None:
     fleet = Fleet(1, Tenant(name="a", requests_per_s=1000))
     assert all(fleet.begins_request(0) for _ in range(100))
     fleet.tenant = Tenant(name="a", requests_per_s=1)
+    fleet.exchange(0)
     assert sum(fleet.begins_request(0) for _ in range(100)) <= BURST_S
     fleet.tenant = Tenant(name="a")
+    fleet.exchange(0)
     assert all(fleet.begins_request(0) for _ in range(100))
 
 

@@ -212,6 +212,47 @@ async def test_health_is_one_word_without_an_admins_key(client: httpx.AsyncClien
     assert set((await client.get("/health", headers=bearer("ops-key"))).json()) == {"status", "models", "endpoints"}
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "headers"),
+    [
+        ("GET", "/health", []),
+        ("OPTIONS", "/v1/completions", [(b"origin", b"http://page"), (b"access-control-request-method", b"POST")]),
+    ],
+)
+async def test_what_needs_no_key_has_no_body(
+    app: ASGIApp, method: str, path: str, headers: list[tuple[bytes, bytes]]
+) -> None:
+    """Or else anybody could fill the memory that bodies may take together."""
+
+    async def receive() -> Message:
+        raise AssertionError("the body was read")
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        **{"type": "http", "method": method, "path": path, "headers": [*headers, (b"transfer-encoding", b"chunked")]},
+        **{"raw_path": path.encode(), "query_string": b"", "root_path": "", "http_version": "1.1", "scheme": "http"},
+    }
+    await app(scope, receive, send)
+    assert sent[0]["status"] == 200
+
+
+async def test_health_is_for_reading(client: httpx.AsyncClient) -> None:
+    for method in ("POST", "PUT", "DELETE"):
+        assert (await client.request(method, "/health", content=b"x" * 100)).status_code == 401
+
+
+async def test_only_admins_are_told_of_replicas(client: httpx.AsyncClient) -> None:
+    for key, is_told in (("ops-key", True), ("a-key", False)):
+        headers = {**bearer(key), "x-baton-explain": "1"}
+        answer = await client.post("/v1/completions", headers=headers, json=COMPLETION)
+        assert answer.status_code == 200
+        assert ("x-baton-explain" in answer.headers) == is_told
+
+
 async def test_a_browsers_question_before_a_request_needs_no_key(client: httpx.AsyncClient) -> None:
     asks = {"origin": "http://page", "access-control-request-method": "POST"}
     answer = await client.options("/v1/chat/completions", headers=asks)
@@ -533,7 +574,7 @@ async def test_beyond_a_limit_the_answer_is_429_and_says_when_to_come_again(
     statuses = [answer.status_code for answer in answers]
     assert statuses[0] == 200
     assert statuses[-1] == 429
-    assert set(statuses) == {200, 429}
+    assert set(statuses) == {200, 429}, statuses
     refusal = answers[-1]
     assert int(refusal.headers["retry-after"]) >= 1
     assert f"{kind}_per_s" in refusal.text
@@ -557,6 +598,8 @@ async def test_no_more_sequences_at_a_time_than_allowed(limited: ASGIApp, orches
         orchestrator.may_answer.set()
         assert (second.status_code, (await first).status_code) == (429, 200)
         assert "max_sequences" in second.text
+        never = await client.post("/v1/completions", json={**COMPLETION, "n": 2})
+        assert (never.status_code, "max_sequences" in never.text) == (400, True)
         assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 200
 
 

@@ -148,6 +148,13 @@ def test_nobody_waits_for_room_on_decode_while_another_way_is_open() -> None:
     assert chosen(remote(0.1 * EASY_S, "decode"), here) is here
 
 
+def test_why_a_prefill_replica_serves_the_whole_sequence() -> None:
+    slow_link, full = remote(0.1 * EASY_S, pull_s=2 * TTFT_S), local(0.2 * EASY_S, "decode")
+    whole = on_prefill(0.2 * EASY_S)
+    assert place(PREDICTED, SLO, Prospect(100), [slow_link, full, whole]) == (whole, "slow_kv")
+    assert place(PREDICTED, SLO, Prospect(100), [remote(0.1, "decode"), full, whole]) == (whole, "decode_full")
+
+
 def test_a_token_that_comes_alone_is_no_beginning_of_an_answer() -> None:
     slow_link, here = remote(0.1 * EASY_S, pull_s=EASY_S), local(0.9 * EASY_S)
     assert chosen(slow_link, here) is here
@@ -161,6 +168,7 @@ def test_a_way_that_only_slow_kv_makes_late_is_none_while_another_may_soon_have_
     assert chosen(slow_link, local(0.9 * TTFT_S, "prefill")) is None
     assert chosen(slow_link, local(0.9 * TTFT_S, "decode")) is slow_link, "how long decode is full is not known"
     assert chosen(slow_link, local(0.9 * TTFT_S, "decode"), whole := on_prefill(0.9 * TTFT_S)) is whole
+    assert chosen(slow_link, local(0.9 * TTFT_S, "prefill"), waited_s=1.01 * TTFT_S) is slow_link, "not for ever"
     late = remote(2 * TTFT_S)
     assert chosen(late, local(0.9 * TTFT_S, "prefill")) is late, "what is late for another reason is as before"
 

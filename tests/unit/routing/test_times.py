@@ -129,6 +129,24 @@ def test_what_few_tokens_took_says_nothing_of_the_way() -> None:
     assert predictor.ratios() == UNLEARNT
 
 
+def test_a_pair_on_a_slow_way_is_known_among_quick_ones() -> None:
+    """Three of four links are quick, so the median says nothing of the fourth."""
+    predictor = TimePredictor()
+    for seconds in (NOTICED_S + 0.1, NOTICED_S + 0.1, NOTICED_S + 0.1) * 3:
+        predictor.learn_pull(30_000, seconds)
+    slowness = predictor.learn_pull(30_000, 8.0)
+    assert slowness is not None
+    assert predictor.pull_s(30_000, slowness) == pytest.approx(8.0 - 30_000 * S_PER_TOKEN, rel=0.05)
+    assert predictor.pull_s(30_000) == 0
+
+
+def test_what_differs_among_quick_ways_is_no_slowness() -> None:
+    predictor = TimePredictor()
+    for _ in range(WINDOW):
+        assert (predictor.learn_pull(2000, NOTICED_S / 2) or 0) <= 1
+    assert (predictor.learn_pull(2000, NOTICED_S + 0.01) or 0) <= 1
+
+
 def test_one_stall_does_not_make_a_way_slow() -> None:
     predictor = TimePredictor()
     for seconds in (0.1, 0.1, 30.0, 0.1):
