@@ -18,12 +18,11 @@ from random import Random
 from statistics import quantiles
 from typing import TYPE_CHECKING, Annotated
 
-import httpx
 import msgspec
 import typer
 from rich.console import Console
 
-from app.bench.client import find_card, new_client, parse_url
+from app.bench.client import find_card, new_async_client, new_client, parse_url
 from app.bench.picture import COLOURS, PAGE_INCHES
 from app.bench.report import Source, markdown_table, this_run
 from app.cli.entry import run_app, to_app
@@ -95,11 +94,9 @@ class Load:
     def __init__(self, url: str, model: str, seed: int) -> None:
         self._model = model
         self._random = Random(seed)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._clients = {
-            tenant: httpx.AsyncClient(base_url=url, headers={"x-api-key": key}, timeout=ANSWER_TIMEOUT_S, limits=limits)
-            for tenant, key in KEYS.items()
-        }
+        self._clients = {tenant: new_async_client(url, ANSWER_TIMEOUT_S) for tenant in KEYS}
+        for tenant, client in self._clients.items():
+            client.headers["authorization"] = f"Bearer {KEYS[tenant]}"
 
     async def ask(self, tenant: str, began_at: float) -> Reply:
         prompt = self._random.choices(range(300, 2000), k=PROMPT_TOKENS)
@@ -164,7 +161,7 @@ def bench_tenants(
     """Measure what one tenant's flood does to another tenant, and what is served under overload."""
     _, base_url = parse_url("URL", url)
     with new_client(base_url, ANSWER_TIMEOUT_S) as client:
-        client.headers["x-api-key"] = KEYS["quiet"]
+        client.headers["authorization"] = f"Bearer {KEYS['quiet']}"
         model = find_card("URL", client, None)["id"]
     capacity, phases = asyncio.run(measure(base_url, model, seconds, seed))
     source = this_run("python", "-m", "benchmarks.tenants")

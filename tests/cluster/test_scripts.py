@@ -422,7 +422,7 @@ def test_missing_secrets_come_with_the_commands_that_make_them(desk: Desk) -> No
     )
     assert redis.endswith('generic baton-redis --from-literal=password="$(head -c 24 /dev/urandom | base64)"')
     assert desk.server.calls == []
-    desk.put("kubectl", '#!/bin/bash\nprintf "%s\\n" "${@: -2}"\n')
+    desk.put("kubectl", '#!/bin/bash\nprintf "%s\\0" "${@: -2}"\n')
     made = subprocess.run(
         ["bash", "-c", keys.partition("is missing: ")[2]],
         env=desk.environment(),
@@ -430,7 +430,7 @@ def test_missing_secrets_come_with_the_commands_that_make_them(desk: Desk) -> No
         text=True,
         check=True,
     )
-    key, file = (line.split("=", 2)[2] for line in made.stdout.splitlines())
+    key, file, _ = (argument.partition("=")[2].partition("=")[2] for argument in made.stdout.split("\0"))
     (tenant,) = parse_tenants(file)
     assert (tenant.name, tenant.admin, tenant.keys) == ("operators", True, [digest(key.encode()).hex()])
     assert len(key) > 64

@@ -68,7 +68,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "no weight": ("tenants: [{name: a, weight: 0}]", "tenants.0.weight"),
     "an endless weight": ("tenants: [{name: a, weight: .inf}]", "tenants.0.weight"),
     "an endless limit": ("tenants: [{name: a, requests_per_s: .inf}]", "tenants.0.requests_per_s"),
-    "no such date": ("tenants: [{name: 2024-13-01}]", "no YAML"),
+    "no such number": ("tenants: [{name: !!int x}]", "no YAML"),
     "nested too deeply": ("[" * 20_000, "no YAML"),
     "an unknown class": ("tenants: [{name: a, highest_class: first}]", "tenants.0.highest_class"),
     "a group like a path": ("tenants: [{name: a, cache_group: a/b}]", "tenants.0.cache_group"),
