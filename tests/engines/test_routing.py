@@ -90,6 +90,7 @@ def test_both_ways_are_predicted_once_they_were_measured(vllm: Baton) -> None:
         served(vllm, new_prompt(400), mode)
     explained, _ = served(vllm, new_prompt(400))
     ways = explained["expected"]["ways"]
-    assert [way["kind"] for way in ways] == ["remote", "local"]
+    # A third, whole on prefill, if other tests' KV moved slowly: engines on a CPU notice it when their step ends.
+    assert [way["kind"] for way in ways[:2]] == ["remote", "local"]
     assert all(1 < way["ttft_ms"] < 10_000 for way in ways)
     assert explained["reason"] == "configured"
