@@ -151,7 +151,7 @@ def measure(loads: Sequence[Load], before: SeenCapacity, targets: Targets, passe
     seen = max((one.decoding for one in loads), default=0.0)  # not the mean: a new replica fills up only
     in_line = count_in_line(loads, known)
     is_full = in_line >= 1 and in_line > targets.ttft_s * (load.prompts + load.started)  # Little's law
-    if seen and is_full:
+    if seen >= 1 and is_full:  # one that is full decodes all the time: with less, something else is what they wait for
         return msgspec.structs.replace(known, slots=seen)
     return msgspec.structs.replace(known, slots=max(seen, known.slots) if known.slots else 0.0)
 

@@ -171,6 +171,13 @@ def test_a_replica_is_not_slow_because_it_has_little_to_do() -> None:
     assert measure([short], SeenCapacity(), PREFILL, 0.0).tokens_per_s == 200
 
 
+def test_a_replica_that_mostly_decodes_nothing_is_not_full() -> None:
+    """As seen where something else kept 12 sequences waiting: 0.3 slots were learnt, and 12 replicas wanted."""
+    load = decoding(0.3, waiting=12)
+    assert measure([load], QUICK, DECODE, 0.0).slots == 0
+    assert measure([decoding(1.0, waiting=12)], QUICK, DECODE, 0.0).slots == 1
+
+
 def test_slow_transfers_are_no_lack_of_slots() -> None:
     load = decoding(5, waiting=20, transferring=20, started=1)
     assert measure([load], QUICK, DECODE, 0.0).slots == 0
