@@ -197,10 +197,10 @@ class Account:
     def take_limits(self, tenant: Tenant) -> None:
         """Go by the limits that the tenant has now."""
         self.tenant = tenant
-        now = self._clock()
-        for kind, rate in tenant.rates().items():
+        now, rates = self._clock(), tenant.rates()
+        for kind, rate in rates.items():
             self._buckets.setdefault(kind, Bucket(rate, now)).rate = rate
-        for kind in self._buckets.keys() - tenant.rates().keys():
+        for kind in self._buckets.keys() - rates.keys():
             del self._buckets[kind]
 
     def begin_request(self) -> None:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import LimitReached
 from app.frontend import metrics
-from app.frontend.http_middleware import error_body, route_path, shaped
+from app.frontend.http_middleware import error_response, is_anthropic, route_path
 from app.frontend.limit_headers import limit_headers
 from app.frontend.request_body import replay_body
 from app.tenant_usage import Accounts
@@ -59,11 +59,12 @@ class Authentication:
         if scope["type"] == "http":
             if self._keys is None:
                 scope["baton.tenant"] = self._others
-            elif (refusal := self._admit(self._keys, scope)) is not None:
-                await refusal(scope, receive, self._telling(scope, send))
-                return
             else:
+                refusal = self._admit(self._keys, scope)
                 send = self._telling(scope, send)
+                if refusal is not None:
+                    await refusal(scope, receive, send)
+                    return
                 if scope["baton.tenant"] is ANYONE:
                     receive = replay_body(b"", receive)  # whoever has no key shall not fill the memory for bodies
         elif scope["type"] == "websocket" and self._keys is not None:
@@ -80,7 +81,7 @@ class Authentication:
 
         async def tell(message: Message) -> None:
             if message["type"] == "http.response.start":
-                told = limit_headers(account, is_anthropic="/v1/messages" in scope["path"])
+                told = limit_headers(account, is_anthropic=is_anthropic(scope))
                 message = {**message, "headers": [*message.get("headers", ()), *told]}
             await send(message)
 
@@ -103,7 +104,9 @@ class Authentication:
             try:
                 self._accounts.of(tenant).begin_request()
             except LimitReached as error:
-                return _too_many(scope, error)
+                headers = {"retry-after": str(math.ceil(error.retry_after_s))}
+                status = HTTPStatus.TOO_MANY_REQUESTS
+                return error_response(scope, str(error), "rate_limit_error", status, headers=headers)
         return None
 
 
@@ -130,12 +133,6 @@ def _keys_shown(scope: Scope) -> Iterator[bytes]:
             yield value
 
 
-def _too_many(scope: Scope, error: LimitReached) -> JSONResponse:
-    body = shaped(error_body(str(error), "rate_limit_error", HTTPStatus.TOO_MANY_REQUESTS)["error"], scope)
-    headers = {"retry-after": str(math.ceil(error.retry_after_s))}
-    return JSONResponse(body, status_code=HTTPStatus.TOO_MANY_REQUESTS, headers=headers)
-
-
 def _refuse(scope: Scope, reason: str, message: str) -> JSONResponse:
     """Return the answer to a request without the right key, in the shape that its API's clients expect.
 
@@ -145,5 +142,4 @@ def _refuse(scope: Scope, reason: str, message: str) -> JSONResponse:
     status = HTTPStatus.FORBIDDEN if reason == "not_admin" else HTTPStatus.UNAUTHORIZED
     kind = "permission_error" if reason == "not_admin" else "authentication_error"
     headers = {"www-authenticate": "Bearer"} if status is HTTPStatus.UNAUTHORIZED else {}
-    body = shaped(error_body(message, kind, status)["error"], scope)
-    return JSONResponse(body, status_code=status, headers=headers)
+    return error_response(scope, message, kind, status, headers=headers)

@@ -221,8 +221,8 @@ class Deadline:
             asked = dict(scope["headers"]).get(TIMEOUT_HEADER)
             if asked is not None and (not _SECONDS.fullmatch(asked) or float(asked) == 0):
                 name = TIMEOUT_HEADER.decode()
-                error = error_body(f"{name} must be a number of seconds above 0.", "BadRequestError", 400, name)
-                await JSONResponse(shaped(error["error"], scope), status_code=400)(scope, receive, send)
+                problem = f"{name} must be a number of seconds above 0."
+                await error_response(scope, problem, "BadRequestError", 400, param=name)(scope, receive, send)
                 return
             seconds = self._max_request_s if asked is None else min(self._max_request_s, float(asked))
             current_request().deadline = time.monotonic() + seconds
@@ -291,7 +291,7 @@ class _HeldResponse:
 
     async def _replace(self, error: dict[str, Any]) -> None:
         self._is_replaced = True
-        response = JSONResponse(shaped(error, self._scope), status_code=error["code"])
+        response = JSONResponse(_shaped(error, self._scope), status_code=error["code"])
         await response(self._scope, self._receive, self._send)
 
 
@@ -301,9 +301,28 @@ def _is_start_of_event_stream(message: Message) -> bool:
     )
 
 
-def shaped(error: dict[str, Any], scope: Scope) -> dict[str, Any]:
+def is_anthropic(scope: Scope) -> bool:
+    """Whether a request is one of Anthropic's API."""
+    return "/v1/messages" in scope.get("path", "")
+
+
+def error_response(
+    scope: Scope,
+    message: str,
+    kind: str,
+    status: int,
+    *,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """Return the answer to a request that is refused, in the format of its API."""
+    body = _shaped(error_body(message, kind, status, param)["error"], scope)
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def _shaped(error: dict[str, Any], scope: Scope) -> dict[str, Any]:
     """Return a response body for `error`: in Anthropic's format for /v1/messages, else in OpenAI's."""
-    if "/v1/messages" in scope.get("path", ""):
+    if is_anthropic(scope):
         return {"type": "error", "error": {"type": error["type"], "message": error["message"]}}
     return {"error": error}
 

@@ -10,10 +10,9 @@ from collections.abc import Collection
 from http import HTTPStatus
 
 import msgspec
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.frontend.http_middleware import error_body, route_path, shaped
+from app.frontend.http_middleware import error_response, route_path
 from app.frontend.request_body import read_body, replay_body
 from app.frontend.request_context import current_request
 from app.tenants import Tenant
@@ -52,9 +51,9 @@ class ModelDispatch:
             await app(scope, replay_body(body, receive), send)
 
     def _choose(self, body: bytes, tenant: Tenant) -> ASGIApp:
-        apps = {name: app for name, app in self._apps.items() if tenant.may_use(name)}
         if not body:
             return self._first
+        apps = {name: app for name, app in self._apps.items() if tenant.may_use(name)}
         try:
             model = _DECODER.decode(body).model
         except msgspec.DecodeError:  # any application can say what is wrong with it
@@ -82,10 +81,10 @@ def _refusal(problem: str, status: int, apps: Collection[str]) -> ASGIApp:
     """Return what answers a request that is for none of `apps`, which its client may know of."""
     names = ", ".join(f"`{name}`" for name in apps) or "none that you may use"
     kind = "NotFoundError" if status == HTTPStatus.NOT_FOUND else "BadRequestError"
-    body = error_body(f"{problem}; this server has {names}.", kind, status, "model")
 
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-        await JSONResponse(shaped(body["error"], scope), status_code=status)(scope, receive, send)
+        message = f"{problem}; this server has {names}."
+        await error_response(scope, message, kind, status, param="model")(scope, receive, send)
 
     return refuse
 

@@ -187,7 +187,9 @@ async def test_refusals_are_counted(client: httpx.AsyncClient) -> None:
     assert [now - then for now, then in zip(counts(), before, strict=True)] == [1, 1, 1]
 
 
-async def test_nothing_of_a_body_is_read_without_a_key(app: ASGIApp) -> None:
+async def status_without_body(app: ASGIApp, scope: dict[str, Any]) -> int:
+    """Return the status of the answer to a request of whose body nothing may be read."""
+
     async def receive() -> Message:
         raise AssertionError("the body was read")
 
@@ -196,14 +198,18 @@ async def test_nothing_of_a_body_is_read_without_a_key(app: ASGIApp) -> None:
     async def send(message: Message) -> None:
         sent.append(message)
 
+    await app(scope, receive, send)
+    return int(sent[0]["status"])
+
+
+async def test_nothing_of_a_body_is_read_without_a_key(app: ASGIApp) -> None:
     scope = {
         "type": "http",
         "method": "POST",
         "path": "/v1/completions",
         "headers": [(b"content-length", b"999999999")],
     }
-    await app(scope, receive, send)
-    assert sent[0]["status"] == 401
+    assert await status_without_body(app, scope) == 401
 
 
 async def test_health_is_one_word_without_an_admins_key(client: httpx.AsyncClient) -> None:
@@ -224,20 +230,11 @@ async def test_what_needs_no_key_has_no_body(
 ) -> None:
     """Or else anybody could fill the memory that bodies may take together."""
 
-    async def receive() -> Message:
-        raise AssertionError("the body was read")
-
-    sent: list[Message] = []
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
     scope = {
         **{"type": "http", "method": method, "path": path, "headers": [*headers, (b"transfer-encoding", b"chunked")]},
         **{"raw_path": path.encode(), "query_string": b"", "root_path": "", "http_version": "1.1", "scheme": "http"},
     }
-    await app(scope, receive, send)
-    assert sent[0]["status"] == 200
+    assert await status_without_body(app, scope) == 200
 
 
 async def test_health_is_for_reading(client: httpx.AsyncClient) -> None:
@@ -603,8 +600,9 @@ async def test_no_more_sequences_at_a_time_than_allowed(limited: ASGIApp, orches
         assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 200
 
 
-async def test_the_clients_retries_get_through(limited: ASGIApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of openai and anthropic wait as long as they are told to."""
+async def test_clients_wait_as_long_as_they_are_told_before_they_try_again(
+    limited: ASGIApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waits: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -623,9 +621,11 @@ async def test_the_clients_retries_get_through(limited: ASGIApp, monkeypatch: py
         assert len(waits) == 1
         assert waits[0] >= 1
         of_anthropic = anthropic.AsyncAnthropic(
-            base_url="http://test", api_key="requests-anthropic", http_client=http, max_retries=0
+            base_url="http://test", api_key="requests-anthropic", http_client=http, max_retries=1
         )
         for _ in range(2):
             await of_anthropic.messages.create(**CHAT)
         with pytest.raises(anthropic.RateLimitError):
             await of_anthropic.messages.create(**CHAT)
+        assert len(waits) == 2
+        assert waits[1] >= 1

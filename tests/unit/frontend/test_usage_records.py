@@ -9,6 +9,7 @@ import pytest
 
 from app.errors import ConfigError
 from app.frontend.usage_records import UsageLine, UsageRecords, record_usage
+from tests.conftest import wait_until
 
 
 def line(tenant: str) -> UsageLine:
@@ -39,8 +40,7 @@ def test_lines_are_appended_until_it_is_closed(tmp_path: Path) -> None:
 def test_a_file_that_was_moved_away_is_begun_anew(tmp_path: Path) -> None:
     records = UsageRecords(str(tmp_path), "f")
     record_usage(line("a"))
-    while not records.path.read_text():
-        pass
+    wait_until(records.path.read_text, 10, "the first line is written")
     records.path.rename(tmp_path / "old")
     record_usage(line("b"))
     records.close()
