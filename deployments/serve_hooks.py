@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextvars
 from typing import Any
 
+import ray
+
 from app.upstream import check_attributes, check_parameters, check_uses, needed
 
 with needed("ray", "keep replicas whose arguments have not changed"):
@@ -236,7 +238,12 @@ def find_serve() -> None:
 
 
 def http_host() -> str | None:
-    """Return the address at which Serve listens for requests; None if Serve does not run."""
+    """Return the address at which Serve listens for requests; None if Serve does not run.
+
+    Nor does it outside a cluster, where Serve's own look-up would start one.
+    """
+    if not ray.is_initialized():
+        return None
     client = _get_global_client(raise_if_no_controller_running=False)
     host: str | None = client.http_config.host if client is not None else None
     return host

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
@@ -12,6 +12,17 @@ from app.cli.main import main
 
 settings.register_profile("unit", deadline=None)
 settings.load_profile("unit")
+
+
+@pytest.fixture(autouse=True)
+def no_cluster() -> Iterator[None]:
+    """Fail a test that starts a Ray cluster, as many of Ray's functions do without being asked."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+        pytest.fail("This test started a Ray cluster.")
+
 
 Command = Callable[..., tuple[object, str, str]]
 
