@@ -78,7 +78,7 @@ class CannotResume(BatonError):
 
 
 class TakenElsewhere(BatonError):
-    """A sequence goes on at another replica, as its own is being removed and asked for that; nobody failed.
+    """A sequence goes on at another replica, as its own is being removed, or later, as it was preempted; nobody failed.
 
     It only ends the attempt, inside the frontend.
     """

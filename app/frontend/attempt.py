@@ -73,7 +73,7 @@ class DecodePool(Protocol):
         Without a handoff, `local_reason` says why there is none.
 
         Raises ReplicaLost, EngineDead, EngineFailed or InvalidRequest, PrefillFailed before the first delta, and
-        TakenElsewhere once `SequenceProgress.on_leaving` has let the replica go.
+        TakenElsewhere once `SequenceProgress.let_go` was called.
         """
 
 
@@ -109,6 +109,8 @@ class Job(msgspec.Struct):
     """When it last could be served by a model that had slept; until then it waited in no line."""
     why_again: ResumeReason = "lost"
     """Why the last attempt did not serve it."""
+    num_preempted: int = 0
+    """How often it gave way to a request of a higher class."""
     place: tuple[Decision, InFlight] | None = None
     """What the next attempt is to go by, if it was decided already; the sequence counts on its replicas."""
 

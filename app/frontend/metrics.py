@@ -118,7 +118,7 @@ INTER_TOKEN_LATENCY = InterTokenLatency()
 REGISTRY.register(INTER_TOKEN_LATENCY)
 RESUME_GAP = Histogram(
     "baton_resume_gap_seconds",
-    "How long clients waited for the next token of sequences that were resumed, as their replica was lost or drained.",
+    "How long clients waited for the next token of sequences that went on elsewhere or later, by the reason.",
     ["model", "reason"],
     buckets=_LATENCY_BUCKETS_S,
 )

@@ -13,7 +13,9 @@
    After the first token the sequence is resumed: what was generated is added to the prompt, and goes on as output.
 5. If the decode replica is being removed and asks for it, the sequence goes on elsewhere in the same way.  Another
    replica must have room for it first; until then it stays where it is, and no attempt counts as failed.
-6. What failed is left out for a while (app/routing/ejection.py).  A request that may have ended an engine is tried once
+6. If decode has no room for a request of a higher class, a sequence of class `flex` gives up its place and waits in
+   line for another one (app/routing/preemption.py).  Its stream pauses meanwhile, and no attempt counts as failed.
+7. What failed is left out for a while (app/routing/ejection.py).  A request that may have ended an engine is tried once
    more, and is refused when it has ended two, or three if others may have done it (app/routing/quarantine.py).  All
    retries together are bounded (app/routing/retry_budget.py).
 
@@ -26,7 +28,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 
 import msgspec
@@ -49,6 +51,7 @@ from app.frontend.waking import Waker
 from app.messages import GenerateRequest
 from app.routing.decision import Decision, RoutingHints, Wait
 from app.routing.in_flight import InFlight
+from app.routing.preemption import MAX_PREEMPTIONS, PREEMPTED, Running
 from app.routing.quarantine import Quarantine
 from app.routing.retry_budget import RetryBudget
 from app.routing.router import NO_HINTS, Router
@@ -143,7 +146,8 @@ class Orchestrator:
                 on_decision(decision)
                 attempt = Attempt(self._pools, job, decision, in_flight, self.line, self.quarantine, exposure)
                 job.progress.on_leaving = partial(self._take_elsewhere, job, attempt)
-                return await self._serve(job, attempt, overdue)
+                with self._preemptible(job, attempt, in_flight):
+                    return await self._serve(job, attempt, overdue)
             finally:
                 in_flight.end()
                 self.line.on_news()
@@ -236,7 +240,36 @@ class Orchestrator:
             "request_id=%s goes on elsewhere after %d tokens", job.request.request_id, len(job.progress.token_ids)
         )
 
-    def _take_elsewhere(self, job: Job, attempt: Attempt, let_go: Callable[[], object]) -> None:
+    def _preemptible(self, job: Job, attempt: Attempt, in_flight: InFlight) -> AbstractContextManager[None]:
+        """Let the sequence give way to others while the block runs, if it is of the class that does."""
+        if job.hints.service_class != PREEMPTED:
+            return nullcontext()
+        running = Running(in_flight, partial(self._preemptible_tokens, job), partial(self._preempt, job, attempt))
+        return self.line.preemption.of(running)
+
+    def _preemptible_tokens(self, job: Job) -> int | None:
+        """Return how many tokens the attempt has generated; None if the sequence must not give way now.
+
+        Not before decode has the KV: pulled in vain, or never, it would be held on prefill for its lease.
+        """
+        progress = job.progress
+        is_decoding = progress.has_first_token and not progress.waits_for_kv
+        if not is_decoding or job.place is not None or job.num_preempted == MAX_PREEMPTIONS or not self._can_go_on(job):
+            return None
+        return len(progress.token_ids) - job.request.num_replayed
+
+    def _preempt(self, job: Job, attempt: Attempt) -> None:
+        """Have the sequence wait in line and go on later after the tokens that there are when the replica is let go."""
+        job.num_preempted += 1
+        job.request, job.why_again = job.original.resumed(job.progress.token_ids), "preempted"
+        job.progress.pause()
+        job.progress.let_go()
+        logger.info(
+            "request_id=%s replica=%s is preempted after %d tokens: a higher class needs its place",
+            *(job.request.request_id, attempt.serving, len(job.progress.token_ids)),
+        )
+
+    def _take_elsewhere(self, job: Job, attempt: Attempt) -> None:
         """Have the sequence go on elsewhere if another replica has room for it now, as its own asks for.
 
         If none has, or if engines cannot go on with it, it stays where it is.  The tokens that the next attempt goes on
@@ -256,7 +289,7 @@ class Orchestrator:
         job.lost.add(attempt.serving)
         job.request, job.why_again = request, "drained"
         job.place = decision, self._router.begin(request, decision)
-        let_go()
+        job.progress.let_go()
         logger.info(
             "request_id=%s replica=%s is drained: goes on at %s after %d tokens",
             *(request.request_id, attempt.serving, decision.serving.replica, len(token_ids)),
@@ -311,8 +344,13 @@ class Orchestrator:
             turn.set_result((decision, in_flight))
 
         since = max(job.progress.waits_since, job.woken_at)
-        was_served = job.num_attempts > 0
-        ticket = self.line.join(job.request, job.hints, lost, since, on_turn, turn.set_exception, was_served=was_served)
+        was_preempted = job.why_again == "preempted"
+        was_served = job.num_attempts > 0 and not was_preempted
+        ticket = self.line.join(
+            *(job.request, job.hints, lost, since, on_turn, turn.set_exception),
+            was_served=was_served,
+            was_preempted=was_preempted,
+        )
         if ticket is None:
             return turn.result()
         try:

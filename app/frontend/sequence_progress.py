@@ -11,9 +11,9 @@ import msgspec
 from app.messages import Emit, PrefillKind, PrefillReport, TokenDelta
 from app.observers import tell
 
-ResumeReason = Literal["lost", "drained", "failed"]
+ResumeReason = Literal["lost", "drained", "failed", "preempted"]
 """Why a sequence went on elsewhere: its replica was *lost*, or is being removed and was *drained*, or its engine
-*failed* this sequence and serves others."""
+*failed* this sequence and serves others, or it was *preempted* as a request of a higher class needed its place."""
 
 
 class SequenceProgress:
@@ -31,7 +31,7 @@ class SequenceProgress:
     def __init__(self, emit: Emit, clock: Callable[[], float] = time.monotonic) -> None:
         """`emit` gets each delta after it has been recorded here."""
         self.arrived_at = self.last_token_at = self.waits_since = clock()
-        """`waits_since` is when the client began to wait for the next attempt's first token."""
+        """`waits_since` is when the client began to wait for the next attempt's first token; a pause does not count."""
         self.token_ids: list[int] = []
         """All tokens that were generated, by all attempts."""
         self.first_token_at: float | None = None
@@ -57,9 +57,14 @@ class SequenceProgress:
         """Called before the first delta is passed on, with the seconds since the start of the attempt."""
         self.on_report: Callable[[PrefillReport], object] = lambda report: None
         """Called with each report, before `on_first`."""
-        self.on_leaving: Callable[[Callable[[], object]], object] = lambda let_go: None
-        """Called when the replica asks to have the sequence taken elsewhere, with a function that makes
-        `DecodePool.generate` raise TakenElsewhere.  Nothing that the replica sends counts from then on."""
+        self.on_leaving: Callable[[], object] = lambda: None
+        """Called when the replica asks to have the sequence taken elsewhere."""
+        self.let_go: Callable[[], object] = lambda: None
+        """Makes `DecodePool.generate`, which sets it, raise TakenElsewhere.  Nothing that the replica sends counts from
+        then on."""
+        self.is_paused = False
+        """Whether the sequence waits in line for room to go on, for as long as that takes: no token is overdue."""
+        self._paused_until = self.arrived_at
         self._emit = emit
         self._clock = clock
         self._resume_reason: ResumeReason = "lost"
@@ -88,9 +93,15 @@ class SequenceProgress:
         """Note the start of an attempt: replicas have been chosen, for the first time, or again for this reason."""
         self._resume_reason = why_again
         self.attempt_began_at = self._clock()
-        self.waits_since = self.last_token_at
+        if self.is_paused:
+            self.is_paused, self._paused_until = False, self.attempt_began_at
+        self.waits_since = max(self.last_token_at, self._paused_until)
         self.has_first_token = False
         self.report = None
+
+    def pause(self) -> None:
+        """Note that the sequence waits in line from now on, until the next attempt begins."""
+        self.is_paused, self.waits_since = True, self._clock()
 
     def take(self, delta: TokenDelta) -> None:
         """Record a delta and pass it on, whatever becomes of those who are told of it.  Raises what `emit` raises."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Literal
@@ -23,7 +24,7 @@ async def in_time(progress: SequenceProgress, limits: LimitsConfig, deadline: fl
     """Cancel the block once a delta is overdue, and raise TimeoutError from it; at `deadline`, DeadlineExceeded.
 
     `deadline` is in seconds of the clock of `progress`.  What the block gets says why it was cancelled; if nothing is
-    overdue, the client has gone.
+    overdue, the client has gone.  No token of a sequence that is paused is overdue.
 
     Deltas cost nothing here: a timer checks now and then whether one is overdue.  It does so at least every
     `itl_timeout_s`, so that it is in time for the second delta too, whenever the first one comes.
@@ -33,7 +34,9 @@ async def in_time(progress: SequenceProgress, limits: LimitsConfig, deadline: fl
 
     def look() -> None:
         nonlocal timer
-        if progress.has_first_token and not progress.waits_for_kv:
+        if progress.is_paused:
+            due = math.inf
+        elif progress.has_first_token and not progress.waits_for_kv:
             due = progress.last_token_at + limits.itl_timeout_s
         else:
             due = progress.waits_since + limits.ttft_timeout_s

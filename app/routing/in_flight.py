@@ -19,7 +19,7 @@ class InFlight:
         self._state = state
         self._request = request
         self._decision = decision
-        self._num_tokens = len(request.prompt_token_ids)
+        self.num_tokens = len(request.prompt_token_ids)
         self.began_at = state.clock()
         # A replica may have gone since the decision; whoever calls it finds out.
         self._prefill = state.by_role.find(decision.prefill.replica) if decision.prefill else None
@@ -34,8 +34,8 @@ class InFlight:
     def _count_prompt(self, cached_tokens: int) -> None:
         decision, computing = self._decision, self._computing
         if computing is not None:
-            compute_s = computing.pace.compute_s(self._num_tokens, cached_tokens)
-            self._until_first.enter_context(computing.queued_tokens.counting(self._num_tokens - cached_tokens))
+            compute_s = computing.pace.compute_s(self.num_tokens, cached_tokens)
+            self._until_first.enter_context(computing.queued_tokens.counting(self.num_tokens - cached_tokens))
             self._until_first.enter_context(computing.compute_s.counting(compute_s))
         if self._prefill is not None:
             self._until_first.enter_context(self._prefill.sequences.counting(1))
@@ -53,8 +53,8 @@ class InFlight:
         if (state := self._serving) is None:
             return
         self._until_end.enter_context(state.sequences.counting(1))
-        self._until_end.enter_context(state.kv_tokens.counting(self._num_tokens))
-        num_blocks = state.num_blocks(self._num_tokens - serving.cached_tokens)
+        self._until_end.enter_context(state.kv_tokens.counting(self.num_tokens))
+        num_blocks = state.num_blocks(self.num_tokens - serving.cached_tokens)
         self._until_end.enter_context(state.used_blocks.counting(num_blocks))
         if self._decision.serving_role == "prefill":  # there `sequences` counts prompts for others as well
             self._until_end.enter_context(state.decoding.counting(1))
@@ -85,13 +85,13 @@ class InFlight:
         if computing is None:
             return
         cached = report.cached_tokens if report.prefill_cached_tokens is None else report.prefill_cached_tokens
-        expected = PromptTimes(self._queue_s, computing.pace.prompt_s(self._num_tokens, cached))
+        expected = PromptTimes(self._queue_s, computing.pace.prompt_s(self.num_tokens, cached))
         if self._decision.kind == "local":
             predictor.learn_local(expected, ttft_s)
             return
         if self._prefill is not None and report.prefill_s is not None:
             self._prefill.prompt_slowness.learn(expected.total_s, report.prefill_s)
-        num_moved = report.transferred_tokens or self._num_tokens - self.serving.cached_tokens
+        num_moved = report.transferred_tokens or self.num_tokens - self.serving.cached_tokens
         waited_for_kv = report.transferred_tokens is not None
         slowness = predictor.learn_remote(expected, ttft_s, report.prefill_s, num_moved, waited_for_kv=waited_for_kv)
         if waited_for_kv:

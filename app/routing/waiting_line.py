@@ -10,13 +10,16 @@
    LATE_TURN turns is for the late ones, so that each is served.
 5. Who would wait longer than ``limits.max_ttft_ms`` is refused, as soon as that is predicted.  Those behind it do not
    count: a lower class never makes a higher one too late.  Whom one that goes before makes too late is refused.
+6. If decode has no room for one in front, sequences of the lowest class give way to it (app/routing/preemption.py).
+   They wait in their class before all others of their tenant, and are never refused.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from random import uniform
 
@@ -27,6 +30,7 @@ from app.messages import GenerateRequest
 from app.routing.decision import SERVICE_CLASSES, Decision, Lack, RoutingHints, Wait
 from app.routing.fair_order import FairOrder, Flow
 from app.routing.in_flight import InFlight
+from app.routing.preemption import PREEMPTED, Preemption, Running
 from app.routing.router import Router
 
 SOONEST_LOOK_S, LATEST_LOOK_S = 0.001, 0.009
@@ -68,6 +72,10 @@ class Ticket(msgspec.Struct, eq=False):
     flow: TenantLine
     tokens: float
     """What it takes of its tenant's part if nothing of its prompt is cached."""
+    was_preempted: bool = False
+    """Whether it has tokens already, and gave way to a higher class."""
+    may_preempt_at: float = 0.0
+    """When it is worth asking again whether others can give way to it."""
     is_late: bool = False
     has_left: bool = False
 
@@ -89,26 +97,26 @@ class TenantLine(Flow):
         self.num_turns = num_turns
         self.work_s = 0.0
         """The sum of `Ticket.alone_s`."""
+        self.preempted: deque[Ticket] = deque()
         self.in_time: deque[Ticket] = deque()
         self.late: deque[Ticket] = deque()
 
     def tickets(self) -> Iterator[Ticket]:
-        return (ticket for ticket in chain(self.in_time, self.late) if not ticket.has_left)
+        return (ticket for ticket in chain(self.preempted, self.in_time, self.late) if not ticket.has_left)
 
     def front(self) -> list[Ticket]:
         """Return those that are to try, in this order.  The first one that is late has not left."""
         front = list(islice((ticket for ticket in self.in_time if not ticket.has_left), NUM_TRIED))
         if self.late:
             front.insert(0 if self.num_turns % LATE_TURN == LATE_TURN - 1 else len(front), self.late[0])
-        return front
+        return [*islice((ticket for ticket in self.preempted if not ticket.has_left), NUM_TRIED), *front]
 
     def last(self) -> Ticket:
         """Return the one that has the last turn.  One must wait."""
-        while self.late and self.late[-1].has_left:
-            self.late.pop()
-        while not self.late and self.in_time[-1].has_left:
-            self.in_time.pop()
-        return (self.late or self.in_time)[-1]
+        for tickets in (self.late, self.in_time, self.preempted):
+            while tickets and tickets[-1].has_left:
+                tickets.pop()
+        return (self.late or self.in_time or self.preempted)[-1]
 
 
 class WaitingLine:
@@ -135,6 +143,7 @@ class WaitingLine:
         self._will_look = self._will_beat = False
         self._served_s = self._passed_s = 0.0
         self._rated_at = self._sorted_at = self._clock()
+        self.preemption = Preemption(router)
         router.on_change(self.on_news)
 
     def join(
@@ -147,12 +156,14 @@ class WaitingLine:
         on_error: Callable[[BatonError], object],
         *,
         was_served: bool = False,
+        was_preempted: bool = False,
     ) -> Ticket | None:
         """Call `on_turn` once it is the request's turn, which may be at once; then this returns None.
 
         `on_turn` gets the decision; from then on the sequence counts as in flight.  `on_error` is called instead if
         the request is refused while it waits.  If it was served before, and lost its replica, it goes before all others
-        and takes nothing of its tenant's part again.  Raises Overloaded if it is refused at once, and whatever
+        and takes nothing of its tenant's part again.  If it was preempted, it takes nothing again either, and goes
+        before the others of its tenant and class.  Raises Overloaded if it is refused at once, and whatever
         `Router.decide` raises.
         """
         waited_s = self._clock() - arrived_at
@@ -170,8 +181,8 @@ class WaitingLine:
         if not self.num_waiting:
             self._rated_at = self._clock()
         flow = self.orders[rank].flow("" if was_served else hints.tenant)
-        tokens = len(request.prompt_token_ids) + self._expected_output(request)
-        ticket = Ticket(request, hints, lost, arrived_at, on_turn, on_error, alone_s, rank, flow, tokens)
+        tokens = 0.0 if was_preempted else len(request.prompt_token_ids) + self._expected_output(request)
+        ticket = Ticket(request, hints, lost, arrived_at, on_turn, on_error, alone_s, rank, flow, tokens, was_preempted)
         self._admit(ticket)
         self.lacks = self.lacks or lacks
         self.on_news()
@@ -198,7 +209,7 @@ class WaitingLine:
         has_time_for_all = self._excess_s(ticket, self.predicted_wait_s()) <= 0
         if not has_time_for_all and (excess_s := self._excess_s(ticket, self._turn_in_s(ticket))) > 0:
             raise Overloaded(min(LONGEST_RETRY_S, excess_s))
-        ticket.flow.in_time.append(ticket)
+        (ticket.flow.preempted if ticket.was_preempted else ticket.flow.in_time).append(ticket)
         self._count(ticket, 1)
         if not has_time_for_all:
             self._make_room(ticket)
@@ -277,6 +288,8 @@ class WaitingLine:
         those who are too late altogether.
         """
         now, in_time, late = self._clock(), flow.in_time, flow.late
+        while flow.preempted and flow.preempted[0].has_left:
+            flow.preempted.popleft()
         while in_time:
             first = in_time[0]
             if not first.has_left and now - first.arrived_at + first.alone_s <= self._ttft_s:
@@ -303,11 +316,9 @@ class WaitingLine:
         return True
 
     def _try(self, ticket: Ticket, *, is_first: bool) -> bool:
-        waited_s, others = self._clock() - ticket.arrived_at, self.queued_tokens - ticket.num_tokens
+        waited_s = self._clock() - ticket.arrived_at
         try:
-            choice = self._router.decide(
-                ticket.request, ticket.hints, ticket.lost, waited_s=waited_s, waiting_tokens=others
-            )
+            choice, victims = self._choose(ticket, waited_s)
         except BatonError as error:
             self.leave(ticket)
             ticket.on_error(error)
@@ -316,18 +327,34 @@ class WaitingLine:
             if is_first:
                 self.lacks = choice.lacks
             return False
-        if not ticket.is_late and waited_s + choice.predicted_ttft_s > self._ttft_s:
+        if not (ticket.is_late or ticket.was_preempted) and waited_s + choice.predicted_ttft_s > self._ttft_s:
             ticket.flow.in_time.remove(ticket)
             self._let_others_pass(ticket)
             return True
-        weight = ticket.hints.weight
-        self.orders[ticket.rank].charge(ticket.flow, (ticket.tokens - choice.expected_cached_tokens) / weight)
+        self.preemption.preempt(victims)
+        charged = max(0.0, ticket.tokens - choice.expected_cached_tokens)
+        self.orders[ticket.rank].charge(ticket.flow, charged / ticket.hints.weight)
         self.leave(ticket)
         self._num_turns += 1
         ticket.flow.num_turns += 1
         self._rate(ticket.alone_s)
         ticket.on_turn(choice, self._router.begin(ticket.request, choice))
         return True
+
+    def _choose(self, ticket: Ticket, waited_s: float) -> tuple[Decision | Wait, Sequence[Running]]:
+        """Return the router's decision, and who is to give way for it."""
+        others = self.queued_tokens - ticket.num_tokens
+        decide = partial(
+            self._router.decide, ticket.request, ticket.hints, ticket.lost, waited_s=waited_s, waiting_tokens=others
+        )
+        choice, now = decide(), self._clock()
+        may_preempt = ticket.hints.service_class != PREEMPTED and ticket.may_preempt_at <= now
+        if not (isinstance(choice, Wait) and choice.lacks == "decode" and may_preempt):
+            return choice, ()
+        if not (candidates := self.preemption.candidates()):
+            return choice, ()
+        ticket.may_preempt_at = now + HEARTBEAT_S
+        return self.preemption.plan(candidates, ticket.num_tokens, decide) or (choice, ())
 
     def _rate(self, served_s: float) -> None:
         """Take note that work of `served_s` seconds was served, and of the time that has passed meanwhile."""
@@ -360,5 +387,7 @@ class WaitingLine:
 
     def _excess_s(self, ticket: Ticket, wait_s: float) -> float:
         """Return by how much a request will be later than `max_ttft_ms` allows if its turn is in `wait_s` seconds."""
+        if ticket.was_preempted:
+            return -math.inf
         waited_s = self._clock() - ticket.arrived_at
         return waited_s + wait_s + ticket.alone_s - self._max_ttft_s

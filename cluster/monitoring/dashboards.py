@@ -214,7 +214,7 @@ OVERVIEW = [
             Panel(
                 "Resumed sequences",
                 "Sequences that went on elsewhere in mid-answer, in each interval: their replica was lost, or drained "
-                "as it was being removed.",
+                "as it was being removed, or they gave way to a higher class.",
                 "short",
                 {
                     "sum by (model, reason) "

@@ -106,8 +106,8 @@ class RayDeployment:
     ) -> None:
         channel = self.channels.channel(replica)
         sequence = channel.submit(request, progress.take, has_handoff=handoff is not None, local_reason=local_reason)
-        let_go = partial(sequence.fail, TakenElsewhere())
-        sequence.on_leaving = lambda: progress.on_leaving(let_go)
+        progress.let_go = partial(sequence.fail, TakenElsewhere())
+        sequence.on_leaving = lambda: progress.on_leaving()
         try:
             if isinstance(handoff, RayHandoff):
                 self._hand_over(handoff, channel, sequence, replica, progress)

@@ -159,12 +159,13 @@ async def test_attach_is_not_called_again_when_decode_is_gone(monkeypatch: pytes
 
 async def test_a_replica_that_leaves_is_let_go_when_the_orchestrator_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     served = Served(monkeypatch)
-    asked: list[Callable[[], object]] = []
-    served.progress.on_leaving = asked.append
+    asked: list[None] = []
+    served.progress.on_leaving = lambda: asked.append(None)
     sequence = await served.begin(FIRST)
     sequence.on_leaving()
     assert not sequence.ended.done()
-    asked[0]()
+    assert asked
+    served.progress.let_go()
     with pytest.raises(TakenElsewhere):
         await served.task
     assert served.channel.finished == [sequence]

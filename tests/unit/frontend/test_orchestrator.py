@@ -138,6 +138,8 @@ class FakeDecode:
         script = self.scripts[min(len(self.calls), len(self.scripts) - 1)]
         self.calls.append(Call(request, handoff, local_reason, replica))
         self.num_open += 1
+        let_go = asyncio.Event()
+        progress.let_go = let_go.set
         try:
             for step in script:
                 if isinstance(step, Exception):
@@ -146,13 +148,13 @@ class FakeDecode:
                     progress.take(step)
                     await asyncio.sleep(0)
                 elif step == LEAVES:
-                    let_go: list[None] = []
-                    progress.on_leaving(partial(let_go.append, None))
-                    if let_go:
+                    progress.on_leaving()
+                    if let_go.is_set():
                         raise TakenElsewhere
                 else:
                     self.is_hanging.set()
-                    await asyncio.Event().wait()
+                    await let_go.wait()
+                    raise TakenElsewhere
         finally:
             self.num_open -= 1
 
@@ -421,7 +423,8 @@ async def test_what_lost_its_replica_joins_the_line_as_served_before(before: lis
     server = orchestrator(None, FakeDecode(["d0", "d1"], before, [LAST]))
     join, joined = server.line.join, list[bool]()
 
-    def noting(*args: Any, was_served: bool) -> Any:
+    def noting(*args: Any, was_served: bool, was_preempted: bool) -> Any:
+        assert not was_preempted
         joined.append(was_served)
         return join(*args, was_served=was_served)
 
@@ -521,11 +524,12 @@ async def test_without_a_place_elsewhere_a_sequence_stays_and_is_asked_for_again
     if why == "left out":
         server._router.ejections.failed("d1", STRONG, server._router.clock())
     let_go: list[None] = []
-    progress.on_leaving(partial(let_go.append, None))
+    progress.let_go = partial(let_go.append, None)
+    progress.on_leaving()
     assert not let_go
     assert loads(server)["decode"] == ({"d0": 1} if why == "not known to leave" else {})
     pool.join(replica_info("d2", "decode", max_sequences=1))
-    progress.on_leaving(partial(let_go.append, None))
+    progress.on_leaving()
     assert let_go
     assert loads(server)["decode"] == {"d2": 1} | ({"d0": 1} if why == "not known to leave" else {})
     task.cancel()

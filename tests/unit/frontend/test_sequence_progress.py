@@ -116,3 +116,24 @@ def test_a_resumed_sequence_keeps_what_the_client_saw_of_its_beginning() -> None
         TokenDelta([4]),
         TokenDelta([5]),
     ]
+
+
+def test_a_pause_counts_for_the_client_and_for_no_time_limit() -> None:
+    followed = Followed()
+    progress = followed.progress
+    progress.take(TokenDelta([1]))
+    followed.now += 1.0
+    progress.pause()
+    assert (progress.is_paused, progress.waits_since) == (True, followed.now)
+    followed.now += 300.0
+    progress.begin_attempt("preempted")
+    assert (progress.is_paused, progress.waits_since) == (False, followed.now)
+    resumed_at = followed.now
+    followed.now += 1.0
+    progress.begin_attempt("lost")
+    assert progress.waits_since == resumed_at
+    progress.take(TokenDelta([2]))
+    assert progress.resume_gaps_s == [pytest.approx(302.0)]
+    assert progress.resume_reasons == ["lost"]
+    progress.begin_attempt("lost")
+    assert progress.waits_since == followed.now

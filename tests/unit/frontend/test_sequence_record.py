@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Histogram
 
 from app.config import SloConfig
 from app.frontend.metrics import _LATENCY_BUCKETS_S, InterTokenLatency
-from app.frontend.sequence_progress import SequenceProgress
+from app.frontend.sequence_progress import ResumeReason, SequenceProgress
 from app.frontend.sequence_record import SequenceRecord
 from app.messages import PrefillReport, TokenDelta
 from tests.unit.decisions import decision, local_way, remote_way
@@ -220,14 +220,17 @@ def test_metrics_that_fail_end_nothing(model: str, monkeypatch: pytest.MonkeyPat
     assert (record.num_attempts, record.output_tokens) == (1, 4)
 
 
-def test_a_resumed_sequence_says_how_long_its_client_waited(model: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("reason", get_args(ResumeReason))
+def test_a_resumed_sequence_says_how_long_its_client_waited(
+    model: str, reason: ResumeReason, caplog: pytest.LogCaptureFixture
+) -> None:
     now = 0.0
     made = begun(model, lambda: now)
     made.on_decision(decision())
     for passed_s, delta in ((0.1, TokenDelta([1], report=REMOTE)), (0.02, TokenDelta([2]))):
         now += passed_s
         made.progress.take(delta)
-    made.progress.begin_attempt("drained")
+    made.progress.begin_attempt(reason)
     made.on_decision(decision())
     for passed_s, delta in ((1.5, TokenDelta([3], report=REMOTE)), (0.02, TokenDelta([4], finish_reason="stop"))):
         now += passed_s
@@ -235,8 +238,8 @@ def test_a_resumed_sequence_says_how_long_its_client_waited(model: str, caplog: 
     made.on_end("stop")
     said = fields(caplog)
     assert (said["resumed_after_ms"], said["output_tokens"], said["ttft_ms"]) == ("1500.0", "4", "100.0")
-    assert (said["resume_reasons"], said["resumed_cached_tokens"]) == ("drained", str(REMOTE.cached_tokens))
-    assert count("baton_resume_gap_seconds_sum", model=model, reason="drained") == 1.5
+    assert (said["resume_reasons"], said["resumed_cached_tokens"]) == (reason, str(REMOTE.cached_tokens))
+    assert count("baton_resume_gap_seconds_sum", model=model, reason=reason) == 1.5
     assert count("baton_inter_token_latency_seconds_sum", model=model) == pytest.approx(0.04)
     assert count("baton_prefills_total", model=model, kind="remote", reason="") == 1
 

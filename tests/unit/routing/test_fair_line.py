@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from statistics import quantiles
 from typing import Any
 
@@ -32,7 +32,9 @@ class FairLine(Line):
         arrived_at: float | None = None,
         num_tokens: int = NUM_TOKENS,
         was_served: bool = False,
+        was_preempted: bool = False,
         hints: dict[str, Any] | None = None,
+        lost: Collection[str] = (),
         **fields: Any,
     ) -> None:
         def on_turn(decision: Any, in_flight: Any) -> None:
@@ -44,8 +46,8 @@ class FairLine(Line):
 
         asked = request(num_tokens, 1_000_000 * sum(name.encode()), request_id=name, **fields)
         at = self.timers.now if arrived_at is None else arrived_at
-        all_hints = RoutingHints(**(hints or {}))
-        ticket = self.line.join(asked, all_hints, (), at, on_turn, on_error, was_served=was_served)
+        again = {"was_served": was_served, "was_preempted": was_preempted}
+        ticket = self.line.join(asked, RoutingHints(**(hints or {})), lost, at, on_turn, on_error, **again)
         if ticket is not None:
             self.tickets[name] = ticket
 
