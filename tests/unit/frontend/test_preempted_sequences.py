@@ -232,6 +232,33 @@ async def test_none_gives_way_with_which_engines_cannot_go_on(sampling: dict[str
     assert flex.progress.resume_reasons == ["preempted"] * (not sampling)
 
 
+async def test_one_that_is_being_taken_elsewhere_does_not_give_way() -> None:
+    engine = Engine("d0")
+    server, (flex,) = await crowded(engine, 1)
+    server._router.pools["decode"].join(msgspec.structs.replace(_info(server), replica_id="d1"))
+    flex.progress.on_leaving()
+    assert server.line.preemption.candidates() == []
+    engine.stands.clear()
+    assert await flex.end() == await undisturbed(1)
+    assert flex.progress.resume_reasons == ["drained"]
+
+
+async def test_one_that_gave_way_does_not_go_before_a_higher_class() -> None:
+    engine = Engine("d")
+    server, (flex,) = await crowded(engine, 1)
+    engine.stands |= {2, 3}
+    first = await gives_way_now(server, flex)
+    await until(lambda: first.received)
+    second = Client(server, 3, "default")
+    await until(lambda: server.line.num_waiting == 2)
+    engine.stands.remove(2)
+    await until(lambda: second.received)
+    assert flex.progress.is_paused
+    engine.stands.clear()
+    await asyncio.gather(first.end(), second.end(), flex.end())
+    assert flex.progress.resume_reasons == ["preempted"]
+
+
 async def test_a_sequence_gives_way_only_so_often() -> None:
     engine = Engine("d")
     server, (flex,) = await crowded(engine, 1)

@@ -46,16 +46,13 @@ class PreemptingLine(FairLine):
             self.timers.advance(1e-6)
 
     def _give_way(self, name: str) -> None:
+        assert name not in self.gave_way
         self.gave_way.append(name)
-        self._ended(name)
         self.running.pop(name)
 
     def end(self, name: str) -> None:
-        self._ended(name)
-        super().end(name)
-
-    def _ended(self, name: str) -> None:
         self._until_end.pop(name, ExitStack()).close()
+        super().end(name)
 
     def look(self) -> None:
         self.timers.advance(LATEST_LOOK_S)
@@ -95,7 +92,7 @@ def test_of_those_that_make_room_the_one_with_the_fewest_tokens_gives_way_and_of
     line.flex("longer", num_output=600)
     for number, expected in enumerate(("new", "old", "long")):
         line.of("default", str(number))
-        line.timers.advance(SETTLE_S + LATEST_LOOK_S)
+        line.timers.advance(SETTLE_S + HEARTBEAT_S + LATEST_LOOK_S)
         assert line.gave_way[-1] == expected
     assert line.served[-3:] == ["0", "1", "2"]
 
@@ -232,7 +229,7 @@ def test_a_replica_that_still_counts_one_that_gave_way_is_left_alone_until_it_ha
     line.timers.advance(SETTLE_S / 2)
     assert len(line.gave_way) == 1
     line.fleet.load("decode", "d0", 3, used_blocks=3 * NUM_BLOCKS, decoding=2)
-    line.timers.advance(SETTLE_S + 2 * LATEST_LOOK_S)
+    line.timers.advance(SETTLE_S + HEARTBEAT_S + LATEST_LOOK_S)
     assert len(line.gave_way) == 2
     assert line.served[-2:] == ["d0", "d1"]
 
@@ -346,7 +343,9 @@ class AnyPreemptingLine(AnyFairLine):
     @precondition(lambda self: self.line.gave_way)
     @rule()
     def come_again(self) -> None:
-        name = f"{self.line.gave_way.pop()}'"
+        gave_way = self.line.gave_way.pop()
+        self.line._until_end.pop(gave_way).close()
+        name = f"{gave_way}'"
         self.joined.append(name)
         self.line.join(name, was_preempted=True, hints=FLEX)
 
