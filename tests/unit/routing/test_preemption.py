@@ -14,6 +14,7 @@ from hypothesis.stateful import precondition, rule
 
 from app.errors import Overloaded
 from app.messages import ReplicaLoad
+from app.routing.decision import Wait
 from app.routing.preemption import SETTLE_S, Running, fewest
 from app.routing.waiting_line import HEARTBEAT_S, LATE_TURN, LATEST_LOOK_S
 from tests.unit.routing.samples import BLOCK_SIZE
@@ -181,6 +182,22 @@ def test_none_gives_way_to_a_request_that_waits_for_prefill() -> None:
     assert line.gave_way == []
 
 
+def test_none_gives_way_so_that_a_prompt_finds_room_where_others_decode() -> None:
+    line = PreemptingLine(num_prefill=1, room=200)
+    line.fleet.load("prefill", "p0", 9, 100_000)
+    number = 0
+    while not isinstance(line.fleet.choose(5000), Wait):
+        line.flex(f"f{number}", prefill_mode="local")
+        number += 1
+    line.join("new", num_tokens=5000)
+    line.timers.advance(0.5)
+    assert line.line.lacks == "prefill"
+    assert line.gave_way == []
+    line.end("f0")
+    line.look()
+    assert line.decisions["new"].kind == "local"
+
+
 def test_none_gives_way_if_the_request_would_then_wait_for_prefill() -> None:
     line = PreemptingLine()
     line.flex("flex")
@@ -189,6 +206,18 @@ def test_none_gives_way_if_the_request_would_then_wait_for_prefill() -> None:
     line.timers.advance(0.5)
     assert line.line.lacks == "decode"
     assert line.gave_way == []
+
+
+def test_none_gives_way_unless_the_request_then_goes_there() -> None:
+    line = PreemptingLine(2)
+    line.flex("f0", "f1")
+    there, elsewhere = (line.decisions[name] for name in ("f0", "f1"))
+    assert there.serving.replica != elsewhere.serving.replica
+    candidates = line.line.preemption.candidates()
+    for then in (Wait(0.1, "prefill"), elsewhere, there):
+        answers = iter([there, then])
+        planned = line.line.preemption.plan(candidates, NUM_TOKENS, partial(next, answers))
+        assert (planned is not None) is (then is there)
 
 
 def test_none_gives_way_before_it_can() -> None:
@@ -272,6 +301,7 @@ def test_it_pays_nothing_of_its_tenants_part_again() -> None:
     line.join("running")
     preempted(line, "again", hints={"tenant": "a"})
     line.join("new", hints={**FLEX, "tenant": "b"})
+    line.fleet.cache("decode", "d0", NUM_TOKENS, 1_000_000 * sum(b"again"))
     flow = line.tickets["again"].flow
     assert flow.ends_at == 0.0
     served_one_by_one(line, "running", 1)
@@ -282,6 +312,11 @@ def test_it_is_never_refused() -> None:
     line = PreemptingLine(max_ttft_s=0.2)
     line.join("running")
     preempted(line, "again", arrived_at=line.timers.now - 100.0)
+    for name in names("others", 20):
+        preempted(line, name)
+    line.of("default", "new")
+    for name in (*names("others", 20), "new"):
+        line.line.leave(line.tickets[name])
     with pytest.raises(Overloaded):
         line.of("flex", *names("f", 1000))
     with pytest.raises(Overloaded):
