@@ -69,7 +69,10 @@ class Tenant(Settings):
     """These three are of all frontends together, and so is the next.  What comes in ten seconds may be used at once
     (app/tenant_usage.py); beyond it the answer is 429 and says when to come again."""
     max_sequences: int | None = Field(default=None, ge=1)
-    """How many of its sequences run at a time."""
+    """How many of its sequences run at a time; those that wait for a replica count."""
+    kv_share: float | None = Field(default=None, gt=0, le=1)
+    """The share of each model's KV memory that these may fill, of all replicas that decode it.  A sequence counts with
+    its prompt and all that it may generate (``max_tokens``), for each of ``n`` and whatever of it is cached."""
     cache_group: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Tenants of one group share the prefix cache.  By default a tenant has its own: whether a prompt has been sent
     before can be seen by how soon its answer begins, so this tells it to the others of the group."""

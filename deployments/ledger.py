@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from app.tenant_usage import EXCHANGE_S, Accounts, Leases, Ledger, Usage
@@ -31,11 +32,16 @@ class LedgerDeployment:
         return self._ledger.exchange(frontend, used)
 
 
-async def share_limits(ledger: Any, frontend: str, keys: KeyRing, accounts: Accounts) -> None:
-    """Tell the ledger what `frontend` has counted, and take what it says is left.  Runs until it is cancelled."""
+async def share_limits(
+    ledger: Any, frontend: str, keys: KeyRing, accounts: Accounts, kv_sizes: Callable[[], Mapping[str, int]]
+) -> None:
+    """Tell the ledger what `frontend` has counted, and take what it says is left.  Runs until it is cancelled.
+
+    `kv_sizes` returns the tokens that fit into the KV memory of each model's replicas.
+    """
     is_lost = False
     while True:
-        accounts.follow(keys.tenants)
+        accounts.follow(keys.tenants, kv_sizes())
         told = accounts.usage()
         try:
             leases = await asyncio.wait_for(ledger.exchange.remote(frontend, told), ANSWER_TIMEOUT_S)

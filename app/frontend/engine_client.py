@@ -91,6 +91,8 @@ _ENGINE_FIELDS = [
     for name in SamplingParams.__struct_fields__
     if name not in _FRONTEND_FIELDS and not name.startswith("_")
 ]
+DEFAULT_MAX_TOKENS: int = dict(_ENGINE_FIELDS)["max_tokens"]
+"""What a request has that does not tell its `max_tokens` to the engine."""
 
 
 class Outputs(Protocol):
@@ -369,11 +371,14 @@ class PooledEngineClient(EngineClient):
             end = end or delta.finish_reason or ""
 
         progress = SequenceProgress(emit)
+        num_prompt, max_model_len = len(request.prompt_token_ids), self.model_config.max_model_len
+        max_tokens = request.sampling.get("max_tokens", DEFAULT_MAX_TOKENS)
         record = SequenceRecord(
             progress,
             self._model_name,
             request.request_id,
-            len(request.prompt_token_ids),
+            num_prompt,
+            most_tokens=min(num_prompt + max_tokens, max_model_len),
             slo=self._slo,
             has_session=hints.session is not None,
             tenant=hints.tenant,
@@ -382,7 +387,9 @@ class PooledEngineClient(EngineClient):
             context.sequences.append(record)
         account = self._accounts.of(context.tenant)
         try:
-            account.begin(record, context.num_sequences)
+            num_together = context.num_sequences
+            tokens_together = min(context.num_prompt_tokens + num_together * max_tokens, num_together * max_model_len)
+            account.begin(record, num_together, tokens_together)
             await self._orchestrator.run(
                 request, progress, hints=hints, on_decision=record.on_decision, deadline=context.deadline
             )

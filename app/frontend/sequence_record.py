@@ -38,20 +38,23 @@ class SequenceRecord:
         request_id: str,
         prompt_tokens: int,
         *,
+        most_tokens: int = 0,
         slo: SloConfig = DEFAULT_SLO,
         has_session: bool = False,
         tenant: str = "",
     ) -> None:
+        """`most_tokens` are those that it may have at the end, the prompt's included."""
         self.progress = progress
         self.decision: Decision | None = None
         """The decision of the last attempt."""
         self.num_attempts = 0
-        self._model = model
+        self.model = model
         self._gaps = metrics.INTER_TOKEN_LATENCY.of(model)
         # Made now, so that they are exported before a sequence is resumed.
         self._resume_gaps = {reason: _labelled(metrics.RESUME_GAP, model, reason) for reason in get_args(ResumeReason)}
         self._request_id = request_id
         self.prompt_tokens = prompt_tokens
+        self.most_tokens = most_tokens
         self.slo = slo
         self._has_session = has_session
         self._tenant = tenant
@@ -62,8 +65,8 @@ class SequenceRecord:
         """Take note of an attempt that is about to begin."""
         self.decision = decision
         self.num_attempts += 1
-        _labelled(metrics.DECISIONS, self._model, decision.kind, decision.reason).inc()
-        _labelled(metrics.DECISION_TIME, self._model).observe(decision.decided_in_s)
+        _labelled(metrics.DECISIONS, self.model, decision.kind, decision.reason).inc()
+        _labelled(metrics.DECISION_TIME, self.model).observe(decision.decided_in_s)
 
     @observing
     def on_delta(self, delta: TokenDelta) -> None:
@@ -81,9 +84,9 @@ class SequenceRecord:
         waited_s = progress.now() - progress.last_token_at
         if end == CANCELLED and waited_s * 1e3 > self.slo.ttft_ms:
             end = GAVE_UP
-        _labelled(metrics.SEQUENCES, self._model, end).inc()
-        _labelled(metrics.WITHIN_SLO, self._model).inc(end in GOOD_ENDS and self._is_within_slo())
-        _labelled(metrics.GENERATION_TOKENS, self._model).inc(self.output_tokens)
+        _labelled(metrics.SEQUENCES, self.model, end).inc()
+        _labelled(metrics.WITHIN_SLO, self.model).inc(end in GOOD_ENDS and self._is_within_slo())
+        _labelled(metrics.GENERATION_TOKENS, self.model).inc(self.output_tokens)
         if progress.prompt_report is not None and progress.ttft_s is not None:
             self._count_prompt(progress.prompt_report, progress.ttft_s)
         if records_usage():
@@ -92,7 +95,7 @@ class SequenceRecord:
             "request_id=%s model=%s end=%s prompt_tokens=%d output_tokens=%d ttft_ms=%s total_ms=%.1f %s %s "
             "resumed_after_ms=%s resume_reasons=%s resumed_cached_tokens=%s session=%s tenant=%s",
             self._request_id,
-            self._model,
+            self.model,
             end,
             self.prompt_tokens,
             self.output_tokens,
@@ -112,7 +115,7 @@ class SequenceRecord:
         record_usage(
             UsageLine(
                 tenant=self._tenant,
-                model=self._model,
+                model=self.model,
                 request_id=self._request_id,
                 end=end,
                 prompt_tokens=self.prompt_tokens if report is not None else 0,
@@ -129,24 +132,24 @@ class SequenceRecord:
         return decoding_s * 1e3 <= self.slo.itl_ms * (self.output_tokens - 1)
 
     def _count_prompt(self, report: PrefillReport, ttft_s: float) -> None:
-        _labelled(metrics.PREFILLS, self._model, report.kind, report.reason).inc()
-        _labelled(metrics.PROMPT_TOKENS, self._model).inc(self.prompt_tokens)
-        _labelled(metrics.CACHED_TOKENS, self._model).inc(report.cached_tokens)
+        _labelled(metrics.PREFILLS, self.model, report.kind, report.reason).inc()
+        _labelled(metrics.PROMPT_TOKENS, self.model).inc(self.prompt_tokens)
+        _labelled(metrics.CACHED_TOKENS, self.model).inc(report.cached_tokens)
         kind = self.progress.first_token_kind or report.kind
-        _labelled(metrics.TIME_TO_FIRST_TOKEN, self._model, kind).observe(ttft_s)
+        _labelled(metrics.TIME_TO_FIRST_TOKEN, self.model, kind).observe(ttft_s)
         if report.transferred_tokens:
-            _labelled(metrics.TRANSFERRED_TOKENS, self._model, report.transport).inc(report.transferred_tokens)
+            _labelled(metrics.TRANSFERRED_TOKENS, self.model, report.transport).inc(report.transferred_tokens)
         for phase, seconds in report.phases.items():
             # Two wall clocks may disagree, and Prometheus takes a sum that falls for one that began again.
-            _labelled(metrics.HOP_PHASES, self._model, phase).observe(max(0.0, seconds))
+            _labelled(metrics.HOP_PHASES, self.model, phase).observe(max(0.0, seconds))
         if (decision := self.decision) is None:
             return
-        _labelled(metrics.EXPECTED_CACHED_TOKENS, self._model).inc(decision.expected_cached_tokens)
+        _labelled(metrics.EXPECTED_CACHED_TOKENS, self.model).inc(decision.expected_cached_tokens)
         # If a replica failed on the way, the time to first token says nothing about the prediction.
         went_as_decided = self.num_attempts == 1 and kind == decision.kind
         if went_as_decided and decision.predicted_ttft_s:
             ratio = (ttft_s - decision.waited_s) / decision.predicted_ttft_s
-            _labelled(metrics.TIME_TO_FIRST_TOKEN_RATIO, self._model, decision.kind).observe(ratio)
+            _labelled(metrics.TIME_TO_FIRST_TOKEN_RATIO, self.model, decision.kind).observe(ratio)
 
     def _describe_decision(self) -> str:
         """Describe the decision without the candidates that were not chosen; app/frontend/explain.py has those."""

@@ -33,11 +33,19 @@ class TenantMetrics(Collector):
         refused = CounterMetricFamily(
             "baton_tenant_limit_reached", "Requests and sequences that a limit refused.", labels=["tenant", "limit"]
         )
+        held = GaugeMetricFamily(
+            "baton_tenant_kv_tokens",
+            "Tokens that a tenant's running sequences may have at their ends, prompts included; kv_share bounds them.",
+            labels=["tenant", "model"],
+        )
         for tenant, account in accounts.items():
+            for model, number in account.kv_tokens().items():
+                held.add_metric([tenant, model], number)
             running.add_metric([tenant], account.num_running)
             for limit, number in list(account.refusals.items()):
                 refused.add_metric([tenant, limit], number)
         yield running
+        yield held
         yield refused
         yield GaugeMetricFamily(
             "baton_keys_current",

@@ -179,6 +179,11 @@ class PoolState:
         """The tokens in a block, the same for all replicas of a pool; None if there is no replica."""
         return self.replicas[self._ids[0]].info.block_size_tokens if self._ids else None
 
+    @property
+    def kv_size(self) -> int:
+        """The tokens that fit into the KV memory of all its replicas."""
+        return sum(state.info.num_blocks * state.info.block_size_tokens for state in self.replicas.values())
+
     def join(self, info: ReplicaInfo) -> None:
         """Add a replica that can be reached from now on; nothing is known of its load and cache yet."""
         self.leave(info.replica_id)

@@ -70,11 +70,14 @@ class Frontend(AsgiIngress):
         REGISTRY.register(TenantMetrics(keys, accounts))
         if keys is not None:
             self._background.keep("keys", keys.follow)
-            self._background.keep("tenants", partial(share_limits, ledger, self._name, keys, accounts))
+            self._background.keep("tenants", partial(share_limits, ledger, self._name, keys, accounts, self._kv_sizes))
         freeze_heap()
 
     def asgi_app(self) -> ASGIApp:
         return self._app
+
+    def _kv_sizes(self) -> dict[str, int]:
+        return {model.name: model.kv_size() for model in self._models}
 
     def _health(self) -> dict[str, Any]:
         models = [model.health() for model in self._models]

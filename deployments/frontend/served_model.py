@@ -136,6 +136,10 @@ class ServedModel:
             "quarantines_so_far": quarantine.num_quarantines,
         }
 
+    def kv_size(self) -> int:
+        """Return the tokens that fit into the KV memory of all replicas that decode."""
+        return sum(pool.kv_size for role, pool in self.router.pools.items() if role != "prefill")
+
     async def stats(self) -> list[dict[str, Any]]:
         """Ask every ready replica for its present stats, and return them beside this frontend's pool state."""
         slow = self._slowness()

@@ -22,6 +22,8 @@ STEP_S = 0.01
 class Sequence(msgspec.Struct, eq=False):
     prompt_tokens: int = 0
     output_tokens: int = 0
+    most_tokens: int = 0
+    model: str = "m"
 
 
 @contextmanager
@@ -36,9 +38,10 @@ def counted(account: Account, sequence: Sequence) -> Iterator[None]:
 class Fleet:
     """Frontends that talk to one ledger, each at its own moments."""
 
-    def __init__(self, num: int, tenant: Tenant) -> None:
+    def __init__(self, num: int, tenant: Tenant, **kv_sizes: int) -> None:
         self.now = 100.0
         self.tenant = tenant
+        self.kv_sizes = kv_sizes
         self.ledger: Ledger | None = Ledger(self.clock)
         self.frontends = [Accounts(self.clock) for _ in range(num)]
         self.names = [f"frontend-{index}" for index in range(num)]
@@ -51,7 +54,7 @@ class Fleet:
 
     def exchange(self, index: int) -> None:
         accounts = self.frontends[index]
-        accounts.follow([self.tenant])
+        accounts.follow([self.tenant], self.kv_sizes)
         told = accounts.usage()
         accounts.settle(self.ledger.exchange(self.names[index], told) if self.ledger is not None else None, told)
 
@@ -134,8 +137,9 @@ def test_tokens_are_exact_whatever_one_request_takes(num_frontends: int) -> None
 class Flood:
     """Clients that begin sequences of some 10 s whenever they may, by the frontends that `choose` draws."""
 
-    def __init__(self, fleet: Fleet, choose: Callable[[], int]) -> None:
+    def __init__(self, fleet: Fleet, choose: Callable[[], int], most_tokens: int = 0) -> None:
         self.fleet = fleet
+        self._most_tokens = most_tokens
         self.running: list[tuple[float, ExitStack]] = []
         self._choose = choose
         self._random = Random(3)
@@ -152,7 +156,8 @@ class Flood:
             for _ in range(4):
                 stack = ExitStack()
                 try:
-                    stack.enter_context(counted(self.fleet.account(self._choose()), Sequence()))
+                    sequence = Sequence(most_tokens=self._most_tokens)
+                    stack.enter_context(counted(self.fleet.account(self._choose()), sequence))
                 except LimitReached:
                     continue
                 self.running.append((self.fleet.now + self._random.expovariate(1 / 10), stack))
@@ -200,6 +205,157 @@ def test_more_sequences_in_one_request_than_may_ever_run_are_a_fault_of_the_requ
         account.begin(Sequence(), 3)
 
 
+class Memory:
+    """Sequences that hold a tenant's share of the memory of one model, `most` tokens, over several frontends."""
+
+    def __init__(self, num_frontends: int, most: int) -> None:
+        self.fleet = Fleet(num_frontends, Tenant(name="a", kv_share=0.5), m=2 * most)
+        self._running: list[list[Sequence]] = [[] for _ in range(num_frontends)]
+        self.largest = [0] * num_frontends
+        """The largest sequence that each frontend has begun."""
+
+    def held(self) -> int:
+        return sum(sequence.most_tokens for each in self._running for sequence in each)
+
+    def begins(self, index: int, most_tokens: int) -> bool:
+        sequence = Sequence(most_tokens=most_tokens)
+        try:
+            self.fleet.account(index).begin(sequence)
+        except LimitReached:
+            return False
+        self._running[index].append(sequence)
+        self.largest[index] = max(self.largest[index], most_tokens)
+        return True
+
+    def end(self, index: int, num: int) -> None:
+        """End the first sequences of a frontend."""
+        ended, self._running[index] = self._running[index][:num], self._running[index][num:]
+        for sequence in ended:
+            self.fleet.account(index).end(sequence, has_prompt=True)
+
+    def wait(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.fleet.tick()
+
+
+MOVES = st.lists(
+    st.tuples(st.sampled_from(["begin", "begin", "end", "wait"]), st.integers(0, 3), st.integers(1, 100)),
+    min_size=10,
+    max_size=60,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4), st.sampled_from([2, 100]), st.sampled_from([1, 10, 300]), MOVES)
+def test_no_more_of_the_memory_than_the_share_and_the_last_sequence_of_each_frontend(
+    num_frontends: int, most: int, most_tokens: int, moves: list[tuple[str, int, int]]
+) -> None:
+    """Whatever each does and when; and all of it is there for a frontend that is the only one to want it."""
+    memory = Memory(num_frontends, most)
+    for move, frontend, number in moves:
+        index = frontend % num_frontends
+        if move == "begin":
+            for _ in range(number):
+                memory.begins(index, most_tokens)
+        elif move == "end":
+            memory.end(index, number)
+        else:
+            memory.wait(number)
+        assert memory.held() < most + max(1, sum(memory.largest))
+    for index in range(num_frontends):
+        memory.end(index, 100 * len(moves))
+    for _ in range(5):
+        memory.wait(round(EXCHANGE_S / STEP_S))
+        while memory.begins(0, 1):
+            pass
+    assert memory.held() == most
+
+
+def test_while_more_than_the_share_is_held_nothing_begins_anywhere() -> None:
+    memory = Memory(2, most=100)
+    assert [memory.begins(0, each) for each in (1, 48, 60)] == [True] * 3, "the last one goes ahead with 1 token left"
+    memory.wait(100)
+    memory.end(0, 1)
+    assert [memory.begins(index, 1) for index in range(2)] == [False] * 2
+    memory.wait(100)
+    assert [memory.begins(index, 1) for index in range(2)] == [False] * 2
+    memory.end(0, 1)
+    memory.wait(200)
+    assert [memory.begins(index, 1) for index in range(2)] == [True] * 2
+
+
+@pytest.mark.parametrize("num_frontends", [1, 2, 4])
+@pytest.mark.parametrize("spread", ["even", "one"])
+def test_all_of_the_memory_is_filled_wherever_it_is_asked_for(num_frontends: int, spread: str) -> None:
+    fleet, random = Fleet(num_frontends, Tenant(name="a", kv_share=0.1), m=100_000), Random(3)
+    flood = Flood(fleet, lambda: random.randrange(num_frontends) if spread == "even" else 0, most_tokens=100)
+    flood.go_on(20)
+    counts = flood.go_on(60)
+    assert max(counts) * 100 < 10_000 + num_frontends * 100
+    assert sum(counts) / len(counts) * 100 >= 0.85 * 10_000
+
+
+def test_each_model_has_a_share_of_its_own_memory() -> None:
+    fleet = Fleet(1, Tenant(name="a", kv_share=0.5), m=100, n=1000)
+    account = fleet.account(0)
+    account.begin(Sequence(most_tokens=50))
+    with pytest.raises(LimitReached) as caught:
+        account.begin(Sequence(most_tokens=1))
+    assert (caught.value.limit, caught.value.retry_after_s) == ("kv_share", 2 * EXCHANGE_S)
+    account.begin(Sequence(most_tokens=499, model="n"))
+    account.begin(Sequence(most_tokens=1, model="n"))
+    assert account.kv_tokens() == {"m": 50, "n": 500}
+    with pytest.raises(LimitReached):
+        account.begin(Sequence(most_tokens=1, model="n"))
+
+
+def test_a_sequence_that_its_memory_has_no_room_for_is_no_sequence() -> None:
+    fleet = Fleet(1, Tenant(name="a", kv_share=0.5, max_sequences=2), m=100)
+    account = fleet.account(0)
+    with counted(account, Sequence(most_tokens=50)):
+        refused = Sequence(most_tokens=1)
+        with pytest.raises(LimitReached, match="kv_share"):
+            account.begin(refused)
+        account.end(refused, has_prompt=False)
+        assert account.num_running == 1
+        assert account.kv_tokens() == {"m": 50}
+    with counted(account, Sequence(most_tokens=1)), counted(account, Sequence(most_tokens=1)):
+        pass
+
+
+def test_what_never_fits_into_the_share_is_a_fault_of_the_request() -> None:
+    account = Fleet(1, Tenant(name="a", kv_share=0.5), m=200).account(0)
+    with pytest.raises(InvalidRequest, match=r"100 tokens.* `kv_share` 0\.5 allows"):
+        account.begin(Sequence(100, most_tokens=101))
+    with pytest.raises(InvalidRequest, match=r"2 sequences .* 101 tokens .* `kv_share` 0\.5 allows"):
+        account.begin(Sequence(50, most_tokens=51), 2, 101)
+    with counted(account, Sequence(99, most_tokens=4000)):
+        pass
+    account.begin(Sequence(49, most_tokens=50), 2, 100)
+    account.begin(Sequence(49, most_tokens=50), 2, 100)
+
+
+def test_the_share_goes_by_the_replicas_that_there_are() -> None:
+    fleet = Fleet(1, Tenant(name="a", kv_share=0.5))
+    account = fleet.account(0)
+
+    def admits() -> bool:
+        sequence = Sequence(most_tokens=1)
+        try:
+            account.begin(sequence)
+        except LimitReached:
+            return False
+        account.end(sequence, has_prompt=True)
+        return True
+
+    account.begin(Sequence(most_tokens=70))  # nobody knows yet how much memory there is
+    # No memory at all says nothing: the model sleeps, or its replicas are being replaced.
+    for size, is_admitted in [(100, False), (200, True), (0, True), (100, False), (0, False)]:
+        fleet.kv_sizes = {"m": size}
+        fleet.exchange(0)
+        assert admits() == is_admitted, size
+
+
 def test_a_prompt_that_nobody_computed_is_given_back() -> None:
     fleet = Fleet(1, Tenant(name="a", prompt_tokens_per_s=10))
     for _ in range(50):
@@ -233,10 +389,10 @@ def test_a_tenant_that_is_taken_out_of_the_file_leaves_nothing() -> None:
     tenant = Tenant(name="a")
     sequence = Sequence()
     accounts.of(tenant).begin(sequence)
-    accounts.follow([])
+    accounts.follow([], {})
     assert accounts.all()
     accounts.of(tenant).end(sequence, has_prompt=True)
-    accounts.follow([])
+    accounts.follow([], {})
     assert not accounts.all()
 
 

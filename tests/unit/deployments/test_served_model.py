@@ -162,6 +162,13 @@ async def test_why_a_replica_cannot_be_reached_is_in_health_and_stats(
     await until(lambda: cluster.reachable() == {"prefill": 1, "decode": 1})
 
 
+async def test_the_memory_of_a_model_is_that_of_the_replicas_that_decode(cluster: Cluster) -> None:
+    assert cluster.model.kv_size() == 8 * 16
+    pool = cluster.model.router.pools["decode"]
+    pool.join(msgspec.structs.replace(pool.replicas["decode-1"].info, replica_id="other", num_blocks=2))
+    assert cluster.model.kv_size() == (8 + 2) * 16
+
+
 async def test_how_slow_a_replica_is_is_in_health_and_stats_and_what_is_left_out_in_stats(cluster: Cluster) -> None:
     def said() -> list[object]:
         return [endpoint["slowness"] for endpoint in cluster.model.endpoints()]

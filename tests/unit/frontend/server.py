@@ -36,7 +36,7 @@ async def server_over(
     keys = KeyRing(parsed.security.keys) if parsed.security.keys is not None else None
     before = dict(os.environ)
     orchestrators = [cast(Orchestrator, orchestrator)] * len(parsed.models)
-    yield await build_server(parsed, orchestrators, healthy, no_stats, keys, Accounts())
+    yield await build_server(parsed, orchestrators, healthy, no_stats, keys, accounts or Accounts())
     # vLLM sets variables as it is imported, which is nothing for other tests' processes.
     os.environ.clear()
     os.environ.update(before)

@@ -545,8 +545,11 @@ async def limited(orchestrator: OneToken, tmp_path_factory: pytest.TempPathFacto
         for api in ("plain", "chat", "messages", "openai", "anthropic")
     ]
     tenants.append({"name": "one", "keys": [digest(b"one").hex()], "max_sequences": 1})
+    tenants.append({"name": "half", "keys": [digest(b"half").hex()], "kv_share": 0.5})
     keys.write_text(yaml.safe_dump({"tenants": tenants}))
-    async with server_over(orchestrator, {"models": MODELS[:1], "security": {"keys": str(keys)}}) as built:
+    accounts = Accounts()
+    accounts.follow([], {"tiny": 200})
+    async with server_over(orchestrator, {"models": MODELS[:1], "security": {"keys": str(keys)}}, accounts) as built:
         yield built
 
 
@@ -598,6 +601,39 @@ async def test_no_more_sequences_at_a_time_than_allowed(limited: ASGIApp, orches
         never = await client.post("/v1/completions", json={**COMPLETION, "n": 2})
         assert (never.status_code, "max_sequences" in never.text) == (400, True)
         assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 200
+
+
+@pytest.mark.parametrize("api", LIMITED_APIS)
+async def test_no_more_of_the_memory_than_the_share(limited: ASGIApp, orchestrator: OneToken, api: str) -> None:
+    """A sequence holds its prompt and all that it may generate, so the first one here holds the whole share."""
+    path, body = LIMITED_APIS[api]
+    orchestrator.may_answer.clear()
+    transport = httpx.ASGITransport(limited, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=bearer("half")) as client:
+        first = asyncio.create_task(client.post(path, json={**body, "max_tokens": 100}))
+        num = len(orchestrator.requests)
+        await until(lambda: len(orchestrator.requests) > num)
+        second = await client.post(path, json=body)
+        orchestrator.may_answer.set()
+        assert (second.status_code, (await first).status_code) == (429, 200)
+        assert int(second.headers["retry-after"]) >= 1
+        assert "`kv_share`" in second.json()["error"]["message"]
+        assert (second.json().get("type") == "error") == (api == "messages")
+        assert [(await client.post(path, json=body)).status_code for _ in range(2)] == [200, 200]
+
+
+@pytest.mark.parametrize(
+    "never", [{"prompt": "hi" * 100}, {"n": 2, "max_tokens": 60}, {"prompt": ["hi", "hi"], "max_tokens": 60}]
+)
+async def test_what_never_fits_into_the_share_is_a_fault_of_the_request(
+    limited: ASGIApp, never: dict[str, Any]
+) -> None:
+    transport = httpx.ASGITransport(limited, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=bearer("half")) as client:
+        answer = await client.post("/v1/completions", json={**COMPLETION, **never})
+        assert (answer.status_code, "`kv_share`" in answer.text) == (400, True)
+        several = {**COMPLETION, "prompt": ["hi", "hi"], "n": 2}
+        assert (await client.post("/v1/completions", json=several)).status_code == 200
 
 
 async def test_clients_wait_as_long_as_they_are_told_before_they_try_again(
