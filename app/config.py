@@ -190,6 +190,10 @@ class SloConfig(Settings):
     or SGLang's `chunked_prefill_size`."""
 
 
+CORS_ARGS = ("allow_credentials", "allowed_origins", "allowed_methods", "allowed_headers")
+"""Those of `server_args` that say which pages of other origins may ask, and how."""
+
+
 class ModelConfig(Settings):
     """One model and the pools that serve it."""
 
@@ -203,7 +207,8 @@ class ModelConfig(Settings):
     builds the application multiplies it natively, else float32.  Set it here if the nodes' CPUs differ, or if a
     quantised model needs another one."""
     server_args: dict[str, Any] = {}
-    """Options of vLLM's API server, e.g. ``tool_call_parser: hermes``, ``reasoning_parser``, ``chat_template``."""
+    """Options of vLLM's API server, e.g. ``tool_call_parser: hermes``, ``reasoning_parser``, ``chat_template``.  Those
+    about pages of other origins (``allowed_origins``) must be the same for all models."""
     vllm_xargs: list[str] = []
     """What clients may send in ``vllm_xargs`` beside ``baton_prefill``: names that logits processors of your own read.
     Engines take other things there too, which are not for clients."""
@@ -521,6 +526,18 @@ class BatonConfig(Settings):
                     f"{model.name!r} and models.{other}.name {models[other].name!r} would be the same deployment "
                     f"({model.deployment_name('decode')}): rename one",
                 )
+        return models
+
+    @field_validator("models")
+    @classmethod
+    def _same_origins(cls, models: list[ModelConfig]) -> list[ModelConfig]:
+        for index, model in enumerate(models):
+            for name in CORS_ARGS:
+                if model.server_args.get(name) != models[0].server_args.get(name):
+                    raise ConfigError(
+                        f"models.{index}.server_args.{name}",
+                        f"it must be the same as models.0.server_args.{name}: a browser asks before it names a model",
+                    )
         return models
 
     @field_validator("transfer")

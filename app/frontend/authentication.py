@@ -1,4 +1,5 @@
-"""The outermost middleware: who asks, and whether they may.  Nothing of a request is parsed before it is known."""
+"""Who asks, and whether they may.  Nothing of a request is parsed before it is known: only the headers for pages of
+other origins are outside of this middleware."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Authentication:
     (`requests_per_s`).
 
     /health goes through without a key, and answers with less then (openai_server.py).  So do the questions that a
-    browser asks about a site before it sends a request (CORS), as it sends no key with them.
+    browser asks about a site before it sends a request (CORS), as it sends no key with them: with allowed origins they
+    are answered before they come here, and without any vLLM's server refuses them.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing | None, accounts: Accounts, others: Tenant) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route
@@ -135,7 +136,8 @@ async def build_server(
     for app in apps.values():
         app.router.routes[:0] = _baton_routes(list(apps.values()), health, stats, has_keys=keys is not None)
     is_choice = len(apps) > 1 or keys is not None  # or one between a model and none
-    served: ASGIApp = ModelDispatch(dict(apps)) if is_choice else apps[config.models[0].name]
+    first = apps[config.models[0].name]
+    served: ASGIApp = ModelDispatch(dict(apps)) if is_choice else first
     # These wrap the applications from outside, because vLLM has already closed its own list of middlewares.
     limits = config.limits
     bounded = BodyLimit(
@@ -144,7 +146,12 @@ async def build_server(
         max_inflight_bytes=limits.max_inflight_body_bytes,
         timeout_s=limits.body_timeout_s,
     )
-    return Authentication(bounded, keys, accounts, others=ANYONE if config.security.open else LOCAL)
+    authenticated = Authentication(bounded, keys, accounts, others=ANYONE if config.security.open else LOCAL)
+    # A page of another origin can read no answer without the headers of this middleware, not even a refusal.  vLLM's is
+    # inside of what refuses; its headers are the same, and are replaced by those of this one.
+    of_vllm: list[Any] = first.user_middleware
+    (cors,) = (each for each in of_vllm if each.cls is CORSMiddleware)
+    return CORSMiddleware(authenticated, **cors.kwargs) if cors.kwargs["allow_origins"] else authenticated
 
 
 async def _build_app(

@@ -219,6 +219,18 @@ def test_a_broken_configuration_is_refused_by_its_field(path: str, value: Any, f
     assert caught.value.field == (field or path)
 
 
+def test_pages_of_the_same_origins_may_ask_for_every_model() -> None:
+    """A browser asks before it sends the request that names a model."""
+    models = [
+        {"name": name, "source": "baton:tiny", "decode": {"engine": "sim"}, "server_args": {"allowed_origins": origins}}
+        for name, origins in (("a", ["http://page"]), ("b", ["http://page"]), ("c", ["http://other"]))
+    ]
+    parse({"models": models[:2]})
+    with pytest.raises(ConfigError, match=r"the same as models\.0") as caught:
+        parse({"models": models})
+    assert caught.value.field == "models.2.server_args.allowed_origins"
+
+
 @pytest.mark.parametrize("args", [None, [], "models"])
 def test_args_that_are_no_mapping_are_refused(args: Any) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -20,6 +21,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message
 
@@ -101,8 +103,8 @@ def bearer(key: str) -> dict[str, str]:
 
 def routes(app: Any) -> set[tuple[str, str]]:
     """Return the method and path of every route of every model's application."""
-    while hasattr(app, "_app"):
-        app = app._app
+    while not hasattr(app, "_apps"):
+        app = app.app if isinstance(app, CORSMiddleware) else app._app
     found: set[tuple[str, str]] = set()
 
     def walk(each: Any) -> None:
@@ -256,6 +258,66 @@ async def test_a_browsers_question_before_a_request_needs_no_key(client: httpx.A
     assert answer.status_code == 200
     assert "access-control-allow-origin" in answer.headers
     assert (await client.options("/v1/chat/completions")).status_code == 401
+
+
+ANSWERS: dict[int, tuple[str, str, dict[str, Any]]] = {
+    401: ("POST", "/v1/completions", {"json": COMPLETION}),
+    403: ("GET", "/stats", {"headers": bearer("a-key")}),
+    404: ("POST", "/v1/completions", {"headers": bearer("a-key"), "json": {**COMPLETION, "model": "none"}}),
+    413: ("POST", "/v1/completions", {"headers": {**bearer("a-key"), "content-length": "999999999"}}),
+    400: ("POST", "/v1/completions", {"headers": {**bearer("a-key"), "x-baton-timeout-s": "x"}, "json": COMPLETION}),
+    200: ("POST", "/v1/completions", {"headers": bearer("a-key"), "json": COMPLETION}),
+}
+
+
+ALLOWED_AND_VARY = "access-control-allow-origin", "vary"
+
+
+@pytest.mark.parametrize("status", ANSWERS)
+async def test_a_page_of_an_allowed_origin_can_read_every_answer(client: httpx.AsyncClient, status: int) -> None:
+    method, path, options = ANSWERS[status]
+
+    async def told(origin: str) -> tuple[int, list[str], set[str]]:
+        headers = {**options.get("headers", {}), "origin": origin}
+        answer = await client.request(method, path, **{**options, "headers": headers})
+        allowed, vary = (answer.headers.get_list(name, split_commas=True) for name in ALLOWED_AND_VARY)
+        return answer.status_code, allowed, set(vary)
+
+    assert await told("http://page") == (status, ["http://page"], {"Origin"}), "once, and not once more by vLLM"
+    assert await told("http://other") == (status, [], {"Origin"})
+
+
+async def test_a_page_can_read_that_a_limit_is_reached(limited: ASGIApp) -> None:
+    transport = httpx.ASGITransport(limited, raise_app_exceptions=False)
+    headers = {**bearer("requests-page"), "origin": "http://page"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
+        answers = [await client.post("/v1/completions", json=COMPLETION) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert [answer.headers["access-control-allow-origin"] for answer in answers] == ["http://page"] * 3
+
+
+async def test_other_origins_questions_are_refused(client: httpx.AsyncClient) -> None:
+    asks = {"origin": "http://other", "access-control-request-method": "POST"}
+    answer = await client.options("/v1/chat/completions", headers=asks)
+    assert answer.status_code == 400
+    assert "access-control-allow-origin" not in answer.headers
+
+
+async def test_without_allowed_origins_no_page_is_told_anything(orchestrator: OneToken, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(yaml.safe_dump({"tenants": TENANTS}))
+    model = {name: value for name, value in MODELS[0].items() if name != "server_args"}
+    async with server_over(orchestrator, {"models": [model], "security": {"keys": str(keys)}}) as built:
+        transport = httpx.ASGITransport(built, raise_app_exceptions=False)
+        asks = {"origin": "http://page", "access-control-request-method": "POST"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=asks) as client:
+            answers = [
+                await client.post("/v1/completions", json=COMPLETION),
+                await client.post("/v1/completions", json=COMPLETION, headers=bearer("a-key")),
+                await client.options("/v1/completions"),
+            ]
+    assert [answer.status_code for answer in answers] == [401, 200, 400]
+    assert not any("access-control-allow-origin" in answer.headers for answer in answers)
 
 
 async def test_websockets_are_closed() -> None:
@@ -542,7 +604,7 @@ async def limited(orchestrator: OneToken, tmp_path_factory: pytest.TempPathFacto
     tenants = [
         {"name": f"{kind}-{api}", "keys": [digest(f"{kind}-{api}".encode()).hex()], **limits}
         for kind, limits in LIMITED.items()
-        for api in ("plain", "chat", "messages", "openai", "anthropic")
+        for api in ("plain", "chat", "messages", "openai", "anthropic", "page")
     ]
     tenants.append({"name": "one", "keys": [digest(b"one").hex()], "max_sequences": 1})
     tenants.append({"name": "half", "keys": [digest(b"half").hex()], "kv_share": 0.5})
