@@ -3,9 +3,10 @@
 1. A limit is a bucket that fills at its rate, up to what comes in BURST_S.  The ledger has it (deployments/ledger.py).
 2. Twice a second each frontend tells the ledger what it has counted, and hears how full the buckets are and how many
    frontends there are.  So in the long run exactly as much is used as comes in, however it is spread.
-3. Until the next report a frontend uses at most its equal part of what is in a bucket: its lease.  So together they use
-   no more than there is, but for the last request of each: that goes ahead if anything is left, as nobody knows how
-   many tokens it will take, and those behind it wait until the bucket has made up for it.
+3. Until the next report a frontend uses at most its equal part of what is in a bucket: its lease.  The last request
+   goes ahead if anything is left, as nobody knows how many tokens it will take.  Those behind it wait until the bucket
+   has made up for it, and for what a new lease brought while others had not told yet that they used theirs: when all
+   come at once after a pause, that is less than half of what was in the bucket.
 4. If the ledger does not answer, each frontend takes it that every other one uses as much as itself.
 
 What a tenant may hold at a time is no rate: sequences (`max_sequences`), and tokens of each model's KV memory
