@@ -126,7 +126,7 @@ def build_engine_args(spec: EngineSpec) -> Any:
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    arguments = {**cpu_defaults(spec.device), **spec.engine_args}
+    arguments = {"scheduling_policy": "priority", **cpu_defaults(spec.device), **spec.engine_args}
     transfer = None
     if spec.is_disaggregated:
         transfer = KVTransferConfig(
@@ -501,7 +501,7 @@ class VllmEngine:
             prompt["cache_salt"] = request.cache_salt
         try:
             processed = self._input_processor.process_inputs(
-                request.request_id, prompt, params, supported_tasks=("generate",), priority=request.priority
+                request.request_id, prompt, params, supported_tasks=("generate",), priority=request.engine_priority
             )
         except (VLLMClientError, ValueError) as error:
             raise InvalidRequest(str(error)) from error

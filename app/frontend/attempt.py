@@ -144,6 +144,9 @@ class Attempt:
         self._in_flight = in_flight
         self._line = line
         self._number = job.num_attempts
+        self._request = job.request
+        if level := line.level(job.hints):
+            self._request = msgspec.structs.replace(job.request, level=level)
         self.prefill = decision.prefill.replica if decision.prefill is not None else None
         """The replica that prefills for it; None if the serving replica does that itself."""
         self._handoff: Handoff | None = None
@@ -159,7 +162,7 @@ class Attempt:
 
     async def serve(self) -> None:
         """Raises what `DecodePool.generate` raises, and PrefillFailed if the prefill replica is gone."""
-        decision, progress, request = self._decision, self._progress, self._job.request
+        decision, progress, request = self._decision, self._progress, self._request
         self._handoff, local_reason = handoff, _ = await self._start_prefill()
         if handoff is not None and not self._pools.hands_over_early:
             await self._look_again(handoff)
@@ -190,7 +193,7 @@ class Attempt:
         assert self._pools.prefill is not None
         replica = decision.prefill.replica
         try:
-            request = _to_prefill(self._job.request, decision.prefill, self._number)
+            request = _to_prefill(self._request, decision.prefill, self._number)
             return await self._pools.prefill.start(request, replica), ""
         except ReplicaLost as error:
             if self._router.local_role() != decision.serving_role:

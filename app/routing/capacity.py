@@ -95,10 +95,11 @@ class Capacity:
         return step_s / self.itl_s + spent <= FILL
 
 
-def has_queue_room(state: ReplicaState, num_tokens: int, cached: int) -> bool:
+def has_queue_room(state: ReplicaState, num_tokens: int, cached: int, *, overtakes: bool = False) -> bool:
     """Whether a prompt need not wait in the frontend any longer, from where it can still go to any replica.
 
-    That is so if the replica will soon be free, or if its cached tokens save more than it makes the prompt wait.
+    That is so if the replica will soon be free, or if its cached tokens save more than it makes the prompt wait.  For
+    one that overtakes others in the engine's queue there is room for one prompt more.
     """
     if not state.queued_tokens.value:
         return True
@@ -106,4 +107,4 @@ def has_queue_room(state: ReplicaState, num_tokens: int, cached: int) -> bool:
     prompt_s = pace.prompt_s(num_tokens, cached)
     saved_s = pace.prompt_s(num_tokens) - prompt_s
     full_step_s = pace.queue_s(pace.chunk_tokens, pace.compute_s(pace.chunk_tokens))
-    return state.queue_s <= QUEUE_S + max(full_step_s, prompt_s) + saved_s
+    return state.queue_s <= QUEUE_S + (1 + overtakes) * max(full_step_s, prompt_s) + saved_s

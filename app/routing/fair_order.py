@@ -6,8 +6,10 @@ by the weight of its tenant.  What a request costs is needed only once it is ser
 
 1. Each flow has a *start*: the virtual time of its next request.  The flow with the earliest start is served.
 2. That moves its start by the request's cost.  The virtual time of all is the start of what was served last.
-3. A flow that had nothing waiting starts at that time at the earliest, so idle time earns nothing.  It does not start
-   before its own start either, so that leaving the line and coming back earns nothing.
+3. A flow that had nothing waiting starts at most a *credit* before that time, so idle time earns little.  It does not
+   start before its own start either, so that leaving the line and coming back earns nothing.  The credit is not in the
+   paper: with it who uses less than its part has it also when its requests come in small groups, and over a long time
+   it gets no more, as the credit is only what it left to others before.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ class Flow:
         self.tenant = tenant
         self.starts_at = 0.0
         """The virtual time of its next request, in tokens of a tenant of weight 1."""
+        self.credit = 0.0
+        """How long before the others it was allowed to start when it last joined."""
+        self.is_queued = False
+        """Whether the order has it in its heap."""
         self.num_waiting = 0
         self.waiting_cost = 0.0
         """What those that wait are expected to cost."""
@@ -45,26 +51,37 @@ class FairOrder(Generic[AnyFlow]):
         """`new_flow` makes the flow of a tenant."""
         self.num_waiting = 0
         self.flows: dict[str, AnyFlow] = {}
-        """By tenant; also those of which nothing waits, as long as they have got more than others."""
+        """By tenant; also those of which nothing waits, as long as what they have got counts."""
         self._new_flow = new_flow
         self._heap: list[tuple[float, int, AnyFlow]] = []
-        """Each flow once, by its start.  The start may have become later since."""
+        """Those of which something waits, and some others, by their start.  It may have become later since."""
         self._numbers = count()
         self._now = 0.0
 
-    def flow(self, tenant: str) -> AnyFlow:
-        """Return the flow of a tenant of whom another request is to wait."""
+    def flow(self, tenant: str, credit: float = 0.0) -> AnyFlow:
+        """Return the flow of a tenant of whom another request is to wait, which has this credit."""
         if not self.num_waiting:  # Nobody lacks anything, so nobody has got too much.
             self.flows.clear()
             self._heap.clear()
             self._now = 0.0
         if (flow := self.flows.get(tenant)) is None:
+            self._forget()
             flow = self.flows[tenant] = self._new_flow(tenant)
-            flow.starts_at = self._now
+        if not flow.num_waiting:
+            flow.starts_at = max(flow.starts_at, self._now - credit)
+            flow.credit = credit
+        if not flow.is_queued:
+            flow.is_queued = True
             heappush(self._heap, (flow.starts_at, next(self._numbers), flow))
-        elif not flow.num_waiting:
-            flow.starts_at = max(flow.starts_at, self._now)
         return flow
+
+    def _forget(self) -> None:
+        """Forget the flows that have nothing waiting, and would not start later for what they have got."""
+        self.flows = {
+            tenant: flow
+            for tenant, flow in self.flows.items()
+            if flow.num_waiting or flow.starts_at > self._now - flow.credit
+        }
 
     def count(self, flow: AnyFlow, number: int, cost: float) -> None:
         """Count one request that waits, or does not any more (`number` is -1)."""
@@ -83,9 +100,8 @@ class FairOrder(Generic[AnyFlow]):
             heappop(self._heap)
             if flow.num_waiting:
                 found.append((starts_at, rank, flow))
-            else:  # All others have got as much by now.
-                self._now = max(self._now, starts_at)
-                del self.flows[flow.tenant]
+            else:
+                flow.is_queued = False
         for entry in found:
             heappush(self._heap, entry)
         return [flow for _, _, flow in found]

@@ -35,15 +35,17 @@ class Router(RouterState):
         *,
         waited_s: float = 0.0,
         waiting_tokens: int = 0,
+        overtakes: bool = False,
     ) -> Decision | Wait:
         """Choose, without sending anything.  `lost` are replicas that this request must not try again.
 
         It has waited for `waited_s` seconds in this frontend, where other prompts of `waiting_tokens` tokens wait too.
+        `overtakes` says that engines compute its prompt before others that wait there.
 
         Raises NoReplica, and InvalidRequest for a local prefill that no replica is capable of.
         """
         begin = time.perf_counter()
-        survey = Survey(self, request, hints, lost)
+        survey = Survey(self, request, hints, lost, overtakes=overtakes)
         only = survey.only_way()
         if only is not None:
             ways = [only[0]]

@@ -25,8 +25,16 @@ class Survey:
     """What one decision is based on; a pool is looked at when it is first asked for."""
 
     def __init__(
-        self, state: RouterState, request: GenerateRequest, hints: RoutingHints, lost: Collection[str]
+        self,
+        state: RouterState,
+        request: GenerateRequest,
+        hints: RoutingHints,
+        lost: Collection[str],
+        *,
+        overtakes: bool = False,
     ) -> None:
+        """`overtakes` says that engines compute its prompt before others that wait there."""
+        self._overtakes = overtakes
         self._state = state
         self._request = request
         self._hints = hints
@@ -168,7 +176,7 @@ class Survey:
         return self._has_queue_room(scored) and self._is_within_budget(scored)
 
     def _has_queue_room(self, scored: Scored) -> bool:
-        return has_queue_room(scored.state, self._num_tokens, scored.cached_tokens)
+        return has_queue_room(scored.state, self._num_tokens, scored.cached_tokens, overtakes=self._overtakes)
 
     def _is_within_budget(self, scored: Scored, *, joins: bool = False) -> bool:
         uncached = self._num_tokens - scored.cached_tokens

@@ -44,6 +44,7 @@ from benchmarks.routing.report import (
     write_json,
 )
 from benchmarks.routing.scenarios import SCENARIOS, Trace
+from benchmarks.routing.tenants import SETTLED_S, TenantsReport, measure_tenants, print_tenants
 from benchmarks.routing.timeline import Timeline
 
 TRACE_URL = "https://github.com/kvcache-ai/Mooncake/tree/main/FAST25-release/traces"
@@ -58,6 +59,8 @@ FLEET_SIZES = [8, 64, 512, 4096]
 PROMPT_LENGTHS = [1_000, 8_000, 128_000]
 MATCHING = [0, 1, 8]
 QUICK = 1 / 3
+TENANT_FLEETS = [(2, 2, 1), (2, 2, 2), (8, 8, 2)]
+"""Prefill and decode replicas, and frontends."""
 
 bench_routing = typer.Typer(no_args_is_help=True, help="Measure the router: its choices and what one costs.")
 Json = Annotated[Path | None, typer.Option(help="Write all numbers to this file.")]
@@ -221,6 +224,31 @@ def decisions(
         )
         report.rows.append(row)
     print_decisions(report, wide_console())
+    write_json(report, json)
+
+
+@bench_routing.command()
+def tenants(
+    profile: Annotated[str, typer.Option(help="Timing profile of the sim engine: a name or a file.")] = "h200-llama-8b",
+    seconds: Annotated[float, typer.Option(min=2 * SETTLED_S, help="Of each load, in virtual time.")] = 60.0,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Measure what a tenant's flood does to another one, and how overload is refused, in virtual time."""
+    check_files(json, None)
+    times = load_profile(profile)
+    report = TenantsReport(source=this_run(), profile=profile, seed=seed)
+    for num_prefill, num_decode, num_frontends in TENANT_FLEETS:
+        spec = FleetSpec(
+            profile=times,
+            num_prefill=num_prefill,
+            num_decode=num_decode,
+            num_blocks=int(KV_GB * 1e9 / times.kv_bytes_per_token / 64),
+            block_size=64,
+            num_frontends=num_frontends,
+        )
+        report.fleets.append(measure_tenants(spec, SloConfig(), seconds, seed))
+    print_tenants(report, wide_console())
     write_json(report, json)
 
 

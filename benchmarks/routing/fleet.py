@@ -41,12 +41,16 @@ Way = Literal["remote", "on decode", "on prefill"]
 class Outcome(msgspec.Struct, frozen=True, gc=False):
     """What became of one request."""
 
+    number: int
+    """Of the request, in the order of their arrival."""
     arrived_at: float
     way: Way | None
     """None if it was refused."""
-    ttft_s: float = 0.0
+    ttft_s: float
+    """From its arrival to its first token, or to its refusal."""
     tpot_s: float = 0.0
     """(last token - first token) / (tokens - 1); 0 for a single token."""
+    ended_at: float = 0.0
 
 
 class FleetResult(msgspec.Struct, kw_only=True):
@@ -118,11 +122,11 @@ class Fleet:
         arrived_at = self._timeline.now
 
         def start(assignment: FleetAssignment) -> None:
-            self._start(Run(generate.prompt_token_ids, request.output_tokens, arrived_at, assignment))
+            self._start(Run(number, generate.prompt_token_ids, request.output_tokens, arrived_at, assignment))
 
         def refuse() -> None:
             self.result.num_refused += 1
-            self.result.outcomes.append(Outcome(arrived_at, None))
+            self.result.outcomes.append(Outcome(number, arrived_at, None, self._timeline.now - arrived_at))
 
         self._frontends[number % len(self._frontends)].arrive(generate, start, refuse)
 
@@ -250,7 +254,8 @@ class Fleet:
         self.result.end_s = self._timeline.now
         way: Way = "remote" if assignment.prefill else "on prefill" if replica.role == "prefill" else "on decode"
         tpot_s = (run.last_token_at - run.first_token_at) / max(1, run.output_tokens - 1)
-        self.result.outcomes.append(Outcome(run.arrived_at, way, run.first_token_at - run.arrived_at, tpot_s))
+        ttft_s = run.first_token_at - run.arrived_at
+        self.result.outcomes.append(Outcome(run.number, run.arrived_at, way, ttft_s, tpot_s, self._timeline.now))
         assignment.end()
 
 

@@ -14,7 +14,7 @@ from app.config import RoutingConfig, SloConfig
 from app.errors import Overloaded
 from app.frontend.orchestrator import MAX_TTFT_OF_SLO
 from app.messages import GenerateRequest, PrefillMode, PrefillReport, Role
-from app.routing.decision import Decision
+from app.routing.decision import Decision, RoutingHints
 from app.routing.in_flight import InFlight
 from app.routing.pool_state import PoolState
 from app.routing.router import NO_HINTS, Router
@@ -37,6 +37,8 @@ class FleetAssignment(msgspec.Struct, frozen=True):
     expected_cached_tokens: int = 0
     """The cached tokens that the router expects on the replica that computes the prompt."""
     predicted_ttft_s: float | None = None
+    level: int = 0
+    """Of the request in engines' queues."""
     choose_decode: Callable[[], str] | None = None
     """If there is one, it is called when prefill has ended, and returns what replaces `decode`."""
 
@@ -116,6 +118,7 @@ class Baton:
         has_prefill: bool = True,
         prefill_mode: PrefillMode = "auto",
         max_ttft_s: float | None = None,
+        hints_of: Callable[[GenerateRequest], RoutingHints] = lambda request: NO_HINTS,
     ) -> None:
         """Without `has_prefill` the decode pool serves alone.  All requests ask for `prefill_mode`.
 
@@ -123,6 +126,7 @@ class Baton:
         """
         self._timeline = timeline
         self._prefill_mode = prefill_mode
+        self._hints_of = hints_of
         self._router = Router(config, slo, has_prefill=has_prefill, clock=lambda: timeline.now)
         self.pools: Mapping[Role, PoolState] = self._router.pools
         longest_s = MAX_TTFT_OF_SLO * slo.ttft_ms / 1e3 if max_ttft_s is None else max_ttft_s
@@ -138,16 +142,19 @@ class Baton:
 
     def arrive(self, request: GenerateRequest, start: Start, refuse: Refuse) -> None:
         request = msgspec.structs.replace(request, prefill_mode=self._prefill_mode)
+        hints = self._hints_of(request)
 
         def on_turn(decision: Decision, in_flight: InFlight) -> None:
-            start(self._assign(request, decision, in_flight))
+            start(self._assign(request, hints, decision, in_flight))
 
         try:
-            self._line.join(request, NO_HINTS, (), self._timeline.now, on_turn, lambda error: refuse())
+            self._line.join(request, hints, (), self._timeline.now, on_turn, lambda error: refuse())
         except Overloaded:
             refuse()
 
-    def _assign(self, request: GenerateRequest, decision: Decision, in_flight: InFlight) -> FleetAssignment:
+    def _assign(
+        self, request: GenerateRequest, hints: RoutingHints, decision: Decision, in_flight: InFlight
+    ) -> FleetAssignment:
         begun_at, prefill = self._timeline.now, decision.prefill
 
         def first_token(report: PrefillReport) -> None:
@@ -159,7 +166,7 @@ class Baton:
             self._line.on_news()
 
         def choose_decode() -> str:
-            in_flight.choose_again(lambda: self._router.receiver(request, NO_HINTS, (), decision))
+            in_flight.choose_again(lambda: self._router.receiver(request, hints, (), decision))
             return in_flight.serving.replica
 
         return FleetAssignment(
@@ -172,4 +179,5 @@ class Baton:
             expected_cached_tokens=(prefill or decision.serving).cached_tokens,
             predicted_ttft_s=decision.predicted_ttft_s + decision.waited_s,
             choose_decode=choose_decode if prefill else None,
+            level=self._line.level(hints),
         )

@@ -64,6 +64,7 @@ class FleetSpec(msgspec.Struct, frozen=True, kw_only=True):
 class Run(msgspec.Struct, eq=False):
     """One request under way."""
 
+    number: int
     prompt: list[int]
     output_tokens: int
     arrived_at: float
@@ -98,7 +99,8 @@ class FleetSequence(ScheduledSequence):
     def __init__(
         self, run: Run, tokens: list[int], *, max_tokens: int, is_handoff: bool = False, is_pulled: bool = False
     ) -> None:
-        super().__init__(tokens, max_tokens=max_tokens, is_handoff=is_handoff, is_pulled=is_pulled)
+        level = run.assignment.level
+        super().__init__(tokens, max_tokens=max_tokens, priority=level, is_handoff=is_handoff, is_pulled=is_pulled)
         self.run = run
 
 

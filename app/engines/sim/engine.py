@@ -408,6 +408,7 @@ class SimEngine:
             # Greedy output has no seed, as in vLLM.
             sampling_seed=sampling.get("seed") if sampling.get("temperature", 1.0) else None,
             cache_salt=request.cache_salt,
+            priority=request.engine_priority,
             **fields,
         )
 

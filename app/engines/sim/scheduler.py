@@ -2,11 +2,12 @@
 
 Each `step` is one step of an engine that batches continuously:
 
-1. Running sequences that need a block for their next token get one.  If none is left, the sequence that came
-   last gives up its blocks and is computed again later.
+1. Running sequences that need a block for their next token get one.  If none is left, the sequence that would go
+   last (see 3) gives up its blocks and is computed again later.
 2. Every running sequence whose prompt is computed gets a token.
 3. What is left of `max_num_batched_tokens` goes to prompts, in chunks: first to those that were begun, then to
-   sequences whose KV has arrived, then to waiting ones as long as there are blocks for all of their tokens.
+   sequences whose KV has arrived, then to waiting ones as long as there are blocks for all of their tokens.  Of these
+   the least `priority` goes first, and then who came first.
 4. The profile says how long the step takes.  The caller lets that time pass and then gives out the tokens.
 
 Tokens come from a hash of (seed, digest of the prompt's KV, position).  So batching, preemption and transfers do not
@@ -15,8 +16,11 @@ change them, but the KV of another prompt does.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Tokens
+from itertools import count
+from operator import attrgetter
 from typing import Literal
 
 import msgspec
@@ -55,6 +59,7 @@ class ScheduledSequence:
         "is_stored_to",
         "max_length",
         "min_length",
+        "order",
         "prompt_tokens",
         "replayed",
         "root",
@@ -77,6 +82,7 @@ class ScheduledSequence:
         stop_token_ids: Tokens[int] = (),
         sampling_seed: int | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
         is_handoff: bool = False,
         is_pulled: bool = False,
     ) -> None:
@@ -93,6 +99,8 @@ class ScheduledSequence:
         self.sampling_seed = () if sampling_seed is None else (sampling_seed,)
         self.cache_salt = cache_salt
         self.root = root_hash(cache_salt)
+        self.order = priority, 0
+        """By it and the number of its arrival sequences wait."""
         self.is_handoff = is_handoff
         self.is_pulled = is_pulled
         self.state: State = "new"
@@ -146,6 +154,7 @@ class Scheduler:
         self._vocabulary = vocabulary
         self._seed = seed
         self._waiting: deque[ScheduledSequence] = deque()
+        self._numbers = count()
         self._arrived: deque[ScheduledSequence] = deque()
         self._transferring: set[ScheduledSequence] = set()
         self._running: list[ScheduledSequence] = []
@@ -173,7 +182,15 @@ class Scheduler:
         assert 0 < sequence.prompt_tokens < self._limits.max_model_len
         sequence.max_length = min(sequence.max_length, self._limits.max_model_len)
         sequence.state = "waiting"
-        self._waiting.append(sequence)
+        sequence.order = sequence.order[0], next(self._numbers)
+        self._queue(sequence)
+
+    def _queue(self, sequence: ScheduledSequence) -> None:
+        """Let a sequence wait where it belongs, which is mostly the end."""
+        if not self._waiting or self._waiting[-1].order < sequence.order:
+            self._waiting.append(sequence)
+        else:
+            insort(self._waiting, sequence, key=attrgetter("order"))
 
     def cancel(self, sequence: ScheduledSequence) -> None:
         """End a sequence, or a handoff that was pulled or that nobody will pull, and free its blocks.
@@ -231,7 +248,9 @@ class Scheduler:
                 if (more := self.pool.acquire([], 1)) is not None:
                     sequence.blocks += more
                     break
-                self._preempt(self._running.pop())
+                last = max(self._running, key=attrgetter("order"))
+                self._running.remove(last)
+                self._preempt(last)
                 num_preempted += 1
         return num_preempted
 
@@ -240,7 +259,7 @@ class Scheduler:
         sequence.blocks = []
         sequence.computed = sequence.is_stored_to = 0
         sequence.state = "preempted"
-        self._waiting.appendleft(sequence)
+        self._queue(sequence)
 
     def _decode(self, outputs: list[ScheduledSequence]) -> list[ScheduledSequence]:
         """Give each running sequence a token, and return those whose prompt is not fully computed yet."""

@@ -37,8 +37,8 @@ def scenario(load: tuple[Phase, ...] = (), **changes: Any) -> Scenario:
 
 def test_a_request_is_in_time_with_both_its_times_and_never_if_it_was_refused() -> None:
     for ttft_s, tpot_s, is_good in ((1.0, 0.01, True), (1.001, 0.01, False), (1.0, 0.0101, False), (0.0, 0.0, True)):
-        assert is_in_time(scenario(), Outcome(0.0, "remote", ttft_s, tpot_s)) == is_good
-    assert not is_in_time(scenario(), Outcome(0.0, None))
+        assert is_in_time(scenario(), Outcome(0, 0.0, "remote", ttft_s, tpot_s)) == is_good
+    assert not is_in_time(scenario(), Outcome(0, 0.0, None, 0.0))
 
 
 def test_scenarios_have_names_of_their_own_and_half_of_them_are_held_out() -> None:

@@ -427,6 +427,26 @@ def test_a_handoff_keeps_its_blocks_until_it_is_cancelled() -> None:
     assert scheduler.num_used_blocks == 0
 
 
+@given(st.lists(st.integers(-2, 2), max_size=12))
+def test_those_that_wait_go_by_priority_and_then_by_their_arrival(priorities: list[int]) -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    waiting = [ScheduledSequence(prompt(8, i), max_tokens=1, priority=each) for i, each in enumerate(priorities)]
+    ended: list[ScheduledSequence] = []
+    run(scheduler, *waiting, on_step=lambda step: ended.extend(step.outputs))
+    assert [waiting.index(each) for each in ended] == sorted(range(len(waiting)), key=lambda i: (priorities[i], i))
+
+
+def test_where_blocks_run_out_the_one_that_would_go_last_gives_up_its_own() -> None:
+    scheduler = make_scheduler(num_blocks=5, max_model_len=20)
+    first, second = (ScheduledSequence(prompt(8, i), max_tokens=9, priority=1 - i) for i in range(2))
+    scheduler.add(first)
+    scheduler.step()
+    scheduler.add(second)
+    while not ((step := scheduler.step()) and step.num_preempted):
+        assert step is not None
+    assert (first.state, second.state) == ("preempted", "running")
+
+
 def test_no_more_sequences_run_than_may() -> None:
     scheduler = make_scheduler(max_num_seqs=2)
     for seed in range(5):

@@ -19,7 +19,7 @@ from app.engines import progress, vllm
 from app.engines.base import EngineSpec
 from app.engines.plugins.nixl_checksum import CHECKS, CHECKSUMS, SUMS_METHOD
 from app.engines.plugins.nixl_lease import LATE_READS
-from app.engines.vllm import VllmEngine, _phases, _Running, samples_first_token
+from app.engines.vllm import VllmEngine, _phases, _Running, build_engine_args, samples_first_token
 from app.engines.vllm_surface import PullTimes
 from app.errors import EngineDead, EngineFailed, InvalidRequest
 from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
@@ -39,6 +39,13 @@ def spec() -> EngineSpec:
         tensor_parallel_size=1,
         engine_args={},
     )
+
+
+def test_vllm_goes_by_priority_unless_the_engine_args_say_otherwise(spec: EngineSpec) -> None:
+    spec = msgspec.structs.replace(spec, is_disaggregated=False)
+    assert build_engine_args(spec).scheduling_policy == "priority"
+    spec = msgspec.structs.replace(spec, engine_args={"scheduling_policy": "fcfs"})
+    assert build_engine_args(spec).scheduling_policy == "fcfs"
 
 
 class Core(VllmEngine):

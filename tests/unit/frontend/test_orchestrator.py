@@ -35,10 +35,11 @@ from app.frontend.waking import Waker
 from app.messages import GenerateRequest, PrefillMode, PrefillReport, ReplicaLoad, Role, TokenDelta
 from app.pace import Pace
 from app.routing.capacity import MIN_BATCH
-from app.routing.decision import Decision, RoutingHints
+from app.routing.decision import SERVICE_CLASSES, Decision, RoutingHints
 from app.routing.ejection import STRONG
 from app.routing.router import Router
 from app.routing.times import PromptTimes
+from app.routing.waiting_line import LEVELS_OF_CLASS
 from tests.unit.routing.samples import replica_info
 from tests.unit.waiting import until
 
@@ -87,6 +88,7 @@ class FakePrefill:
         self.picked: list[str] = []
         self.prompts: list[list[int]] = []
         self.request_ids: list[str] = []
+        self.levels: list[int] = []
         self.handoffs: list[FakeHandoff] = []
         self.may_start = asyncio.Event()
         self.num_called = asyncio.Semaphore(0)
@@ -98,6 +100,7 @@ class FakePrefill:
         self.picked.append(replica)
         self.prompts.append(request.prompt_token_ids)
         self.request_ids.append(request.request_id)
+        self.levels.append(request.level)
         self.num_called.release()
         try:
             await self.may_start.wait()
@@ -227,6 +230,18 @@ async def served(
     async with asyncio.timeout(DEADLINE_S):
         await orchestrator.run(request(prefill_mode, prompt), SequenceProgress(received.append))
     return received
+
+
+async def test_engines_get_the_level_of_its_class() -> None:
+    """Both of a pair."""
+    prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
+    server = orchestrator(prefill, decode)
+    for service_class in SERVICE_CLASSES:
+        async with asyncio.timeout(DEADLINE_S):
+            hints = RoutingHints(service_class=service_class)
+            await server.run(request("auto", PROMPT), SequenceProgress(lambda delta: None), hints=hints)
+    levels = [-LEVELS_OF_CLASS, 0, LEVELS_OF_CLASS]
+    assert prefill.levels == [call.request.level for call in decode.calls] == levels
 
 
 async def test_a_request_waits_for_a_replica_that_is_about_to_join() -> None:

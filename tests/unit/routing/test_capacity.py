@@ -243,6 +243,12 @@ def test_a_replica_has_work_for_a_little_longer_than_a_full_step_or_another_such
         assert has_queue_room(state, num_tokens, 0) is (state.queue_s <= longest_s)
 
 
+def test_one_that_overtakes_others_has_room_for_one_prompt_more_and_no_further() -> None:
+    for queued in range(1000, 40_000, 1000):
+        state, prompt_s = replica(3, queued_tokens=queued), PACE.prompt_s(4000)
+        assert has_queue_room(state, 4000, 0, overtakes=True) is (state.queue_s <= QUEUE_S + 2 * prompt_s)
+
+
 @given(paces, st.integers(1, 50_000), st.integers(1, 200_000), st.floats(0, 0.99))
 def test_a_prompt_waits_at_a_replica_if_what_it_has_cached_saves_more_time(
     pace: Pace, num_tokens: int, queued: int, share: float

@@ -15,7 +15,8 @@ from hypothesis.stateful import invariant, rule
 from app.errors import NoReplica, Overloaded
 from app.messages import ReplicaLoad
 from app.routing.decision import SERVICE_CLASSES, RoutingHints
-from app.routing.waiting_line import HEARTBEAT_S, LATE_TURN, LATEST_LOOK_S
+from app.routing.waiting_line import HEARTBEAT_S, LATE_TURN, LATEST_LOOK_S, LEVELS_OF_CLASS
+from tests.unit.routing.fleet import REMOTE
 from tests.unit.routing.samples import request
 from tests.unit.routing.test_waiting_line import ALONE_S, NUM_TOKENS, TTFT_S, AnyLine, Line, served_one_by_one
 
@@ -320,6 +321,72 @@ def test_a_flood_of_ten_times_its_share_does_not_make_another_tenant_wait() -> N
     service_s = 0.02 + 0.001 + LATEST_LOOK_S  # with the time until the line is looked at
     alone, beside_flood = (quantiles(waits(10.0, rate), n=20)[-1] for rate in (0.0, 10 * 0.5 / 0.02))
     assert beside_flood <= 1.2 * alone + service_s
+
+
+# In the engines' queues
+
+
+def test_the_level_in_an_engine_is_by_class_and_the_lower_the_fewer_of_the_tenant_wait() -> None:
+    line = full()
+    line.by("flood", *names("f", 40))
+    line.by("quiet", "q")
+    levels = [
+        line.line.level(RoutingHints(service_class=service_class, tenant=tenant))
+        for service_class in SERVICE_CLASSES
+        for tenant in ("new", "quiet", "flood")
+    ]
+    assert levels == [-LEVELS_OF_CLASS] * 3 + [0, 1, 6] + [LEVELS_OF_CLASS] * 3
+    line.by("flood", *names("more", 2 ** (LEVELS_OF_CLASS + 1) // 1000))
+    assert line.line.level(RoutingHints(tenant="flood")) < LEVELS_OF_CLASS
+
+
+LONG = 2_100
+"""Tokens, more than a step computes."""
+
+
+def behind_two_prompts() -> FairLine:
+    """A flood waits because prefill computes a prompt and has another one in its queue."""
+    line = FairLine(num_prefill=1, room=9999, **REMOTE)
+    line.by("flood", "done", *names("flood", 9), num_tokens=LONG)
+    line.end("done")
+    line.timers.advance(LATEST_LOOK_S)
+    assert line.served == ["done", "flood0", "flood1"]
+    line.served.clear()
+    return line
+
+
+def test_who_waits_alone_of_its_tenant_gets_into_the_queue_that_it_will_pass() -> None:
+    line = behind_two_prompts()
+    line.by("quiet", "quiet", num_tokens=LONG)
+    line.timers.advance(LATEST_LOOK_S)
+    assert line.served == ["quiet"]
+    line.by("another", "another", num_tokens=LONG)  # there is room for one
+    line.timers.advance(LATEST_LOOK_S)
+    assert line.served == ["quiet"]
+
+
+def test_several_of_a_tenant_do_not_and_neither_does_who_is_alone_in_the_line() -> None:
+    line = behind_two_prompts()
+    line.by("quiet", "1", "2", num_tokens=LONG)
+    line.timers.advance(LATEST_LOOK_S)
+    assert line.served == []
+    for name in [*names("flood", 9)[2:], "2"]:
+        line.line.leave(line.tickets[name])
+    line.timers.advance(HEARTBEAT_S + LATEST_LOOK_S)
+    assert line.served == []
+
+
+def test_only_the_one_whose_turn_it_is_passes_others() -> None:
+    line = behind_two_prompts()
+    for name in names("flood", 9)[4:]:
+        line.line.leave(line.tickets[name])
+    line.by("quiet", "quiet", num_tokens=LONG)
+    line.tickets["quiet"].flow.starts_at = 1e9  # it has got a lot
+    line.timers.advance(LATEST_LOOK_S)
+    assert line.served == []
+    line.line.leave(line.tickets["flood3"])
+    line.timers.advance(HEARTBEAT_S + LATEST_LOOK_S)
+    assert line.served == ["flood2"]  # which waits alone of its tenant too
 
 
 # Whatever happens

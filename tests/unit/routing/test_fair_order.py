@@ -24,10 +24,10 @@ class Tenants:
         self.weights: dict[str, float] = {}
         self.got: Counter[str] = Counter()
 
-    def join(self, tenant: str, *tokens: float, weight: float = 1.0) -> None:
+    def join(self, tenant: str, *tokens: float, weight: float = 1.0, credit: float = 0.0) -> None:
         self.weights[tenant] = weight
         for number in tokens:
-            self.order.count(self.order.flow(tenant), 1, number / weight)
+            self.order.count(self.order.flow(tenant, credit), 1, number / weight)
             self.waiting.setdefault(tenant, []).append(number)
 
     def serve(self) -> str:
@@ -115,14 +115,56 @@ def test_the_numbers_are_right_whoever_comes_leaves_and_is_served(steps: list[tu
             assert flow.waiting_cost == pytest.approx(sum(tenants.waiting[flow.tenant]))
 
 
-def test_those_with_nothing_more_to_answer_for_are_forgotten() -> None:
+def test_those_with_nothing_more_to_answer_for_are_forgotten_when_somebody_new_comes() -> None:
     tenants = Tenants()
     tenants.join("busy", *[10] * 50)
     for number in range(20):
         tenants.join(str(number), 1)
     for _ in range(30):
         tenants.serve()
-    assert list(tenants.order.flows) == ["busy"]
+    tenants.join("new", 1)
+    assert set(tenants.order.flows) == {"busy", "new"}
+
+
+@given(st.integers(1, 40), st.integers(1, 30))
+def test_what_a_tenant_has_got_is_not_forgotten_because_somebody_new_comes(own: int, num: int) -> None:
+    tenants = Tenants()
+    tenants.join("busy", *[own] * 200)
+    for number in range(num):
+        tenants.join("other", own, credit=5 * own)
+        while tenants.waiting["other"]:
+            tenants.serve()
+        tenants.join(f"new {number}", 1)
+    assert tenants.got["other"] <= tenants.got["busy"] + own
+
+
+@given(st.integers(1, 50), st.integers(0, 5), st.integers(0, 100))
+def test_who_left_its_part_to_others_may_start_as_much_earlier_as_its_credit(own: int, num: int, before: int) -> None:
+    """A flow that others were served before has so many requests in a row: those that it missed, up to its credit."""
+    tenants = Tenants()
+    tenants.join("busy", *[own] * 400)
+    for _ in range(before):
+        tenants.serve()
+    tenants.join("quiet", *[own] * 20, credit=num * own)
+    in_a_row = 0
+    while tenants.serve() == "quiet":
+        in_a_row += 1
+    had = min(num, max(0, before - 1))  # before the first one nobody had anything
+    assert had <= in_a_row <= had + 1
+
+
+@given(st.integers(1, 40), st.integers(0, 200), st.lists(st.integers(0, 12), min_size=1, max_size=60))
+def test_over_a_long_time_credit_brings_no_more_than_a_tenants_part(own: int, credit: int, pauses: list[int]) -> None:
+    """However it comes and goes, it is never ahead of one that always waits by more than a request."""
+    tenants = Tenants()
+    tenants.join("busy", *[40] * 1000)
+    for pause in pauses:
+        for _ in range(pause):
+            tenants.serve()
+        tenants.join("other", own, credit=credit)
+        while tenants.waiting["other"]:
+            tenants.serve()
+        assert tenants.got["other"] <= tenants.got["busy"] + own + 40
 
 
 def test_what_goes_before_a_newcomer_is_predicted_by_the_weights() -> None:

@@ -19,6 +19,7 @@ from app.routing.in_flight import InFlight
 from app.routing.router import NO_HINTS
 from app.routing.waiting_line import (
     HEARTBEAT_S,
+    IN_TIME,
     LATE_TURN,
     LATEST_LOOK_S,
     LONGEST_RETRY_S,
@@ -336,6 +337,56 @@ def test_who_is_late_is_refused_as_soon_as_even_its_turn_would_be_too_late() -> 
     line.timers.advance(2 * ALONE_S + HEARTBEAT_S)
     assert line.counts == (0, 0)
     assert isinstance(line.failed["0"], Overloaded)
+
+
+def learnt_that_late_ones_are_passed(**options: Any) -> Line:
+    """Some are late, while others in time have had most turns; ten of these wait too."""
+    line = behind_one(LATE_TURN, max_ttft_s=1e3, **options)
+    line.timers.advance(TTFT_S)
+    for number in range(6 * (LATE_TURN - 1) + 10):
+        line.join(f"in time {number}")
+    served = served_one_by_one(line, "running", 6 * LATE_TURN)
+    assert sum(name.startswith("in time") for name in served) == 6 * (LATE_TURN - 1)
+    return line
+
+
+def test_where_late_ones_are_passed_who_would_be_late_is_refused_at_once() -> None:
+    line = learnt_that_late_ones_are_passed()
+    number, per_s = 0, line.line.predicted_wait_s() / line.counts[0]
+
+    def wait_s() -> float:
+        """Of one that joins: two late ones are not before it."""
+        return (line.counts[0] - 2) * per_s
+
+    while wait_s() + ALONE_S <= IN_TIME * IN_TIME * TTFT_S:
+        line.join(f"new {number}")
+        number += 1
+    before = line.counts
+    with pytest.raises(Overloaded) as refused:
+        line.join("refused")
+    assert number > 1
+    assert 0 < refused.value.retry_after_s <= per_s
+    assert line.counts == before
+
+
+def test_where_late_ones_have_most_turns_nobody_is_refused_for_being_late() -> None:
+    line = behind_one(4 * LATE_TURN, max_ttft_s=1e3)
+    line.timers.advance(2 * TTFT_S)
+    served_one_by_one(line, "running", 3 * LATE_TURN)
+    for number in range(1000):
+        line.join(f"new {number}")
+    assert line.line.predicted_wait_s() > 2 * TTFT_S
+    assert line.failed == {}
+
+
+def test_once_nobody_waits_it_is_forgotten_that_late_ones_were_passed() -> None:
+    line = learnt_that_late_ones_are_passed()
+    served_one_by_one(line, line.served[-1], line.counts[0])
+    assert line.counts == (0, 0)
+    line.join("running again")
+    for number in range(1000):
+        line.join(f"new {number}")
+    assert line.line.predicted_wait_s() > TTFT_S
 
 
 def test_at_first_the_line_is_taken_to_be_as_quick_as_its_replicas_are() -> None:
