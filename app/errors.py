@@ -78,7 +78,7 @@ class CannotResume(BatonError):
 
 
 class TakenElsewhere(BatonError):
-    """A sequence goes on at another replica, as its own is being removed, or later, as it was preempted; nobody failed.
+    """A sequence leaves its replica, which is being removed or needed by a higher class, and goes on; nobody failed.
 
     It only ends the attempt, inside the frontend.
     """

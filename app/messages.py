@@ -29,10 +29,6 @@ PrefillMode = Literal["auto", "local", "remote", "corrupted"]
 by the prefill pool but from another prompt, so that decode gets wrong KV (the control run of ``baton verify``)."""
 
 
-NUM_LEVELS, MAX_PRIORITY = 64, 2**56
-"""Levels within one priority, and beyond which one priority is as good as another."""
-
-
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate.
 
@@ -45,9 +41,6 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: dict[str, Any]
     cache_salt: str | None = None
     priority: int = 0
-    level: int = 0
-    """Who goes first of those with one `priority` that wait in an engine: the least (app/routing/waiting_line.py).
-    Engines that know no order ignore it."""
     prefill_mode: PrefillMode = "auto"
     expected_cached_tokens: int = 0
     """How many of the prompt's tokens the router expects the engine that prefills it to have cached.  This only affects
@@ -60,11 +53,6 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling they are output, so that the sequence goes on as if nothing had happened; they are not sent again."""
     sent_at: float | None = None
     """Unix time in seconds at which the frontend sent the request to prefill; None elsewhere."""
-
-    @property
-    def engine_priority(self) -> int:
-        """`priority` and `level` in one number of 64 bits."""
-        return max(-MAX_PRIORITY, min(MAX_PRIORITY, self.priority)) * NUM_LEVELS + self.level
 
     @property
     def is_load(self) -> bool:

@@ -126,7 +126,9 @@ def build_engine_args(spec: EngineSpec) -> Any:
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    arguments = {"scheduling_policy": "priority", **cpu_defaults(spec.device), **spec.engine_args}
+    # Where sequences decode, one that vLLM preempts for want of KV would wait behind all that come of higher priority.
+    order = {"scheduling_policy": "priority"} if spec.role == "prefill" else {}
+    arguments = {**order, **cpu_defaults(spec.device), **spec.engine_args}
     transfer = None
     if spec.is_disaggregated:
         transfer = KVTransferConfig(
@@ -382,6 +384,8 @@ class VllmEngine:
             request = msgspec.structs.replace(request, prompt_token_ids=request.prompt_token_ids + first.token_ids)
             if params.max_tokens is not None:
                 params.max_tokens -= 1
+        if "scheduling_policy" not in self._spec.engine_args:  # only prompts for other replicas have an order of ours
+            request = msgspec.structs.replace(request, priority=0)
         leave_queue = self.prompt_queue.enter(request, descriptor)
         is_first = True
 
@@ -501,7 +505,7 @@ class VllmEngine:
             prompt["cache_salt"] = request.cache_salt
         try:
             processed = self._input_processor.process_inputs(
-                request.request_id, prompt, params, supported_tasks=("generate",), priority=request.engine_priority
+                request.request_id, prompt, params, supported_tasks=("generate",), priority=request.priority
             )
         except (VLLMClientError, ValueError) as error:
             raise InvalidRequest(str(error)) from error

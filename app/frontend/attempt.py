@@ -144,9 +144,6 @@ class Attempt:
         self._in_flight = in_flight
         self._line = line
         self._number = job.num_attempts
-        self._request = job.request
-        if level := line.level(job.hints):
-            self._request = msgspec.structs.replace(job.request, level=level)
         self.prefill = decision.prefill.replica if decision.prefill is not None else None
         """The replica that prefills for it; None if the serving replica does that itself."""
         self._handoff: Handoff | None = None
@@ -162,7 +159,7 @@ class Attempt:
 
     async def serve(self) -> None:
         """Raises what `DecodePool.generate` raises, and PrefillFailed if the prefill replica is gone."""
-        decision, progress, request = self._decision, self._progress, self._request
+        decision, progress, request = self._decision, self._progress, self._job.request
         self._handoff, local_reason = handoff, _ = await self._start_prefill()
         if handoff is not None and not self._pools.hands_over_early:
             await self._look_again(handoff)
@@ -193,7 +190,9 @@ class Attempt:
         assert self._pools.prefill is not None
         replica = decision.prefill.replica
         try:
-            request = _to_prefill(self._request, decision.prefill, self._number)
+            level = self._line.level(self._job.hints, is_again=self._number > 0)
+            priority = self._job.request.priority if self._pools.hands_over_early else level
+            request = _to_prefill(self._job.request, decision.prefill, self._number, priority)
             return await self._pools.prefill.start(request, replica), ""
         except ReplicaLost as error:
             if self._router.local_role() != decision.serving_role:
@@ -334,7 +333,7 @@ class Attempt:
             self._ejections.pair_failed(prefill, self.serving, evidence, began_at)
 
 
-def _to_prefill(request: GenerateRequest, prefill: Candidate, attempt: int) -> GenerateRequest:
+def _to_prefill(request: GenerateRequest, prefill: Candidate, attempt: int, priority: int) -> GenerateRequest:
     """Make the request for the prefill replica.
 
     It has an id of its own, because an earlier attempt may not have ended yet on that replica.
@@ -344,6 +343,7 @@ def _to_prefill(request: GenerateRequest, prefill: Candidate, attempt: int) -> G
         prefilled,
         request_id=f"{request.request_id}-{attempt}" if attempt else request.request_id,
         expected_cached_tokens=prefill.cached_tokens,
+        priority=priority,
         sent_at=time.time(),
     )
 

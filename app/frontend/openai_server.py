@@ -150,7 +150,7 @@ async def build_server(
     # A page of another origin can read no answer without the headers of this middleware, not even a refusal.  vLLM's is
     # inside of what refuses; its headers are the same, and are replaced by those of this one.
     of_vllm: list[Any] = first.user_middleware
-    (cors,) = (each for each in of_vllm if each.cls is CORSMiddleware)
+    cors = next(each for each in of_vllm if each.cls is CORSMiddleware)
     return CORSMiddleware(authenticated, **cors.kwargs) if cors.kwargs["allow_origins"] else authenticated
 
 

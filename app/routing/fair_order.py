@@ -28,7 +28,7 @@ class Flow:
         self.starts_at = 0.0
         """The virtual time of its next request, in tokens of a tenant of weight 1."""
         self.credit = 0.0
-        """How long before the others it was allowed to start when it last joined."""
+        """The most that it was ever allowed to start before the others."""
         self.is_queued = False
         """Whether the order has it in its heap."""
         self.num_waiting = 0
@@ -69,7 +69,7 @@ class FairOrder(Generic[AnyFlow]):
             flow = self.flows[tenant] = self._new_flow(tenant)
         if not flow.num_waiting:
             flow.starts_at = max(flow.starts_at, self._now - credit)
-            flow.credit = credit
+            flow.credit = max(flow.credit, credit)
         if not flow.is_queued:
             flow.is_queued = True
             heappush(self._heap, (flow.starts_at, next(self._numbers), flow))

@@ -40,7 +40,7 @@ class Router(RouterState):
         """Choose, without sending anything.  `lost` are replicas that this request must not try again.
 
         It has waited for `waited_s` seconds in this frontend, where other prompts of `waiting_tokens` tokens wait too.
-        `overtakes` says that engines compute its prompt before others that wait there.
+        `overtakes` says that prefill engines which know an order compute its prompt before others that wait there.
 
         Raises NoReplica, and InvalidRequest for a local prefill that no replica is capable of.
         """

@@ -33,7 +33,7 @@ class Survey:
         *,
         overtakes: bool = False,
     ) -> None:
-        """`overtakes` says that engines compute its prompt before others that wait there."""
+        """`overtakes` says that prefill engines which know an order compute its prompt before others."""
         self._overtakes = overtakes
         self._state = state
         self._request = request
@@ -149,7 +149,7 @@ class Survey:
         Those that serve sequences already come first, so that the others stay free for prompts.
         """
         ranking = self.ranking("prefill", is_whole=True)
-        can_serve = [s for s in ranking if self._can_take_prompt(s) and self._can_serve_whole(s)]
+        can_serve = [s for s in ranking if self._has_queue_room(s) and self._can_serve_whole(s)]
         best = max(can_serve, key=lambda s: (s.state.num_served, s.total), default=None)
         return self._local_way(best or self._best("prefill", is_whole=True), "prefill", "" if best else "decode")
 
@@ -172,11 +172,12 @@ class Survey:
         return PromptTimes(state.queue_s, state.pace.prompt_s(self._num_tokens, scored.cached_tokens))
 
     def _can_take_prompt(self, scored: Scored) -> bool:
-        """Whether a prefill replica will soon compute the prompt, and the sequences that it serves can bear it."""
-        return self._has_queue_room(scored) and self._is_within_budget(scored)
+        """Whether a prefill replica will soon compute a prompt for another replica, and its sequences can bear it."""
+        overtakes = self._overtakes and scored.state.info.engine != "sglang"
+        return self._has_queue_room(scored, overtakes=overtakes) and self._is_within_budget(scored)
 
-    def _has_queue_room(self, scored: Scored) -> bool:
-        return has_queue_room(scored.state, self._num_tokens, scored.cached_tokens, overtakes=self._overtakes)
+    def _has_queue_room(self, scored: Scored, *, overtakes: bool = False) -> bool:
+        return has_queue_room(scored.state, self._num_tokens, scored.cached_tokens, overtakes=overtakes)
 
     def _is_within_budget(self, scored: Scored, *, joins: bool = False) -> bool:
         uncached = self._num_tokens - scored.cached_tokens

@@ -113,6 +113,10 @@ class TenantLine(Flow):
         """The part of `work_s` that is of those who are late."""
         self._served_s = self._late_served_s = PRIOR_S
 
+    def forget_late(self) -> None:
+        """Take it again that late ones have all turns: nobody waits any more."""
+        self._served_s = self._late_served_s = PRIOR_S
+
     @property
     def late_share(self) -> float:
         """The share that late ones had in what was served lately while some waited; all of it at first."""
@@ -124,7 +128,9 @@ class TenantLine(Flow):
         return self.late_share < MOSTLY
 
     def count_turn(self, ticket: Ticket) -> None:
-        """Take note that one of them has its turn."""
+        """Take note that one of them has its turn.  Those that were preempted take it from nobody who is late."""
+        if ticket.was_preempted:
+            return
         self.num_turns += 1
         if self.late:
             kept = math.exp(-ticket.alone_s / RATE_WINDOW_S)
@@ -164,6 +170,9 @@ class WaitingLine:
         self._router = router
         self._max_ttft_s = max_ttft_s
         self._ttft_s = IN_TIME * router.slo.ttft_ms / 1e3
+        self._certain_s = IN_TIME * self._ttft_s
+        """By when a first token has to be predicted where late ones are passed: earlier once more, else half of a line
+        of that length would miss its time by a little."""
         self._later = later
         self._clock = router.clock
         self.orders = [FairOrder(self._new_flow) for _ in ("again", *SERVICE_CLASSES)]
@@ -210,7 +219,7 @@ class WaitingLine:
             return None
         if not self.num_waiting:
             self._rated_at = self._clock()
-        tokens = 0.0 if was_preempted else len(request.prompt_token_ids) + self._expected_output(request)
+        tokens = len(request.prompt_token_ids) + self._expected_output(request)
         flow = self.orders[rank].flow("" if was_served else hints.tenant, CREDIT * tokens / hints.weight)
         ticket = Ticket(request, hints, lost, arrived_at, on_turn, on_error, alone_s, rank, flow, tokens, was_preempted)
         self._admit(ticket)
@@ -219,13 +228,15 @@ class WaitingLine:
         self._beat()
         return ticket
 
-    def level(self, hints: RoutingHints) -> int:
-        """Return the level of a request in an engine's queue: by its class, and the higher the more of its tenant wait.
+    def level(self, hints: RoutingHints, *, is_again: bool = False) -> int:
+        """Return the priority of a prompt in a prefill engine's queue: less goes first.
 
-        So it goes there before those that others, this frontend or another one, have sent from a long line.
+        It goes by the class, and is the higher the more of its tenant wait, if others do too and it `is_again` not one
+        that was served before.  So it goes before those that this frontend or another one has sent from a long line.
         """
         rank = SERVICE_CLASSES.index(hints.service_class)
-        flow = self.orders[1 + rank].flows.get(hints.tenant)
+        order = self.orders[1 + rank]
+        flow = order.flows.get(hints.tenant) if len(order.flows) > 1 and not is_again else None
         backlog = flow.num_waiting.bit_length() if flow is not None else 0
         return (rank - SERVICE_CLASSES.index("default")) * LEVELS_OF_CLASS + min(backlog, LEVELS_OF_CLASS - 1)
 
@@ -250,24 +261,21 @@ class WaitingLine:
         if not has_time_for_all and (excess_s := self._excess_s(ticket, self._turn_in_s(ticket))) > 0:
             raise Overloaded(min(LONGEST_RETRY_S, excess_s))
         flow = ticket.flow
-        late_s = self._lateness_s(ticket, self._turn_in_s(ticket)) if flow.passes_late else 0.0
-        if late_s > 0 and not ticket.was_preempted:
-            raise Overloaded(min(LONGEST_RETRY_S, late_s))
+        if flow.passes_late and ticket.rank and not ticket.was_preempted:
+            late_s = self._clock() - ticket.arrived_at + self._turn_in_s(ticket) + ticket.alone_s - self._certain_s
+            if late_s > 0:
+                raise Overloaded(min(LONGEST_RETRY_S, late_s))
         (flow.preempted if ticket.was_preempted else flow.in_time).append(ticket)
         self._count(ticket, 1)
         if not has_time_for_all:
             self._make_room(ticket)
-
-    def _lateness_s(self, ticket: Ticket, wait_s: float) -> float:
-        """Return by how much a request will be late if its turn is in `wait_s` seconds, and one in time comes late."""
-        return self._clock() - ticket.arrived_at + ticket.alone_s + wait_s - IN_TIME * self._ttft_s
 
     def _make_room(self, newcomer: Ticket) -> None:
         """Refuse those who will be too late now that another one goes before them, from the end of each class on."""
         for order in self.orders[newcomer.rank :]:
             while order.num_waiting and (last := order.last().last()) is not newcomer:
                 is_passed = last.is_late and last.flow.passes_late
-                wait_s = self._late_turn_in_s(last.flow) if is_passed else self._turn_in_s(last, is_counted=True)
+                wait_s = self._late_turn_in_s(order, last.flow) if is_passed else self._turn_in_s(last, is_counted=True)
                 if not self._refuse(last, wait_s):
                     break
 
@@ -306,6 +314,8 @@ class WaitingLine:
         ticket.flow.work_s = max(0.0, ticket.flow.work_s + number * ticket.alone_s)
         if ticket.is_late and number < 0:
             ticket.flow.late_s = max(0.0, ticket.flow.late_s - ticket.alone_s)
+        if ticket.flow.num_waiting + number == 0:
+            ticket.flow.forget_late()
         self.orders[ticket.rank].count(ticket.flow, number, ticket.cost)
         if not self.num_waiting:
             self.lacks = ""
@@ -355,7 +365,8 @@ class WaitingLine:
     def _let_others_pass(self, ticket: Ticket) -> None:
         """Take one that cannot be in time to the others of that kind, or refuse it."""
         flow = ticket.flow
-        if not self._refuse(ticket, self._late_turn_in_s(flow) if flow.passes_late else self._turn_in_s(ticket)):
+        order = self.orders[ticket.rank]
+        if not self._refuse(ticket, self._late_turn_in_s(order, flow) if flow.passes_late else self._turn_in_s(ticket)):
             ticket.is_late = True
             flow.late_s += ticket.alone_s
             flow.late.append(ticket)
@@ -388,7 +399,7 @@ class WaitingLine:
             self._let_others_pass(ticket)
             return True
         self.preemption.preempt(victims)
-        charged = max(0.0, ticket.tokens - choice.expected_cached_tokens)
+        charged = 0.0 if ticket.was_preempted else max(0.0, ticket.tokens - choice.expected_cached_tokens)
         self.orders[ticket.rank].charge(ticket.flow, charged / ticket.hints.weight)
         self.leave(ticket)
         self._num_turns += 1
@@ -437,15 +448,25 @@ class WaitingLine:
         """
         order, flow = self.orders[ticket.rank], ticket.flow
         work_s = sum(order.share_before(flow, other) * other.work_s for other in order.flows.values())
-        work_s += sum(other.work_s for higher in self.orders[: ticket.rank] for other in higher.flows.values())
+        work_s += self._higher_work_s(order)
         work_s -= ticket.alone_s if is_counted else 0.0
         if flow.passes_late:
             work_s -= flow.late_s
         return work_s / speed if (speed := self._speed()) else 0.0
 
-    def _late_turn_in_s(self, flow: TenantLine) -> float:
-        """Predict how long the last one of those who are late waits for its turn, if the others pass."""
-        return flow.late_s / (speed * flow.late_share) if (speed := self._speed()) else 0.0
+    def _late_turn_in_s(self, order: FairOrder[TenantLine], flow: TenantLine) -> float:
+        """Predict how long the last one of those who are late waits for its turn, if the others pass.
+
+        Of other tenants of its class it is taken that they have as much weight.
+        """
+        num_sharing = sum(other.num_waiting > 0 for other in order.flows.values())
+        work_s = num_sharing * flow.late_s / flow.late_share + self._higher_work_s(order)
+        return work_s / speed if (speed := self._speed()) else 0.0
+
+    def _higher_work_s(self, order: FairOrder[TenantLine]) -> float:
+        """Return the work of all that go before those of `order`."""
+        higher = self.orders[: self.orders.index(order)]
+        return sum(other.work_s for each in higher for other in each.flows.values())
 
     def _speed(self) -> float:
         """Return how many seconds of work the line has served lately in each second in which somebody waited."""

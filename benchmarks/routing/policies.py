@@ -38,7 +38,7 @@ class FleetAssignment(msgspec.Struct, frozen=True):
     """The cached tokens that the router expects on the replica that computes the prompt."""
     predicted_ttft_s: float | None = None
     level: int = 0
-    """Of the request in engines' queues."""
+    """The priority of the prompt in a prefill engine's queue."""
     choose_decode: Callable[[], str] | None = None
     """If there is one, it is called when prefill has ended, and returns what replaces `decode`."""
 

@@ -99,8 +99,8 @@ class FleetSequence(ScheduledSequence):
     def __init__(
         self, run: Run, tokens: list[int], *, max_tokens: int, is_handoff: bool = False, is_pulled: bool = False
     ) -> None:
-        level = run.assignment.level
-        super().__init__(tokens, max_tokens=max_tokens, priority=level, is_handoff=is_handoff, is_pulled=is_pulled)
+        priority = run.assignment.level if is_handoff else 0
+        super().__init__(tokens, max_tokens=max_tokens, priority=priority, is_handoff=is_handoff, is_pulled=is_pulled)
         self.run = run
 
 

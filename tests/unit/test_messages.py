@@ -8,15 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.messages import (
-    MAX_PRIORITY,
-    GenerateRequest,
-    Logprobs,
-    PrefillReport,
-    TokenDelta,
-    TransferDescriptor,
-    merge_deltas,
-)
+from app.messages import GenerateRequest, Logprobs, PrefillReport, TokenDelta, TransferDescriptor, merge_deltas
 
 counts = st.integers(0, 2**40)
 token_ids = st.integers(0, 2**31)
@@ -70,7 +62,6 @@ requests = st.builds(
     sampling=st.dictionaries(words, plain, max_size=4),
     cache_salt=st.none() | words,
     priority=st.integers(-100, 100),
-    level=st.integers(-16, 31),
     prefill_mode=st.sampled_from(["auto", "local", "corrupted"]),
     reasoning_ended=st.none() | st.booleans(),
     reasoning_parser_kwargs=st.none() | st.dictionaries(words, plain, max_size=2),
@@ -97,21 +88,6 @@ def test_a_delta_survives_msgpack(delta: TokenDelta) -> None:
 @settings(max_examples=50)
 def test_a_request_survives_msgpack(request: GenerateRequest) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=GenerateRequest) == request
-
-
-@given(st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.integers(-16, 31)), min_size=2, max_size=2))
-def test_engines_go_by_priority_and_then_by_level_in_a_number_of_64_bits(both: list[tuple[int, int]]) -> None:
-    numbers = [
-        GenerateRequest(
-            request_id="r", prompt_token_ids=[1], sampling={}, priority=priority, level=level
-        ).engine_priority
-        for priority, level in both
-    ]
-    assert all(-(2**63) <= number < 2**63 for number in numbers)
-    if both[0][0] != both[1][0]:
-        assert (numbers[0] <= numbers[1]) == (both[0][0] < both[1][0]) or any(abs(p) > MAX_PRIORITY for p, _ in both)
-    else:
-        assert (numbers[0] < numbers[1]) == (both[0][1] < both[1][1])
 
 
 def test_keys_that_are_numbers_survive_msgpack() -> None:

@@ -322,7 +322,7 @@ class SimEngine:
 
     async def prefill(self, request: GenerateRequest) -> TransferDescriptor:
         began = time.monotonic()
-        sequence = self._to_sequence(request, {"max_tokens": 1}, is_handoff=True)
+        sequence = self._to_sequence(request, {"max_tokens": 1}, is_handoff=True, priority=request.priority)
         await self._run(request, sequence, "prefill_error")
         return TransferDescriptor(
             engine="sim",
@@ -408,7 +408,6 @@ class SimEngine:
             # Greedy output has no seed, as in vLLM.
             sampling_seed=sampling.get("seed") if sampling.get("temperature", 1.0) else None,
             cache_salt=request.cache_salt,
-            priority=request.engine_priority,
             **fields,
         )
 

@@ -22,7 +22,7 @@ from app.engines.plugins.nixl_lease import LATE_READS
 from app.engines.vllm import VllmEngine, _phases, _Running, build_engine_args, samples_first_token
 from app.engines.vllm_surface import PullTimes
 from app.errors import EngineDead, EngineFailed, InvalidRequest
-from app.messages import GenerateRequest, TokenDelta, TransferDescriptor
+from app.messages import GenerateRequest, Role, TokenDelta, TransferDescriptor
 from tests.unit.waiting import until
 
 REQUEST = GenerateRequest(request_id="r", prompt_token_ids=[1] * 50, sampling={}, expected_cached_tokens=16)
@@ -41,11 +41,20 @@ def spec() -> EngineSpec:
     )
 
 
-def test_vllm_goes_by_priority_unless_the_engine_args_say_otherwise(spec: EngineSpec) -> None:
-    spec = msgspec.structs.replace(spec, is_disaggregated=False)
-    assert build_engine_args(spec).scheduling_policy == "priority"
-    spec = msgspec.structs.replace(spec, engine_args={"scheduling_policy": "fcfs"})
-    assert build_engine_args(spec).scheduling_policy == "fcfs"
+@pytest.mark.parametrize(
+    ("role", "engine_args", "policy"),
+    [
+        ("prefill", {}, "priority"),
+        ("decode", {}, "fcfs"),
+        ("prefill", {"scheduling_policy": "fcfs"}, "fcfs"),
+        ("decode", {"scheduling_policy": "priority"}, "priority"),
+    ],
+)
+def test_prefill_goes_by_priority_unless_the_engine_args_say_otherwise(
+    spec: EngineSpec, role: Role, engine_args: dict[str, Any], policy: str
+) -> None:
+    spec = msgspec.structs.replace(spec, is_disaggregated=False, role=role, engine_args=engine_args)
+    assert build_engine_args(spec).scheduling_policy == policy
 
 
 class Core(VllmEngine):
@@ -74,6 +83,26 @@ def step_output(request_id: str, finish_reason: str | None) -> Any:
     made = output()
     made.request_id, made.finish_reason, made.finished = request_id, finish_reason, finish_reason is not None
     return made
+
+
+@pytest.mark.parametrize(("engine_args", "priority"), [({}, 0), ({"scheduling_policy": "priority"}, -5)])
+async def test_only_a_prompt_for_another_replica_has_a_priority_unless_engine_args_say_so(
+    spec: EngineSpec, engine_args: dict[str, Any], priority: int
+) -> None:
+    asked: list[int] = []
+
+    class Asked(Core):
+        async def _run(self, request: GenerateRequest, *arguments: Any) -> None:
+            asked.append(request.priority)
+            await super()._run(request, *arguments)
+
+    engine = Asked(msgspec.structs.replace(spec, engine_args=engine_args))
+    request = msgspec.structs.replace(REQUEST, priority=-5)
+    for each in (output(remote_host="h"), None, output(), None):
+        engine.outputs.put_nowait(each)
+    await engine.prefill(request)
+    await engine.generate(request, None, lambda _: None)
+    assert asked == [-5, priority]
 
 
 async def test_a_handoff_is_queued_until_it_is_ready_and_says_how_long_it_took(spec: EngineSpec) -> None:

@@ -88,7 +88,7 @@ class FakePrefill:
         self.picked: list[str] = []
         self.prompts: list[list[int]] = []
         self.request_ids: list[str] = []
-        self.levels: list[int] = []
+        self.priorities: list[int] = []
         self.handoffs: list[FakeHandoff] = []
         self.may_start = asyncio.Event()
         self.num_called = asyncio.Semaphore(0)
@@ -100,7 +100,7 @@ class FakePrefill:
         self.picked.append(replica)
         self.prompts.append(request.prompt_token_ids)
         self.request_ids.append(request.request_id)
-        self.levels.append(request.level)
+        self.priorities.append(request.priority)
         self.num_called.release()
         try:
             await self.may_start.wait()
@@ -232,8 +232,7 @@ async def served(
     return received
 
 
-async def test_engines_get_the_level_of_its_class() -> None:
-    """Both of a pair."""
+async def test_a_prefill_engine_gets_the_level_of_its_class_and_decode_what_the_client_said() -> None:
     prefill, decode = FakePrefill("p"), FakeDecode(["d"], [LAST])
     server = orchestrator(prefill, decode)
     for service_class in SERVICE_CLASSES:
@@ -241,7 +240,8 @@ async def test_engines_get_the_level_of_its_class() -> None:
             hints = RoutingHints(service_class=service_class)
             await server.run(request("auto", PROMPT), SequenceProgress(lambda delta: None), hints=hints)
     levels = [-LEVELS_OF_CLASS, 0, LEVELS_OF_CLASS]
-    assert prefill.levels == [call.request.level for call in decode.calls] == levels
+    assert prefill.priorities == levels
+    assert {call.request.priority for call in decode.calls} == {0}
 
 
 async def test_a_request_waits_for_a_replica_that_is_about_to_join() -> None:

@@ -323,6 +323,21 @@ def test_a_flood_of_ten_times_its_share_does_not_make_another_tenant_wait() -> N
     assert beside_flood <= 1.2 * alone + service_s
 
 
+def test_once_none_of_a_tenant_waits_it_is_forgotten_that_its_late_ones_were_passed() -> None:
+    line = full(max_ttft_s=1e3)
+    line.by("a", *names("late", LATE_TURN))
+    line.timers.advance(TTFT_S)
+    line.by("a", *names("in time", 6 * (LATE_TURN - 1)))
+    line.by("b", "b", arrived_at=line.timers.now + 1e3)
+    flow, other = line.tickets["late0"].flow, line.tickets["b"]
+    other.flow.starts_at = 1e9  # it has got a lot, and waits until the end
+    served = served_one_by_one(line, "running", 5 * LATE_TURN)
+    assert flow.passes_late
+    left = 6 * (LATE_TURN - 1) + LATE_TURN - len(served)
+    served_one_by_one(line, served[-1], left)
+    assert (flow.num_waiting, line.line.num_waiting, flow.passes_late) == (0, 1, False)
+
+
 # In the engines' queues
 
 
@@ -338,6 +353,13 @@ def test_the_level_in_an_engine_is_by_class_and_the_lower_the_fewer_of_the_tenan
     assert levels == [-LEVELS_OF_CLASS] * 3 + [0, 1, 6] + [LEVELS_OF_CLASS] * 3
     line.by("flood", *names("more", 2 ** (LEVELS_OF_CLASS + 1) // 1000))
     assert line.line.level(RoutingHints(tenant="flood")) < LEVELS_OF_CLASS
+    assert line.line.level(RoutingHints(tenant="flood"), is_again=True) == 0
+
+
+def test_one_tenant_alone_keeps_its_order_in_engines() -> None:
+    line = full()
+    line.by("a", *names("a", 40))
+    assert line.line.level(RoutingHints(tenant="a")) == 0
 
 
 LONG = 2_100

@@ -138,6 +138,22 @@ def test_what_a_tenant_has_got_is_not_forgotten_because_somebody_new_comes(own: 
     assert tenants.got["other"] <= tenants.got["busy"] + own
 
 
+def test_small_requests_between_large_ones_bring_no_more_credit() -> None:
+    tenants = Tenants()
+    tenants.join("busy", *[10] * 3000)
+    for number in range(100):
+        tenants.join("other", *[10] * 20, credit=40)
+        while tenants.waiting["other"]:
+            tenants.serve()
+        tenants.join("other", 1, credit=4)
+        while tenants.waiting["other"]:
+            tenants.serve()
+        for _ in range(3):
+            tenants.serve()
+        tenants.join(f"new {number}", 1)
+    assert tenants.got["other"] <= tenants.got["busy"] + 60
+
+
 @given(st.integers(1, 50), st.integers(0, 5), st.integers(0, 100))
 def test_who_left_its_part_to_others_may_start_as_much_earlier_as_its_credit(own: int, num: int, before: int) -> None:
     """A flow that others were served before has so many requests in a row: those that it missed, up to its credit."""

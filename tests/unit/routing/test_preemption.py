@@ -303,9 +303,21 @@ def test_it_pays_nothing_of_its_tenants_part_again() -> None:
     line.join("new", hints={**FLEX, "tenant": "b"})
     line.fleet.cache("decode", "d0", NUM_TOKENS, 1_000_000 * sum(b"again"))
     flow = line.tickets["again"].flow
-    assert flow.ends_at == 0.0
     served_one_by_one(line, "running", 1)
     assert (line.served[-1], flow.starts_at) == ("again", 0.0)
+
+
+def test_it_takes_no_turn_from_those_who_are_late() -> None:
+    line = PreemptingLine(max_ttft_s=1e6)
+    line.join("running")
+    line.join("late", hints=FLEX, arrived_at=line.timers.now - TTFT_S)
+    for name in names("in time", 2 * LATE_TURN):
+        line.join(name, hints=FLEX)
+    flow, last = line.tickets["late"].flow, "running"
+    while flow.num_turns % LATE_TURN != LATE_TURN - 1:
+        (last,) = served_one_by_one(line, last, 1)
+    preempted(line, "again")
+    assert served_one_by_one(line, last, 2) == ["again", "late"]
 
 
 def test_it_is_never_refused() -> None:

@@ -369,6 +369,34 @@ def test_where_late_ones_are_passed_who_would_be_late_is_refused_at_once() -> No
     assert line.counts == before
 
 
+def test_a_sequence_that_lost_its_replica_is_not_refused_for_being_late() -> None:
+    line = Line(max_ttft_s=1e3)
+    line.join("running")
+
+    def join_again(name: str) -> None:
+        failed = line.failed.__setitem__
+        asked = request(NUM_TOKENS, 1_000_000 * sum(name.encode()), request_id=name)
+
+        def on_turn(decision: Decision, in_flight: InFlight) -> None:
+            line.served.append(name)
+            line.running[name] = in_flight
+
+        line.line.join(
+            asked, NO_HINTS, (), line.timers.now, on_turn, lambda error: failed(name, error), was_served=True
+        )
+
+    for number in range(LATE_TURN):
+        join_again(str(number))
+    line.timers.advance(TTFT_S)
+    for number in range(6 * (LATE_TURN - 1) + 10):
+        join_again(f"in time {number}")
+    served_one_by_one(line, "running", 6 * LATE_TURN)
+    assert line.line.orders[0].flow("").passes_late
+    for number in range(200):
+        join_again(f"new {number}")
+    assert line.failed == {}
+
+
 def test_where_late_ones_have_most_turns_nobody_is_refused_for_being_late() -> None:
     line = behind_one(4 * LATE_TURN, max_ttft_s=1e3)
     line.timers.advance(2 * TTFT_S)
@@ -379,10 +407,13 @@ def test_where_late_ones_have_most_turns_nobody_is_refused_for_being_late() -> N
     assert line.failed == {}
 
 
-def test_once_nobody_waits_it_is_forgotten_that_late_ones_were_passed() -> None:
+def test_once_none_of_it_waits_it_is_forgotten_that_late_ones_were_passed() -> None:
     line = learnt_that_late_ones_are_passed()
-    served_one_by_one(line, line.served[-1], line.counts[0])
+    served_one_by_one(line, line.served[-1], line.counts[0] - 1)
+    assert line.line.orders[2].flow("").passes_late
+    served_one_by_one(line, line.served[-1], 1)
     assert line.counts == (0, 0)
+    assert not line.line.orders[2].flow("").passes_late
     line.join("running again")
     for number in range(1000):
         line.join(f"new {number}")
