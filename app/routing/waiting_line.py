@@ -52,8 +52,7 @@ LATE_TURN = 8
 """One in so many turns is for a request that is late already."""
 CREDIT = 4
 """How many of its requests in a row a tenant that has used less than its part may have before others.  Beside a flood
-of 25 times as many requests the 95th percentile of its waiting was 18 to 26 % shorter than without
-(docs/benchmarks/2026-11-29-tenants.md)."""
+the 95th percentile of its TTFT was 16 to 18 % shorter than without (docs/benchmarks/2026-11-29-tenants.md)."""
 LEVELS_OF_CLASS = 16
 """Of these levels each class has so many in an engine's queue (`WaitingLine.level`)."""
 RATE_WINDOW_S = 10.0
