@@ -64,6 +64,8 @@ class SequenceProgress:
         then on."""
         self.is_paused = False
         """Whether the sequence waits in line for room to go on, for as long as that takes: no token is overdue."""
+        self.paused_s = 0.0
+        """How long it has waited so in all."""
         self._paused_until = self.arrived_at
         self._emit = emit
         self._clock = clock
@@ -95,6 +97,7 @@ class SequenceProgress:
         self.attempt_began_at = self._clock()
         if self.is_paused:
             self.is_paused, self._paused_until = False, self.attempt_began_at
+            self.paused_s += self.attempt_began_at - self.waits_since
         self.waits_since = max(self.last_token_at, self._paused_until)
         self.has_first_token = False
         self.report = None

@@ -82,7 +82,7 @@ class SequenceRecord:
         """`end` is a finish reason, CANCELLED or the name of an error."""
         progress = self.progress
         waited_s = progress.now() - progress.last_token_at
-        if end == CANCELLED and waited_s * 1e3 > self.slo.ttft_ms:
+        if end == CANCELLED and waited_s * 1e3 > self.slo.ttft_ms and not progress.is_paused:
             end = GAVE_UP
         _labelled(metrics.SEQUENCES, self.model, end).inc()
         _labelled(metrics.WITHIN_SLO, self.model).inc(end in GOOD_ENDS and self._is_within_slo())
@@ -128,7 +128,7 @@ class SequenceRecord:
         progress = self.progress
         if progress.ttft_s is None or progress.ttft_s * 1e3 > self.slo.ttft_ms:
             return False
-        decoding_s = progress.last_token_at - progress.arrived_at - progress.ttft_s
+        decoding_s = progress.last_token_at - progress.arrived_at - progress.ttft_s - progress.paused_s
         return decoding_s * 1e3 <= self.slo.itl_ms * (self.output_tokens - 1)
 
     def _count_prompt(self, report: PrefillReport, ttft_s: float) -> None:

@@ -185,6 +185,24 @@ def test_a_sequence_within_its_slo_is_goodput(
     assert count("baton_sequences_within_slo_total", model=model) == is_good
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_pause_in_which_a_sequence_gave_way_is_no_failure_of_the_service(model: str, leaves: bool) -> None:
+    now = 0.0
+    record = begun(model, lambda: now, slo=SloConfig(ttft_ms=2000, itl_ms=50))
+    record.progress.take(TokenDelta([1]))
+    record.progress.pause()
+    now = 100.0
+    if leaves:
+        record.on_end("cancelled")
+        assert count("baton_sequences_total", model=model, end="cancelled") == 1
+        return
+    record.progress.begin_attempt("preempted")
+    now = 100.4
+    record.progress.take(TokenDelta([2] * 9))
+    record.on_end("length")
+    assert count("baton_sequences_within_slo_total", model=model) == 1
+
+
 @pytest.mark.parametrize(
     ("token_at", "left_at", "end"),
     [(None, 2.0, "cancelled"), (None, 2.1, "gave_up"), (1.9, 3.9, "cancelled"), (1.9, 4.0, "gave_up")],
