@@ -15,7 +15,8 @@ from hypothesis.stateful import invariant, rule
 from app.errors import NoReplica, Overloaded
 from app.messages import ReplicaLoad
 from app.routing.decision import SERVICE_CLASSES, RoutingHints
-from app.routing.waiting_line import HEARTBEAT_S, LATE_TURN, LATEST_LOOK_S, LEVELS_OF_CLASS
+from app.routing.tenant_line import LATE_TURN
+from app.routing.waiting_line import HEARTBEAT_S, LATEST_LOOK_S, LEVELS_OF_CLASS
 from tests.unit.routing.fleet import REMOTE
 from tests.unit.routing.samples import request
 from tests.unit.routing.test_waiting_line import ALONE_S, NUM_TOKENS, TTFT_S, AnyLine, Line, served_one_by_one

@@ -16,7 +16,8 @@ from app.errors import Overloaded
 from app.messages import ReplicaLoad
 from app.routing.decision import Wait
 from app.routing.preemption import SETTLE_S, Running, fewest
-from app.routing.waiting_line import HEARTBEAT_S, LATE_TURN, LATEST_LOOK_S
+from app.routing.tenant_line import LATE_TURN
+from app.routing.waiting_line import HEARTBEAT_S, LATEST_LOOK_S
 from tests.unit.routing.samples import BLOCK_SIZE
 from tests.unit.routing.test_fair_line import AnyFairLine, FairLine, names
 from tests.unit.routing.test_waiting_line import NUM_BLOCKS, NUM_TOKENS, TTFT_S, served_one_by_one

@@ -17,17 +17,13 @@ from app.routing.capacity import MAX_KV_USE
 from app.routing.decision import Decision
 from app.routing.in_flight import InFlight
 from app.routing.router import NO_HINTS
+from app.routing.tenant_line import LATE_TURN, NUM_TRIED, PRIOR_S, RATE_WINDOW_S, Ticket
 from app.routing.waiting_line import (
     HEARTBEAT_S,
     IN_TIME,
-    LATE_TURN,
     LATEST_LOOK_S,
     LONGEST_RETRY_S,
-    NUM_TRIED,
-    PRIOR_S,
-    RATE_WINDOW_S,
     SOONEST_LOOK_S,
-    Ticket,
     WaitingLine,
 )
 from tests.unit.routing.fleet import PACE, REMOTE, Fleet, Timers
