@@ -36,6 +36,11 @@ class Flow:
         """What those that wait are expected to cost."""
 
     @property
+    def num_refusable(self) -> int:
+        """How many of those that wait can be refused."""
+        return self.num_waiting
+
+    @property
     def ends_at(self) -> float:
         """The virtual time at which another request would start that joined now."""
         return self.starts_at + self.waiting_cost
@@ -119,6 +124,7 @@ class FairOrder(Generic[AnyFlow]):
             return 0.0
         return min(1.0, max(0.0, (flow.ends_at - other.starts_at) / other.waiting_cost))
 
-    def last(self) -> AnyFlow:
-        """Return the flow of which a request has the last turn.  Something must wait."""
-        return max((flow for flow in self.flows.values() if flow.num_waiting), key=lambda flow: flow.ends_at)
+    def last(self) -> AnyFlow | None:
+        """Return the flow of which a request that can be refused has the last turn; None if there is none."""
+        refusable = (flow for flow in self.flows.values() if flow.num_refusable)
+        return max(refusable, key=lambda flow: flow.ends_at, default=None)

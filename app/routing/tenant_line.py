@@ -72,6 +72,8 @@ class TenantLine(Flow):
         self.work_s = 0.0
         """The sum of `Ticket.alone_s`."""
         self.preempted: deque[Ticket] = deque()
+        self.num_preempted = 0
+        """Those of `preempted` that have not left."""
         self.in_time: deque[Ticket] = deque()
         self.late: deque[Ticket] = deque()
         self.late_s = 0.0
@@ -112,9 +114,13 @@ class TenantLine(Flow):
             front.insert(0 if self.num_turns % LATE_TURN == LATE_TURN - 1 else len(front), self.late[0])
         return [*islice((ticket for ticket in self.preempted if not ticket.has_left), NUM_TRIED), *front]
 
+    @property
+    def num_refusable(self) -> int:
+        return self.num_waiting - self.num_preempted
+
     def last(self) -> Ticket:
-        """Return the one that has the last turn.  One must wait."""
-        for tickets in (self.late, self.in_time, self.preempted):
+        """Return the one that has the last turn of those that can be refused, of which there must be one."""
+        for tickets in (self.late, self.in_time):
             while tickets and tickets[-1].has_left:
                 tickets.pop()
-        return (self.late or self.in_time or self.preempted)[-1]
+        return (self.late or self.in_time)[-1]

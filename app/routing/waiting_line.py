@@ -165,7 +165,7 @@ class WaitingLine:
     def _make_room(self, newcomer: Ticket) -> None:
         """Refuse those who will be too late now that another one goes before them, from the end of each class on."""
         for order in self.orders[newcomer.rank :]:
-            while order.num_waiting and (last := order.last().last()) is not newcomer:
+            while (flow := order.last()) is not None and (last := flow.last()) is not newcomer:
                 is_passed = last.is_late and last.flow.passes_late
                 wait_s = self._late_turn_in_s(order, last.flow) if is_passed else self._turn_in_s(last, is_counted=True)
                 if not self._refuse(last, wait_s):
@@ -204,6 +204,7 @@ class WaitingLine:
         self.queued_tokens += number * ticket.num_tokens
         self._work_s = max(0.0, self._work_s + number * ticket.alone_s)
         ticket.flow.work_s = max(0.0, ticket.flow.work_s + number * ticket.alone_s)
+        ticket.flow.num_preempted += number * ticket.was_preempted
         if ticket.is_late and number < 0:
             ticket.flow.late_s = max(0.0, ticket.flow.late_s - ticket.alone_s)
         if ticket.flow.num_waiting + number == 0:

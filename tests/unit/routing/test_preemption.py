@@ -20,7 +20,7 @@ from app.routing.tenant_line import LATE_TURN
 from app.routing.waiting_line import HEARTBEAT_S, LATEST_LOOK_S
 from tests.unit.routing.samples import BLOCK_SIZE
 from tests.unit.routing.test_fair_line import AnyFairLine, FairLine, names
-from tests.unit.routing.test_waiting_line import NUM_BLOCKS, NUM_TOKENS, TTFT_S, served_one_by_one
+from tests.unit.routing.test_waiting_line import ALONE_S, NUM_BLOCKS, NUM_TOKENS, TTFT_S, served_one_by_one
 
 FLEX = {"service_class": "flex"}
 
@@ -319,6 +319,18 @@ def test_it_takes_no_turn_from_those_who_are_late() -> None:
         (last,) = served_one_by_one(line, last, 1)
     preempted(line, "again")
     assert served_one_by_one(line, last, 2) == ["again", "late"]
+
+
+def test_others_make_room_behind_a_tenant_of_whom_only_preempted_ones_wait() -> None:
+    line, number = PreemptingLine(max_ttft_s=0.4), 0
+    line.join("running")
+    preempted(line, "again", hints={"tenant": "p"})
+    line.tickets["again"].flow.starts_at = 1e9  # it has the last turn
+    while line.line.predicted_wait_s() + ALONE_S <= 0.4:
+        line.join(str(number), hints=FLEX)
+        number += 1
+    line.of("default", "1", "2")  # the preempted one is not before the others, so there is time for one
+    assert list(line.failed) == [str(number - 1)]
 
 
 def test_it_is_never_refused() -> None:
