@@ -462,8 +462,9 @@ class LimitsConfig(Settings):
     an hour come 72,000 tokens, at 50 ms each."""
     max_ttft_ms: float | None = Field(default=None, gt=0)
     """A request that has to wait in the frontend, and whose first token is predicted to take longer than this, is
-    refused with 429 and told when to come again.  The default is ten times the model's ``slo.ttft_ms``.  Under overload
-    that lasts, so is who would only miss ``slo.ttft_ms``, as those who come later go before it."""
+    refused with 429 and told when to come again.  The default is ten times ``slo.ttft_ms``.  Under overload
+    that lasts, late ones have few turns.  Then who will be late may wait for half of that time, so most are refused at
+    once."""
     allow_control: bool = False
     """Whether any client may have a prompt prefilled in a way that it chooses, or wrongly, by
     ``vllm_xargs: {"baton_prefill": ...}``.  Otherwise an admin's key is needed, or to be on the machine if there are no

@@ -10,7 +10,7 @@
    LATE_TURN turns is for the late ones, so that each is served.
 5. Who would wait longer than ``limits.max_ttft_ms`` is refused, as soon as that is predicted.  Those behind it do not
    count: a lower class never makes a higher one too late.  Whom one that goes before makes too late is refused.  Where
-   late ones have had few turns, who would be late is refused at once: it would not have a turn for long.
+   late ones have had few turns, who would be late waits among them from the beginning, or is refused at once.
 6. If decode has no room for one in front, sequences of the lowest class give way to it (app/routing/preemption.py).
    They wait in their class before all others of their tenant, and are never refused.
 """
@@ -39,6 +39,9 @@ HEARTBEAT_S = 0.05
 IN_TIME = 0.9
 """Who is predicted to get the first token later than in this share of `slo.ttft_ms` counts as late.  Clients count the
 way to the frontend and back as well, and a prediction is off by a few per cent."""
+LATE_FILL = 0.5
+"""How much of ``limits.max_ttft_ms`` those may wait who are late from the beginning.  The rest is for those who turn
+out to be late: they have waited already, and would be refused after that."""
 CREDIT = 4
 """How many of its requests in a row a tenant that has used less than its part may have before others.  Beside a flood
 the 95th percentile of its TTFT was 16 to 18 % shorter than without (docs/benchmarks/2026-11-29-tenants.md)."""
@@ -153,14 +156,35 @@ class WaitingLine:
         if not has_time_for_all and (excess_s := self._excess_s(ticket, self._turn_in_s(ticket))) > 0:
             raise Overloaded(min(LONGEST_RETRY_S, excess_s))
         flow = ticket.flow
-        if flow.passes_late and ticket.rank and not ticket.was_preempted:
-            late_s = self._clock() - ticket.arrived_at + self._turn_in_s(ticket) + ticket.alone_s - self._certain_s
-            if late_s > 0:
-                raise Overloaded(min(LONGEST_RETRY_S, late_s))
-        (flow.preempted if ticket.was_preempted else flow.in_time).append(ticket)
+        if ticket.was_preempted:
+            flow.preempted.append(ticket)
+        elif ticket.rank and flow.passes_late and (lateness_s := self._lateness_s(ticket)) > 0:
+            self._admit_late(ticket, lateness_s)
+        else:
+            flow.in_time.append(ticket)
         self._count(ticket, 1)
         if not has_time_for_all:
             self._make_room(ticket)
+
+    def _lateness_s(self, ticket: Ticket) -> float:
+        """Return by how much a request that joins is predicted to miss the time within which it is surely not late."""
+        return self._clock() - ticket.arrived_at + self._turn_in_s(ticket) + ticket.alone_s - self._certain_s
+
+    def _admit_late(self, ticket: Ticket, lateness_s: float) -> None:
+        """Let a request wait among those who are late, as it will be.
+
+        Raises Overloaded if it would wait longer than allowed there.  It may come again when it would be in time, or
+        when there is time for it among the late, whichever is sooner.
+        """
+        wait_s = self._late_turn_in_s(self.orders[ticket.rank], ticket.flow)
+        if (excess_s := self._excess_s(ticket, wait_s) + (1 - LATE_FILL) * self._max_ttft_s) > 0:
+            raise Overloaded(min(LONGEST_RETRY_S, lateness_s, excess_s))
+        self._append_late(ticket)
+
+    def _append_late(self, ticket: Ticket) -> None:
+        ticket.is_late = True
+        ticket.flow.late_s += ticket.alone_s
+        ticket.flow.late.append(ticket)
 
     def _make_room(self, newcomer: Ticket) -> None:
         """Refuse those who will be too late now that another one goes before them, from the end of each class on."""
@@ -260,9 +284,7 @@ class WaitingLine:
         flow = ticket.flow
         order = self.orders[ticket.rank]
         if not self._refuse(ticket, self._late_turn_in_s(order, flow) if flow.passes_late else self._turn_in_s(ticket)):
-            ticket.is_late = True
-            flow.late_s += ticket.alone_s
-            flow.late.append(ticket)
+            self._append_late(ticket)
 
     def _refuse(self, ticket: Ticket, wait_s: float) -> bool:
         """Refuse a request that will be too late even for `max_ttft_ms` if its turn is in `wait_s` seconds."""

@@ -49,8 +49,9 @@ def arguments(prefill: dict[str, Any], decode: dict[str, Any], gpus: int | None 
         "slo": {"ttft_ms": 1000},
         "gpus": gpus,
     }
-    # The waves are far too much for the pools that they begin with, and no pool wakes as soon as its limit asks.
-    limits = {"max_ttft_ms": 60_000, "max_wake_s": 0.5}
+    # The waves are far too much for the pools that they begin with, and by their pace the late would wait for minutes.
+    # No pool wakes as soon as its limit asks.
+    limits = {"max_ttft_ms": 600_000, "max_wake_s": 0.5}
     return {"models": [model], "transfer": {}, "limits": limits, "frontend": {"resources": {"num_cpus": 0.1}}}
 
 

@@ -21,6 +21,7 @@ from app.routing.tenant_line import LATE_TURN, NUM_TRIED, PRIOR_S, RATE_WINDOW_S
 from app.routing.waiting_line import (
     HEARTBEAT_S,
     IN_TIME,
+    LATE_FILL,
     LATEST_LOOK_S,
     LONGEST_RETRY_S,
     SOONEST_LOOK_S,
@@ -335,9 +336,9 @@ def test_who_is_late_is_refused_as_soon_as_even_its_turn_would_be_too_late() -> 
     assert isinstance(line.failed["0"], Overloaded)
 
 
-def learnt_that_late_ones_are_passed(**options: Any) -> Line:
+def learnt_that_late_ones_are_passed(max_ttft_s: float) -> Line:
     """Some are late, while others in time have had most turns; ten of these wait too."""
-    line = behind_one(LATE_TURN, max_ttft_s=1e3, **options)
+    line = behind_one(LATE_TURN, max_ttft_s=max_ttft_s)
     line.timers.advance(TTFT_S)
     for number in range(6 * (LATE_TURN - 1) + 10):
         line.join(f"in time {number}")
@@ -346,8 +347,8 @@ def learnt_that_late_ones_are_passed(**options: Any) -> Line:
     return line
 
 
-def test_where_late_ones_are_passed_who_would_be_late_is_refused_at_once() -> None:
-    line = learnt_that_late_ones_are_passed()
+def test_where_late_ones_are_passed_who_would_be_late_waits_among_them_or_is_refused_at_once() -> None:
+    line = learnt_that_late_ones_are_passed(max_ttft_s=20.0)
     number, per_s = 0, line.line.predicted_wait_s() / line.counts[0]
 
     def wait_s() -> float:
@@ -357,10 +358,16 @@ def test_where_late_ones_are_passed_who_would_be_late_is_refused_at_once() -> No
     while wait_s() + ALONE_S <= IN_TIME * IN_TIME * TTFT_S:
         line.join(f"new {number}")
         number += 1
+    assert number > 1
+    assert not any(line.tickets[f"new {each}"].is_late for each in range(number))
+    flow = line.line.orders[2].flow("")
+    while flow.late_s * per_s / ALONE_S / flow.late_share + ALONE_S <= LATE_FILL * 20.0:
+        line.join(f"late {number}")
+        assert line.tickets[f"late {number}"].is_late
+        number += 1
     before = line.counts
     with pytest.raises(Overloaded) as refused:
         line.join("refused")
-    assert number > 1
     assert 0 < refused.value.retry_after_s <= per_s
     assert line.counts == before
 
@@ -404,7 +411,7 @@ def test_where_late_ones_have_most_turns_nobody_is_refused_for_being_late() -> N
 
 
 def test_once_none_of_it_waits_it_is_forgotten_that_late_ones_were_passed() -> None:
-    line = learnt_that_late_ones_are_passed()
+    line = learnt_that_late_ones_are_passed(max_ttft_s=1e3)
     served_one_by_one(line, line.served[-1], line.counts[0] - 1)
     assert line.line.orders[2].flow("").passes_late
     served_one_by_one(line, line.served[-1], 1)
