@@ -384,7 +384,8 @@ class VllmEngine:
             request = msgspec.structs.replace(request, prompt_token_ids=request.prompt_token_ids + first.token_ids)
             if params.max_tokens is not None:
                 params.max_tokens -= 1
-        if "scheduling_policy" not in self._spec.engine_args:  # only prompts for other replicas have an order of ours
+        if request.priority and "scheduling_policy" not in self._spec.engine_args:
+            # Only prompts for other replicas have an order of ours.
             request = msgspec.structs.replace(request, priority=0)
         leave_queue = self.prompt_queue.enter(request, descriptor)
         is_first = True

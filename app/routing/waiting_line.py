@@ -176,7 +176,7 @@ class WaitingLine:
         Raises Overloaded if it would wait longer than allowed there.  It may come again when it would be in time, or
         when there is time for it among the late, whichever is sooner.
         """
-        wait_s = self._late_turn_in_s(self.orders[ticket.rank], ticket.flow)
+        wait_s = self._late_turn_in_s(ticket)
         if (excess_s := self._excess_s(ticket, wait_s) + (1 - LATE_FILL) * self._max_ttft_s) > 0:
             raise Overloaded(min(LONGEST_RETRY_S, lateness_s, excess_s))
         self._append_late(ticket)
@@ -190,8 +190,8 @@ class WaitingLine:
         """Refuse those who will be too late now that another one goes before them, from the end of each class on."""
         for order in self.orders[newcomer.rank :]:
             while (flow := order.last()) is not None and (last := flow.last()) is not newcomer:
-                is_passed = last.is_late and last.flow.passes_late
-                wait_s = self._late_turn_in_s(order, last.flow) if is_passed else self._turn_in_s(last, is_counted=True)
+                is_passed = last.is_late and flow.passes_late
+                wait_s = self._late_turn_in_s(last) if is_passed else self._turn_in_s(last, is_counted=True)
                 if not self._refuse(last, wait_s):
                     break
 
@@ -281,9 +281,8 @@ class WaitingLine:
 
     def _let_others_pass(self, ticket: Ticket) -> None:
         """Take one that cannot be in time to the others of that kind, or refuse it."""
-        flow = ticket.flow
-        order = self.orders[ticket.rank]
-        if not self._refuse(ticket, self._late_turn_in_s(order, flow) if flow.passes_late else self._turn_in_s(ticket)):
+        wait_s = self._late_turn_in_s(ticket) if ticket.flow.passes_late else self._turn_in_s(ticket)
+        if not self._refuse(ticket, wait_s):
             self._append_late(ticket)
 
     def _refuse(self, ticket: Ticket, wait_s: float) -> bool:
@@ -363,25 +362,25 @@ class WaitingLine:
         """
         order, flow = self.orders[ticket.rank], ticket.flow
         work_s = sum(order.share_before(flow, other) * other.work_s for other in order.flows.values())
-        work_s += self._higher_work_s(order)
+        work_s += self._higher_work_s(ticket)
         work_s -= ticket.alone_s if is_counted else 0.0
         if flow.passes_late:
             work_s -= flow.late_s
         return work_s / speed if (speed := self._speed()) else 0.0
 
-    def _late_turn_in_s(self, order: FairOrder[TenantLine], flow: TenantLine) -> float:
-        """Predict how long the last one of those who are late waits for its turn, if the others pass.
+    def _late_turn_in_s(self, ticket: Ticket) -> float:
+        """Predict how long a request waits for its turn as the last one of its tenant that is late, if the others pass.
 
         Of other tenants of its class it is taken that they have as much weight.
         """
-        num_sharing = sum(other.num_waiting > 0 for other in order.flows.values())
-        work_s = num_sharing * flow.late_s / flow.late_share + self._higher_work_s(order)
+        flow = ticket.flow
+        num_sharing = sum(other.num_waiting > 0 for other in self.orders[ticket.rank].flows.values())
+        work_s = num_sharing * flow.late_s / flow.late_share + self._higher_work_s(ticket)
         return work_s / speed if (speed := self._speed()) else 0.0
 
-    def _higher_work_s(self, order: FairOrder[TenantLine]) -> float:
-        """Return the work of all that go before those of `order`."""
-        higher = self.orders[: self.orders.index(order)]
-        return sum(other.work_s for each in higher for other in each.flows.values())
+    def _higher_work_s(self, ticket: Ticket) -> float:
+        """Return the work of all whose class goes before that of a request."""
+        return sum(other.work_s for higher in self.orders[: ticket.rank] for other in higher.flows.values())
 
     def _speed(self) -> float:
         """Return how many seconds of work the line has served in each second in which somebody waited.
